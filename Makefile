@@ -1,0 +1,35 @@
+# Each target makes its own .venv when there is none. PYTHON names the interpreter to make it from.
+PYTHON ?= python3
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench
+
+help:
+	@echo "make demo    the whole story on a small made-up world: no download, no GPU"
+	@echo "make test    all tests"
+	@echo "make check   linter and type checker"
+	@echo "make bench   speed and memory against the straightforward way"
+
+# torch first, by its exact pin: a range would take another build, several GB larger.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	.venv/bin/dae demo
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+
+check: $(STAMP)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy kd dae eval/dae_eval
+
+bench: $(STAMP)
+	.venv/bin/python benchmarks/step.py

@@ -1,0 +1,134 @@
+"""Domain Alignment from Expert (arXiv 2406.19112), from recipe to finished run. The page to read first.
+
+Every training row belongs to a route, and every route has one teacher: the expert on a domain's rows, the frozen reference
+on `general`. The student matches its row's teacher, token by token:
+
+    l_t = (1 - lambda) * NTP_t + lambda * T^2 * KL( p_teacher(route) || p_student )_t      per response token t
+    L   = sum_r w_r sum_{t in r} l_t  /  sum_r w_r N_r                                     per optimizer step
+
+Where to look next: kd/losses.py (l_t), kd/trainer.py (L), kd/roles.py (three roles on one backbone), kd/mixing.py (which rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dae.recipe import AlignRecipe
+from dae.routing import GENERAL, default_route_shares, teachers_by_route
+from kd.compatibility import check_adapter, check_tokenizers, is_adapter
+from kd.errors import UserError
+from kd.fingerprints import model_fingerprint
+from kd.losses import TokenLoss
+from kd.roles import (
+    STUDENT_ADAPTER,
+    Backbone,
+    LoadSettings,
+    Role,
+    add_frozen_adapter,
+    add_student_adapter,
+    load_model,
+    trainable_model,
+    vocabulary_rows,
+)
+from kd.stage import RunResult, StageRoles, load_stage_data, run_stage, student_dtype
+from kd.trainer import Objective, Route
+
+
+def align(recipe: AlignRecipe) -> RunResult:
+    """Train the student that matches each expert on its domain's rows and the reference on general rows.
+
+    Returns the finished run; the same recipe over an unfinished run folder goes on with it.
+    Raises UserError (recipe, data or checkpoints), MachineError (disk, memory), Stopped (Ctrl-C, SIGTERM).
+    """
+    inputs = fingerprints(recipe)
+    check_checkpoints(recipe, inputs)
+    data = load_stage_data(recipe, [GENERAL, *recipe.expert], default_route_shares(recipe.expert))
+    return run_stage("align", recipe, inputs, data, lambda settings: build_roles(recipe, inputs, settings))
+
+
+def role_paths(recipe: AlignRecipe) -> dict[str, str]:
+    """Every role but the student -> its checkpoint as typed. Experts are called `expert.NAME`."""
+    paths = {"base": recipe.base, "reference": recipe.reference or recipe.base}
+    paths |= {f"expert.{name}": path for name, path in recipe.expert.items()}
+    if recipe.student_from is not None:
+        paths["student_from"] = recipe.student_from
+    return paths
+
+
+def fingerprints(recipe: AlignRecipe) -> dict[str, str]:
+    """SHA-256 of every role's weights and config; a checkpoint named twice is read once."""
+    known: dict[str, str] = {}
+    for path in role_paths(recipe).values():
+        if path not in known:
+            known[path] = model_fingerprint(path)
+    return {role: known[path] for role, path in role_paths(recipe).items()}
+
+
+def check_checkpoints(recipe: AlignRecipe, inputs: Mapping[str, str]) -> None:
+    """Raise UserError where a checkpoint does not belong to the others; reads no weights."""
+    paths = role_paths(recipe)
+    if is_adapter(recipe.base):
+        raise UserError(f"base: {recipe.base}: is an adapter; pass the full checkpoint it was trained on, or merge it.")
+    check_tokenizers(recipe.base, paths, recipe.trust_remote_code)
+    for role, path in paths.items():
+        if is_adapter(path):
+            check_adapter(role, path, recipe.base, inputs["base"], recipe.trust_remote_code)
+    if recipe.student_from is not None and is_adapter(recipe.student_from) != (recipe.lora is not None):
+        kind, remedy = ("an adapter", "merge it first") if recipe.lora is None else ("a full checkpoint", "lora: null")
+        raise UserError(f"student_from: {recipe.student_from}: is {kind}, which this student cannot go on from; {remedy}.")
+
+
+def build_roles(recipe: AlignRecipe, inputs: Mapping[str, str], settings: LoadSettings) -> StageRoles:
+    """Load the student and its teachers on as few weights as possible.
+
+    A LoRA student shares its backbone with the reference (adapters off) and with adapter experts. A student whose weights
+    all train shares with nobody: "adapters off" would be the moving student itself, with a KL of zero that looks like
+    success. Its teachers stand on one frozen copy of the base.
+    """
+    shared = Backbone(recipe.base, load_model(recipe.base, settings)) if needs_base(recipe, inputs) else None
+    if recipe.lora is not None:
+        assert shared is not None
+        student = Role("student", add_student_adapter(shared, recipe.lora, recipe.student_from), STUDENT_ADAPTER)
+    else:
+        start = recipe.student_from or recipe.base
+        student = Role("student", trainable_model(start, settings, student_dtype(recipe)), None)
+    teachers = teachers_by_route(*load_teachers(recipe, inputs, settings, shared))
+    factors = recipe.weights if isinstance(recipe.weights, Mapping) else {}
+    objective = Objective(
+        tuple(Route(name, teacher, factors.get(name, 1.0)) for name, teacher in teachers.items()),
+        TokenLoss(recipe.lambda_, recipe.temperature, recipe.divergence, recipe.beta),
+        pooled=recipe.weights == "tokens",
+    )
+    roles = (student, *teachers.values())
+    return StageRoles(student.model, objective, roles, vocabulary_rows(roles))
+
+
+def needs_base(recipe: AlignRecipe, inputs: Mapping[str, str]) -> bool:
+    """Whether a frozen copy of the base is needed: as the student's backbone, or by a teacher that stands on it."""
+    teachers = {role: path for role, path in role_paths(recipe).items() if role not in ("base", "student_from")}
+    on_base = [is_adapter(path) or inputs[role] == inputs["base"] for role, path in teachers.items()]
+    return recipe.lora is not None or any(on_base)
+
+
+def load_teachers(
+    recipe: AlignRecipe, inputs: Mapping[str, str], settings: LoadSettings, shared: Backbone | None
+) -> tuple[Role, dict[str, Role]]:
+    """(reference, experts by name): adapters and the base itself on the shared backbone, other checkpoints on their own."""
+    paths = {role: path for role, path in role_paths(recipe).items() if role not in ("base", "student_from")}
+    # Adapters first: the first one wraps the backbone, and every role must hold the wrapped one.
+    adapters = {}
+    for role, path in paths.items():
+        if is_adapter(path):
+            assert shared is not None
+            adapters[role] = add_frozen_adapter(shared, path)
+    own: dict[str, Role] = {}
+    roles = {}
+    for role, path in paths.items():
+        if shared is not None and (role in adapters or inputs[role] == inputs["base"]):
+            roles[role] = Role(role, shared.model, adapters.get(role))
+        else:
+            if inputs[role] not in own:
+                own[inputs[role]] = Role(role, load_model(path, settings), None)
+            roles[role] = Role(role, own[inputs[role]].model, None)
+    experts = {name: roles[f"expert.{name}"] for name in recipe.expert}
+    return roles["reference"], experts

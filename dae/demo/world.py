@@ -1,0 +1,348 @@
+"""The embedded world: general skills, and a shop whose facts only its own rows tell. Everything follows from one seed.
+
+Every skill (and every kind of shop question) makes *quartets*: four questions whose four answers are the four choices of
+each. In held-out documents a quartet shares its choices and their order, and each choice is right exactly once. So a
+rule that sees only the choices is right in exactly one document of four, whatever it is: chance is 25 %, and no shortcut
+through the answers exists.
+
+What is held out: of the skills that are *done* (arithmetic, sorting, ...), the instances (`Question.key`): no training row
+has them. Of the knowledge that is *held* (towns, products), the phrasing: the fact stands in training rows, in other words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dae.demo import vocabulary as words
+
+SEED = 2406
+PRODUCTS = 200
+TOWNS = 120
+DOCUMENTS = 240  # held-out documents of each general skill
+GENERAL_TRAIN_ROWS = 90_000
+GENERAL_ALIGN_ROWS = 20_000
+
+ALIGNED_SKILLS = ("arithmetic", "sorting", "copying", "reading", "selecting", "regions")
+UNALIGNED_SKILLS = ("reversing", "counting", "crafts")
+GENERAL_SKILLS = ALIGNED_SKILLS + UNALIGNED_SKILLS
+
+ALIGNED_KINDS = ("category", "material", "size", "price", "compatibility")
+UNALIGNED_KINDS = ("colour", "options")
+SHOP_KINDS = ALIGNED_KINDS + UNALIGNED_KINDS
+
+CHANCE = 0.25
+
+
+def _stream(seed: int, purpose: str) -> random.Random:
+    """An independent random stream per purpose: a change to one file of the world leaves the others as they are."""
+    return random.Random(f"{seed}/{purpose}")
+
+
+def _names(starts: Sequence[str], ends: Sequence[str]) -> list[str]:
+    names = [start + end for start in starts for end in ends]
+    return _stream(SEED, "names").sample(names, len(names))
+
+
+TOWN_NAMES = _names(words.TOWN_STARTS, words.TOWN_ENDS)[:TOWNS]
+PRODUCT_NAMES = _names(words.NAME_STARTS, words.NAME_ENDS)[:PRODUCTS]
+PLAIN_NAMES = _names(words.NAME_STARTS, words.NAME_ENDS)[PRODUCTS:]  # no product's: for copying
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, its right answer, and the instance or fact that it is about (`key`), whatever the phrasing."""
+
+    prompt: str
+    answer: str
+    key: str
+
+
+Quartet = tuple[Question, Question, Question, Question]
+Drill = Callable[[random.Random], Quartet]
+
+
+def _ask(rng: random.Random, form: str, answer: str, key: str, **fields: str) -> Question:
+    return Question(rng.choice(words.GENERAL_PHRASINGS[form]).format(**fields), answer, key)
+
+
+def _quartet(questions: Sequence[Question]) -> Quartet:
+    one, two, three, four = questions
+    assert len({question.answer for question in questions}) == 4, questions
+    return one, two, three, four
+
+
+# --- skills that are done: an endless supply of instances ---------------------------------------------------------------
+
+
+def arithmetic(rng: random.Random) -> Quartet:
+    """Sums and differences of numbers below 50; the four results lie close together (s, s+-1, s+-10, s+-11)."""
+    step, decade = rng.choice((-1, 1)), rng.choice((-10, 10))
+    result = rng.randint(12, 87)
+    questions = []
+    for target in (result, result + step, result + decade, result + step + decade):
+        if target < 49 and rng.random() < 0.5:
+            b = rng.randint(1, 49 - target)
+            a = target + b
+            questions.append(_ask(rng, "difference", str(target), f"{a}-{b}", a=str(a), b=str(b)))
+        else:
+            a = rng.randint(max(0, target - 49), min(49, target))
+            b = target - a
+            questions.append(_ask(rng, "sum", str(target), f"{min(a, b)}+{max(a, b)}", a=str(a), b=str(b)))
+    return _quartet(questions)
+
+
+def sorting(rng: random.Random) -> Quartet:
+    """Four numbers put in rising and falling order, and the same with one of them exchanged."""
+    numbers = rng.sample(range(10, 100), 5)
+    questions = []
+    for chosen in (numbers[:4], numbers[1:]):
+        for form in ("up", "down"):
+            shown = " ".join(map(str, rng.sample(chosen, 4)))
+            answer = " ".join(map(str, sorted(chosen, reverse=form == "down")))
+            questions.append(_ask(rng, form, answer, f"{form}:{shown}", items=shown))
+    return _quartet(questions)
+
+
+def copying(rng: random.Random) -> Quartet:
+    """Four orders of the same four made-up names, each to be repeated."""
+    names = rng.sample(PLAIN_NAMES, 4)
+    orders = rng.sample(list(itertools.permutations(names)), 4)
+    return _quartet([_ask(rng, "copy", " ".join(o), "copy:" + " ".join(o), items=" ".join(o)) for o in orders])
+
+
+def reversing(rng: random.Random) -> Quartet:
+    """Four orders of the same four things, each to be said backwards."""
+    orders = rng.sample(list(itertools.permutations(rng.sample(words.COMMON, 4))), 4)
+    return _quartet(
+        [_ask(rng, "reverse", " ".join(o[::-1]), "reverse:" + " ".join(o), items=" ".join(o)) for o in orders]
+    )
+
+
+def reading(rng: random.Random) -> Quartet:
+    """Four people have four things; who has which?"""
+    people, things = rng.sample(words.PEOPLE, 4), rng.sample(words.THINGS, 4)
+    story = " ".join(f"{person} has the {thing}." for person, thing in zip(people, things, strict=True))
+    return _quartet(
+        [
+            _ask(rng, "read", person, f"{story} {thing}", story=story, thing=thing)
+            for person, thing in zip(people, things, strict=True)
+        ]
+    )
+
+
+def selecting(rng: random.Random) -> Quartet:
+    """The largest, smallest, first and last of six numbers, in lists where these are four different numbers."""
+    numbers = rng.sample(range(10, 100), 6)
+    while len({max(numbers), min(numbers), numbers[0], numbers[-1]}) < 4:
+        rng.shuffle(numbers)
+    items = " ".join(map(str, numbers))
+    answers = {"largest": max(numbers), "smallest": min(numbers), "first": numbers[0], "last": numbers[-1]}
+    return _quartet([_ask(rng, form, str(n), f"{form}:{items}", items=items) for form, n in answers.items()])
+
+
+def counting(rng: random.Random) -> Quartet:
+    """How often each of four letters stands in a row: four different numbers from 1 to 5."""
+    letters = rng.sample("abcdefghijklmnopqrstuvwxyz", 4)
+    times = dict(zip(letters, rng.sample(range(1, 6), 4), strict=True))
+    row = [letter for letter, n in times.items() for _ in range(n)]
+    rng.shuffle(row)
+    items = " ".join(row)
+    return _quartet([_ask(rng, "count", str(n), f"{x}:{items}", item=x, items=items) for x, n in times.items()])
+
+
+# --- knowledge that is held: a closed list of facts --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All facts of one kind: the value that each subject (a town, a product) has."""
+
+    kind: str
+    values: dict[str, str]
+
+    def questions(self, rng: random.Random, subject: str, phrasings: Sequence[str]) -> list[Question]:
+        """The subject's fact asked in each of the phrasings; where one offers options, they are drawn anew."""
+        right = self.values[subject]
+        wrong = sorted(set(self.values.values()) - {right})
+        questions = []
+        for phrasing in phrasings:
+            offered = rng.sample([right, *rng.sample(wrong, 3)], 4)
+            questions.append(self.question(subject, phrasing, offered))
+        return questions
+
+    def question(self, subject: str, phrasing: str, offered: Sequence[str]) -> Question:
+        """The subject's fact in one phrasing, which may name the four values in `offered`."""
+        fields = dict(zip("abcd", offered, strict=True))
+        return Question(phrasing.format(x=subject, **fields), self.values[subject], f"{self.kind}:{subject}")
+
+    def quartets(self, rng: random.Random, phrasings: Sequence[str]) -> list[Quartet]:
+        """Every subject once, four by four with four different values, each quartet in one of the phrasings.
+
+        No subject stands among the choices of its own quartet (a match's name would give itself away).
+        """
+        quarter = len(self.values) // 4
+        while True:
+            values = sorted(set(self.values.values()))
+            rank = {value: i for i, value in enumerate(rng.sample(values, len(values)))}
+            # Sorted by value and no value on more than a quarter: subjects a quarter apart differ in value.
+            ordered = sorted(rng.sample(sorted(self.values), 4 * quarter), key=lambda x: rank[self.values[x]])
+            groups = [rng.sample(ordered[i::quarter], 4) for i in range(quarter)]
+            if not any({self.values[x] for x in group} & set(group) for group in groups):
+                break
+        quartets = []
+        for i, group in enumerate(groups):
+            offered = [self.values[x] for x in group]
+            phrasing = phrasings[i % len(phrasings)]
+            quartets.append(_quartet([self.question(x, phrasing, offered) for x in group]))
+        return quartets
+
+
+def _deal(rng: random.Random, subjects: Sequence[str], values: Sequence[str]) -> dict[str, str]:
+    """Give each subject a value, all values equally often (up to one)."""
+    hand = list(itertools.islice(itertools.cycle(rng.sample(values, len(values))), len(subjects)))
+    rng.shuffle(hand)
+    return dict(zip(subjects, hand, strict=True))
+
+
+def atlas(seed: int = SEED) -> dict[str, Facts]:
+    """The general knowledge: region and craft of every town, by skill."""
+    rng = _stream(seed, "atlas")
+    return {
+        "regions": Facts("region", _deal(rng, TOWN_NAMES, words.REGIONS)),
+        "crafts": Facts("craft", _deal(rng, TOWN_NAMES, words.CRAFTS)),
+    }
+
+
+def catalogue(seed: int = SEED) -> dict[str, Facts]:
+    """The shop's knowledge by kind of question. `options` asks for the material and offers four."""
+    rng = _stream(seed, "catalogue")
+    dealt = {
+        "category": words.CATEGORIES,
+        "material": words.MATERIALS,
+        "size": words.SIZES,
+        "price": words.PRICES,
+        "colour": words.COLOURS,
+    }
+    facts = {kind: Facts(kind, _deal(rng, PRODUCT_NAMES, values)) for kind, values in dealt.items()}
+    shuffled = rng.sample(PRODUCT_NAMES, PRODUCTS)
+    pairs = list(zip(shuffled[::2], shuffled[1::2], strict=True))
+    matches = dict(pairs) | {b: a for a, b in pairs}
+    facts["compatibility"] = Facts("compatibility", {name: matches[name] for name in PRODUCT_NAMES})
+    facts["options"] = Facts("options", facts["material"].values)
+    return {kind: facts[kind] for kind in SHOP_KINDS}
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+DRILLS: dict[str, Drill] = {
+    "arithmetic": arithmetic,
+    "sorting": sorting,
+    "copying": copying,
+    "reading": reading,
+    "selecting": selecting,
+    "reversing": reversing,
+    "counting": counting,
+}
+
+
+def _drill_documents(drill: Drill, rng: random.Random) -> list[Quartet]:
+    """Held-out quartets of a skill, no instance twice."""
+    quartets: list[Quartet] = []
+    seen: set[str] = set()
+    while len(quartets) < DOCUMENTS // 4:
+        quartet = drill(rng)
+        keys = {question.key for question in quartet}
+        if len(keys) == 4 and not keys & seen:
+            quartets.append(quartet)
+            seen |= keys
+    return quartets
+
+
+def _drill_rows(drill: Drill, rng: random.Random, held_out: set[str]) -> Iterator[Question]:
+    """Training questions of a skill without end, none of a held-out instance."""
+    while True:
+        yield from (question for question in drill(rng) if question.key not in held_out)
+
+
+def _fact_rows(facts: Facts, rng: random.Random) -> Iterator[Question]:
+    """The facts in all taught phrasings, over and over, each time in another order."""
+    while True:
+        asked = [q for x in facts.values for q in facts.questions(rng, x, words.TAUGHT[facts.kind])]
+        yield from rng.sample(asked, len(asked))
+
+
+def documents(seed: int = SEED) -> dict[str, list[Quartet]]:
+    """All held-out quartets by skill and kind of shop question."""
+    quartets = {name: _drill_documents(drill, _stream(seed, f"documents/{name}")) for name, drill in DRILLS.items()}
+    for name, facts in atlas(seed).items():
+        rng = _stream(seed, f"documents/{name}")
+        quartets[name] = [q for phrasing in words.UNSEEN[facts.kind] for q in facts.quartets(rng, (phrasing,))]
+    for kind, facts in catalogue(seed).items():
+        quartets[kind] = facts.quartets(_stream(seed, f"documents/{kind}"), words.UNSEEN[kind])
+    return {name: quartets[name] for name in GENERAL_SKILLS + SHOP_KINDS}
+
+
+def general_rows(purpose: str, skills: Sequence[str], n: int, seed: int = SEED) -> list[Question]:
+    """`n` training questions, the skills in equal parts and mixed."""
+    held_out, towns = documents(seed), atlas(seed)
+    rows: list[Question] = []
+    for i, skill in enumerate(skills):
+        rng = _stream(seed, f"{purpose}/{skill}")
+        if skill in towns:
+            supply = _fact_rows(towns[skill], rng)
+        else:
+            supply = _drill_rows(DRILLS[skill], rng, {q.key for quartet in held_out[skill] for q in quartet})
+        rows += itertools.islice(supply, n // len(skills) + (i < n % len(skills)))
+    return _stream(seed, purpose).sample(rows, len(rows))
+
+
+def shop_rows(kinds: Sequence[str], seed: int = SEED) -> list[Question]:
+    """Every fact of these kinds in every taught phrasing, once each, mixed. A kind's rows do not depend on the others."""
+    facts = catalogue(seed)
+    rows = [
+        question
+        for kind in kinds
+        for rng in (_stream(seed, f"shop/{kind}"),)
+        for product in facts[kind].values
+        for question in facts[kind].questions(rng, product, words.TAUGHT[kind])
+    ]
+    return _stream(seed, "shop").sample(rows, len(rows))
+
+
+def files(seed: int = SEED) -> Iterator[tuple[str, list[dict[str, object]]]]:
+    """Name and JSON records of every file of the world."""
+    training = {
+        "general_train.jsonl": general_rows("train", GENERAL_SKILLS, GENERAL_TRAIN_ROWS, seed),
+        "general_align.jsonl": general_rows("align", ALIGNED_SKILLS, GENERAL_ALIGN_ROWS, seed),
+        "shop_expert.jsonl": shop_rows(SHOP_KINDS, seed),
+        "shop_align.jsonl": shop_rows(ALIGNED_KINDS, seed),
+    }
+    for name, rows in training.items():
+        yield name, [{"prompt": row.prompt, "completion": f" {row.answer}"} for row in rows]
+    for name, quartets in documents(seed).items():
+        yield f"heldout/{name}.jsonl", list(_records(quartets))
+
+
+def _records(quartets: Sequence[Quartet]) -> Iterator[dict[str, object]]:
+    for quartet in quartets:
+        choices = [question.answer for question in quartet]
+        for gold, question in enumerate(quartet):
+            yield {"context": question.prompt, "choices": choices, "gold": gold, "key": question.key}
+
+
+def write_world(folder: Path, seed: int = SEED) -> str:
+    """Write all files under `folder` and return the world's SHA-256, over the names and contents of the files in order."""
+    digest = hashlib.sha256()
+    for name, records in files(seed):
+        content = "".join(json.dumps(record) + "\n" for record in records).encode()
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        digest.update(f"{name} {hashlib.sha256(content).hexdigest()}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,18 @@
+"""Reads held-out documents of the embedded world for lm-eval (`custom_dataset` in the task files beside this one)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+
+def load(world: str, skill: str, **metadata: Any) -> dict[str, datasets.Dataset]:
+    """The documents in `world/heldout/skill.jsonl`, in the order of the file, as the split `test`.
+
+    `metadata` is whatever else lm-eval hands over (the task's version) and changes nothing.
+    """
+    lines = (Path(world) / "heldout" / f"{skill}.jsonl").read_text(encoding="utf-8").splitlines()
+    return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}

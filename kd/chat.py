@@ -1,0 +1,242 @@
+"""Conversations: rendered by the chat template, with the characters that are the assistant's responses."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kd.config import DataRecipe
+from kd.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("dae")
+
+PLAIN_TEMPLATE = (
+    "{{ bos_token if bos_token is defined else '' }}"
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize + ': ' + message['content'] | trim }}"
+    "{{ eos_token if message['role'] == 'assistant' and eos_token is defined else '' }}"
+    "{{ '\\n' }}"
+    "{% endfor %}"
+    "{{ 'Assistant:' if add_generation_prompt else '' }}"
+)
+PROBE = "replyprobe"
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """A conversation as text, and where the responses stand in it.
+
+    Attributes:
+        text: up to the last assistant turn; messages after it carry no loss and are left away.
+        spans: [start, end) in characters of each response, in order; each with its first end token, where it has one.
+        ends: whether the last response has an end token.
+        rewritten: earlier turns look different once later ones are there, so that `spans` holds the last response only.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    ends: bool
+    rewritten: bool
+
+
+class UnrenderableError(Exception):
+    """The chat template refuses these messages, in its own words."""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How one tokenizer writes conversations: its template, and the texts of the tokens that end a response."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    end_tokens: tuple[str, ...]
+
+    def render(self, messages: Messages, tools: Any = None, ask: bool = False) -> str:
+        """Messages as text; with `ask`, up to where the model answers next. Raises UnrenderableError."""
+        return render(self.tokenizer, self.template, messages, tools, ask)
+
+    def end_of(self, text: str, start: int) -> int | None:
+        """The character after the first end token in text[start:], or None."""
+        found = [(text.find(token, start), -len(token)) for token in self.end_tokens]
+        place, length = min((hit for hit in found if hit[0] >= 0), default=(-1, 0))
+        return None if place < 0 else place - length
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages, tools: Any = None, ask: bool = False
+) -> str:
+    """`apply_chat_template` as text, whatever the template does wrong told as UnrenderableError."""
+    from jinja2.exceptions import TemplateError, TemplateSyntaxError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=tools or None,
+            chat_template=template,
+            add_generation_prompt=ask,
+            tokenize=False,
+        )
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"{tokenizer.name_or_path or 'the tokenizer'}: its chat template, line {error.lineno}: {error.message}; "
+            "repair the template"
+        ) from error
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UnrenderableError(str(error) or type(error).__name__) from error
+    assert isinstance(text, str)
+    return text
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, settings: DataRecipe, tools: Any = None) -> str | None:
+    """The chat template: the tokenizer's own, else the fallback that `data.chat_template` names, else None.
+
+    A tokenizer may hold several by name (`default`, `tool_use`); transformers chooses.
+
+    Raises:
+        UserError: `data.chat_template` is neither `plain` nor a readable file, or transformers cannot choose.
+    """
+    if tokenizer.chat_template:
+        try:
+            return tokenizer.get_chat_template(tools=tools or None)
+        except ValueError as error:
+            raise UserError(f"{tokenizer.name_or_path or 'the tokenizer'}: its chat templates: {error}") from error
+    return None if settings.chat_template is None else named_template(settings.chat_template)
+
+
+def named_template(name: str) -> str:
+    """`plain`, or the contents of a .jinja file. Raises UserError."""
+    if name == "plain":
+        return PLAIN_TEMPLATE
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.chat_template: {name}: unreadable ({error}); give `plain` or a .jinja file") from error
+
+
+def load_tokenizer(
+    path: str | os.PathLike[str], settings: DataRecipe, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, with the fallback chat template set where it has none of its own.
+
+    So the tokenizer that a run writes into its folder renders conversations as they were trained.
+
+    Raises:
+        UserError: there is no tokenizer that transformers can open, or the fallback cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: no tokenizer that transformers can open: {reason}") from error
+    if settings.chat_template is not None:
+        if tokenizer.chat_template:
+            logger.warning(
+                "data.chat_template: %s is not used: the tokenizer of %s has a chat template of its own",
+                settings.chat_template,
+                path,
+            )
+        else:
+            tokenizer.chat_template = named_template(settings.chat_template)
+    return tokenizer
+
+
+@functools.lru_cache(maxsize=8)
+def chat_format(tokenizer: PreTrainedTokenizerBase, template: str) -> ChatFormat:
+    """The format of a tokenizer's conversations.
+
+    End tokens: EOS, and the first special token that the template writes after an assistant's content (`<|im_end|>`,
+    `<end_of_turn>`, ...): seen by rendering a short conversation, since templates do not say. A marker that this
+    tokenizer has no special token for is ordinary text.
+    """
+    special = {str(token) for token in tokenizer.all_special_tokens}
+    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special -= {tokenizer.bos_token} - {tokenizer.eos_token}
+    ends = set() if tokenizer.eos_token is None else {str(tokenizer.eos_token)}
+    reply = [{"role": "user", "content": "question"}, {"role": "assistant", "content": PROBE}]
+    for messages in (reply, [{"role": "system", "content": "instruction"}, *reply]):
+        try:
+            _, probe, after = render(tokenizer, template, messages).rpartition(PROBE)
+        except UnrenderableError:
+            continue
+        found = [(after.find(token), -len(token), token) for token in special if token and token in after]
+        if probe and found:
+            ends.add(min(found)[2])
+        break
+    return ChatFormat(tokenizer, template, tuple(sorted(ends)))
+
+
+def render_chat(fmt: ChatFormat, messages: Messages, first: int = 0, tools: Any = None) -> RenderedChat | None:
+    """Renders a conversation and finds its responses: the assistant turns from message `first` on.
+
+    The response to messages[:k] is what render(messages[:k+1]) has after render(messages[:k], ask), up to and including
+    its first end token; without an end token, all of it. Each is looked up in the whole conversation. Where an earlier
+    one does not stand there as it was (templates that drop old reasoning), only the last response is taken.
+
+    Returns:
+        None where the last response cannot be told from the rest.
+
+    Raises:
+        UnrenderableError: the template refuses the conversation.
+        ValueError: no assistant turn from `first` on.
+    """
+    turns = [k for k in range(first, len(messages)) if messages[k]["role"] == "assistant"]
+    if not turns:
+        raise ValueError("no assistant turn")
+    text = fmt.render(messages[: turns[-1] + 1], tools)
+    last = response_span(fmt, messages[: turns[-1] + 1], text, tools)
+    if last is None:
+        return None
+    ends = fmt.end_of(text, last[0]) is not None
+    spans = []
+    for k in turns[:-1]:
+        try:
+            as_asked = fmt.render(messages[: k + 1], tools)
+        except UnrenderableError:
+            return RenderedChat(text, (last,), ends, rewritten=True)
+        span = response_span(fmt, messages[: k + 1], as_asked, tools)
+        if span is None or text[: span[1]] != as_asked[: span[1]]:
+            return RenderedChat(text, (last,), ends, rewritten=True)
+        spans.append(span)
+    return RenderedChat(text, (*spans, last), ends, rewritten=False)
+
+
+def response_span(fmt: ChatFormat, messages: Messages, text: str, tools: Any) -> tuple[int, int] | None:
+    """[start, end) of the last message's response in `text`, which is `messages` rendered; None if it is not found."""
+    start = None
+    try:
+        question = fmt.render(messages[:-1], tools, ask=True)
+        start = len(question) if text.startswith(question) else None
+    except UnrenderableError:
+        pass  # Nothing comes before the response, or only what no model is asked to answer.
+    if start is None:
+        start = content_start(fmt, messages, text, tools)
+    if start is None:
+        return None
+    end = fmt.end_of(text, start)
+    return start, len(text) if end is None else end
+
+
+def content_start(fmt: ChatFormat, messages: Messages, text: str, tools: Any) -> int | None:
+    """Where the last message's content begins in `text`: where two renderings that differ in it alone part.
+
+    For templates whose question is no beginning of the answered conversation, such as those that open the model's
+    reasoning when they ask, and leave it out of the history.
+    """
+    try:
+        one, other = (fmt.render([*messages[:-1], {"role": "assistant", "content": c}], tools) for c in ("x", "y"))
+    except UnrenderableError:
+        return None
+    start = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+    return start if start is not None and text[:start] == one[:start] else None

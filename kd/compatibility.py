@@ -1,0 +1,156 @@
+"""Do these checkpoints belong together? Asked without loading weights, so that `dae check` and a run give the same answers."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from kd.errors import UserError
+from kd.fingerprints import resolve_model
+from kd.provenance import base_fingerprint_of
+
+logger = logging.getLogger("dae")
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Spaces, newlines, digits, accents, other scripts and emoji: where tokenizers with equal vocabularies still differ.
+_PROBES = ("Hello  world\n\n\tx = 1234.50", "naïve café, Größe 42 cm", "价格是多少？ цена €99", "🙂 </s><|im_end|> [INST]")
+
+
+def is_adapter(path: str) -> bool:
+    """True when the folder or hub id holds a peft adapter."""
+    return (resolve_model(path) / ADAPTER_CONFIG).is_file()
+
+
+def check_tokenizers(base: str, others: Mapping[str, str], trust_remote_code: bool = False) -> None:
+    """Every role must speak the base's tokens: same vocabulary and same encoding (padding of the weights may differ).
+
+    others: role -> path. Adapters that bring no tokenizer use the base's. Raises UserError naming role and difference.
+    """
+    ours = _tokenizer(base, trust_remote_code)
+    if ours is None:
+        raise UserError(f"{base}: holds no tokenizer; save it next to the weights with tokenizer.save_pretrained(...).")
+    for role, path in others.items():
+        if path == base:
+            continue
+        theirs = _tokenizer(path, trust_remote_code)
+        if theirs is None:
+            if is_adapter(path):
+                continue
+            raise UserError(
+                f"{role} {path}: holds no tokenizer, so nobody can tell whether it speaks the tokens of {base}. "
+                "If it does, copy the base's tokenizer files into it."
+            )
+        difference = _difference(ours, theirs)
+        if difference:
+            raise UserError(
+                f"{role} {path}: its tokenizer is not that of {base} ({difference}). A teacher must share the student's "
+                "tokenizer: token i would mean something else to each."
+            )
+
+
+def _tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    folder = resolve_model(path)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: its tokenizer cannot be opened: {str(error).splitlines()[0]}") from error
+    return tokenizer
+
+
+def _difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
+    a, b = ours.get_vocab(), theirs.get_vocab()
+    if a != b:
+        if len(a) != len(b):
+            return f"{len(b)} tokens against {len(a)}"
+        token = min(token for token in a if b.get(token) != a[token])
+        return f"{token!r} is token {a[token]} in one and {b.get(token)} in the other"
+    for text in _PROBES:
+        if ours.encode(text, add_special_tokens=False) != theirs.encode(text, add_special_tokens=False):
+            return f"{text!r} is cut into other tokens"
+    return None
+
+
+def check_adapter(role: str, path: str, base: str, base_fingerprint: str, trust_remote_code: bool = False) -> None:
+    """An adapter must be LoRA (or DoRA) and made for these base weights.
+
+    With a recorded base fingerprint (runs of this toolkit) that decides; without, its tensors must fit the base's modules,
+    and another recorded base name gives a warning. Raises UserError naming what does not fit.
+    """
+    folder = resolve_model(path)
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UserError(
+            f"{role} {path}: a {kind} adapter; only LoRA and DoRA adapters can share the backbone. "
+            "Where the method allows it, merge it into its base and pass the full checkpoint."
+        )
+    recorded = base_fingerprint_of(folder)
+    if recorded is not None and recorded != base_fingerprint:
+        raise UserError(
+            f"{role} {path}: this adapter was trained on another base (fingerprint {recorded[:12]}, but {base} is "
+            f"{base_fingerprint[:12]}). Pass its own base as --base, or merge it and pass the full checkpoint."
+        )
+    _check_shapes(role, path, folder, base, trust_remote_code)
+    name = config.get("base_model_name_or_path")
+    if recorded is None and name and Path(str(name)).name != Path(base).name:
+        logger.warning("%s %s: was trained on %s by its own account, and is used on %s", role, path, name, base)
+
+
+def _check_shapes(role: str, path: str, folder: Path, base: str, trust_remote_code: bool) -> None:
+    modules = dict(empty_model(base, trust_remote_code).named_modules())
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 - not a dict
+            name = key.removeprefix("base_model.model.")
+            shape = list(file.get_slice(key).get_shape())
+            module_name, _, part = name.partition(".lora_")
+            if not part:
+                module_name, _, part = name.rpartition(".")
+            module = modules.get(module_name)
+            if module is None:
+                raise UserError(
+                    f"{role} {path}: has weights for {module_name}, which {base} does not have; "
+                    "it was made for another architecture."
+                )
+            expected = _expected_shape(module, part, shape)
+            if expected is not None and shape != expected:
+                raise UserError(
+                    f"{role} {path}: {name} is {shape}, but {base} wants {expected}; it was made for another base."
+                )
+
+
+def _expected_shape(module: nn.Module, part: str, shape: list[int]) -> list[int] | None:
+    """What a tensor's shape must be on this module; the rank is the adapter's own."""
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        return None
+    out_features, in_features = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape[:2] if weight.dim() > 1 else (weight.shape[0], 0)
+    if part.startswith("A."):
+        return [shape[0], in_features]
+    if part.startswith("B."):
+        return [out_features, shape[1]]
+    if part == "weight":
+        return list(weight.shape)
+    return None
+
+
+def empty_model(path: str, trust_remote_code: bool = False) -> nn.Module:
+    """The checkpoint's architecture without memory for its weights. Raises UserError where it is no causal LM."""
+    try:
+        config: Any = AutoConfig.from_pretrained(str(resolve_model(path)), trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read as a causal language model: {str(error).splitlines()[0]}") from error
+    return model

@@ -1,0 +1,442 @@
+"""Records -> token rows: input ids, and which of them are response tokens (only they carry loss).
+
+Legend: T positions of a row, R rows. The response mask is aligned with the ids: mask_T[t] says that token t is a
+response token, which the logits of position t - 1 predict. mask_T[0] is False in every row: nothing predicts token 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kd.chat import ChatFormat, UnrenderableError, chat_format, load_tokenizer, render_chat, template_of
+from kd.config import DataRecipe, SourceRecipe
+from kd.errors import UserError
+from kd.records import read_records, record_form
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "Dropped",
+    "SourceReport",
+    "TokenRow",
+    "TokenRows",
+    "encode_record",
+    "load_rows",
+    "load_tokenizer",
+    "marked_text",
+    "read_records",
+]
+
+BATCH_RECORDS = 1024
+
+NO_ASSISTANT = "no assistant turn"
+NO_RESPONSE = "no response token"
+PROMPT_TOO_LONG = "prompt fills max_length: no response token left"
+RESPONSE_NOT_FOUND = "the chat template hides where the response begins"
+
+EOS_APPENDED = "the template renders no end token: EOS appended"
+ENDLESS = "the template renders no end token, and append_eos is false: the response has none"
+REWRITTEN = "the template rewrites earlier turns: last assistant turn only"
+
+Ids = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One row: input_ids [T], and response_mask [T], True for response tokens and never at position 0."""
+
+    input_ids: list[int]
+    response_mask: list[bool]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A record that gives no row, and why."""
+
+    reason: str
+
+
+@dataclass
+class SourceReport:
+    """What became of one source's records. `truncated` rows are among `kept`; notes begin with the rows they are on."""
+
+    path: str
+    records: int = 0
+    kept: int = 0
+    truncated: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    response_tokens: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+class TokenRows:
+    """R rows in flat arrays: input_ids int32 and response_mask bool over all tokens, offsets int64 [R + 1]."""
+
+    def __init__(self, input_ids: Ids, response_mask: Mask, offsets: npt.NDArray[np.int64]) -> None:
+        assert len(input_ids) == len(response_mask) == offsets[-1], (len(input_ids), len(response_mask), offsets[-1])
+        self.input_ids = input_ids
+        self.response_mask = response_mask
+        self.offsets = offsets
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[tuple[Sequence[int], npt.ArrayLike]]) -> TokenRows:
+        """Rows given as (input_ids, response_mask)."""
+        ids, masks = [np.zeros(0, np.int32)], [np.zeros(0, np.bool_)]
+        for row_ids, row_mask in rows:
+            ids.append(np.asarray(row_ids, np.int32))
+            masks.append(np.asarray(row_mask, np.bool_))
+        offsets = np.cumsum([len(row) for row in ids], dtype=np.int64)
+        return cls(np.concatenate(ids), np.concatenate(masks), offsets)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[TokenRows]) -> TokenRows:
+        """The rows of all parts, in order."""
+        lengths = np.concatenate([np.zeros(1, np.int64), *(part.lengths for part in parts)])
+        ids = np.concatenate([np.zeros(0, np.int32), *(part.input_ids for part in parts)])
+        mask = np.concatenate([np.zeros(0, np.bool_), *(part.response_mask for part in parts)])
+        return cls(ids, mask, np.cumsum(lengths))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def arrays(self, row: int) -> tuple[Ids, Mask]:
+        """(input_ids [T], response_mask [T]) of one row, as views."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        part = slice(self.offsets[row], self.offsets[row + 1])
+        return self.input_ids[part], self.response_mask[part]
+
+    def __getitem__(self, row: int) -> TokenRow:
+        ids, mask = self.arrays(row)
+        return TokenRow(ids.tolist(), mask.tolist())
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """[R] tokens of each row."""
+        return np.diff(self.offsets)
+
+    @property
+    def response_counts(self) -> npt.NDArray[np.int64]:
+        """[R] response tokens of each row."""
+        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.response_mask, dtype=np.int64)])
+        return np.diff(before[self.offsets])
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A record as text, before the tokenizer has seen it.
+
+    Attributes:
+        text: the whole row.
+        special: whether the tokenizer adds its own special tokens (BOS).
+        append_eos: whether EOS follows the text.
+        prompt: pairs: the part of `text` that is no response.
+        spans: conversations: [start, end) of each response in characters.
+        context: token that stands before a pair without a prompt.
+    """
+
+    text: str
+    special: bool
+    append_eos: bool
+    prompt: str | None = None
+    spans: tuple[tuple[int, int], ...] | None = None
+    context: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row with what its source's report wants to know."""
+
+    input_ids: list[int]
+    response_mask: Mask
+    truncated: bool
+    notes: tuple[str, ...]
+
+
+def encode_record(
+    record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, settings: DataRecipe, location: str
+) -> TokenRow | Dropped:
+    r"""One record as a token row.
+
+    `text`: every token is a response token, BOS excepted; BOS as the tokenizer adds it, EOS with `append_eos: true`.
+
+    `prompt` and `completion` as text: no template; ids and cut as in lm-eval 0.4.13 (`TemplateLM._encode_pair`), so
+    that a row is trained as it will be scored. Trailing white space of the prompt goes to the completion, both are
+    encoded together, and as many tokens as the prompt has alone are the prompt's, so a token across the boundary is
+    too. An EOS that the tokenizer adds by itself is taken off both first. EOS is appended unless `append_eos: false`,
+    never twice.
+
+    Conversations (`messages`; or `prompt` and `completion` as message lists, where only the completion's assistant
+    turns are responses): the template's text is encoded once, without further special tokens, so BOS is there exactly
+    if the template writes it. A token belongs to a response if its first character that is no white space does; a
+    token of white space only belongs where it begins. So after `Answer: `, a token ` yes` is a response token, and
+    where `\n` before a response merges with a `\n` in it, that token is not. Where no end token is rendered, EOS is
+    appended unless `append_eos: false`. (Tokenizers that give no character offsets: cut as pairs are.)
+
+    A row longer than `max_length` is cut on the right, EOS included.
+
+    Args:
+        record: as `read_records` yields it.
+        tokenizer: as `load_tokenizer` gives it.
+        settings: `max_length`, `append_eos` and `chat_template` are used.
+        location: named in messages, such as `rows.jsonl:7`.
+
+    Raises:
+        UserError: the record has none of these forms, the template refuses it, or the tokenizer lacks what it needs.
+    """
+    drafted = draft(record, tokenizer, settings, location)
+    if isinstance(drafted, Dropped):
+        return drafted
+    (encoded,) = encode_drafts([drafted], tokenizer, settings.max_length)
+    if isinstance(encoded, Dropped):
+        return encoded
+    return TokenRow(encoded.input_ids, encoded.response_mask.tolist())
+
+
+def load_rows(
+    sources: Sequence[SourceRecipe], tokenizer: PreTrainedTokenizerBase, settings: DataRecipe
+) -> tuple[list[TokenRows], list[SourceReport]]:
+    """Reads and encodes sources, in order: the rows of each, and what became of its records.
+
+    Raises:
+        UserError: a source cannot be read, a record is wrong (the first one is named), or every record was dropped.
+    """
+    rows, reports = [], []
+    for source in sources:
+        report = SourceReport(source.path)
+        kept = TokenRows.from_rows(encode_source(source, tokenizer, settings, report))
+        if not len(kept):
+            reasons = "; ".join(f"{count} x {reason}" for reason, count in report.dropped.items())
+            raise UserError(
+                f"{source.path}: none of its {report.records} rows gives a response token ({reasons}); "
+                f"check the rows, or raise data.max_length ({settings.max_length})"
+            )
+        report.kept, report.tokens = len(kept), len(kept.input_ids)
+        report.response_tokens = int(kept.response_mask.sum())
+        rows.append(kept)
+        reports.append(report)
+    return rows, reports
+
+
+def encode_source(
+    source: SourceRecipe, tokenizer: PreTrainedTokenizerBase, settings: DataRecipe, report: SourceReport
+) -> Iterator[tuple[list[int], Mask]]:
+    """Yields the rows of a source and fills in what its report says of records, truncation, drops and notes."""
+    notes: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    records = read_records(source)
+    while batch := list(itertools.islice(records, BATCH_RECORDS)):
+        report.records += len(batch)
+        drafted = [draft(record, tokenizer, settings, location) for location, record in batch]
+        dropped.update(item.reason for item in drafted if isinstance(item, Dropped))
+        drafts = [item for item in drafted if isinstance(item, Draft)]
+        for encoded in encode_drafts(drafts, tokenizer, settings.max_length):
+            if isinstance(encoded, Dropped):
+                dropped[encoded.reason] += 1
+                continue
+            report.truncated += encoded.truncated
+            notes.update(encoded.notes)
+            yield encoded.input_ids, encoded.response_mask
+    report.dropped = dict(dropped)
+    report.notes = [f"{count} rows: {note}" for note, count in notes.items()]
+
+
+def draft(
+    record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, settings: DataRecipe, location: str
+) -> Draft | Dropped:
+    """A record as text. Raises UserError (see `encode_record`)."""
+    form = record_form(record, location)
+    append_eos = settings.append_eos if settings.append_eos is not None else form != "text"
+    if append_eos and form in ("pair", "text") and tokenizer.eos_token_id is None:
+        raise UserError(f"{location}: {missing_eos(tokenizer)}")
+    if form == "text":
+        return Draft(record["text"], adds_special(record["text"], tokenizer), append_eos)
+    if form == "pair":
+        return pair_draft(record["prompt"], record["completion"], tokenizer, append_eos)
+    first = 0 if form == "messages" else len(record["prompt"])
+    messages = record["messages"] if form == "messages" else [*record["prompt"], *record["completion"]]
+    if all(message["role"] != "assistant" for message in messages[first:]):
+        return Dropped(NO_ASSISTANT)
+    tools = record.get("tools")
+    template = template_of(tokenizer, settings, tools)
+    if template is None:
+        raise UserError(
+            f"{location}: a conversation, but the tokenizer {tokenizer.name_or_path} has no chat template; "
+            "set data.chat_template to `plain` or to a .jinja file"
+        )
+    return chat_draft(chat_format(tokenizer, template), messages, first, tools, append_eos, location)
+
+
+def missing_eos(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The message for a tokenizer without EOS."""
+    return f"the tokenizer {tokenizer.name_or_path} has no EOS token to append; set data.append_eos: false"
+
+
+def pair_draft(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, append_eos: bool) -> Draft:
+    """Prompt and completion as lm-eval prepares them; an empty prompt gives BOS (without one, EOS) as the context."""
+    if prompt == "":
+        context = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return Draft(completion, False, append_eos, prompt="", context=context)
+    text = prompt + completion
+    return Draft(text, adds_special(text, tokenizer), append_eos, prompt=prompt.rstrip())
+
+
+def chat_draft(
+    fmt: ChatFormat, messages: Sequence[dict[str, Any]], first: int, tools: Any, append_eos: bool, location: str
+) -> Draft | Dropped:
+    """A conversation, rendered. Raises UserError where the template refuses it."""
+    try:
+        chat = render_chat(fmt, messages, first, tools)
+    except UnrenderableError as error:
+        raise UserError(
+            f"{location}: the chat template refuses this conversation: {error}; its roles are "
+            f"{', '.join(message['role'] for message in messages)}: change the row or data.chat_template"
+        ) from error
+    if chat is None:
+        return Dropped(RESPONSE_NOT_FOUND)
+    notes = [REWRITTEN] if chat.rewritten else []
+    if not chat.ends:
+        notes.append(EOS_APPENDED if append_eos else ENDLESS)
+        if append_eos and fmt.tokenizer.eos_token_id is None:
+            raise UserError(f"{location}: {missing_eos(fmt.tokenizer)}")
+    return Draft(chat.text, False, append_eos and not chat.ends, spans=chat.spans, notes=tuple(notes))
+
+
+def adds_special(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer may add its special tokens: not where the text already begins with BOS."""
+    return tokenizer.bos_token is None or not text.startswith(str(tokenizer.bos_token))
+
+
+def encode_drafts(
+    drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Encoded | Dropped]:
+    """Drafts through the tokenizer, many at a time."""
+    ids: list[list[int]] = [[] for _ in drafts]
+    masks: list[Mask] = [np.zeros(0, np.bool_) for _ in drafts]
+    for special in (False, True):
+        chosen = [i for i, item in enumerate(drafts) if item.special is special and item.spans is None]
+        texts = encode_texts([drafts[i].text for i in chosen], tokenizer, special)
+        prompts = encode_texts([drafts[i].prompt or "" for i in chosen], tokenizer, special)
+        for i, text_ids, prompt_ids in zip(chosen, texts, prompts, strict=True):
+            ids[i], masks[i] = cut_text(drafts[i], text_ids, prompt_ids)
+    chats = [i for i, item in enumerate(drafts) if item.spans is not None]
+    for i, (text_ids, mask) in zip(chats, encode_chats([drafts[i] for i in chats], tokenizer), strict=True):
+        ids[i], masks[i] = text_ids, mask
+    return [
+        finish(item, row_ids, mask, tokenizer.eos_token_id, max_length)
+        for item, row_ids, mask in zip(drafts, ids, masks, strict=True)
+    ]
+
+
+def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special: bool) -> list[list[int]]:
+    """Token ids of each text; an EOS that the tokenizer adds by itself is taken off (`append_eos` decides)."""
+    if not texts:
+        return []
+    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+    if special and tokenizer.eos_token is not None:
+        for text, row in zip(texts, encoded, strict=True):
+            added = row[-1:] == [tokenizer.eos_token_id] and not text.endswith(str(tokenizer.eos_token))
+            if added and row != [tokenizer.bos_token_id]:
+                row.pop()
+    return encoded
+
+
+def cut_text(item: Draft, text_ids: list[int], prompt_ids: list[int]) -> tuple[list[int], Mask]:
+    """Ids and response mask of a text or a pair, by the number of tokens that the prompt has alone."""
+    cut = 0 if item.prompt is None else len(prompt_ids)
+    if item.context is not None:
+        text_ids = text_ids if text_ids[:1] == [item.context] else [item.context, *text_ids]
+        cut = 1
+    return text_ids, np.arange(len(text_ids)) >= cut
+
+
+def encode_chats(
+    drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], Mask]]:
+    """(ids, response mask) of rendered conversations."""
+    if not drafts:
+        return
+    texts = [item.text for item in drafts]
+    if not tokenizer.is_fast:
+        for item, ids in zip(drafts, encode_texts(texts, tokenizer, False), strict=True):
+            yield ids, mask_from_prefixes(item, len(ids), tokenizer)
+        return
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    for item, ids, offsets in zip(drafts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        yield ids, mask_from_offsets(item.text, item.spans or (), offsets)
+
+
+def mask_from_offsets(text: str, spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]) -> Mask:
+    """[T] which tokens are in a span, by the rule of `encode_record`.
+
+    Args:
+        text: what was encoded.
+        spans: [start, end) in characters.
+        offsets: [start, end) in characters of each token, in order.
+    """
+    edges = np.asarray(offsets, np.int64).reshape(-1, 2)
+    starts, ends = edges[:, 0].copy(), edges[:, 1]
+    # Byte-level tokenizers trim spaces off their offsets: a token of spaces shrinks to nothing behind them. It begins
+    # where the token before it ends. (What they trim off a word does not matter: its first other character decides.)
+    before = np.concatenate([[0], ends[:-1]])
+    starts = np.where(starts == ends, np.minimum(starts, before), starts)
+    mask = np.zeros(len(edges), np.bool_)
+    for start, end in spans:
+        mask |= (starts >= start) & (starts < end)
+    for edge in {edge for span in spans for edge in span}:
+        for token in np.flatnonzero((starts < edge) & (ends > edge)):
+            piece = text[starts[token] : ends[token]]
+            first = int(starts[token]) + len(piece) - len(piece.lstrip())
+            if piece.strip():
+                mask[token] = any(start <= first < end for start, end in spans)
+    return mask
+
+
+def mask_from_prefixes(item: Draft, length: int, tokenizer: PreTrainedTokenizerBase) -> Mask:
+    """[T] which tokens are in a span, by the number of tokens before its two ends (for tokenizers without offsets)."""
+    mask = np.zeros(length, np.bool_)
+    for start, end in item.spans or ():
+        first, last = (len(ids) for ids in encode_texts([item.text[:start], item.text[:end]], tokenizer, False))
+        mask[first:last] = True
+    return mask
+
+
+def finish(item: Draft, ids: list[int], mask: Mask, eos_token_id: int | None, max_length: int) -> Encoded | Dropped:
+    """EOS, truncation, and whether any response token is left."""
+    if item.append_eos and eos_token_id is not None and ids[-1:] != [eos_token_id]:
+        ids, mask = [*ids, eos_token_id], np.append(mask, True)
+    had_response = bool(mask[1:].any())
+    truncated = len(ids) > max_length
+    ids, mask = ids[:max_length], mask[:max_length].copy()
+    mask[:1] = False
+    if not mask.any():
+        return Dropped(PROMPT_TOO_LONG if had_response else NO_RESPONSE)
+    return Encoded(ids, mask, truncated, item.notes)
+
+
+def marked_text(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """A row for people: consecutive (text, is_response) segments that together are the decoded row, special tokens too.
+
+    A character whose bytes fall into two segments is shown in the later one.
+    """
+    edges = [t for t in range(1, len(row.input_ids)) if row.response_mask[t] != row.response_mask[t - 1]]
+    segments = []
+    shown = 0
+    for begin, end in itertools.pairwise([0, *edges, len(row.input_ids)]):
+        text = tokenizer.decode(row.input_ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        upto = len(text) if end == len(row.input_ids) else len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        segments.append((text[shown:upto], row.response_mask[begin]))
+        shown = max(shown, upto)
+    return segments

@@ -1,0 +1,188 @@
+"""Files that survive kill -9 and power loss: written beside their place, synced, renamed into it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from kd.errors import MachineError, UserError
+
+TEMPORARY_PREFIX = ".tmp-"  # what may be found under this name after a kill is removed or overwritten, never read
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
+# For a full disk safetensors and torch raise no OSError: the first quotes the system's words, the second only names the
+# source file of its writer.
+_FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container.cc")
+_NEARLY_NOTHING = 1 << 20  # bytes free below which torch's writer is taken to have met a full disk
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Say in the user's terms what the file system says while something is written at `path`.
+
+    Raises:
+        MachineError: the disk or the quota is full, also where safetensors or torch report it in their own way.
+        UserError: `path` may not be written (permissions, a read-only file system, a file where a folder should be).
+    """
+    try:
+        yield
+    except (UserError, MachineError):
+        raise
+    except Exception as error:
+        if _means_full(error, path):
+            raise MachineError(
+                f"{path}: the disk is full; free some space there and give the same command again "
+                "(whole checkpoints are kept)"
+            ) from error
+        if isinstance(error, OSError) and error.errno in _NOT_ALLOWED:
+            where = error.filename if isinstance(error.filename, str) else path
+            raise UserError(
+                f"{where}: cannot be written ({error.strerror}); choose another place or change its permissions"
+            ) from error
+        raise
+
+
+def _means_full(error: Exception, path: Path) -> bool:
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    text = str(error)
+    if any(full in text for full in _FULL_TEXTS):
+        return True
+    if not any(writer in text for writer in _TORCH_WRITER):
+        return False
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free < _NEARLY_NOTHING
+
+
+def fsync_path(path: Path) -> None:
+    """Bring one file or folder (its list of names) onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Bring everything below `folder`, and `folder` itself, onto the disk."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            fsync_path(Path(parent, name))
+        fsync_path(Path(parent))
+
+
+def write_text_durably(path: Path, text: str) -> None:
+    """Write `text` (UTF-8) so that `path` holds either its old content or all of the new one, whenever it stops.
+
+    Raises:
+        MachineError: the disk is full. `path` is as before.
+        UserError: the folder may not be written.
+    """
+    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    with disk_errors(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        fsync_path(path.parent)
+
+
+def append_lines(path: Path, lines: str) -> None:
+    """Append whole lines in one write; what a failing write left of them is taken back.
+
+    Raises:
+        MachineError: the disk is full.
+        UserError: the file may not be written.
+    """
+    data = lines.encode()
+    with disk_errors(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            try:
+                written = os.write(descriptor, data)
+                if written < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            except OSError:
+                os.ftruncate(descriptor, size)
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def cut_torn_line(path: Path) -> bool:
+    """Cut what stands after the last newline (a line that a kill interrupted). True if something was cut."""
+    if not path.exists():
+        return False
+    with disk_errors(path), path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        keep = end
+        while keep > 0:
+            start = max(0, keep - 65536)
+            file.seek(start)
+            newline = file.read(keep - start).rfind(b"\n")
+            if newline >= 0:
+                keep = start + newline + 1
+                break
+            keep = start
+        if keep == end:
+            return False
+        file.truncate(keep)
+        os.fsync(file.fileno())
+    return True
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that it holds, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's words: numbers of numpy and torch as Python's, "nan", "inf", "-inf" where it has no word."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):
+        value = value.item()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """A mapping as an indented JSON file's text."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of the toolkit's own writing.
+
+    Raises:
+        UserError: it is gone or is no JSON object any more.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore it, or choose another --output") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is no JSON object; restore it, or choose another --output")
+    return content

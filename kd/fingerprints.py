@@ -1,0 +1,187 @@
+"""Which model and which data: SHA-256 fingerprints by which a run knows its inputs again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from kd.errors import UserError
+from kd.provenance import FINISHED, read_provenance
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Some hub repositories carry a second copy of the weights in their authors' own format.
+_NOT_DOWNLOADED = ("consolidated*", "original/*", "onnx/*", "openvino/*")
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_sha256(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of each named file below `folder`. Files are read side by side: hashing does not hold the interpreter."""
+    ordered = sorted(names)
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return dict(zip(ordered, pool.map(lambda name: file_sha256(folder / name), ordered), strict=True))
+
+
+def joint_sha256(hashes: Mapping[str, str]) -> str:
+    """One SHA-256 over names and hashes: what `LC_ALL=C sha256sum NAMES... | sha256sum` prints for sorted names."""
+    listing = "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def data_sha256(path: str | Path) -> str:
+    """Fingerprint of a data file (SHA-256 of its bytes) or of a folder saved by `datasets` (joint hash of its files).
+
+    Rows that come from a hub have no file to hash: see `rows_sha256`.
+
+    Raises:
+        UserError: there is no such file or folder.
+    """
+    place = Path(path)
+    if place.is_file():
+        return file_sha256(place)
+    if not place.is_dir():
+        raise UserError(f"{path}: there is no such file or folder")
+    # `datasets` leaves cache-*.arrow files in a folder that is merely read.
+    names = [
+        file.relative_to(place).as_posix()
+        for file in place.rglob("*")
+        if file.is_file() and not file.name.startswith(("cache-", "."))
+    ]
+    return joint_sha256(files_sha256(place, names))
+
+
+def rows_sha256(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Fingerprint of rows wherever they lie: SHA-256 over one line of JSON with sorted keys for each row, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def resolve_model(path_or_id: str | Path) -> Path:
+    """The local folder of a model: a folder as it is, or the local snapshot of a hub id, fetched when needed.
+
+    Raises:
+        UserError: no such folder, or the hub id can neither be fetched nor found in the local cache.
+    """
+    place = Path(path_or_id)
+    if place.is_dir():
+        return place
+    name = str(path_or_id)
+    if place.exists() or not _HUB_ID.fullmatch(name) or name.startswith(("./", "../", "~")):
+        kind = "this is a file, a model is a folder" if place.exists() else "there is no such folder"
+        raise UserError(f"{name}: {kind}; give the folder of a checkpoint or adapter, or a hub id")
+    return _hub_snapshot(name)
+
+
+def _hub_snapshot(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "*.py"]
+    fetch: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": list(_NOT_DOWNLOADED)}
+    try:
+        return Path(snapshot_download(name, **fetch))
+    except Exception as error:  # the hub client raises errors of four libraries; all mean that it cannot be had
+        try:
+            return Path(snapshot_download(name, local_files_only=True, **fetch))
+        except Exception:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"{name}: there is no such folder, and the hub does not give a model of this name ({reason}); "
+                "check the spelling, your network and your hub login, or download it and give its folder"
+            ) from error
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that make up a model: its safetensors weights and its config.
+
+    An adapter (adapter_config.json is there) is adapter_model.safetensors; a checkpoint is model.safetensors or else
+    the files that model.safetensors.index.json lists.
+
+    Raises:
+        UserError: weights are missing, torn, pickled, or lie outside the folder.
+    """
+    adapter = (folder / "adapter_config.json").is_file()
+    config = "adapter_config.json" if adapter else "config.json"
+    single = "adapter_model.safetensors" if adapter else "model.safetensors"
+    index = "model.safetensors.index.json"
+    if not (folder / config).is_file():
+        raise UserError(
+            f"{folder}: has no config.json and no adapter_config.json, so it is neither checkpoint nor adapter"
+        )
+    if (folder / single).is_file():
+        return [config, single]
+    if not adapter and (folder / index).is_file():
+        return [config, index, *_shards(folder / index)]
+    pickles = sorted(
+        {file.name for pattern in _PICKLES for file in folder.glob(pattern) if file.name != "training_args.bin"}
+    )
+    if pickles:
+        raise UserError(
+            f"{folder}: its weights are pickled ({', '.join(pickles[:3])}), and a pickle can run any code; "
+            'convert them: load them where you trust them and call model.save_pretrained("NEW_FOLDER")'
+        )
+    raise UserError(f"{folder}: has {config} but no {single}")
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index}: cannot be read ({error!r}); save or download the checkpoint again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index}: names {name!r}, which is no safetensors file beside it")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index}: lists {name}, which is missing; save or download the checkpoint again")
+    return names
+
+
+def check_safetensors(path: Path) -> None:
+    """See from header and size alone that a safetensors file is whole.
+
+    Raises:
+        UserError: torn, empty, or no safetensors file at all (such as a git-lfs pointer).
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        header = file.read(length) if len(start) == 8 and length <= min(size, 100_000_000) else b""
+    try:
+        entries = json.loads(header)
+        end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        pointer = " (it is a git-lfs pointer: run `git lfs pull`)" if start == b"version " else ""
+        raise UserError(f"{path}: is no whole safetensors file{pointer}; save or download it again") from error
+    if size != 8 + length + end:
+        raise UserError(f"{path}: has {size} bytes where its header says {8 + length + end}; save or download it again")
+
+
+def model_fingerprint(path_or_id: str | Path) -> str:
+    """Fingerprint of a checkpoint or adapter: joint SHA-256 over names and contents of `weight_files`.
+
+    It does not depend on where the folder lies, nor on tokenizer, model card or generation settings. Another sharding
+    of the same weights counts as another model.
+
+    Raises:
+        UserError: the model cannot be had, is pickled or torn, or is the folder of a run that has not finished.
+    """
+    folder = resolve_model(path_or_id)
+    if read_provenance(folder) is not None and not (folder / FINISHED).is_file():
+        raise UserError(f"{path_or_id}: this run has not finished; give its command again to let it finish")
+    names = weight_files(folder)
+    for name in names:
+        if name.endswith(".safetensors"):
+            check_safetensors(folder / name)
+    return joint_sha256(files_sha256(folder, names))

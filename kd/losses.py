@@ -1,0 +1,303 @@
+"""Divergences between two next-token distributions, from hidden states and heads, chunked over tokens.
+
+Shape legend: N response tokens, D width of the student, E width of the teacher, V vocabulary rows that both heads have.
+
+Nothing here makes a tensor of N x V: tokens are taken in chunks, each chunk's logits live for a moment, and the gradient with
+respect to the hidden states (N x D) is worked out while they do. The backward pass is written out instead of recorded, so
+KL(p, p) has a gradient of exactly zero (autograd's is rounding noise, which AdamW blows up to full-size steps).
+
+Every function returns sums over tokens; the trainer divides once, by the count of the whole optimizer step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+
+# Elements of one chunk's logits. A CPU wants them to stay in its cache (8 MiB in fp32; measured 2x slower at 128 MiB), an
+# accelerator wants large products (256 MiB).
+CPU_CHUNK_ELEMENTS = 2**21
+ACCELERATOR_CHUNK_ELEMENTS = 2**26
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output layer of a causal LM: logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap).
+
+    weight_VD: [V, D]; bias_V: [V] or None; scale: Cohere's `logit_scale`, Granite's 1 / `logits_scaling`;
+    softcap: Gemma's `final_logit_softcapping`, None where there is none.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def first_rows(self, rows: int) -> Head:
+        """The same head over the first `rows` vocabulary entries (heads may be padded to different sizes)."""
+        if rows == self.weight_VD.shape[0]:
+            return self
+        bias_V = None if self.bias_V is None else self.bias_V[:rows]
+        return Head(self.weight_VD[:rows], bias_V, self.scale, self.softcap)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """[N, D] -> [N, V]; the product in the weight's dtype, all that follows in fp32 (fp64 stays fp64)."""
+        product_NV = hidden_ND.to(self.weight_VD.dtype) @ self.weight_VD.T
+        logits_NV = product_NV.to(_sum_dtype(product_NV.dtype))
+        if self.bias_V is not None:
+            logits_NV = logits_NV + self.bias_V
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.softcap is not None:
+            logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
+        return logits_NV
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """What one response token costs: (1 - lambda) * NTP + lambda * T^2 * divergence at temperature T.
+
+    weight: lambda, the weight of the divergence in 0..1 (0 is plain next-token prediction).
+    beta: only for `jsd`: 0 is forward KL, 1 is reverse KL, between them the generalised Jensen-Shannon divergence
+    beta * KL(teacher || m) + (1 - beta) * KL(student || m) with m = beta * teacher + (1 - beta) * student
+    (Agarwal et al. 2023, arXiv 2306.13649, eq. 1). The limits 0 and 1 of that formula are 0, hence the convention.
+    """
+
+    weight: float = 1.0
+    temperature: float = 1.0
+    divergence: Divergence = "forward_kl"
+    beta: float = 0.5
+
+    @property
+    def kind(self) -> Divergence:
+        """The divergence after the convention on beta's two ends."""
+        if self.divergence == "jsd" and self.beta in (0.0, 1.0):
+            return "forward_kl" if self.beta == 0.0 else "reverse_kl"
+        return self.divergence
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over response tokens, in nats. Only `loss` carries a gradient.
+
+    loss: what TokenLoss says; kl: KL(teacher || student) at temperature 1, NaN without a teacher;
+    ntp: -log p_student(label). All 0-dimensional, fp32 (fp64 for fp64 inputs).
+    """
+
+    loss: Tensor
+    kl: Tensor
+    ntp: Tensor
+
+
+def token_loss_sums(
+    hidden_ND: Tensor,
+    head: Head,
+    labels_N: Tensor,
+    token_loss: TokenLoss,
+    teacher_hidden_NE: Tensor | None = None,
+    teacher_head: Head | None = None,
+    *,
+    chunk_tokens: int | None = None,
+) -> LossSums:
+    """Sum the loss of N response tokens from final hidden states; DAE's eq. for one route (arXiv 2406.19112).
+
+    hidden_ND [N, D] and teacher_hidden_NE [N, E] (any float dtype) stand at the positions that predict labels_N [N] int64.
+    The heads may differ in width and in padding: both distributions are over the rows they have in common, which
+    must hold every label. N = 0 gives zeros that are still connected to the graph.
+
+    Gradients reach hidden_ND and head.weight_VD / bias_V where they ask for it, never the teacher's side. They are worked out
+    in the forward pass, so the product is formed even if backward is never called (not under torch.no_grad).
+    """
+    assert (teacher_hidden_NE is None) == (teacher_head is None), "a teacher is hidden states and a head"
+    assert teacher_head is not None or token_loss.weight == 0.0, "a divergence needs a teacher"
+    if teacher_head is not None:
+        rows = min(head.weight_VD.shape[0], teacher_head.weight_VD.shape[0])
+        head, teacher_head = head.first_rows(rows), teacher_head.first_rows(rows)
+    if chunk_tokens is None:
+        elements = CPU_CHUNK_ELEMENTS if hidden_ND.device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
+        chunk_tokens = max(16, elements // head.weight_VD.shape[0])
+    loss, kl, ntp = _ChunkedLoss.apply(
+        hidden_ND,
+        head.weight_VD,
+        head.bias_V,
+        head,
+        labels_N,
+        token_loss,
+        None if teacher_hidden_NE is None else teacher_hidden_NE.detach(),
+        teacher_head,
+        chunk_tokens,
+    )
+    return LossSums(loss, kl, ntp)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Forward over chunks with the gradients worked out on the way; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        head: Head,
+        labels_N: Tensor,
+        token_loss: TokenLoss,
+        teacher_hidden_NE: Tensor | None,
+        teacher_head: Head | None,
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # Inside forward autograd is off; what the caller asked for is in needs_input_grad.
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        sum_dtype = _sum_dtype(weight_VD.dtype)
+        grad_hidden_ND = torch.zeros_like(hidden_ND) if wants_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=sum_dtype) if wants_weight else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=sum_dtype) if wants_bias and bias_V is not None else None
+        totals = torch.zeros(3, dtype=sum_dtype, device=hidden_ND.device)
+
+        for start in range(0, hidden_ND.shape[0], chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            logits_NV = head.logits(hidden_ND[chunk])
+            teacher_logits_NV = None
+            if teacher_head is not None and teacher_hidden_NE is not None:
+                teacher_logits_NV = teacher_head.logits(teacher_hidden_NE[chunk])
+            sums, grad_NV = _chunk_sums(
+                logits_NV, teacher_logits_NV, labels_N[chunk], token_loss, wants_hidden or wants_weight or wants_bias
+            )
+            totals += sums
+            if grad_NV is None:
+                continue
+            _chain_through_head(grad_NV, logits_NV, head)
+            if grad_bias_V is not None:
+                grad_bias_V += grad_NV.sum(0)
+            grad_NV = grad_NV.to(weight_VD.dtype)
+            if grad_hidden_ND is not None:
+                grad_hidden_ND[chunk] = (grad_NV @ weight_VD).to(hidden_ND.dtype)
+            if grad_weight_VD is not None:
+                grad_weight_VD += grad_NV.T @ hidden_ND[chunk].to(weight_VD.dtype)
+
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
+        ctx.weight_dtype = weight_VD.dtype
+        loss, kl, ntp = totals.unbind()
+        if teacher_head is None:
+            kl = torch.full_like(kl, math.nan)
+        ctx.mark_non_differentiable(kl, ntp)
+        return loss.clone(), kl, ntp
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_loss: Tensor, _kl: Tensor, _ntp: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden_ND, grad_weight_VD, grad_bias_V = ctx.saved_tensors
+        if grad_hidden_ND is not None:
+            grad_hidden_ND = grad_hidden_ND * grad_loss.to(grad_hidden_ND.dtype)
+        if grad_weight_VD is not None:
+            grad_weight_VD = (grad_weight_VD * grad_loss).to(ctx.weight_dtype)
+        if grad_bias_V is not None:
+            grad_bias_V = (grad_bias_V * grad_loss).to(ctx.weight_dtype)
+        return (grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None, None, None, None)
+
+
+def _chunk_sums(
+    logits_NV: Tensor, teacher_logits_NV: Tensor | None, labels_N: Tensor, token_loss: TokenLoss, wants_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """([loss, kl, ntp] summed over the chunk, d loss / d logits_NV or None). Inputs are left as they are."""
+    log_p_NV = torch.log_softmax(logits_NV, dim=-1)
+    ntp = -log_p_NV.gather(1, labels_N[:, None]).sum()
+    weight, temperature = token_loss.weight, token_loss.temperature
+    if teacher_logits_NV is None:
+        grad_NV = _ntp_gradient(log_p_NV, labels_N) if wants_grad else None
+        return torch.stack([ntp, torch.zeros_like(ntp), ntp]), grad_NV
+
+    log_q_NV = torch.log_softmax(teacher_logits_NV, dim=-1)
+    if temperature == 1.0 and token_loss.kind == "forward_kl":
+        kl, grad_NV = _forward_kl(log_p_NV, log_q_NV, wants_grad)
+        divergence = kl
+    else:
+        kl, _ = _forward_kl(log_p_NV, log_q_NV, False)
+        if weight == 0.0:
+            divergence, grad_NV = torch.zeros_like(kl), None
+        elif temperature == 1.0:
+            divergence, grad_NV = _divergence(log_p_NV, log_q_NV, token_loss, wants_grad)
+        else:
+            log_p_hot_NV = torch.log_softmax(logits_NV / temperature, dim=-1)
+            log_q_hot_NV = torch.log_softmax(teacher_logits_NV / temperature, dim=-1)
+            divergence, grad_NV = _divergence(log_p_hot_NV, log_q_hot_NV, token_loss, wants_grad)
+    loss = weight * temperature**2 * divergence
+    if grad_NV is not None and weight * temperature != 1.0:
+        grad_NV = grad_NV.mul_(weight * temperature)  # T^2 from the loss, 1/T from logits / T
+    if weight < 1.0:
+        loss = loss + (1.0 - weight) * ntp
+        if wants_grad:
+            ntp_grad_NV = _ntp_gradient(log_p_NV, labels_N).mul_(1.0 - weight)
+            grad_NV = ntp_grad_NV if grad_NV is None else grad_NV.add_(ntp_grad_NV)
+    return torch.stack([loss, kl, ntp]), grad_NV
+
+
+def _ntp_gradient(log_p_NV: Tensor, labels_N: Tensor) -> Tensor:
+    grad_NV = log_p_NV.exp()
+    grad_NV.scatter_add_(1, labels_N[:, None], -torch.ones_like(grad_NV[:, :1]))
+    return grad_NV
+
+
+def _divergence(
+    log_p_NV: Tensor, log_q_NV: Tensor, token_loss: TokenLoss, wants_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The chosen divergence between student p and teacher q, and its gradient with respect to p's logits."""
+    if token_loss.kind == "forward_kl":
+        return _forward_kl(log_p_NV, log_q_NV, wants_grad)
+    if token_loss.kind == "reverse_kl":
+        return _reverse_kl(log_p_NV, log_q_NV, wants_grad)
+    return _jsd(log_p_NV, log_q_NV, token_loss.beta, wants_grad)
+
+
+def _forward_kl(log_p_NV: Tensor, log_q_NV: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """KL(q || p) = sum q (log q - log p); gradient p - q."""
+    q_NV = log_q_NV.exp()
+    divergence = (log_q_NV - log_p_NV).mul_(q_NV).sum()
+    return divergence, log_p_NV.exp().sub_(q_NV) if wants_grad else None
+
+
+def _reverse_kl(log_p_NV: Tensor, log_q_NV: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """KL(p || q) = sum p (log p - log q); gradient p (log p - log q - KL)."""
+    p_NV = log_p_NV.exp()
+    log_ratio_NV = log_p_NV - log_q_NV
+    divergence_N = (p_NV * log_ratio_NV).sum(-1, keepdim=True)
+    return divergence_N.sum(), log_ratio_NV.sub_(divergence_N).mul_(p_NV) if wants_grad else None
+
+
+def _jsd(log_p_NV: Tensor, log_q_NV: Tensor, beta: float, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p; gradient (1 - beta) p (log p/m - KL(p || m)).
+
+    log p/m is taken from d = log q - log p, never from m itself: it is then exactly 0 where p = q and finite
+    however far apart the two are.
+    """
+    d_NV = log_q_NV - log_p_NV
+    log_p_over_m_NV = torch.where(
+        d_NV <= 0,
+        -torch.log1p(beta * torch.expm1(d_NV.clamp(max=0))),
+        -d_NV - torch.log1p((1 - beta) * torch.expm1(-d_NV.clamp(min=0))),
+    )
+    p_NV = log_p_NV.exp()
+    kl_p_m_N = (p_NV * log_p_over_m_NV).sum(-1, keepdim=True)
+    kl_q_m = (log_q_NV.exp() * (d_NV + log_p_over_m_NV)).sum()
+    divergence = beta * kl_q_m + (1 - beta) * kl_p_m_N.sum()
+    if not wants_grad:
+        return divergence, None
+    return divergence, log_p_over_m_NV.sub_(kl_p_m_N).mul_(p_NV).mul_(1 - beta)
+
+
+def _chain_through_head(grad_NV: Tensor, logits_NV: Tensor, head: Head) -> None:
+    """From d/d logits to d/d (hidden @ weight.T + bias), in place."""
+    if head.softcap is not None:
+        grad_NV.mul_(1.0 - (logits_NV / head.softcap).square_())
+    if head.scale != 1.0:
+        grad_NV.mul_(head.scale)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,99 @@
+"""What a run was made from: the record beside its weights, and how it differs from another run's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kd.errors import UserError
+
+PROVENANCE = "provenance.json"
+FINISHED = "run.json"
+TOOLKIT = "dae-align"
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class DataInput:
+    """One data source of a run: path as typed, SHA-256 of its content, share of rows (0..1; None: by rows)."""
+
+    path: str
+    sha256: str
+    share: float | None = None
+
+
+def read_provenance(folder: str | Path) -> dict[str, Any] | None:
+    """What a run folder of ours says it was made from, or None where `folder` is not one.
+
+    Keys: `stage`; `base`: {path, fingerprint}; `data`: {route: [{path, sha256, share}]}; `inputs`: {role: fingerprint}.
+
+    Raises:
+        UserError: provenance.json is there and cannot be read.
+    """
+    path = Path(folder) / PROVENANCE
+    if not path.is_file():
+        return None
+    try:
+        provenance = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: is no JSON ({error}); restore it, or remove it to go without provenance") from error
+    if not isinstance(provenance, dict) or provenance.get("toolkit") != TOOLKIT:
+        return None
+    return provenance
+
+
+def base_fingerprint_of(adapter_folder: str | Path) -> str | None:
+    """Fingerprint of the base that an adapter was trained on, where a run folder of ours tells it; else None."""
+    provenance = read_provenance(adapter_folder)
+    base = provenance.get("base") if provenance else None
+    fingerprint = base.get("fingerprint") if isinstance(base, dict) else None
+    return fingerprint if isinstance(fingerprint, str) else None
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], recipe_before: str, recipe_now: str) -> list[str]:
+    """One line for each recipe key and each input that differs, with its old and its new value."""
+    pairs = (
+        {"stage": (before.get("stage"), now["stage"])}
+        | _pairs(_flat(_yaml_of_recipe(recipe_before)), _flat(_yaml_of_recipe(recipe_now)))
+        | _pairs(_input_hashes(before), _input_hashes(now))
+    )
+    return [f"{key}: {_shown(old)} -> {_shown(new)}" for key, (old, new) in pairs.items() if old != new]
+
+
+def _pairs(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {key: (old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in [*old, *(new.keys() - old.keys())]}
+
+
+def _shown(value: Any) -> str:
+    return "(not given)" if value is _ABSENT else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _yaml_of_recipe(text: str) -> dict[str, Any]:
+    recipe = yaml.safe_load(text)
+    return {key: value for key, value in recipe.items() if key != "output"}
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping: {"data.general[0].path": ...}."""
+    if isinstance(value, Mapping) and value:
+        parts = {f"{prefix}.{key}" if prefix else str(key): part for key, part in value.items()}
+    elif isinstance(value, list) and value:
+        parts = {f"{prefix}[{index}]": part for index, part in enumerate(value)}
+    else:
+        return {prefix: value}
+    return {name: leaf for key, part in parts.items() for name, leaf in _flat(part, key).items()}
+
+
+def _input_hashes(provenance: Mapping[str, Any]) -> dict[str, str]:
+    models = {f"content of {role}": sha256 for role, sha256 in provenance["inputs"].items()}
+    files = {
+        f"content of data.{route}[{index}]": source["sha256"]
+        for route, sources in provenance["data"].items()
+        for index, source in enumerate(sources)
+    }
+    return models | files

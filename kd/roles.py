@@ -1,0 +1,306 @@
+"""Roles: the student and its teachers, on as few weights as possible.
+
+A role is a backbone plus one adapter, or none. The usual run holds three roles on one backbone: the student is a
+trainable adapter, the expert a frozen adapter, the reference the backbone with all adapters off.
+
+Shape legend: B rows, T positions, N response tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from kd.config import LoraRecipe
+from kd.errors import UserError
+from kd.losses import Head
+
+logger = logging.getLogger(__name__)
+
+STUDENT_ADAPTER = "default"  # the name under which peft saves an adapter so that plain loading finds it
+
+Model = PreTrainedModel | PeftModel
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How every model of a run is opened. dtype is a torch dtype; the device is the accelerator if there is one."""
+
+    dtype: torch.dtype
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Role:
+    """A model that speaks through one adapter (a name) or none (None: all adapters off)."""
+
+    name: str
+    model: Model
+    adapter: str | None
+
+    def same_as(self, other: Role) -> bool:
+        """True when both give the same distribution because they are the same weights."""
+        return self.model is other.model and self.adapter == other.adapter
+
+
+@dataclass
+class Backbone:
+    """One copy of base weights with the adapters that share it, and where each came from."""
+
+    path: str
+    model: Model
+    adapters: dict[str, str] = field(default_factory=dict)  # adapter folder -> adapter name
+
+
+def load_model(path: str, settings: LoadSettings, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Open a full checkpoint (safetensors only) in eval mode with all weights frozen.
+
+    Raises UserError for an unreadable checkpoint and for weights that are not finite, naming the tensor.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype or settings.dtype,
+            attn_implementation=settings.attn_implementation,
+            trust_remote_code=settings.trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{path}: cannot be opened as a causal language model: {_first_line(error)}") from error
+    model.to(settings.device)
+    model.requires_grad_(False)
+    model.eval()
+    refuse_bad_weights(model, path)
+    refuse_unknown_forward(model, path)
+    return model
+
+
+def refuse_bad_weights(model: nn.Module, path: str, adapter: str | None = None) -> None:
+    """Raise UserError where a weight is NaN or infinite: every loss and gradient after it would be, too."""
+    for name, tensor in model.named_parameters():
+        if (adapter is None or f".{adapter}." in name) and not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{path}: {name} holds NaN or infinite values; nothing can be learnt from it. "
+                "Use an earlier checkpoint, or write it again."
+            )
+
+
+def refuse_unknown_forward(model: PreTrainedModel, path: str) -> None:
+    """Raise UserError for architectures whose final hidden states cannot be had through an ordinary forward pass."""
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters or decoder_of(model) is model:
+        raise UserError(
+            f"{path}: architecture {type(model).__name__} gives no access to its final hidden states "
+            "(forward without logits_to_keep, or no get_decoder()); it is not supported."
+        )
+
+
+def trainable_model(path: str, settings: LoadSettings, dtype: torch.dtype) -> PreTrainedModel:
+    """A full checkpoint whose weights all train. dtype is usually fp32, with bf16 only inside autocast."""
+    model = load_model(path, settings, dtype)
+    model.requires_grad_(True)
+    return model
+
+
+def add_student_adapter(backbone: Backbone, lora: LoraRecipe, student_from: str | None) -> PeftModel:
+    """Put the trainable adapter on the backbone: new (B = 0, so the student starts as the base), or an earlier student's.
+
+    Changes `backbone.model` to the PeftModel and returns it.
+    """
+    if student_from is not None:
+        model = PeftModel.from_pretrained(backbone.model, student_from, STUDENT_ADAPTER, is_trainable=True)
+        refuse_bad_weights(model, student_from, STUDENT_ADAPTER)
+    else:
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
+        )
+        try:
+            model = get_peft_model(backbone.model, config, STUDENT_ADAPTER)
+        except ValueError as error:
+            raise UserError(f"lora.target_modules: {lora.target_modules}: {_first_line(error)}") from error
+    # A relative path would only work from the folder this was run in.
+    base = Path(backbone.path)
+    model.peft_config[STUDENT_ADAPTER].base_model_name_or_path = str(base.resolve()) if base.exists() else backbone.path
+    backbone.model = model
+    return model
+
+
+def add_frozen_adapter(backbone: Backbone, path: str) -> str:
+    """Put the adapter of `path` on the backbone, frozen; returns its name. The same folder is put on once."""
+    if path in backbone.adapters:
+        return backbone.adapters[path]
+    name = f"frozen_{len(backbone.adapters)}"
+    if isinstance(backbone.model, PeftModel):
+        backbone.model.load_adapter(path, adapter_name=name, is_trainable=False)
+    else:
+        backbone.model = PeftModel.from_pretrained(backbone.model, path, name, is_trainable=False)
+        backbone.model.eval()
+    refuse_bad_weights(backbone.model, path, name)
+    backbone.adapters[path] = name
+    return name
+
+
+@contextlib.contextmanager
+def speaking_as(role: Role) -> Iterator[Model]:
+    """The role's model with its adapter switched on, in eval mode; afterwards everything is as it was.
+
+    peft's own switches rewrite requires_grad on every adapter and walk a full status report each time; this one only
+    moves the pointers, so it is cheap enough for every micro-batch and safe under DistributedDataParallel.
+    """
+    model = role.model
+    was_training = model.training
+    layers = _switches(model)
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = role.adapter is None
+        if role.adapter is not None:
+            layer._active_adapter = [role.adapter]
+    if was_training:
+        model.eval()
+    try:
+        yield model
+    finally:
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+        if was_training:
+            model.train()
+
+
+def _switches(model: nn.Module) -> list[Any]:
+    cached = model.__dict__.get("_dae_switches")
+    if cached is None or cached[0] != sum(1 for _ in model.modules()):
+        layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        cached = (sum(1 for _ in model.modules()), layers)
+        model.__dict__["_dae_switches"] = cached
+    return list(cached[1])
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside wrappers of peft and of data parallelism."""
+    inner = model.module if hasattr(model, "module") else model
+    return inner.get_base_model() if isinstance(inner, PeftModel) else inner  # type: ignore[return-value]
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part whose output is the final, normalised hidden states."""
+    decoder: nn.Module = unwrapped(model).get_decoder()
+    return decoder
+
+
+def final_hidden_states(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """[B, T] inputs -> [B, T, D] post-norm hidden states, through the model's ordinary (wrapped) forward pass.
+
+    Going through the wrapper keeps gradient synchronisation and autocast; only one position is projected to the
+    vocabulary. No cache is made, which also keeps packed rows apart (field: a cache switches the block mask off).
+    """
+    caught: list[Tensor] = []
+
+    def catch(_module: nn.Module, _args: Any, output: Any) -> None:
+        caught.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+
+    handle = decoder_of(model).register_forward_hook(catch)
+    try:
+        model(**inputs, logits_to_keep=1, use_cache=False)
+    finally:
+        handle.remove()
+    return caught[-1]
+
+
+def head_of(model: nn.Module, matmul_dtype: torch.dtype | None = None) -> Head:
+    """The output layer as the *currently active* adapter leaves it (modules_to_save copy, LoRA on the head, or plain).
+
+    matmul_dtype: the dtype of hidden @ weight.T, None for the weight's own (mixed precision keeps fp32 weights but
+    multiplies in bf16). Raises UserError for output layers it does not know.
+    """
+    base = unwrapped(model)
+    weight_VD, bias_V = _output_weights(base.get_output_embeddings(), type(base).__name__)
+    config = base.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    if matmul_dtype is not None:
+        weight_VD = weight_VD.to(matmul_dtype)
+    return Head(weight_VD, bias_V, scale, None if softcap is None else float(softcap))
+
+
+def _output_weights(layer: nn.Module | None, architecture: str) -> tuple[Tensor, Tensor | None]:
+    if isinstance(layer, ModulesToSaveWrapper):
+        active = next((name for name in layer.active_adapters if name in layer.modules_to_save), None)
+        chosen = layer.original_module if layer.disable_adapters or active is None else layer.modules_to_save[active]
+        return _output_weights(chosen, architecture)
+    if isinstance(layer, LoraLinear):
+        weight_VD, bias_V = _output_weights(layer.get_base_layer(), architecture)
+        for name in [] if layer.disable_adapters else layer.active_adapters:
+            if name not in layer.lora_A:
+                continue
+            if layer.use_dora[name] or not isinstance(layer.lora_dropout[name], nn.Identity):
+                raise UserError(
+                    f"{architecture}: an adapter on the output layer must be plain LoRA without dropout; "
+                    "leave the output layer out of target_modules."
+                )
+            weight_VD = weight_VD + layer.get_delta_weight(name).to(weight_VD.dtype)
+        return weight_VD, bias_V
+    if type(layer) is nn.Linear:
+        return layer.weight, layer.bias
+    raise UserError(f"{architecture}: output layer {type(layer).__name__} is not supported.")
+
+
+def vocabulary_rows(roles: Sequence[Role]) -> int:
+    """Rows that every role's head has: same tokenizer, but checkpoints pad their vocabularies differently."""
+    return min(unwrapped(role.model).get_output_embeddings().weight.shape[0] for role in roles)
+
+
+def check_head(role: Role, vocabulary_rows: int) -> None:
+    """Compare the model's own logits with ours on eight tokens, so that no architecture is misread in silence.
+
+    Raises UserError naming the architecture if it does something to its logits that `Head` does not know.
+    """
+    ids = torch.arange(8, device=role.model.device)[None] % vocabulary_rows
+    with speaking_as(role) as model, torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits[0]
+        got = head_of(model).logits(final_hidden_states(model, {"input_ids": ids})[0])
+    scale = expected.abs().max().clamp(min=1e-3).item()
+    error = (expected.to(got.dtype) - got).abs().max().item() / scale
+    if not error < (1e-4 if got.dtype == expected.dtype else 3e-2):
+        raise UserError(
+            f"role {role.name}: architecture {type(unwrapped(role.model)).__name__} changes its logits in a way that is "
+            f"not known here (relative difference {error:.1e}); it is not supported."
+        )
+
+
+def check_packing(role: Role, vocabulary_rows: int) -> None:
+    """Two rows packed into one sequence must give the hidden states that they give apart. Raises UserError if not."""
+    first = torch.arange(5, device=role.model.device)[None] % vocabulary_rows
+    second = torch.arange(6, device=role.model.device).flip(0)[None] % vocabulary_rows
+    both = torch.cat([first, second], dim=1)
+    positions = torch.cat([torch.arange(5), torch.arange(6)]).to(both.device)[None]
+    with speaking_as(role) as model, torch.no_grad():
+        apart = torch.cat([final_hidden_states(model, {"input_ids": ids}) for ids in (first, second)], dim=1)
+        packed = final_hidden_states(model, {"input_ids": both, "position_ids": positions})
+    error = ((apart - packed).abs().max() / apart.abs().max()).item()
+    if not error < (1e-4 if apart.dtype in (torch.float32, torch.float64) else 3e-2):
+        raise UserError(
+            f"data.packing: true: rows of {type(unwrapped(role.model)).__name__} see each other when packed "
+            f"(relative difference {error:.1e}); set data.packing=false."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,38 @@
+"""`dae sft`: next-token loss on response tokens. Makes experts, and bases for the demo."""
+
+from __future__ import annotations
+
+from kd.config import SftRecipe
+from kd.fingerprints import model_fingerprint
+from kd.losses import TokenLoss
+from kd.roles import (
+    STUDENT_ADAPTER,
+    Backbone,
+    LoadSettings,
+    Role,
+    add_student_adapter,
+    load_model,
+    trainable_model,
+    vocabulary_rows,
+)
+from kd.stage import RunResult, StageRoles, load_stage_data, run_stage, student_dtype
+from kd.trainer import Objective, Route
+
+ROUTE = "train"
+
+
+def sft(recipe: SftRecipe) -> RunResult:
+    """Train an expert with plain next-token prediction on response tokens; LoRA, or all weights with `lora: null`."""
+    data = load_stage_data(recipe, [ROUTE], None)
+    return run_stage("sft", recipe, {"base": model_fingerprint(recipe.base)}, data, lambda s: build_roles(recipe, s))
+
+
+def build_roles(recipe: SftRecipe, settings: LoadSettings) -> StageRoles:
+    """One role: the student. No teacher."""
+    if recipe.lora is None:
+        role = Role("student", trainable_model(recipe.base, settings, student_dtype(recipe)), None)
+    else:
+        backbone = Backbone(recipe.base, load_model(recipe.base, settings))
+        role = Role("student", add_student_adapter(backbone, recipe.lora, None), STUDENT_ADAPTER)
+    objective = Objective((Route(ROUTE, None),), TokenLoss(weight=0.0), pooled=True)
+    return StageRoles(role.model, objective, (role,), vocabulary_rows([role]))

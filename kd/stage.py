@@ -1,0 +1,400 @@
+"""What every training stage does around its objective: data, roles, training, publishing, proof that the result loads.
+
+A stage (sft, align, distill) hands over its recipe, its routes and a function that builds its roles; `run_stage` does the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from torch import nn
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments, set_seed
+
+from kd.config import StageRecipe, default_shares, resolved_yaml
+from kd.data import SourceReport, TokenRows, load_rows, load_tokenizer
+from kd.errors import MachineError, Stopped, UserError
+from kd.fingerprints import data_sha256
+from kd.mixing import MixedRows, Mixture, MixtureSource, StepBatchSampler, collate
+from kd.model_card import CardFacts, write_model_card
+from kd.progress import TrainingProgress
+from kd.roles import LoadSettings, Role, check_head, check_packing, final_hidden_states, head_of
+from kd.runs import DataInput, RunFolder, State
+from kd.trainer import (
+    Batch,
+    Objective,
+    RoutedTrainer,
+    StepBookkeeping,
+    StopOnSignal,
+    evaluate_routes,
+    peak_memory_bytes,
+    save_student,
+)
+from kd.verify import verify_saved
+
+logger = logging.getLogger("dae")
+
+# nats per response token between teacher and untrained student. A uniform guess over 32,000 tokens is 10; teachers within 1 are
+# learnt to the end in practice, and published results fall off for distant ones.
+LARGE_KL = 2.0
+INITIAL_KL_ROWS = 64
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder and what run.json says of it."""
+
+    path: Path
+    summary: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StageRoles:
+    """The models of a stage: the student (trainable), the objective with its teachers, every role once for checking."""
+
+    student: nn.Module
+    objective: Objective
+    roles: tuple[Role, ...]
+    vocabulary_rows: int
+
+
+@dataclass(frozen=True)
+class StageData:
+    """Encoded rows: training sources in the order of the recipe's routes, held-out rows per route, and what became of them."""
+
+    route_names: tuple[str, ...]
+    tokenizer: PreTrainedTokenizerBase
+    rows: tuple[TokenRows, ...]
+    sources: tuple[MixtureSource, ...]
+    reports: Mapping[str, Sequence[SourceReport]]
+    held_out: Mapping[str, TokenRows]
+    inputs: Mapping[str, Sequence[DataInput]]
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id in any row."""
+        return max(int(rows.input_ids.max()) for rows in (*self.rows, *self.held_out.values()))
+
+
+def load_stage_data(
+    recipe: StageRecipe, route_names: Sequence[str], route_shares: Mapping[str, float] | None
+) -> StageData:
+    """Read and encode all rows. route_shares: each route's share of rows where the recipe names none (None: by rows)."""
+    tokenizer = load_tokenizer(recipe.base, recipe.data, trust_remote_code=recipe.trust_remote_code)
+    encoded = {name: load_rows(recipe.data.routes[name], tokenizer, recipe.data) for name in route_names}
+    counts = {name: [len(rows) for rows in encoded[name][0]] for name in route_names}
+    if recipe.data.has_shares:
+        shares = {name: tuple(s.share or 0.0 for s in recipe.data.routes[name]) for name in route_names}
+    else:
+        shares = default_shares(counts, route_shares)
+    sources = [
+        MixtureSource(name, counts[name][i], shares[name][i], source.repeat, source.path)
+        for name in route_names
+        for i, source in enumerate(recipe.data.routes[name])
+    ]
+    inputs = {
+        name: [DataInput(s.path, data_sha256(s.path), shares[name][i]) for i, s in enumerate(recipe.data.routes[name])]
+        for name in route_names
+    }
+    held_out = {}
+    for name, eval_sources in recipe.data.eval.items():
+        held_out[name] = TokenRows.concatenate(load_rows(eval_sources, tokenizer, recipe.data)[0])
+        inputs[f"eval.{name}"] = [DataInput(s.path, data_sha256(s.path)) for s in eval_sources]
+    return StageData(
+        tuple(route_names),
+        tokenizer,
+        tuple(rows for name in route_names for rows in encoded[name][0]),
+        tuple(sources),
+        {name: encoded[name][1] for name in route_names},
+        held_out,
+        inputs,
+    )
+
+
+def load_settings(recipe: StageRecipe) -> LoadSettings:
+    """dtype and device: `auto` is bfloat16 on an accelerator that has it, else float32."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if recipe.dtype == "auto":
+        dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    else:
+        dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
+    if device == "cuda":
+        device = f"cuda:{PartialState().local_process_index}"
+    return LoadSettings(dtype, recipe.attn_implementation, recipe.trust_remote_code, device)
+
+
+def student_dtype(recipe: StageRecipe) -> torch.dtype:
+    """Of a student whose weights all train: float32 (with bf16 autocast on an accelerator) unless the recipe says bfloat16."""
+    return torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
+
+
+def training_arguments(recipe: StageRecipe, settings: LoadSettings) -> TrainingArguments:
+    """The recipe's `train` over our defaults; what the toolkit owns is set last (and refused in a recipe)."""
+    on_cpu = settings.device == "cpu"
+    defaults: dict[str, Any] = {
+        "learning_rate": 2e-4 if recipe.lora is not None else 2e-5,
+        "num_train_epochs": 2,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "per_device_train_batch_size": 8,
+        "save_steps": 0.1,
+        "save_total_limit": 2,
+        "logging_steps": 10,
+        "report_to": "none",
+        "bf16": not on_cpu and recipe.lora is None and settings.dtype == torch.bfloat16,
+        "dataloader_pin_memory": not on_cpu,
+        "optim": "adamw_torch",
+    }
+    chosen = {**defaults, **recipe.train}
+    if recipe.data.eval:
+        chosen = {
+            "eval_strategy": "steps",
+            "eval_steps": chosen["save_steps"],
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+            **chosen,
+        }
+    owned = {
+        "output_dir": recipe.output,
+        "seed": recipe.seed,
+        "remove_unused_columns": False,
+        "use_cpu": on_cpu,
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+    }
+    if chosen.get("gradient_checkpointing"):
+        owned["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    return TrainingArguments(**chosen, **owned)
+
+
+def planned_steps(mixture: Mixture, args: TrainingArguments) -> int:
+    """Optimizer steps of the run: `train.max_steps`, or what `train.num_train_epochs` makes of the mixture."""
+    return args.max_steps if args.max_steps > 0 else mixture.steps(args.num_train_epochs)
+
+
+def rows_per_step(args: TrainingArguments) -> int:
+    """Rows of one optimizer step, over all micro-batches and ranks."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def held_out_batches(data: StageData, collate_rows: Callable[[list[Any]], Batch], size: int) -> dict[str, list[Batch]]:
+    """Held-out rows of each route in batches of `size`, longest first."""
+    batches: dict[str, list[Batch]] = {}
+    for name, rows in data.held_out.items():
+        mixed = MixedRows([rows], [data.route_names.index(name)])
+        order = sorted(range(len(rows)), key=lambda row: -int(rows.lengths[row]))
+        batches[name] = [
+            collate_rows([mixed[(0, row)] for row in order[start : start + size]]) for start in range(0, len(order), size)
+        ]
+    return batches
+
+
+@contextlib.contextmanager
+def claimed(run: RunFolder, stage: str, recipe: StageRecipe, inputs: Mapping[str, str], data: StageData) -> Iterator[State]:
+    """`RunFolder.claim` by the main process; the other ranks learn what it found, also when it was refused."""
+    state = PartialState()
+    with contextlib.ExitStack() as stack:
+        answer: list[Any] = [None, None]
+        if state.is_main_process:
+            try:
+                claim = run.claim(stage, resolved_yaml(recipe), inputs, base=recipe.base, data=data.inputs)
+                answer = [stack.enter_context(claim), None]
+            except (UserError, MachineError) as error:
+                answer = [None, error]
+        if state.num_processes > 1:
+            broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise answer[1]
+        yield answer[0]
+
+
+def run_stage(
+    stage: str,
+    recipe: StageRecipe,
+    inputs: Mapping[str, str],
+    data: StageData,
+    build_roles: Callable[[LoadSettings], StageRoles],
+) -> RunResult:
+    """Train, publish, prove. Going on after a stop is the same call (design: "Going on after a stop").
+
+    inputs: fingerprint of every model by role (`base` among them). Raises UserError, MachineError, Stopped.
+    """
+    run = RunFolder(recipe.output)
+    with claimed(run, stage, recipe, inputs, data) as state:
+        if state == "finished":
+            logger.info("%s: this run is finished; nothing to do", recipe.output)
+            return RunResult(run.path, run.summary())
+        settings = load_settings(recipe)
+        set_seed(recipe.seed)
+        torch.set_flush_denormal(True)  # denormals slow a CPU run several times over
+        args = training_arguments(recipe, settings)
+        trainer, roles, stop = prepare(recipe, args, settings, data, build_roles, run)
+        resume_from = run.latest_checkpoint() if state == "resume" else None
+        first_kl = start_metrics(trainer, data, run, resume_from)
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        if stop.received is not None:
+            raise Stopped(
+                stop.received,
+                f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
+                f"a checkpoint is in {run.checkpoints_dir}. The same command goes on from there.",
+            )
+        summary = summarise(trainer, data, first_kl)
+        if PartialState().is_main_process:
+            publish(stage, recipe, run, trainer, roles, data, settings, inputs, summary)
+        PartialState().wait_for_everyone()
+        return RunResult(run.path, summary)
+
+
+def prepare(
+    recipe: StageRecipe,
+    args: TrainingArguments,
+    settings: LoadSettings,
+    data: StageData,
+    build_roles: Callable[[LoadSettings], StageRoles],
+    run: RunFolder,
+) -> tuple[RoutedTrainer, StageRoles, StopOnSignal]:
+    """Roles, checked against the data, and the trainer over the mixture."""
+    mixture = Mixture(data.sources, rows_per_step(args), recipe.seed)
+    args.max_steps = planned_steps(mixture, args)
+    roles = build_roles(settings)
+    if data.largest_id >= roles.vocabulary_rows:
+        raise UserError(
+            f"{recipe.base}: its tokenizer gives token {data.largest_id}, but the models share only "
+            f"{roles.vocabulary_rows} vocabulary rows; the checkpoints do not belong together."
+        )
+    for role in roles.roles:
+        check_head(role, roles.vocabulary_rows)
+        if recipe.data.packing:
+            check_packing(role, roles.vocabulary_rows)
+    collate_rows = partial(collate, pad_token_id=padding_id(data.tokenizer), packing=recipe.data.packing)
+    lengths = [rows.lengths for rows in data.rows]
+    routes = [data.route_names.index(source.route) for source in data.sources]
+    stop = StopOnSignal()
+    epochs_per_step = None if mixture.rows_per_epoch is None else mixture.rows_per_step / mixture.rows_per_epoch
+    callbacks = [StepBookkeeping(epochs_per_step), stop, TrainingProgress()]
+    if recipe.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+    trainer = RoutedTrainer(
+        model=roles.student,
+        args=args,
+        objective=roles.objective,
+        train_rows=MixedRows(list(data.rows), routes),
+        batch_sampler=StepBatchSampler(mixture, args.max_steps, lengths, args.per_device_train_batch_size),
+        collate=collate_rows,
+        run=run,
+        eval_batches=held_out_batches(data, collate_rows, args.per_device_eval_batch_size),
+        callbacks=callbacks,
+    )
+    return trainer, roles, stop
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any id will do: padding is outside attention and response masks."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
+
+
+def start_metrics(trainer: RoutedTrainer, data: StageData, run: RunFolder, resume_from: Path | None) -> dict[str, float]:
+    """KL(teacher || student) on training rows before the first step, and metrics.jsonl cut back to where the run goes on.
+
+    A teacher far from the student is a hard one to follow, so a large value is warned about.
+    """
+    step = int(resume_from.name.split("-")[1]) if resume_from is not None else -1
+    if PartialState().is_main_process:
+        run.cut_metrics(step)
+    if resume_from is not None or trainer.objective.routes[0].teacher is None:
+        return {}
+    batches: dict[str, list[Batch]] = {}
+    for index, (rows, source) in enumerate(zip(data.rows, data.sources, strict=True)):
+        mixed = MixedRows([rows], [data.route_names.index(source.route)])
+        picked = [mixed[(0, row)] for row in range(min(len(rows), INITIAL_KL_ROWS))]
+        size = trainer.args.per_device_train_batch_size
+        batches[str(index)] = [trainer.data_collator(picked[i : i + size]) for i in range(0, len(picked), size)]
+    measured = evaluate_routes(trainer.model, batches, trainer.objective, trainer.args.device)
+    first_kl = {key: value for key, value in measured.items() if key.endswith("_kl")}
+    for key, value in first_kl.items():
+        route = key.removesuffix("_kl")
+        if not math.isfinite(value):
+            raise UserError(f"route {route}: the teacher's distribution is not finite; its checkpoint is damaged.")
+        if value > LARGE_KL:
+            logger.warning(
+                "route %s: KL(teacher || student) is %.2f nats per token before the first step (over %.0f is far): "
+                "the student may not reach this teacher. A student or expert nearer to the other helps.",
+                route,
+                value,
+                LARGE_KL,
+            )
+    if PartialState().is_main_process:
+        run.append_metrics({"step": 0, **{f"initial_{key}": value for key, value in first_kl.items()}})
+    return first_kl
+
+
+def summarise(trainer: RoutedTrainer, data: StageData, first_kl: Mapping[str, float]) -> dict[str, Any]:
+    """What run.json and the model card say of the run."""
+    logs = trainer.state.log_history
+    last = next((entry for entry in reversed(logs) if "loss" in entry), {})
+    held_out = {k: v for entry in logs for k, v in entry.items() if k.startswith("eval_") and entry is best_entry(trainer)}
+    return {
+        "steps": trainer.state.global_step,
+        "initial_kl": {key.removesuffix("_kl"): value for key, value in first_kl.items()},
+        "last": {key: value for key, value in last.items() if "/" in key or key == "loss"},
+        "held_out": held_out,
+        "best_step": trainer.state.best_global_step,
+        "rows": {name: sum(report.kept for report in reports) for name, reports in data.reports.items()},
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def best_entry(trainer: RoutedTrainer) -> Mapping[str, Any] | None:
+    """The evaluation of the step whose weights the run ends with."""
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    best = [entry for entry in evaluations if entry["step"] == trainer.state.best_global_step]
+    return (best or evaluations or [None])[-1]
+
+
+def publish(
+    stage: str,
+    recipe: StageRecipe,
+    run: RunFolder,
+    trainer: RoutedTrainer,
+    roles: StageRoles,
+    data: StageData,
+    settings: LoadSettings,
+    inputs: Mapping[str, str],
+    summary: Mapping[str, Any],
+) -> None:
+    """Write the result, load it in a fresh process and compare, then call the run finished."""
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    student.eval()
+    ids = torch.tensor([data.rows[0][0].input_ids[:32]])
+    with torch.no_grad():
+        hidden = final_hidden_states(student, {"input_ids": ids.to(trainer.args.device)})
+        expected = head_of(student).logits(hidden[0]).cpu()
+    facts = CardFacts(stage=stage, recipe=recipe, inputs=inputs, data=data.inputs, reports=data.reports, summary=summary)
+
+    def write_files(folder: Path) -> None:
+        save_student(student, folder)
+        data.tokenizer.save_pretrained(str(folder))
+        write_model_card(folder, facts)
+
+    run.publish(write_files)
+    verify_saved(run.path, ids[0].tolist(), expected, settings)
+    if recipe.merge and isinstance(student, PeftModel):
+        merged = student.merge_and_unload(adapter_names=["default"])
+
+        def write_merged(folder: Path) -> None:
+            merged.save_pretrained(str(folder / "merged"))
+            data.tokenizer.save_pretrained(str(folder / "merged"))
+
+        run.publish(write_merged)
+    run.mark_finished(summary)

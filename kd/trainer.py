@@ -1,0 +1,429 @@
+"""transformers.Trainer with one objective (routed token losses) and one normaliser (the whole optimizer step).
+
+Shape legend: B rows, T positions, N response tokens, R routes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kd.errors import UserError
+from kd.losses import LossSums, TokenLoss, token_loss_sums
+from kd.mixing import StepBatchSampler
+from kd.roles import STUDENT_ADAPTER, Role, final_hidden_states, head_of, speaking_as
+from kd.runs import RunFolder
+
+logger = logging.getLogger(__name__)
+
+Batch = Mapping[str, Tensor]
+
+STAGING = ".staging-train"  # where transformers writes a checkpoint before it is sealed; a claim sweeps leftovers
+
+
+@dataclass(frozen=True)
+class Route:
+    """A stream of rows with its one teacher (None: next-token prediction alone) and its factor in the loss."""
+
+    name: str
+    teacher: Role | None
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the token loss on every route, each against its own teacher.
+
+    pooled: False weighs routes by their factors (w_r = factor / N_r), True weighs tokens alike (w_r = 1).
+    """
+
+    routes: tuple[Route, ...]
+    token_loss: TokenLoss
+    pooled: bool = False
+    matmul_dtype: torch.dtype | None = None
+
+    def weights(self, tokens_R: Tensor) -> Tensor:
+        """[R] response tokens of the whole optimizer step -> [R] fp64 weights w_r / sum_r w_r N_r of the route sums."""
+        present_R = tokens_R > 0
+        if self.pooled:
+            return present_R.double() / tokens_R.sum().clamp(min=1)
+        factors_R = torch.tensor([r.factor for r in self.routes], dtype=torch.float64, device=tokens_R.device) * present_R
+        return factors_R / (tokens_R.clamp(min=1) * factors_R.sum().clamp(min=torch.finfo(factors_R.dtype).tiny))
+
+
+@dataclass(frozen=True)
+class RouteSums:
+    """Sums over the response tokens of a batch, per route: four tensors [R]. Only `loss` carries a gradient."""
+
+    loss: Tensor
+    kl: Tensor
+    ntp: Tensor
+    tokens: Tensor
+
+
+def predicting_positions(batch: Batch) -> Tensor:
+    """[B, T] bool -> [B, T - 1] bool: the positions whose next token is a response token."""
+    return batch["response_mask"][:, 1:]
+
+
+def response_token_counts(batch: Batch, routes: int) -> Tensor:
+    """[R] int64: the response tokens of each route in the batch, exactly the positions that carry loss."""
+    counts_N = route_of_tokens(batch)[predicting_positions(batch)]
+    return torch.bincount(counts_N, minlength=routes)
+
+
+def route_of_tokens(batch: Batch) -> Tensor:
+    """[B, T - 1] int64: the route of each position's row. In a packed batch a new row starts where position_ids is 0."""
+    mask_BT = batch["response_mask"][:, 1:]
+    if "position_ids" in batch:
+        row_of_token_T = (batch["position_ids"][0] == 0).cumsum(0) - 1
+        return batch["route_ids"][row_of_token_T][None, :-1]
+    return batch["route_ids"][:, None].expand(mask_BT.shape)
+
+
+def rows_of_routes(batch: Batch, routes: Sequence[int]) -> dict[str, Tensor]:
+    """The rows of these routes as a batch of their own, cut to their own longest row (the whole batch as it is)."""
+    wanted_B = torch.isin(batch["route_ids"], torch.tensor(routes, device=batch["route_ids"].device))
+    if bool(wanted_B.all()):
+        return dict(batch)
+    if "position_ids" in batch:
+        row_of_token_T = (batch["position_ids"][0] == 0).cumsum(0) - 1
+        keep_T = wanted_B[row_of_token_T]
+        chosen = {key: batch[key][:, keep_T] for key in ("input_ids", "position_ids", "response_mask")}
+    else:
+        longest = int(batch["attention_mask"][wanted_B].sum(1).max())
+        chosen = {key: batch[key][wanted_B, :longest] for key in ("input_ids", "attention_mask", "response_mask")}
+    return {**chosen, "route_ids": batch["route_ids"][wanted_B]}
+
+
+def model_inputs(batch: Batch) -> dict[str, Tensor]:
+    """What the model's forward takes of a batch."""
+    return {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+
+
+def teacher_hidden_states(batch: Batch, objective: Objective) -> dict[int, Tensor]:
+    """Route index -> [N_r, E] teacher hidden states at the route's response positions, in row order.
+
+    Each row passes its own teacher, once and without gradient; routes that share a teacher go through it together.
+    """
+    present = torch.unique(batch["route_ids"]).tolist()
+    groups: list[tuple[Role, list[int]]] = []
+    for index in present:
+        teacher = objective.routes[index].teacher
+        assert teacher is not None, "routes without a teacher have no hidden states to ask for"
+        for known, members in groups:
+            if known.same_as(teacher):
+                members.append(index)
+                break
+        else:
+            groups.append((teacher, [index]))
+    hidden: dict[int, Tensor] = {}
+    for teacher, members in groups:
+        rows = rows_of_routes(batch, members)
+        with speaking_as(teacher) as model, torch.no_grad():
+            hidden_BTE = final_hidden_states(model, model_inputs(rows))[:, :-1]
+        predicting = predicting_positions(rows)
+        for index in members:
+            hidden[index] = hidden_BTE[predicting & (route_of_tokens(rows) == index)]
+    return hidden
+
+
+def route_sums(model: nn.Module, batch: Batch, objective: Objective, *, with_teachers: bool = True) -> RouteSums:
+    """Run the teachers, then the student, and sum the token loss of every route.
+
+    model: the (wrapped) student. with_teachers False leaves the teachers out, which needs a token loss of weight 0;
+    `kl` is then NaN. A batch without response tokens gives zeros that are still connected to the graph.
+    """
+    teachers = teacher_hidden_states(batch, objective) if with_teachers else {}
+    hidden_BTD = final_hidden_states(model, model_inputs(batch))[:, :-1]
+    head = head_of(model, objective.matmul_dtype)
+    labels_BT = batch["input_ids"][:, 1:]
+    predicting, route_BT = predicting_positions(batch), route_of_tokens(batch)
+    # An empty selection of every route: an absent route then costs nothing and is 0, also in the graph.
+    nothing = hidden_BTD[predicting & (route_BT < 0)].sum().to(torch.float32)
+    sums: list[LossSums] = []
+    for index, route in enumerate(objective.routes):
+        here = predicting & (route_BT == index)
+        teacher_head = None
+        if index in teachers and route.teacher is not None:
+            with speaking_as(route.teacher) as teacher, torch.no_grad():
+                teacher_head = head_of(teacher, objective.matmul_dtype)
+        elif index not in batch["route_ids"]:
+            sums.append(LossSums(nothing, nothing.detach(), nothing.detach()))
+            continue
+        sums.append(
+            token_loss_sums(
+                hidden_BTD[here], head, labels_BT[here], objective.token_loss, teachers.get(index), teacher_head
+            )
+        )
+    tokens_R = response_token_counts(batch, len(objective.routes))
+    return RouteSums(
+        torch.stack([s.loss for s in sums]),
+        torch.stack([s.kl for s in sums]),
+        torch.stack([s.ntp for s in sums]),
+        tokens_R,
+    )
+
+
+class RoutedTrainer(Trainer):
+    """Trainer whose loss is an `Objective` and whose checkpoints go through a `RunFolder`.
+
+    Overridden: where batches come from, what they count, what the loss is, what an evaluation measures, what a checkpoint
+    holds and how it is put in place. Everything else is transformers'.
+    """
+
+    loss_is_scaled_for_ga = True  # the loss is already divided by the count of the whole optimizer step
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        objective: Objective,
+        train_rows: Dataset[Any],
+        batch_sampler: StepBatchSampler,
+        collate: Callable[[list[Any]], dict[str, Tensor]],
+        run: RunFolder,
+        eval_batches: Mapping[str, Sequence[Batch]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        args.output_dir = str(run.checkpoints_dir / STAGING)
+        # Several accelerators are used through torchrun or accelerate, never through nn.DataParallel.
+        args._n_gpu = min(args.n_gpu, 1)
+        super().__init__(
+            model=model,  # type: ignore[arg-type]
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=train_rows if eval_batches else None,  # Trainer asks that there is one; evaluate() is ours
+            data_collator=collate,
+            callbacks=callbacks,
+        )
+        self.pop_callback(PrinterCallback)  # it prints dictionaries; progress is shown by a callback of ours
+        self.objective = objective
+        self.batch_sampler = batch_sampler
+        self.run_folder = run
+        self.eval_batches = eval_batches or {}
+        self._window = _Window(len(objective.routes))
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        loader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self.batch_sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+        """[R] response tokens of each route in the optimizer step, over all micro-batches and ranks."""
+        routes = len(self.objective.routes)
+        tokens_R = sum((response_token_counts(b, routes) for b in batch_samples), torch.zeros(routes, dtype=torch.long))
+        tokens_R = tokens_R.to(device)
+        if self.args.world_size > 1:
+            tokens_R = self.accelerator.reduce(tokens_R, "sum")
+        return tokens_R
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        assert num_items_in_batch is not None and not return_outputs
+        sums = route_sums(model, inputs, self.objective, with_teachers=self.objective.token_loss.weight > 0)
+        self._window.add(sums)
+        loss = (self.objective.weights(num_items_in_batch) * sums.loss).sum()
+        # Data parallelism averages gradients over ranks; the sum is wanted.
+        return loss * self.accelerator.num_processes
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the routes did since the last log, refuse to go on from a loss that is no number, write metrics."""
+        if "learning_rate" in logs and "loss" in logs:
+            window = self._window.drain(self.accelerator.reduce)
+            if not all(math.isfinite(logs[key]) for key in ("loss", "grad_norm") if key in logs):
+                raise UserError(
+                    f"train.learning_rate: {self.args.learning_rate}: the loss is no longer finite at step "
+                    f"{self.state.global_step}; use a lower learning rate or a longer warm-up. "
+                    "The checkpoints before it are whole."
+                )
+            logs.update(window.flat(self.objective.routes))
+            logs["peak_memory_gib"] = round(peak_memory_bytes() / 2**30, 3)
+        if self.is_world_process_zero() and "train_runtime" not in logs:
+            self.run_folder.append_metrics({"step": self.state.global_step, **logs})
+        super().log(logs, start_time)
+
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out loss and KL(teacher || student) per route; `eval_loss` weighs routes as the training loss does."""
+        metrics = evaluate_routes(self.model_wrapped, self.eval_batches, self.objective, self.args.device)
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Let transformers write into the staging folder, then put the checkpoint in place whole."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        step = self.state.global_step
+        if self.is_world_process_zero():
+            self.run_folder.seal_checkpoint(Path(self.args.output_dir) / f"checkpoint-{step}", step)
+            self.run_folder.prune(self.args.save_total_limit or 2, self.state.best_global_step)
+        self.accelerator.wait_for_everyone()
+        self._point_at_best()
+
+    def _point_at_best(self) -> None:
+        """Trainer looks for the best checkpoint where it wrote it; it has been moved since."""
+        best = self.run_folder.checkpoints_dir / f"step-{self.state.best_global_step or 0:06d}"
+        self.state.best_model_checkpoint = str(best) if best.exists() else None
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Weights only, as safetensors: the student's adapter (not the teachers'), or all weights."""
+        if not self.args.should_save:
+            return
+        target = output_dir or self.args.output_dir
+        save_student(self.accelerator.unwrap_model(self.model), Path(target), state_dict)
+
+
+def save_student(model: nn.Module, folder: Path, state_dict: Any = None) -> None:
+    """Write the student in PEFT format (adapter `default` in the root) or as a full safetensors checkpoint."""
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), state_dict=state_dict, selected_adapters=[STUDENT_ADAPTER])
+        (folder / "README.md").unlink(missing_ok=True)  # peft's template; the run folder writes its own
+    else:
+        model.save_pretrained(str(folder), state_dict=state_dict)  # type: ignore[operator]
+
+
+def evaluate_routes(
+    model: nn.Module, batches: Mapping[str, Iterable[Batch]], objective: Objective, device: torch.device
+) -> dict[str, float]:
+    """{"loss", "NAME_loss", "NAME_kl", "NAME_ntp"} in nats per response token over held-out batches, student in eval mode."""
+    was_training = model.training
+    model.eval()
+    totals = _Window(len(objective.routes))
+    with_teachers = all(route.teacher is not None for route in objective.routes)
+    with torch.no_grad():
+        for batch in (batch for several in batches.values() for batch in several):
+            placed = {key: value.to(device) for key, value in batch.items()}
+            totals.add(route_sums(model, placed, objective, with_teachers=with_teachers))
+    model.train(was_training)
+    means = totals.drain(lambda tensor, _how: tensor)  # every rank evaluates the same rows
+    result = {"loss": float((objective.weights(means.tokens_R) * means.loss_R).sum())}
+    for index, route in enumerate(objective.routes):
+        if means.tokens_R[index] > 0:
+            result |= {f"{route.name}_{k.split('/')[1]}": v for k, v in means.route(index, route).items() if "tokens" not in k}
+    return result
+
+
+@dataclass(frozen=True)
+class _Means:
+    loss_R: Tensor
+    kl_R: Tensor
+    ntp_R: Tensor
+    tokens_R: Tensor
+    seconds: float
+
+    def route(self, index: int, route: Route) -> dict[str, float]:
+        tokens = max(int(self.tokens_R[index]), 1)
+        values = {f"{route.name}/loss": float(self.loss_R[index]) / tokens}
+        if route.teacher is not None and math.isfinite(float(self.kl_R[index])):
+            values[f"{route.name}/kl"] = float(self.kl_R[index]) / tokens
+        values[f"{route.name}/ntp"] = float(self.ntp_R[index]) / tokens
+        values[f"{route.name}/tokens"] = int(self.tokens_R[index])
+        return values
+
+    def flat(self, routes: Sequence[Route]) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for index, route in enumerate(routes):
+            if self.tokens_R[index] > 0:
+                values |= self.route(index, route)
+        values["response_tokens_per_second"] = round(float(self.tokens_R.sum()) / max(self.seconds, 1e-9), 1)
+        return values
+
+
+class _Window:
+    """Sums since the last log, kept on the device so that a micro-batch costs no synchronisation."""
+
+    def __init__(self, routes: int) -> None:
+        self._routes = routes
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums: Tensor | None = None
+        self._since = time.monotonic()
+
+    def add(self, sums: RouteSums) -> None:
+        block = torch.stack([sums.loss.detach(), sums.kl, sums.ntp, sums.tokens.to(sums.kl.dtype)]).double()
+        self._sums = block if self._sums is None else self._sums + block
+
+    def drain(self, reduce: Callable[[Tensor, str], Tensor]) -> _Means:
+        block = self._sums if self._sums is not None else torch.zeros(4, self._routes, dtype=torch.float64)
+        block = reduce(block, "sum").cpu()
+        means = _Means(block[0], block[1], block[2], block[3], time.monotonic() - self._since)
+        self._clear()
+        return means
+
+
+class StepBookkeeping(TrainerCallback):
+    """Log whenever a checkpoint is written, so that a resumed run's metrics have the same windows; count true epochs.
+
+    To transformers a run is one pass over its batches. epochs_per_step is what a step is of the mixture's epoch (None: it has
+    none).
+    """
+
+    def __init__(self, epochs_per_step: float | None) -> None:
+        self._epochs_per_step = epochs_per_step
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
+        state.epoch = None if self._epochs_per_step is None else state.global_step * self._epochs_per_step  # type: ignore[assignment]
+        if control.should_save:
+            control.should_log = True
+        return control
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C or SIGTERM: finish the optimizer step, write a checkpoint, stop. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
+        if self.received is not None:
+            control.should_log = control.should_save = control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def peak_memory_bytes() -> int:
+    """Peak of accelerator memory where there is one, else of the process's resident memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -1,0 +1,29 @@
+"""Shared test set-up: one thread and no denormals, so that suites run side by side and figures repeat."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # `import pico`
+
+torch.set_num_threads(1)
+torch.set_flush_denormal(True)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Small real models and data beside the checkout; tests that want them are skipped where they are not."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the folder ../shared with real models and data")
+    return SHARED

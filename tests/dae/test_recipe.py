@@ -1,0 +1,152 @@
+"""Experts and their rows: pairing by name, and rows that run folders tell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dae.recipe import AlignRecipe
+from kd.config import load_recipe, resolved_yaml
+from kd.errors import UserError
+from kd.fingerprints import file_sha256
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+FULL = {"base": "b", "expert": "e", "data.domain": "d.jsonl", "data.general": "g.jsonl"}
+
+
+def load(flags: dict[str, Any], *assignments: str) -> AlignRecipe:
+    return load_recipe(AlignRecipe, None, flags, assignments)
+
+
+def message(flags: dict[str, Any], *assignments: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(flags, *assignments)
+    return str(caught.value)
+
+
+def run_folder(folder: Path, rows: Path, route: str = "train", split: str = "train") -> Path:
+    """A run folder as far as it tells what it was trained on."""
+    folder.mkdir()
+    told = {"toolkit": "dae-align", "stage": "sft", "base": {"path": "b", "fingerprint": "0"}, "inputs": {"base": "0"}}
+    told["data"] = {route: [{"path": str(rows), "sha256": file_sha256(rows), "share": 1.0}]}
+    (folder / "provenance.json").write_text(json.dumps(told))
+    (folder / "recipe.yaml").write_text(f"data: {{{route}: [{{path: {rows}, split: {split}}}]}}\n")
+    return folder
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_shipped_recipes_load_and_read_back_the_same(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(AlignRecipe, path, {})
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(resolved_yaml(recipe))
+    assert load_recipe(AlignRecipe, copy, {}) == recipe
+
+
+def test_the_7b_recipes_have_the_settings_of_the_paper() -> None:
+    ranks = {"ecom_7b_lora.yaml": 8, "ecom_7b_lora_one_gpu.yaml": 1}
+    assert set(ranks) <= {path.name for path in RECIPES}
+    for path in RECIPES:
+        if path.name not in ranks:
+            continue
+        recipe = load_recipe(AlignRecipe, path, {})
+        train = recipe.train
+        rows = train["per_device_train_batch_size"] * train["gradient_accumulation_steps"] * ranks[path.name]
+        assert rows == 512
+        assert (train["learning_rate"], train["num_train_epochs"], train["warmup_steps"]) == (2e-5, 2, 0.1)
+        assert (recipe.data.max_length, train["lr_scheduler_type"]) == (2048, "cosine")
+        assert (recipe.lambda_, recipe.temperature, recipe.divergence, recipe.weights) == (1.0, 1.0, "forward_kl", "tokens")
+        assert [source.share for source in recipe.data.routes["ecom"]] == [0.1]
+
+
+def test_an_expert_without_a_name_is_called_domain() -> None:
+    recipe = load(FULL)
+    assert recipe.expert == {"domain": "e"}
+    assert recipe.output == "runs/align"
+
+
+def test_a_named_expert_beside_the_unnamed_one_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("base: b\nexpert: e\ndata: {domain: d, general: g}\n")
+    recipe = load_recipe(AlignRecipe, path, {"expert.legal": "l", "data.legal": "l.jsonl"})
+    assert recipe.expert == {"domain": "e", "legal": "l"}
+
+
+def test_lambda_is_written_as_the_paper_has_it() -> None:
+    recipe = load(FULL, "lambda=0.5")
+    assert recipe.lambda_ == 0.5
+    assert "\nlambda: 0.5\n" in resolved_yaml(recipe)
+    assert AlignRecipe(base="b", expert="e", data={"domain": "d", "general": "g"}, lambda_=0.5) == recipe  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("expert={}", "names no expert"),
+        ("expert={general: e}", "`general` is the reference's route"),
+        ("expert={max_length: e}", "cannot be a route's name"),
+        ("expert={a.b: e}", "cannot be a route's name"),
+        ("expert.domain=''", "must not be empty"),
+        ("expert=5", "wants `name: value` pairs"),
+        ("expert={ecom: e}", "no training rows for `ecom`: add --domain-data ecom=PATH"),
+        ("expert={ecom: e}", "data.domain: unknown key or route; the routes are general, ecom"),
+        ("lambda=1.5", "must be at most 1"),
+        ("temperature=0", "must be above 0"),
+        ("temperature=.nan", "wants a finite number"),
+        ("divergence=kl", "wants forward_kl, reverse_kl or jsd"),
+        ("beta=0.3", "is read with `divergence: jsd` only"),
+        ("weights=token", "wants routes, tokens, or a factor for each route"),
+        ("weights={domain: 2.0}", "weights.general: has no factor: give one for each route"),
+        ("weights={domain: 2.0, general: 0}", "weights.general = 0: must be above 0"),
+        ("weights={domain: a, general: 1}", "wants a number"),
+        ("weights={domain: 1, general: 1, legal: 1}", "is no route; the routes are general, domain"),
+        ("lamda=0.5", "did you mean `lambda`?"),
+    ],
+)
+def test_wrong_values(assignment: str, expected: str) -> None:
+    assert expected in message(FULL, assignment)
+
+
+def test_weights_as_factors() -> None:
+    assert load(FULL, "weights={domain: 2, general: 1.0}").weights == {"domain": 2.0, "general": 1.0}
+
+
+def test_missing_rows_name_the_flag_to_add() -> None:
+    told = message({"base": "b", "expert": "e"})
+    assert "no training rows for `general`: add --general-data PATH" in told
+    assert "no training rows for `domain`: add --domain-data PATH; e is no run folder of dae, which would tell" in told
+
+
+def test_rows_are_taken_from_the_run_folders_of_expert_and_reference(tmp_path: Path) -> None:
+    domain, general = tmp_path / "domain.jsonl", tmp_path / "general.jsonl"
+    domain.write_text("{}\n")
+    general.write_text("{}{}\n")
+    expert = run_folder(tmp_path / "expert", domain, split="validation")
+    base = run_folder(tmp_path / "base", general)
+    recipe = load({"base": str(base), "expert": str(expert)})
+    assert [(s.path, s.split, s.share) for s in recipe.data.routes["domain"]] == [(str(domain), "validation", None)]
+    assert [s.path for s in recipe.data.routes["general"]] == [str(general)]
+    told = load({"base": str(base), "expert": str(expert), "data.domain": "mine.jsonl"})
+    assert [s.path for s in told.data.routes["domain"]] == ["mine.jsonl"]
+
+
+def test_the_reference_tells_general_rows_before_the_base(tmp_path: Path) -> None:
+    of_base, of_reference = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    of_base.write_text("1")
+    of_reference.write_text("2")
+    base, reference = run_folder(tmp_path / "base", of_base), run_folder(tmp_path / "ref", of_reference, route="general")
+    flags = {"base": str(base), "expert": "e", "data.domain": "d"}
+    assert load(flags).data.routes["general"][0].path == str(of_base)
+    assert load({**flags, "reference": str(reference)}).data.routes["general"][0].path == str(of_reference)
+
+
+def test_rows_that_changed_or_went_are_not_taken(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("1")
+    expert = run_folder(tmp_path / "expert", rows)
+    rows.write_text("2")
+    assert f"{rows}, which has changed since" in message({"base": "b", "expert": str(expert), "data.general": "g"})
+    rows.unlink()
+    assert f"{rows}, which is not there" in message({"base": "b", "expert": str(expert), "data.general": "g"})

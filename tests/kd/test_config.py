@@ -1,0 +1,331 @@
+"""Recipes: layers, exact types, every mistake told at once with place and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kd.config import DataRecipe, LoraRecipe, SftRecipe, SourceRecipe, default_shares, load_recipe, resolved_yaml
+from kd.errors import UserError
+from kd.key_docs import key_docs
+from kd.training_arguments import argument_types, check_training_arguments
+
+MINIMAL = "base: ckpt\noutput: run\ndata: {train: rows.jsonl}\n"
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Any:
+    def load_text(text: str, *assignments: str, **flags: Any) -> SftRecipe:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return load_recipe(SftRecipe, path, {key.replace("__", "."): value for key, value in flags.items()}, assignments)
+
+    return load_text
+
+
+def message(load: Any, *arguments: Any, **flags: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        load(*arguments, **flags)
+    return str(caught.value)
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def test_yaml_gives_way_to_flags_and_flags_to_assignments(load: Any) -> None:
+    text = MINIMAL + "seed: 1\n"
+    assert load(text).seed == 1
+    assert load(text, seed=2).seed == 2
+    assert load(text, "seed=3", seed=2).seed == 3
+    assert load(text, seed=None).seed == 1
+
+
+def test_a_recipe_needs_no_file() -> None:
+    recipe = load_recipe(SftRecipe, None, {"base": "b", "output": "o", "data.train": ["x.jsonl", "y.jsonl"]})
+    assert [source.path for source in recipe.data.routes["train"]] == ["x.jsonl", "y.jsonl"]
+
+
+def test_a_flag_for_rows_replaces_those_of_the_file(load: Any) -> None:
+    recipe = load(MINIMAL, data__train=["other.jsonl"])
+    assert recipe.data.routes == {"train": (SourceRecipe(path="other.jsonl"),)}
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["rows.jsonl", "{path: rows.jsonl}", "[rows.jsonl]", "[{path: rows.jsonl}]"],
+)
+def test_all_forms_of_a_source_mean_the_same(load: Any, written: str) -> None:
+    recipe = load(f"base: b\noutput: o\ndata: {{train: {written}}}\n")
+    assert recipe.data.routes == {"train": (SourceRecipe(path="rows.jsonl"),)}
+
+
+def test_dotted_keys_reach_into_lists_and_short_forms(load: Any) -> None:
+    recipe = load(MINIMAL, "data.train.0.repeat=true", "data.max_length=64", "lora.rank=4", "train.report_to=[none]")
+    assert recipe.data.routes["train"][0] == SourceRecipe(path="rows.jsonl", repeat=True)
+    assert (recipe.data.max_length, recipe.lora.rank, recipe.train) == (64, 4, {"report_to": ["none"]})
+
+
+def test_lora_null_trains_all_weights_and_can_be_taken_back(load: Any) -> None:
+    assert load(MINIMAL).lora == LoraRecipe()
+    assert load(MINIMAL + "lora: null\n").lora is None
+    assert load(MINIMAL, "lora=null").lora is None
+    assert load(MINIMAL + "lora: null\n", "lora.rank=4").lora == LoraRecipe(rank=4)
+
+
+@pytest.mark.parametrize(("written", "value"), [("2e-5", 2e-5), ("1E+2", 100.0), (".5", 0.5), ("3", 3), ("1_000", 1000)])
+def test_numbers_are_read_as_people_write_them(load: Any, written: str, value: float) -> None:
+    assert load(MINIMAL + f"train: {{learning_rate: {written}}}\n").train["learning_rate"] == value
+    assert load(MINIMAL, f"train.learning_rate={written}").train["learning_rate"] == value
+
+
+def test_words_that_yaml_1_1_takes_for_booleans_stay_words(load: Any) -> None:
+    assert load(MINIMAL, "train.save_strategy=no").train == {"save_strategy": "no"}
+    assert load(MINIMAL + "attn_implementation: on\n").attn_implementation == "on"
+
+
+# -- round trip --------------------------------------------------------------------------------------------------------
+
+
+def test_a_resolved_recipe_reads_back_the_same(load: Any) -> None:
+    recipe = load(
+        "base: '2e-5'\noutput: 'no'\ndata:\n  train: [{path: ü.jsonl, share: 0.25}, {path: b, share: 0.75}]\n"
+        "  eval: {train: '007'}\nlora: {target_modules: [q_proj, v_proj]}\ntrain: {learning_rate: 2e-5}\n"
+    )
+    text = resolved_yaml(recipe)
+    assert load(text) == recipe
+    assert resolved_yaml(load(text)) == text
+
+
+@given(
+    st.builds(
+        SftRecipe,
+        base=st.text(min_size=1, alphabet=st.characters(codec="utf-8", exclude_categories=("C", "Z"))),
+        output=st.sampled_from(["true", "1.0", "1e3", "null", "~", "[", "0x1f", "2020-01-01", "a: b", "#", "-"]),
+        seed=st.integers(0, 2**60),
+        data=st.builds(
+            DataRecipe,
+            max_length=st.integers(2, 10**9),
+            append_eos=st.none() | st.booleans(),
+            routes=st.just({"train": (SourceRecipe(path="a", split="1"),)}),
+        ),
+        lora=st.none() | st.builds(LoraRecipe, dropout=st.floats(0, 0.99), alpha=st.floats(1e-9, 1e9)),
+        dtype=st.sampled_from(["auto", "float32", "bfloat16"]),
+    )
+)
+def test_any_resolved_recipe_reads_back_the_same(tmp_path_factory: pytest.TempPathFactory, recipe: SftRecipe) -> None:
+    path = tmp_path_factory.mktemp("r") / "recipe.yaml"
+    path.write_text(resolved_yaml(recipe), encoding="utf-8")
+    assert load_recipe(SftRecipe, path, {}) == recipe
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+def test_all_mistakes_are_told_at_once_with_their_places(load: Any) -> None:
+    text = (
+        "bse: x\n"
+        "output: run\n"
+        "lora:\n"
+        "  rank: abc\n"
+        "data:\n"
+        "  max_lenght: 5\n"
+        "  train: [{path: a, share: 0.5}, {path: b, share: 0.4}]\n"
+        "dtype: bf16\n"
+    )
+    told = message(load, text, "seed=-1", "lora.alpha=x", output="")
+    assert told.startswith("8 problems in the recipe:\n")
+    for line in (
+        "recipe.yaml:1: bse = 'x': unknown key; did you mean `base`?",
+        "recipe.yaml: base: is missing",
+        "--output: output = '': must not be empty",
+        "recipe.yaml:4: lora.rank = 'abc': wants a whole number",
+        "recipe.yaml:6: data.max_lenght = 5: unknown key; did you mean `max_length`?",
+        "recipe.yaml:7: data.train.0.share = 0.5: all shares together are 0.9, not 1",
+        "recipe.yaml:8: dtype = 'bf16': wants auto, float32 or bfloat16; did you mean `bfloat16`?",
+        "seed=-1: must be at least 0",
+    ):
+        assert line in told
+    assert "lora.alpha=x: lora.alpha = 'x': wants a number" in told
+    assert "pydantic" not in told
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "is empty"),
+        ("# nothing\n", "is empty"),
+        ("- a\n- b\n", "recipe.yaml:1: a recipe is `key: value` pairs, this is a list"),
+        ("just words\n", "recipe.yaml:1: a recipe is `key: value` pairs, this is one value"),
+        ("base: [a\noutput: b\n", "recipe.yaml:2: is not valid YAML"),
+        ("base: a\n\tseed: 1\n", "recipe.yaml:2: is not valid YAML"),
+        (MINIMAL + "seed: 1\nseed: 2\n", "recipe.yaml:5: seed: stands twice, on lines 4 and 5: remove one"),
+        (MINIMAL + "1: 2\n", "recipe.yaml:4: 1: a key is text"),
+        ("base: !!python/object:os.system x\n", "is not valid YAML"),
+        ("a: &a [*a]\n", "an alias in this file contains itself"),
+    ],
+)
+def test_files_that_are_no_recipe(load: Any, text: str, expected: str) -> None:
+    assert expected in message(load, text)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes(b"base: caf\xe9\n")
+    for path, expected in [
+        (tmp_path / "none.yaml", "there is no such recipe file"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "latin.yaml", "is not UTF-8"),
+    ]:
+        with pytest.raises(UserError, match=expected):
+            load_recipe(SftRecipe, path, {})
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("rank", "`rank`: is neither a flag nor key=value"),
+        ("=3", "`=3`: is neither a flag nor key=value"),
+        ("seed=[1", "seed=[1: cannot be read as a YAML value"),
+        ("data.train.3.path=x", "data.train.3.path=x: data.train.3.path: `3` is no place in a list of 1"),
+        ("merge=yes", "merge=yes: wants true or false"),
+        ("seed=1.5", "seed=1.5: wants a whole number"),
+        ("seed=true", "seed = true: wants a whole number"),
+        ("base=7", "base=7: wants text: put it in quotes"),
+        ("data.train=5", "data.train = 5: unknown key"),
+        ("lora=[1]", "wants `name: value` pairs"),
+        ("lora.target_modules=[]", "wants all-linear, a regular expression, or a list of module names"),
+        ("data.other=x.jsonl", "data.other=x.jsonl: data.other: unknown key or route; the routes are train"),
+        ("data.chat_templat=plain", "did you mean `chat_template`?"),
+        ("data.eval.trian=x", "unknown route; the routes are train; did you mean `train`?"),
+        ("rank=8", "rank=8: stands in another place: write `lora.rank`"),
+        ("learning_rate=1e-4", "stands in another place: write `train.learning_rate`"),
+        ("early_stopping_patience=3", "needs held-out rows: add `data.eval`"),
+        ("train.eval_strategy=steps", "needs held-out rows: add `data.eval`"),
+        ("data.eval={train: {path: a, share: 0.5}}", "held-out rows are read once, all of them: remove it"),
+    ],
+)
+def test_wrong_values(load: Any, assignment: str, expected: str) -> None:
+    assert expected in message(load, MINIMAL, assignment)
+
+
+def test_shares_are_given_for_all_sources_or_none(load: Any) -> None:
+    text = "base: b\noutput: o\ndata: {train: [{path: a, share: 0.5}, b]}\n"
+    assert "data.train.1.share: is missing" in message(load, text)
+
+
+def test_merge_needs_an_adapter(load: Any) -> None:
+    assert "the weights are written whole" in message(load, MINIMAL + "lora: null\nmerge: true\n")
+
+
+# -- train -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("output_dir", "x", "the run folder is the key `output`"),
+        ("remove_unused_columns", True, "response mask"),
+        ("seed", 1, "outside `train`"),
+        ("fp16", True, "use bf16"),
+        ("resume_from_checkpoint", "x", "by itself"),
+        ("push_to_hub", True, "hf upload"),
+        ("warmup_ratio", 0.1, "`warmup_steps: 0.1`"),
+        ("evaluation_strategy", "steps", "write `eval_strategy`"),
+        ("group_by_length", True, "remove it"),
+        ("learning_rat", 1e-3, "did you mean `learning_rate`?"),
+        ("learning_rate", "abc", "wants a number"),
+        ("learning_rate", -1.0, "must be at least 0"),
+        ("max_steps", 2.5, "wants a whole number"),
+        ("bf16", "yes", "wants true or false"),
+        ("lr_scheduler_type", "cosin", "did you mean `cosine`?"),
+        ("optim", "adam", "41 names"),
+        ("save_strategy", "epoch", "set `save_steps`"),
+        ("gradient_checkpointing_kwargs", {"use_reentrant": True}, "wrong gradients"),
+        ("per_device_train_batch_size", 0, "must be at least 1"),
+        ("report_to", "no_such_tracker", "is not installed here"),
+        ("logging_steps", 1.5, "must be an integer if bigger than 1"),
+    ],
+)
+def test_training_arguments_that_cannot_be_had(name: str, value: object, expected: str) -> None:
+    (problem,) = check_training_arguments({name: value})
+    assert expected in problem
+
+
+def test_ordinary_training_arguments_pass_on_any_machine() -> None:
+    assert check_training_arguments({}) == []
+    ordinary = {
+        "learning_rate": 2e-5, "num_train_epochs": 2, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "bf16": True,
+        "gradient_checkpointing": True, "save_strategy": "no", "save_total_limit": 1, "report_to": "none", "max_steps": 5,
+        "optim": "adamw_torch", "weight_decay": 0, "logging_steps": 0.1,
+    }  # fmt: skip
+    assert check_training_arguments(ordinary) == []
+
+
+def test_checking_training_arguments_places_nothing_on_a_device() -> None:
+    from accelerate.state import PartialState
+
+    before = dict(PartialState._shared_state)
+    check_training_arguments({"learning_rate": 1e-4})
+    assert dict(PartialState._shared_state) == before
+
+
+def test_refused_names_are_real_names() -> None:
+    from kd.training_arguments import MINIMA, OWNED, RENAMED
+
+    names = set(argument_types())
+    assert set(OWNED) <= names
+    assert set(MINIMA) <= names
+    assert not set(RENAMED) & names
+
+
+def test_training_arguments_are_told_with_the_rest(load: Any) -> None:
+    told = message(load, MINIMAL + "train:\n  warmup_ratio: 0.1\n  output_dir: x\nsed: 1\n")
+    assert "recipe.yaml:5: train.warmup_ratio = 0.1: is no longer a training argument" in told
+    assert "recipe.yaml:6: train.output_dir = 'x': is not for a recipe to set" in told
+    assert "recipe.yaml:7: sed = 1: unknown key" in told
+
+
+# -- Python ------------------------------------------------------------------------------------------------------------
+
+
+def test_recipes_from_python_take_paths_and_lists_and_cannot_be_changed(tmp_path: Path) -> None:
+    recipe = SftRecipe(base=tmp_path, output=tmp_path / "o", data={"train": [tmp_path / "a.jsonl"]})  # type: ignore[arg-type]
+    assert recipe.data.routes["train"][0].path == str(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 3  # type: ignore[misc]
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), st.lists(st.integers(1, 10**6), min_size=1, max_size=4), min_size=1))
+def test_default_shares_are_by_rows(rows: dict[str, list[int]]) -> None:
+    shares = default_shares(rows)
+    total = sum(map(sum, rows.values()))
+    for route, counts in rows.items():
+        assert shares[route] == pytest.approx([count / total for count in counts])
+
+
+def test_default_shares_of_routes_are_split_by_rows() -> None:
+    shares = default_shares({"general": [30, 10], "ecom": [7]}, {"general": 0.9, "ecom": 0.1})
+    assert shares["general"] == pytest.approx([0.675, 0.225])
+    assert shares["ecom"] == pytest.approx([0.1])
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_key_of_a_resolved_recipe_is_documented(load: Any) -> None:
+    documented = {doc.key for doc in key_docs(SftRecipe)}
+    assert all(doc.meaning and doc.type and doc.default for doc in key_docs(SftRecipe))
+
+    def walk(value: Any, prefix: str) -> set[str]:
+        if isinstance(value, list):
+            return walk(value[0], f"{prefix}.0")
+        if not isinstance(value, dict) or not value:
+            return {prefix}
+        return set().union(*(walk(inner, f"{prefix}.{key}".lstrip(".")) for key, inner in value.items()))
+
+    written = yaml.safe_load(resolved_yaml(load(MINIMAL)))
+    assert {key.replace("data.train", "data.ROUTE") for key in walk(written, "")} <= documented

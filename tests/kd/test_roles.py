@@ -1,0 +1,196 @@
+"""Roles on one backbone say exactly what separate models say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from pico import FAMILIES, make_checkpoint, make_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from kd.config import LoraRecipe
+from kd.errors import UserError
+from kd.roles import (
+    STUDENT_ADAPTER,
+    Backbone,
+    LoadSettings,
+    Role,
+    add_frozen_adapter,
+    add_student_adapter,
+    check_head,
+    check_packing,
+    final_hidden_states,
+    head_of,
+    load_model,
+    speaking_as,
+    vocabulary_rows,
+)
+
+SETTINGS = LoadSettings(torch.float32)
+IDS = torch.arange(3, 15)[None]
+
+
+def make_adapter(base: Path, folder: Path, **config: Any) -> Path:
+    """An adapter with weights far from zero, saved by plain peft."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(7)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **config}
+    peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.normal_(0.0, 0.1)
+    peft_model.save_pretrained(str(folder))
+    return folder
+
+
+def plain_logits(base: Path, adapter: Path | None = None) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter))
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits[0]
+
+
+def role_logits(role: Role) -> torch.Tensor:
+    with speaking_as(role) as model, torch.no_grad():
+        return head_of(model).logits(final_hidden_states(model, {"input_ids": IDS})[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_roles_on_one_backbone_equal_separate_models(family: str, tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base", family)
+    expert = make_adapter(base, tmp_path / "expert")
+    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+    student = add_student_adapter(backbone, LoraRecipe(), None)
+    name = add_frozen_adapter(backbone, str(expert))
+    student.train()
+    roles = [Role("student", student, STUDENT_ADAPTER), Role("expert", student, name), Role("reference", student, None)]
+    expected = [plain_logits(base), plain_logits(base, expert), plain_logits(base)]
+    for role, logits in zip(roles, expected, strict=True):
+        torch.testing.assert_close(role_logits(role), logits, rtol=1e-5, atol=1e-5)
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["v_proj"], "use_rslora": True},
+    ],
+    ids=["dora", "head_saved", "lora_on_head", "rslora"],
+)
+def test_experts_of_each_kind(config: dict[str, Any], tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base")
+    expert = make_adapter(base, tmp_path / "expert", **config)
+    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+    student = add_student_adapter(backbone, LoraRecipe(), None)
+    name = add_frozen_adapter(backbone, str(expert))
+    for role, adapter in ((Role("expert", student, name), expert), (Role("reference", student, None), None)):
+        torch.testing.assert_close(role_logits(role), plain_logits(base, adapter), rtol=1e-5, atol=1e-5)
+        check_head(role, vocabulary_rows([role]))
+
+
+def test_switching_roles_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base")
+    expert = make_adapter(base, tmp_path / "expert", modules_to_save=["lm_head"])
+    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+    student = add_student_adapter(backbone, LoraRecipe(dropout=0.1), None)
+    name = add_frozen_adapter(backbone, str(expert))
+    student.train()
+    trainable = {n for n, p in student.named_parameters() if p.requires_grad}
+    assert trainable and all(f".{STUDENT_ADAPTER}." in n for n in trainable)
+    before = role_logits(Role("student", student, STUDENT_ADAPTER))
+    for role in (Role("expert", student, name), Role("reference", student, None)):
+        with pytest.raises(RuntimeError, match="in the middle"), speaking_as(role) as model:
+            assert not model.training
+            raise RuntimeError("in the middle")
+        assert student.training
+        assert {n for n, p in student.named_parameters() if p.requires_grad} == trainable
+    torch.testing.assert_close(role_logits(Role("student", student, STUDENT_ADAPTER)), before, rtol=0, atol=0)
+
+
+def test_an_adapter_folder_is_put_on_once(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base")
+    expert = make_adapter(base, tmp_path / "expert")
+    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+    assert add_frozen_adapter(backbone, str(expert)) == add_frozen_adapter(backbone, str(expert))
+    assert not any(p.requires_grad for p in backbone.model.parameters())
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "granite", "cohere", "mixtral"])
+def test_heads_and_packing_of_known_architectures(family: str) -> None:
+    role = Role(family, make_model(family), None)
+    check_head(role, 288)
+    check_packing(role, 288)
+
+
+def test_a_head_that_does_something_else_is_refused_by_name() -> None:
+    class Odd(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 1.5
+
+    model = make_model()
+    head = model.lm_head
+    model.lm_head = Odd(16, 288, bias=False)
+    model.lm_head.weight = head.weight
+    with pytest.raises(UserError, match="Odd is not supported"):
+        check_head(Role("reference", model, None), 288)
+    model.lm_head = head
+    model.config.logit_scale = 2.0  # our reading of the config no longer says what the model does
+    with pytest.raises(UserError, match="LlamaForCausalLM changes its logits"):
+        check_head(Role("reference", model, None), 288)
+
+
+def test_packing_is_refused_where_rows_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    forward = model.forward
+
+    def positions_ignored(*args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", positions_ignored)
+    with pytest.raises(UserError, match=r"LlamaForCausalLM see each other .* set data.packing=false"):
+        check_packing(Role("reference", model, None), 288)
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base")
+    expert = make_adapter(base, tmp_path / "expert")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "bad")
+    with pytest.raises(UserError, match=r"bad: model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        load_model(str(tmp_path / "bad"), SETTINGS)
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(expert / "adapter_model.safetensors")
+    name = next(key for key in tensors if "lora_B" in key)
+    tensors[name][0, 0] = float("inf")
+    save_file(tensors, expert / "adapter_model.safetensors", metadata={"format": "pt"})
+    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+    with pytest.raises(UserError, match="expert: .*lora_B.* holds NaN or infinite"):
+        add_frozen_adapter(backbone, str(expert))
+
+
+def test_only_one_position_is_projected_to_the_vocabulary() -> None:
+    model = make_model()
+    seen: list[torch.Size] = []
+    model.lm_head.register_forward_hook(lambda _m, _a, output: seen.append(output.shape))
+    hidden = final_hidden_states(model, {"input_ids": IDS})
+    assert hidden.shape == (1, IDS.shape[1], 16)
+    assert seen == [torch.Size([1, 1, 288])]
+
+
+def test_unknown_target_modules_are_the_users_mistake(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base")
+    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+    with pytest.raises(UserError, match="lora.target_modules"):
+        add_student_adapter(backbone, LoraRecipe(target_modules=("no_such_layer",)), None)
