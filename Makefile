@@ -32,4 +32,4 @@ check: $(STAMP)
 	.venv/bin/mypy kd dae eval/dae_eval
 
 bench: $(STAMP)
-	.venv/bin/python benchmarks/step.py
+	.venv/bin/python benchmarks/step_cost.py

@@ -108,7 +108,7 @@ def prepare(shape: Shape, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from kd.trainer import teacher_hidden_states
+    from kd.objective import teacher_hidden_states
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -150,7 +150,7 @@ def _shared_roles(shape: Shape, folder: Path) -> tuple[nn.Module, Any]:
     """(student, Objective): three roles on one backbone, as dae.alignment.build_roles makes them."""
     from kd.losses import TokenLoss
     from kd.roles import Role, add_frozen_adapter
-    from kd.trainer import Objective, Route
+    from kd.objective import Objective, Route
 
     backbone = _student(shape, folder)
     name = add_frozen_adapter(backbone, str(folder / "expert"))
@@ -160,7 +160,7 @@ def _shared_roles(shape: Shape, folder: Path) -> tuple[nn.Module, Any]:
 
 def ours(shape: Shape, folder: Path) -> tuple[nn.Module, LossOfStep]:
     """The step as kd.trainer.RoutedTrainer takes it: a count of response tokens, route sums, one normaliser."""
-    from kd.trainer import response_token_counts, route_sums
+    from kd.objective import response_token_counts, route_sums
 
     model, objective = _shared_roles(shape, folder)
     batch = make_batch(shape)
@@ -178,7 +178,7 @@ def student_only(shape: Shape, folder: Path) -> tuple[nn.Module, LossOfStep]:
 
     from kd.losses import TokenLoss, token_loss_sums
     from kd.roles import final_hidden_states, head_of
-    from kd.trainer import model_inputs
+    from kd.objective import model_inputs
 
     model = _student(shape, folder).model
     batch = make_batch(shape)
@@ -355,6 +355,7 @@ def spawn(arguments: list[str], threads: int) -> Any:
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "passive",  # a thread that spins while another process has its core would count as work
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }

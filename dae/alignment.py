@@ -1,12 +1,13 @@
 """Domain Alignment from Expert (arXiv 2406.19112), from recipe to finished run. The page to read first.
 
-Every training row belongs to a route, and every route has one teacher: the expert on a domain's rows, the frozen reference
-on `general`. The student matches its row's teacher, token by token:
+Every training row belongs to a route, and every route has one teacher: the expert on a domain's rows, the frozen
+reference on `general`. The student matches its row's teacher, token by token:
 
     l_t = (1 - lambda) * NTP_t + lambda * T^2 * KL( p_teacher(route) || p_student )_t      per response token t
     L   = sum_r w_r sum_{t in r} l_t  /  sum_r w_r N_r                                     per optimizer step
 
-Where to look next: kd/losses.py (l_t), kd/trainer.py (L), kd/roles.py (three roles on one backbone), kd/mixing.py (which rows).
+Where to look next: kd/losses.py (l_t), kd/objective.py (L), kd/roles.py (three roles on one backbone), kd/mixing.py
+(which rows), kd/stage.py (what every stage does around its objective).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from kd.compatibility import check_adapter, check_tokenizers, is_adapter
 from kd.errors import UserError
 from kd.fingerprints import model_fingerprint
 from kd.losses import TokenLoss
+from kd.objective import Objective, Route
 from kd.roles import (
     STUDENT_ADAPTER,
     Backbone,
@@ -31,7 +33,6 @@ from kd.roles import (
     vocabulary_rows,
 )
 from kd.stage import RunResult, StageRoles, load_stage_data, run_stage, student_dtype
-from kd.trainer import Objective, Route
 
 
 def align(recipe: AlignRecipe) -> RunResult:
@@ -75,15 +76,17 @@ def check_checkpoints(recipe: AlignRecipe, inputs: Mapping[str, str]) -> None:
             check_adapter(role, path, recipe.base, inputs["base"], recipe.trust_remote_code)
     if recipe.student_from is not None and is_adapter(recipe.student_from) != (recipe.lora is not None):
         kind, remedy = ("an adapter", "merge it first") if recipe.lora is None else ("a full checkpoint", "lora: null")
-        raise UserError(f"student_from: {recipe.student_from}: is {kind}, which this student cannot go on from; {remedy}.")
+        raise UserError(
+            f"student_from: {recipe.student_from}: is {kind}, which this student cannot go on from; {remedy}."
+        )
 
 
 def build_roles(recipe: AlignRecipe, inputs: Mapping[str, str], settings: LoadSettings) -> StageRoles:
     """Load the student and its teachers on as few weights as possible.
 
-    A LoRA student shares its backbone with the reference (adapters off) and with adapter experts. A student whose weights
-    all train shares with nobody: "adapters off" would be the moving student itself, with a KL of zero that looks like
-    success. Its teachers stand on one frozen copy of the base.
+    A LoRA student shares its backbone with the reference (adapters off) and with adapter experts. A student whose
+    weights all train shares with nobody: "adapters off" would be the moving student itself, with a KL of zero that
+    looks like success. Its teachers stand on one frozen copy of the base.
     """
     shared = Backbone(recipe.base, load_model(recipe.base, settings)) if needs_base(recipe, inputs) else None
     if recipe.lora is not None:
@@ -113,7 +116,7 @@ def needs_base(recipe: AlignRecipe, inputs: Mapping[str, str]) -> bool:
 def load_teachers(
     recipe: AlignRecipe, inputs: Mapping[str, str], settings: LoadSettings, shared: Backbone | None
 ) -> tuple[Role, dict[str, Role]]:
-    """(reference, experts by name): adapters and the base itself on the shared backbone, other checkpoints on their own."""
+    """(reference, experts by name): adapters and the base on the shared backbone, others on weights of their own."""
     paths = {role: path for role, path in role_paths(recipe).items() if role not in ("base", "student_from")}
     # Adapters first: the first one wraps the backbone, and every role must hold the wrapped one.
     adapters = {}

@@ -1,6 +1,7 @@
 """The command line: parse, call one function, print. Heavy imports wait until a command needs them.
 
-Exit status: 0 done, 1 a report's verdict, 2 the user's mistake, 3 our own fault, 4 the machine, 128 + n stopped by signal n.
+Exit status: 0 done, 1 a report's verdict, 2 the user's mistake, 3 our own fault, 4 the machine, 128 + n stopped by
+signal n.
 """
 
 from __future__ import annotations
@@ -38,13 +39,15 @@ SMALLER_STEP = (
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Domain alignment from experts: one student that matches an expert on its domain, the general model elsewhere.",
+    help="One student that matches an expert on its domain and the general model elsewhere.",
 )
 
 Assignments = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="any key of the recipe; `dae keys` lists them")
 ]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="YAML; flags and KEY=VALUE go over it")]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", metavar="FILE", help="YAML; flags and KEY=VALUE go over it")
+]
 Base = Annotated[str | None, typer.Option(metavar="CKPT", help="checkpoint that training starts from")]
 Merge = Annotated[bool, typer.Option("--merge", help="also write merged full weights")]
 
@@ -127,7 +130,7 @@ def sample(
 
     from dae.sampling import sample as run
 
-    print(run(loaded))
+    typer.echo(run(loaded))
 
 
 @app.command()
@@ -210,10 +213,10 @@ def tell(result: RunResult) -> None:
     """Print where a finished run lies and its last measurements."""
     if not is_first_rank():
         return
-    print(f"{result.path}  ({result.summary.get('steps')} steps)")
+    typer.echo(f"{result.path}  ({result.summary.get('steps')} steps)")
     measured = result.summary.get("held_out") or result.summary.get("last") or {}
     for name, value in measured.items():
-        print(f"  {name.removeprefix('eval_')}  {value:.4g}" if isinstance(value, float) else f"  {name}  {value}")
+        typer.echo(f"  {name.removeprefix('eval_')}  {value:.4g}" if isinstance(value, float) else f"  {name}  {value}")
 
 
 def is_first_rank() -> bool:
@@ -313,9 +316,9 @@ def run(arguments: Sequence[str]) -> int:
         status, message = status_of(error)
         command = " ".join(["dae", *arguments[:1]])
         if status == OURS:
-            print(f"{command}: {traceback_log(error)}", file=sys.stderr)
+            typer.echo(f"{command}: {traceback_log(error)}", err=True)
         elif is_first_rank():
-            print(f"{command}: {message}", file=sys.stderr)
+            typer.echo(f"{command}: {message}", err=True)
         return status
 
 

@@ -162,7 +162,6 @@ def chat_format(tokenizer: PreTrainedTokenizerBase, template: str) -> ChatFormat
     """
     special = {str(token) for token in tokenizer.all_special_tokens}
     special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special -= {tokenizer.bos_token} - {tokenizer.eos_token}
     ends = set() if tokenizer.eos_token is None else {str(tokenizer.eos_token)}
     reply = [{"role": "user", "content": "question"}, {"role": "assistant", "content": PROBE}]
     for messages in (reply, [{"role": "system", "content": "instruction"}, *reply]):

@@ -1,4 +1,4 @@
-"""Do these checkpoints belong together? Asked without loading weights, so that `dae check` and a run give the same answers."""
+"""Do these checkpoints belong together? Asked without loading weights: `dae check` and a run give the same answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ logger = logging.getLogger("dae")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Spaces, newlines, digits, accents, other scripts and emoji: where tokenizers with equal vocabularies still differ.
-_PROBES = ("Hello  world\n\n\tx = 1234.50", "naïve café, Größe 42 cm", "价格是多少？ цена €99", "🙂 </s><|im_end|> [INST]")
+_PROBES = (
+    "Hello  world\n\n\tx = 1234.50",
+    "naïve café, Größe 42 cm",
+    "价格是多少？ цена €99",
+    "🙂 </s><|im_end|> [INST]",
+)
 
 
 def is_adapter(path: str) -> bool:
@@ -53,17 +58,22 @@ def check_tokenizers(base: str, others: Mapping[str, str], trust_remote_code: bo
         difference = _difference(ours, theirs)
         if difference:
             raise UserError(
-                f"{role} {path}: its tokenizer is not that of {base} ({difference}). A teacher must share the student's "
-                "tokenizer: token i would mean something else to each."
+                f"{role} {path}: its tokenizer is not that of {base} ({difference}). A teacher must share the "
+                "student's tokenizer: token i would mean something else to each."
             )
 
 
 def _tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     folder = resolve_model(path)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
+    if not any(
+        (folder / name).is_file()
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    ):
         return None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: its tokenizer cannot be opened: {str(error).splitlines()[0]}") from error
     return tokenizer
@@ -85,8 +95,8 @@ def _difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) 
 def check_adapter(role: str, path: str, base: str, base_fingerprint: str, trust_remote_code: bool = False) -> None:
     """An adapter must be LoRA (or DoRA) and made for these base weights.
 
-    With a recorded base fingerprint (runs of this toolkit) that decides; without, its tensors must fit the base's modules,
-    and another recorded base name gives a warning. Raises UserError naming what does not fit.
+    With a recorded base fingerprint (runs of this toolkit) that decides; without, its tensors must fit the base's
+    modules, and another recorded base name gives a warning. Raises UserError naming what does not fit.
     """
     folder = resolve_model(path)
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
@@ -135,7 +145,13 @@ def _expected_shape(module: nn.Module, part: str, shape: list[int]) -> list[int]
     weight = getattr(module, "weight", None)
     if weight is None:
         return None
-    out_features, in_features = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape[:2] if weight.dim() > 1 else (weight.shape[0], 0)
+    out_features, in_features = (
+        weight.shape[::-1]
+        if isinstance(module, Conv1D)
+        else weight.shape[:2]
+        if weight.dim() > 1
+        else (weight.shape[0], 0)
+    )
     if part.startswith("A."):
         return [shape[0], in_features]
     if part.startswith("B."):

@@ -1,7 +1,7 @@
 """The recipe: one frozen, fully typed description of a run, and how it is put together.
 
-A recipe comes from a YAML file, overridden by flags, overridden by `key=value`. Everything that is wrong with it is told
-in one message. Nothing here imports torch; only `train` needs transformers to be checked, when it is not empty.
+A recipe comes from a YAML file, overridden by flags, overridden by `key=value`. All that is wrong with it is told in one
+message. Nothing here imports torch; only `train` needs transformers to be checked, when it is not empty.
 """
 
 from __future__ import annotations
@@ -315,7 +315,9 @@ class StageRecipe(Frozen):
     def key_elsewhere(cls, name: str) -> str | None:
         nested = {f"data.{key}": key for key in DATA_SETTINGS} | {f"lora.{key}": key for key in LoraRecipe.model_fields}
         found = next((dotted for dotted, key in nested.items() if key == name), None)
-        return found or (f"train.{name}" if name in argument_types() else None)
+        if found or suggestion(name, cls.model_fields):
+            return found
+        return f"train.{name}" if name in argument_types() else None  # imports transformers: last
 
 
 class SftRecipe(StageRecipe):

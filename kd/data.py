@@ -174,8 +174,9 @@ def encode_record(
     `prompt` and `completion` as text: no template; ids and cut as in lm-eval 0.4.13 (`TemplateLM._encode_pair`), so
     that a row is trained as it will be scored. Trailing white space of the prompt goes to the completion, both are
     encoded together, and as many tokens as the prompt has alone are the prompt's, so a token across the boundary is
-    too. An EOS that the tokenizer adds by itself is taken off both first. EOS is appended unless `append_eos: false`,
-    never twice.
+    too (there lm-eval replaces the prompt's tokens by those of the prompt alone; here the row stays what was encoded).
+    An EOS that the tokenizer adds by itself is taken off both first. EOS is appended unless `append_eos: false`, never
+    twice.
 
     Conversations (`messages`; or `prompt` and `completion` as message lists, where only the completion's assistant
     turns are responses): the template's text is encoded once, without further special tokens, so BOS is there exactly
@@ -346,8 +347,7 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, speci
     encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
     if special and tokenizer.eos_token is not None:
         for text, row in zip(texts, encoded, strict=True):
-            added = row[-1:] == [tokenizer.eos_token_id] and not text.endswith(str(tokenizer.eos_token))
-            if added and row != [tokenizer.bos_token_id]:
+            if row[-1:] == [tokenizer.eos_token_id] and not text.endswith(str(tokenizer.eos_token)):
                 row.pop()
     return encoded
 
@@ -361,9 +361,7 @@ def cut_text(item: Draft, text_ids: list[int], prompt_ids: list[int]) -> tuple[l
     return text_ids, np.arange(len(text_ids)) >= cut
 
 
-def encode_chats(
-    drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[list[int], Mask]]:
+def encode_chats(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], Mask]]:
     """(ids, response mask) of rendered conversations."""
     if not drafts:
         return

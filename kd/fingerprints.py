@@ -12,9 +12,10 @@ from typing import Any
 
 from kd.errors import UserError
 from kd.provenance import FINISHED, read_provenance
+from kd.records import FILE_ENDINGS, HUB_ID
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_MODEL_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Some hub repositories carry a second copy of the weights in their authors' own format.
 _NOT_DOWNLOADED = ("consolidated*", "original/*", "onnx/*", "openvino/*")
 
@@ -39,18 +40,17 @@ def joint_sha256(hashes: Mapping[str, str]) -> str:
 
 
 def data_sha256(path: str | Path) -> str:
-    """Fingerprint of a data file (SHA-256 of its bytes) or of a folder saved by `datasets` (joint hash of its files).
-
-    Rows that come from a hub have no file to hash: see `rows_sha256`.
+    """Fingerprint of rows: SHA-256 of a file's bytes, joint hash of the files of a folder that `datasets` saved, or
+    SHA-256 of a hub data set's name and commit.
 
     Raises:
-        UserError: there is no such file or folder.
+        UserError: there is no such file, folder or hub data set.
     """
     place = Path(path)
     if place.is_file():
         return file_sha256(place)
     if not place.is_dir():
-        raise UserError(f"{path}: there is no such file or folder")
+        return _hub_data_sha256(str(path))
     # `datasets` leaves cache-*.arrow files in a folder that is merely read.
     names = [
         file.relative_to(place).as_posix()
@@ -60,12 +60,17 @@ def data_sha256(path: str | Path) -> str:
     return joint_sha256(files_sha256(place, names))
 
 
-def rows_sha256(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Fingerprint of rows wherever they lie: SHA-256 over one line of JSON with sorted keys for each row, in order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
-    return digest.hexdigest()
+def _hub_data_sha256(name: str) -> str:
+    missing = f"{name}: there is no such file or folder"
+    if not HUB_ID.fullmatch(name) or name.endswith(FILE_ENDINGS):
+        raise UserError(missing)
+    from datasets import load_dataset_builder
+
+    try:
+        commit = load_dataset_builder(name).hash  # offline this is the commit of what lies in the cache
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{missing}, nor can it be had as a hub data set: {error}") from error
+    return hashlib.sha256(f"{name}@{commit}".encode()).hexdigest()
 
 
 def resolve_model(path_or_id: str | Path) -> Path:
@@ -78,7 +83,7 @@ def resolve_model(path_or_id: str | Path) -> Path:
     if place.is_dir():
         return place
     name = str(path_or_id)
-    if place.exists() or not _HUB_ID.fullmatch(name) or name.startswith(("./", "../", "~")):
+    if place.exists() or not _MODEL_ID.fullmatch(name) or name.startswith(("./", "../", "~")):
         kind = "this is a file, a model is a folder" if place.exists() else "there is no such folder"
         raise UserError(f"{name}: {kind}; give the folder of a checkpoint or adapter, or a hub id")
     return _hub_snapshot(name)
@@ -91,10 +96,10 @@ def _hub_snapshot(name: str) -> Path:
     fetch: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": list(_NOT_DOWNLOADED)}
     try:
         return Path(snapshot_download(name, **fetch))
-    except Exception as error:  # the hub client raises errors of four libraries; all mean that it cannot be had
+    except Exception as error:  # noqa: BLE001 - the hub client raises errors of four libraries; all mean "not to be had"
         try:
             return Path(snapshot_download(name, local_files_only=True, **fetch))
-        except Exception:
+        except Exception:  # noqa: BLE001
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"{name}: there is no such folder, and the hub does not give a model of this name ({reason}); "

@@ -2,9 +2,10 @@
 
 Shape legend: N response tokens, D width of the student, E width of the teacher, V vocabulary rows that both heads have.
 
-Nothing here makes a tensor of N x V: tokens are taken in chunks, each chunk's logits live for a moment, and the gradient with
-respect to the hidden states (N x D) is worked out while they do. The backward pass is written out instead of recorded, so
-KL(p, p) has a gradient of exactly zero (autograd's is rounding noise, which AdamW blows up to full-size steps).
+Nothing here makes a tensor of N x V: tokens are taken in chunks, each chunk's logits live for a moment, and the
+gradient with respect to the hidden states (N x D) is worked out while they do. The backward pass is written out instead
+of recorded, so KL(p, p) has a gradient of exactly zero (autograd's is rounding noise, which AdamW blows up to full-size
+steps).
 
 Every function returns sums over tokens; the trainer divides once, by the count of the whole optimizer step.
 """
@@ -20,8 +21,8 @@ from torch import Tensor
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
-# Elements of one chunk's logits. A CPU wants them to stay in its cache (8 MiB in fp32; measured 2x slower at 128 MiB), an
-# accelerator wants large products (256 MiB).
+# Elements of one chunk's logits. A CPU wants them to stay in its cache (8 MiB in fp32; measured 2x slower at 128 MiB),
+# an accelerator wants large products (256 MiB).
 CPU_CHUNK_ELEMENTS = 2**21
 ACCELERATOR_CHUNK_ELEMENTS = 2**26
 
@@ -107,12 +108,12 @@ def token_loss_sums(
 ) -> LossSums:
     """Sum the loss of N response tokens from final hidden states; DAE's eq. for one route (arXiv 2406.19112).
 
-    hidden_ND [N, D] and teacher_hidden_NE [N, E] (any float dtype) stand at the positions that predict labels_N [N] int64.
-    The heads may differ in width and in padding: both distributions are over the rows they have in common, which
+    hidden_ND [N, D] and teacher_hidden_NE [N, E] (any float dtype) stand at the positions that predict labels_N [N]
+    int64. The heads may differ in width and in padding: both distributions are over the rows they have in common, which
     must hold every label. N = 0 gives zeros that are still connected to the graph.
 
-    Gradients reach hidden_ND and head.weight_VD / bias_V where they ask for it, never the teacher's side. They are worked out
-    in the forward pass, so the product is formed even if backward is never called (not under torch.no_grad).
+    Gradients reach hidden_ND and head.weight_VD / bias_V where they ask for it, never the teacher's side. They are
+    worked out in the forward pass, so the product is formed even if backward is never called (not under no_grad).
     """
     assert (teacher_hidden_NE is None) == (teacher_head is None), "a teacher is hidden states and a head"
     assert teacher_head is not None or token_loss.weight == 0.0, "a divergence needs a teacher"
@@ -190,7 +191,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return loss.clone(), kl, ntp
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _kl: Tensor, _ntp: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_ND, grad_weight_VD, grad_bias_V = ctx.saved_tensors
         if grad_hidden_ND is not None:

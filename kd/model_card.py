@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +13,21 @@ from kd.config import resolved_yaml
 from kd.environment import library_versions
 from kd.fingerprints import resolve_model
 from kd.provenance import DataInput
+from kd.records import FILE_ENDINGS, HUB_ID
 
 if TYPE_CHECKING:
     from kd.config import StageRecipe
     from kd.data import SourceReport
 
 CARD = "README.md"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 _WHAT_IT_IS = {
     "sft": "An expert: `{base}` trained further by next-token loss on the response tokens of the rows below.",
     "align": (
-        "A student made by Domain Alignment from Expert (DAE): starting from `{base}`, it was trained to match an expert's "
-        "next-token distribution on domain rows and a frozen reference's on general rows, so that it takes on the expert's "
-        "domain without forgetting the rest."
+        "A student made by Domain Alignment from Expert (DAE): starting from `{base}`, it was trained to match the "
+        "next-token distribution of an expert on domain rows and of a frozen reference on general rows, to take on the "
+        "expert's domain without forgetting the rest."
     ),
 }
 _PAPER = """\
@@ -105,7 +104,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
 
 def _is_on_hub(path: str) -> bool:
     """Whether a path as typed is a hub id. A card on the hub may name nothing else."""
-    return not Path(path).exists() and bool(_HUB_ID.fullmatch(path)) and not path.startswith(".")
+    return not Path(path).exists() and bool(HUB_ID.fullmatch(path)) and not path.endswith(FILE_ENDINGS)
 
 
 def _licence(base: str) -> dict[str, str]:

@@ -56,13 +56,13 @@ def as_written(key: Key) -> Key:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """ ", did you mean `x`?" for the nearest known name, or nothing when none is near."""
+    """The nearest known name as the end of a sentence; empty when none is near."""
     near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     return f"; did you mean `{near[0]}`?" if near else ""
 
 
 def one_of(names: Sequence[str]) -> str:
-    """["a", "b", "c"] -> "a, b or c"."""
+    """Names as a choice: a, b or c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
@@ -120,8 +120,8 @@ def report(problems: Sequence[Problem], origins: Origins, fallback: str) -> User
         value = "" if problem.value is NO_VALUE else f" = {shown(problem.value)}"
         name = f"{'.'.join(str(part) for part in key)}{value}: " if key else ""
         origin = problem.origin or origins.of(key) or fallback
-        # key=value says its key and value already
-        name = "" if origin == f"{'.'.join(str(part) for part in key)}={problem.value}" else name
+        if origin.startswith(f"{'.'.join(str(part) for part in key)}="):
+            name = ""  # key=value has said both
         lines.append(f"{origin}: {name}{problem.message}")
     unique = list(dict.fromkeys(lines))
     if len(unique) == 1:

@@ -82,7 +82,7 @@ def load_model(path: str, settings: LoadSettings, dtype: torch.dtype | None = No
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{path}: cannot be opened as a causal language model: {_first_line(error)}") from error
-    model.to(settings.device)
+    model.to(settings.device)  # type: ignore[arg-type]
     model.requires_grad_(False)
     model.eval()
     refuse_bad_weights(model, path)
@@ -117,7 +117,7 @@ def trainable_model(path: str, settings: LoadSettings, dtype: torch.dtype) -> Pr
 
 
 def add_student_adapter(backbone: Backbone, lora: LoraRecipe, student_from: str | None) -> PeftModel:
-    """Put the trainable adapter on the backbone: new (B = 0, so the student starts as the base), or an earlier student's.
+    """Put the trainable adapter on the backbone: new (B = 0: the student starts as the base), or an earlier student's.
 
     Changes `backbone.model` to the PeftModel and returns it.
     """
@@ -128,7 +128,7 @@ def add_student_adapter(backbone: Backbone, lora: LoraRecipe, student_from: str 
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=lora.rank,
-            lora_alpha=lora.alpha,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft scales by any number
             lora_dropout=lora.dropout,
             target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
         )
@@ -264,7 +264,7 @@ def _output_weights(layer: nn.Module | None, architecture: str) -> tuple[Tensor,
 
 def vocabulary_rows(roles: Sequence[Role]) -> int:
     """Rows that every role's head has: same tokenizer, but checkpoints pad their vocabularies differently."""
-    return min(unwrapped(role.model).get_output_embeddings().weight.shape[0] for role in roles)
+    return min(int(unwrapped(role.model).get_output_embeddings().weight.shape[0]) for role in roles)
 
 
 def check_head(role: Role, vocabulary_rows: int) -> None:
@@ -280,8 +280,8 @@ def check_head(role: Role, vocabulary_rows: int) -> None:
     error = (expected.to(got.dtype) - got).abs().max().item() / scale
     if not error < (1e-4 if got.dtype == expected.dtype else 3e-2):
         raise UserError(
-            f"role {role.name}: architecture {type(unwrapped(role.model)).__name__} changes its logits in a way that is "
-            f"not known here (relative difference {error:.1e}); it is not supported."
+            f"role {role.name}: architecture {type(unwrapped(role.model)).__name__} changes its logits in a way that "
+            f"is not known here (relative difference {error:.1e}); it is not supported."
         )
 
 

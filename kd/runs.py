@@ -41,7 +41,7 @@ from kd.files import (
     remove,
     write_text_durably,
 )
-from kd.fingerprints import data_sha256, file_sha256, files_sha256, model_fingerprint, resolve_model, rows_sha256
+from kd.fingerprints import data_sha256, file_sha256, files_sha256, model_fingerprint, resolve_model
 from kd.lock import hold
 from kd.provenance import (
     FINISHED,
@@ -64,7 +64,6 @@ __all__ = [
     "model_fingerprint",
     "read_provenance",
     "resolve_model",
-    "rows_sha256",
 ]
 
 logger = logging.getLogger("dae")
@@ -243,8 +242,7 @@ class RunFolder:
         write_text_durably(self.path / RECIPE, resolved_recipe)
 
     def _has_results(self) -> bool:
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines() if self.metrics_path.exists() else []
-        return bool(self._sealed() or self._published or any(json.loads(line)["step"] > 0 for line in lines))
+        return bool(self._sealed() or self._published or any(line["step"] > 0 for line in self.metrics()))
 
     def _withdraw(self) -> None:
         """Take back the set-up; provenance last, for it marks the other files as ours."""
@@ -256,6 +254,11 @@ class RunFolder:
         (self.path / LOCK).unlink(missing_ok=True)
 
     # -- metrics -------------------------------------------------------------------------------------------------------
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, each with its `step`; none where the file is not there."""
+        lines = self.metrics_path.read_text(encoding="utf-8").splitlines() if self.metrics_path.exists() else []
+        return [json.loads(line) for line in lines]
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl. `step` (optimizer steps done) must be among the values.

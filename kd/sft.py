@@ -5,6 +5,7 @@ from __future__ import annotations
 from kd.config import SftRecipe
 from kd.fingerprints import model_fingerprint
 from kd.losses import TokenLoss
+from kd.objective import Objective, Route
 from kd.roles import (
     STUDENT_ADAPTER,
     Backbone,
@@ -16,7 +17,6 @@ from kd.roles import (
     vocabulary_rows,
 )
 from kd.stage import RunResult, StageRoles, load_stage_data, run_stage, student_dtype
-from kd.trainer import Objective, Route
 
 ROUTE = "train"
 

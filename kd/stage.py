@@ -1,6 +1,6 @@
 """What every training stage does around its objective: data, roles, training, publishing, proof that the result loads.
 
-A stage (sft, align, distill) hands over its recipe, its routes and a function that builds its roles; `run_stage` does the rest.
+A stage (sft, align) hands over its recipe, its rows and a function that builds its roles; `run_stage` does the rest.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from kd.errors import MachineError, Stopped, UserError
 from kd.fingerprints import data_sha256
 from kd.mixing import MixedRows, Mixture, MixtureSource, StepBatchSampler, collate
 from kd.model_card import CardFacts, write_model_card
+from kd.objective import Batch, Objective
 from kd.progress import TrainingProgress
-from kd.roles import LoadSettings, Role, check_head, check_packing, final_hidden_states, head_of
+from kd.roles import STUDENT_ADAPTER, LoadSettings, Role, check_head, check_packing, final_hidden_states, head_of
 from kd.runs import DataInput, RunFolder, State
 from kd.trainer import (
-    Batch,
-    Objective,
     RoutedTrainer,
     StepBookkeeping,
     StopOnSignal,
@@ -44,8 +43,7 @@ from kd.verify import verify_saved
 
 logger = logging.getLogger("dae")
 
-# nats per response token between teacher and untrained student. A uniform guess over 32,000 tokens is 10; teachers within 1 are
-# learnt to the end in practice, and published results fall off for distant ones.
+# Nats per response token between teacher and untrained student; a uniform guess over 32,000 tokens costs 10.
 LARGE_KL = 2.0
 INITIAL_KL_ROWS = 64
 
@@ -70,7 +68,7 @@ class StageRoles:
 
 @dataclass(frozen=True)
 class StageData:
-    """Encoded rows: training sources in the order of the recipe's routes, held-out rows per route, and what became of them."""
+    """Encoded rows: training sources in the order of the routes, held-out rows per route, and what became of them."""
 
     route_names: tuple[str, ...]
     tokenizer: PreTrainedTokenizerBase
@@ -86,10 +84,15 @@ class StageData:
         return max(int(rows.input_ids.max()) for rows in (*self.rows, *self.held_out.values()))
 
 
+def processes() -> PartialState:
+    """This process among those that a launcher (torchrun, accelerate) started; alone without one."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def load_stage_data(
     recipe: StageRecipe, route_names: Sequence[str], route_shares: Mapping[str, float] | None
 ) -> StageData:
-    """Read and encode all rows. route_shares: each route's share of rows where the recipe names none (None: by rows)."""
+    """Read and encode all rows. route_shares: each route's share where the recipe names none (None: by rows)."""
     tokenizer = load_tokenizer(recipe.base, recipe.data, trust_remote_code=recipe.trust_remote_code)
     encoded = {name: load_rows(recipe.data.routes[name], tokenizer, recipe.data) for name in route_names}
     counts = {name: [len(rows) for rows in encoded[name][0]] for name in route_names}
@@ -129,12 +132,12 @@ def load_settings(recipe: StageRecipe) -> LoadSettings:
     else:
         dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
     if device == "cuda":
-        device = f"cuda:{PartialState().local_process_index}"
+        device = f"cuda:{processes().local_process_index}"
     return LoadSettings(dtype, recipe.attn_implementation, recipe.trust_remote_code, device)
 
 
 def student_dtype(recipe: StageRecipe) -> torch.dtype:
-    """Of a student whose weights all train: float32 (with bf16 autocast on an accelerator) unless the recipe says bfloat16."""
+    """Of a student whose weights all train: float32 (under bf16 autocast on an accelerator) unless told bfloat16."""
     return torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
 
 
@@ -165,7 +168,7 @@ def training_arguments(recipe: StageRecipe, settings: LoadSettings) -> TrainingA
             "greater_is_better": False,
             **chosen,
         }
-    owned = {
+    owned: dict[str, Any] = {
         "output_dir": recipe.output,
         "seed": recipe.seed,
         "remove_unused_columns": False,
@@ -185,7 +188,7 @@ def planned_steps(mixture: Mixture, args: TrainingArguments) -> int:
 
 def rows_per_step(args: TrainingArguments) -> int:
     """Rows of one optimizer step, over all micro-batches and ranks."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 def held_out_batches(data: StageData, collate_rows: Callable[[list[Any]], Batch], size: int) -> dict[str, list[Batch]]:
@@ -195,15 +198,18 @@ def held_out_batches(data: StageData, collate_rows: Callable[[list[Any]], Batch]
         mixed = MixedRows([rows], [data.route_names.index(name)])
         order = sorted(range(len(rows)), key=lambda row: -int(rows.lengths[row]))
         batches[name] = [
-            collate_rows([mixed[(0, row)] for row in order[start : start + size]]) for start in range(0, len(order), size)
+            collate_rows([mixed[(0, row)] for row in order[start : start + size]])
+            for start in range(0, len(order), size)
         ]
     return batches
 
 
 @contextlib.contextmanager
-def claimed(run: RunFolder, stage: str, recipe: StageRecipe, inputs: Mapping[str, str], data: StageData) -> Iterator[State]:
+def claimed(
+    run: RunFolder, stage: str, recipe: StageRecipe, inputs: Mapping[str, str], data: StageData
+) -> Iterator[State]:
     """`RunFolder.claim` by the main process; the other ranks learn what it found, also when it was refused."""
-    state = PartialState()
+    state = processes()
     with contextlib.ExitStack() as stack:
         answer: list[Any] = [None, None]
         if state.is_main_process:
@@ -239,7 +245,7 @@ def run_stage(
         set_seed(recipe.seed)
         torch.set_flush_denormal(True)  # denormals slow a CPU run several times over
         args = training_arguments(recipe, settings)
-        trainer, roles, stop = prepare(recipe, args, settings, data, build_roles, run)
+        trainer, stop = prepare(recipe, args, settings, data, build_roles, run)
         resume_from = run.latest_checkpoint() if state == "resume" else None
         first_kl = start_metrics(trainer, data, run, resume_from)
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
@@ -250,9 +256,9 @@ def run_stage(
                 f"a checkpoint is in {run.checkpoints_dir}. The same command goes on from there.",
             )
         summary = summarise(trainer, data, first_kl)
-        if PartialState().is_main_process:
-            publish(stage, recipe, run, trainer, roles, data, settings, inputs, summary)
-        PartialState().wait_for_everyone()
+        if processes().is_main_process:
+            publish(stage, recipe, run, trainer, data, settings, inputs, summary)
+        processes().wait_for_everyone()
         return RunResult(run.path, summary)
 
 
@@ -263,7 +269,7 @@ def prepare(
     data: StageData,
     build_roles: Callable[[LoadSettings], StageRoles],
     run: RunFolder,
-) -> tuple[RoutedTrainer, StageRoles, StopOnSignal]:
+) -> tuple[RoutedTrainer, StopOnSignal]:
     """Roles, checked against the data, and the trainer over the mixture."""
     mixture = Mixture(data.sources, rows_per_step(args), recipe.seed)
     args.max_steps = planned_steps(mixture, args)
@@ -296,7 +302,7 @@ def prepare(
         eval_batches=held_out_batches(data, collate_rows, args.per_device_eval_batch_size),
         callbacks=callbacks,
     )
-    return trainer, roles, stop
+    return trainer, stop
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -304,23 +310,29 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
 
 
-def start_metrics(trainer: RoutedTrainer, data: StageData, run: RunFolder, resume_from: Path | None) -> dict[str, float]:
-    """KL(teacher || student) on training rows before the first step, and metrics.jsonl cut back to where the run goes on.
+def start_metrics(
+    trainer: RoutedTrainer, data: StageData, run: RunFolder, resume_from: Path | None
+) -> dict[str, float]:
+    """KL(teacher || student) on training rows before the first step; metrics.jsonl is cut to where the run goes on.
 
-    A teacher far from the student is a hard one to follow, so a large value is warned about.
+    A teacher far from the student is a hard one to follow: a large value is warned about. A run that goes on finds the
+    values in its metrics.
     """
     step = int(resume_from.name.split("-")[1]) if resume_from is not None else -1
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         run.cut_metrics(step)
-    if resume_from is not None or trainer.objective.routes[0].teacher is None:
+    if trainer.objective.routes[0].teacher is None:
         return {}
+    if resume_from is not None:
+        start = next((line for line in run.metrics() if line["step"] == 0), {})
+        return {key.removeprefix("initial_"): value for key, value in start.items() if key.startswith("initial_")}
     batches: dict[str, list[Batch]] = {}
     for index, (rows, source) in enumerate(zip(data.rows, data.sources, strict=True)):
         mixed = MixedRows([rows], [data.route_names.index(source.route)])
         picked = [mixed[(0, row)] for row in range(min(len(rows), INITIAL_KL_ROWS))]
         size = trainer.args.per_device_train_batch_size
-        batches[str(index)] = [trainer.data_collator(picked[i : i + size]) for i in range(0, len(picked), size)]
-    measured = evaluate_routes(trainer.model, batches, trainer.objective, trainer.args.device)
+        batches[str(index)] = [trainer.collate(picked[i : i + size]) for i in range(0, len(picked), size)]
+    measured = evaluate_routes(trainer.accelerator.unwrap_model(trainer.model), batches, trainer.objective, trainer.args.device)
     first_kl = {key: value for key, value in measured.items() if key.endswith("_kl")}
     for key, value in first_kl.items():
         route = key.removesuffix("_kl")
@@ -334,32 +346,31 @@ def start_metrics(trainer: RoutedTrainer, data: StageData, run: RunFolder, resum
                 value,
                 LARGE_KL,
             )
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         run.append_metrics({"step": 0, **{f"initial_{key}": value for key, value in first_kl.items()}})
     return first_kl
 
 
 def summarise(trainer: RoutedTrainer, data: StageData, first_kl: Mapping[str, float]) -> dict[str, Any]:
     """What run.json and the model card say of the run."""
-    logs = trainer.state.log_history
-    last = next((entry for entry in reversed(logs) if "loss" in entry), {})
-    held_out = {k: v for entry in logs for k, v in entry.items() if k.startswith("eval_") and entry is best_entry(trainer)}
+    last = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
+    evaluation = final_evaluation(trainer)
     return {
         "steps": trainer.state.global_step,
         "initial_kl": {key.removesuffix("_kl"): value for key, value in first_kl.items()},
         "last": {key: value for key, value in last.items() if "/" in key or key == "loss"},
-        "held_out": held_out,
+        "held_out": {key: value for key, value in evaluation.items() if key.startswith("eval_")},
         "best_step": trainer.state.best_global_step,
         "rows": {name: sum(report.kept for report in reports) for name, reports in data.reports.items()},
         "peak_memory_bytes": peak_memory_bytes(),
     }
 
 
-def best_entry(trainer: RoutedTrainer) -> Mapping[str, Any] | None:
-    """The evaluation of the step whose weights the run ends with."""
+def final_evaluation(trainer: RoutedTrainer) -> Mapping[str, Any]:
+    """The evaluation of the step whose weights the run ends with: best, else last; empty without `data.eval`."""
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     best = [entry for entry in evaluations if entry["step"] == trainer.state.best_global_step]
-    return (best or evaluations or [None])[-1]
+    return (best or evaluations or [{}])[-1]
 
 
 def publish(
@@ -367,7 +378,6 @@ def publish(
     recipe: StageRecipe,
     run: RunFolder,
     trainer: RoutedTrainer,
-    roles: StageRoles,
     data: StageData,
     settings: LoadSettings,
     inputs: Mapping[str, str],
@@ -380,7 +390,9 @@ def publish(
     with torch.no_grad():
         hidden = final_hidden_states(student, {"input_ids": ids.to(trainer.args.device)})
         expected = head_of(student).logits(hidden[0]).cpu()
-    facts = CardFacts(stage=stage, recipe=recipe, inputs=inputs, data=data.inputs, reports=data.reports, summary=summary)
+    facts = CardFacts(
+        stage=stage, recipe=recipe, inputs=inputs, data=data.inputs, reports=data.reports, summary=summary
+    )
 
     def write_files(folder: Path) -> None:
         save_student(student, folder)
@@ -390,11 +402,12 @@ def publish(
     run.publish(write_files)
     verify_saved(run.path, ids[0].tolist(), expected, settings)
     if recipe.merge and isinstance(student, PeftModel):
-        merged = student.merge_and_unload(adapter_names=["default"])
+        merged = student.merge_and_unload(adapter_names=[STUDENT_ADAPTER])
 
         def write_merged(folder: Path) -> None:
             merged.save_pretrained(str(folder / "merged"))
             data.tokenizer.save_pretrained(str(folder / "merged"))
 
         run.publish(write_merged)
+        verify_saved(run.path / "merged", ids[0].tolist(), expected, settings)
     run.mark_finished(summary)

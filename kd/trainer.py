@@ -24,169 +24,23 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kd.errors import UserError
-from kd.losses import LossSums, TokenLoss, token_loss_sums
+from kd.files import disk_errors
 from kd.mixing import StepBatchSampler
-from kd.roles import STUDENT_ADAPTER, Role, final_hidden_states, head_of, speaking_as
+from kd.objective import Batch, Objective, Route, RouteSums, response_token_counts, route_sums
+from kd.roles import STUDENT_ADAPTER
 from kd.runs import RunFolder
 
 logger = logging.getLogger(__name__)
-
-Batch = Mapping[str, Tensor]
-
-STAGING = ".staging-train"  # where transformers writes a checkpoint before it is sealed; a claim sweeps leftovers
-
-
-@dataclass(frozen=True)
-class Route:
-    """A stream of rows with its one teacher (None: next-token prediction alone) and its factor in the loss."""
-
-    name: str
-    teacher: Role | None
-    factor: float = 1.0
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised: the token loss on every route, each against its own teacher.
-
-    pooled: False weighs routes by their factors (w_r = factor / N_r), True weighs tokens alike (w_r = 1).
-    """
-
-    routes: tuple[Route, ...]
-    token_loss: TokenLoss
-    pooled: bool = False
-    matmul_dtype: torch.dtype | None = None
-
-    def weights(self, tokens_R: Tensor) -> Tensor:
-        """[R] response tokens of the whole optimizer step -> [R] fp64 weights w_r / sum_r w_r N_r of the route sums."""
-        present_R = tokens_R > 0
-        if self.pooled:
-            return present_R.double() / tokens_R.sum().clamp(min=1)
-        factors_R = torch.tensor([r.factor for r in self.routes], dtype=torch.float64, device=tokens_R.device) * present_R
-        return factors_R / (tokens_R.clamp(min=1) * factors_R.sum().clamp(min=torch.finfo(factors_R.dtype).tiny))
-
-
-@dataclass(frozen=True)
-class RouteSums:
-    """Sums over the response tokens of a batch, per route: four tensors [R]. Only `loss` carries a gradient."""
-
-    loss: Tensor
-    kl: Tensor
-    ntp: Tensor
-    tokens: Tensor
-
-
-def predicting_positions(batch: Batch) -> Tensor:
-    """[B, T] bool -> [B, T - 1] bool: the positions whose next token is a response token."""
-    return batch["response_mask"][:, 1:]
-
-
-def response_token_counts(batch: Batch, routes: int) -> Tensor:
-    """[R] int64: the response tokens of each route in the batch, exactly the positions that carry loss."""
-    counts_N = route_of_tokens(batch)[predicting_positions(batch)]
-    return torch.bincount(counts_N, minlength=routes)
-
-
-def route_of_tokens(batch: Batch) -> Tensor:
-    """[B, T - 1] int64: the route of each position's row. In a packed batch a new row starts where position_ids is 0."""
-    mask_BT = batch["response_mask"][:, 1:]
-    if "position_ids" in batch:
-        row_of_token_T = (batch["position_ids"][0] == 0).cumsum(0) - 1
-        return batch["route_ids"][row_of_token_T][None, :-1]
-    return batch["route_ids"][:, None].expand(mask_BT.shape)
-
-
-def rows_of_routes(batch: Batch, routes: Sequence[int]) -> dict[str, Tensor]:
-    """The rows of these routes as a batch of their own, cut to their own longest row (the whole batch as it is)."""
-    wanted_B = torch.isin(batch["route_ids"], torch.tensor(routes, device=batch["route_ids"].device))
-    if bool(wanted_B.all()):
-        return dict(batch)
-    if "position_ids" in batch:
-        row_of_token_T = (batch["position_ids"][0] == 0).cumsum(0) - 1
-        keep_T = wanted_B[row_of_token_T]
-        chosen = {key: batch[key][:, keep_T] for key in ("input_ids", "position_ids", "response_mask")}
-    else:
-        longest = int(batch["attention_mask"][wanted_B].sum(1).max())
-        chosen = {key: batch[key][wanted_B, :longest] for key in ("input_ids", "attention_mask", "response_mask")}
-    return {**chosen, "route_ids": batch["route_ids"][wanted_B]}
-
-
-def model_inputs(batch: Batch) -> dict[str, Tensor]:
-    """What the model's forward takes of a batch."""
-    return {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
-
-
-def teacher_hidden_states(batch: Batch, objective: Objective) -> dict[int, Tensor]:
-    """Route index -> [N_r, E] teacher hidden states at the route's response positions, in row order.
-
-    Each row passes its own teacher, once and without gradient; routes that share a teacher go through it together.
-    """
-    present = torch.unique(batch["route_ids"]).tolist()
-    groups: list[tuple[Role, list[int]]] = []
-    for index in present:
-        teacher = objective.routes[index].teacher
-        assert teacher is not None, "routes without a teacher have no hidden states to ask for"
-        for known, members in groups:
-            if known.same_as(teacher):
-                members.append(index)
-                break
-        else:
-            groups.append((teacher, [index]))
-    hidden: dict[int, Tensor] = {}
-    for teacher, members in groups:
-        rows = rows_of_routes(batch, members)
-        with speaking_as(teacher) as model, torch.no_grad():
-            hidden_BTE = final_hidden_states(model, model_inputs(rows))[:, :-1]
-        predicting = predicting_positions(rows)
-        for index in members:
-            hidden[index] = hidden_BTE[predicting & (route_of_tokens(rows) == index)]
-    return hidden
-
-
-def route_sums(model: nn.Module, batch: Batch, objective: Objective, *, with_teachers: bool = True) -> RouteSums:
-    """Run the teachers, then the student, and sum the token loss of every route.
-
-    model: the (wrapped) student. with_teachers False leaves the teachers out, which needs a token loss of weight 0;
-    `kl` is then NaN. A batch without response tokens gives zeros that are still connected to the graph.
-    """
-    teachers = teacher_hidden_states(batch, objective) if with_teachers else {}
-    hidden_BTD = final_hidden_states(model, model_inputs(batch))[:, :-1]
-    head = head_of(model, objective.matmul_dtype)
-    labels_BT = batch["input_ids"][:, 1:]
-    predicting, route_BT = predicting_positions(batch), route_of_tokens(batch)
-    # An empty selection of every route: an absent route then costs nothing and is 0, also in the graph.
-    nothing = hidden_BTD[predicting & (route_BT < 0)].sum().to(torch.float32)
-    sums: list[LossSums] = []
-    for index, route in enumerate(objective.routes):
-        here = predicting & (route_BT == index)
-        teacher_head = None
-        if index in teachers and route.teacher is not None:
-            with speaking_as(route.teacher) as teacher, torch.no_grad():
-                teacher_head = head_of(teacher, objective.matmul_dtype)
-        elif index not in batch["route_ids"]:
-            sums.append(LossSums(nothing, nothing.detach(), nothing.detach()))
-            continue
-        sums.append(
-            token_loss_sums(
-                hidden_BTD[here], head, labels_BT[here], objective.token_loss, teachers.get(index), teacher_head
-            )
-        )
-    tokens_R = response_token_counts(batch, len(objective.routes))
-    return RouteSums(
-        torch.stack([s.loss for s in sums]),
-        torch.stack([s.kl for s in sums]),
-        torch.stack([s.ntp for s in sums]),
-        tokens_R,
-    )
 
 
 class RoutedTrainer(Trainer):
     """Trainer whose loss is an `Objective` and whose checkpoints go through a `RunFolder`.
 
-    Overridden: where batches come from, what they count, what the loss is, what an evaluation measures, what a checkpoint
-    holds and how it is put in place. Everything else is transformers'.
+    Overridden: where batches come from, what they count, what the loss is, what an evaluation measures, what a
+    checkpoint holds and how it is put in place. Everything else is transformers'.
     """
 
+    objective: Objective
     loss_is_scaled_for_ga = True  # the loss is already divided by the count of the whole optimizer step
 
     def __init__(
@@ -201,11 +55,11 @@ class RoutedTrainer(Trainer):
         eval_batches: Mapping[str, Sequence[Batch]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        args.output_dir = str(run.checkpoints_dir / STAGING)
+        args.output_dir = str(run.staging_dir)
         # Several accelerators are used through torchrun or accelerate, never through nn.DataParallel.
         args._n_gpu = min(args.n_gpu, 1)
         super().__init__(
-            model=model,  # type: ignore[arg-type]
+            model=model,
             args=args,
             train_dataset=train_rows,
             eval_dataset=train_rows if eval_batches else None,  # Trainer asks that there is one; evaluate() is ours
@@ -214,6 +68,7 @@ class RoutedTrainer(Trainer):
         )
         self.pop_callback(PrinterCallback)  # it prints dictionaries; progress is shown by a callback of ours
         self.objective = objective
+        self.collate = collate
         self.batch_sampler = batch_sampler
         self.run_folder = run
         self.eval_batches = eval_batches or {}
@@ -240,9 +95,13 @@ class RoutedTrainer(Trainer):
         return tokens_R
 
     def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        assert num_items_in_batch is not None and not return_outputs
+        assert isinstance(num_items_in_batch, Tensor) and not return_outputs
         sums = route_sums(model, inputs, self.objective, with_teachers=self.objective.token_loss.weight > 0)
         self._window.add(sums)
         loss = (self.objective.weights(num_items_in_batch) * sums.loss).sum()
@@ -265,7 +124,7 @@ class RoutedTrainer(Trainer):
             self.run_folder.append_metrics({"step": self.state.global_step, **logs})
         super().log(logs, start_time)
 
-    def evaluate(  # type: ignore[override]
+    def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Held-out loss and KL(teacher || student) per route; `eval_loss` weighs routes as the training loss does."""
@@ -277,25 +136,26 @@ class RoutedTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Let transformers write into the staging folder, then put the checkpoint in place whole."""
-        super()._save_checkpoint(model, trial)
+        with disk_errors(self.run_folder.path):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         step = self.state.global_step
         if self.is_world_process_zero():
-            self.run_folder.seal_checkpoint(Path(self.args.output_dir) / f"checkpoint-{step}", step)
+            self.run_folder.seal_checkpoint(Path(self.args.output_dir or "") / f"checkpoint-{step}", step)
             self.run_folder.prune(self.args.save_total_limit or 2, self.state.best_global_step)
         self.accelerator.wait_for_everyone()
         self._point_at_best()
 
     def _point_at_best(self) -> None:
         """Trainer looks for the best checkpoint where it wrote it; it has been moved since."""
-        best = self.run_folder.checkpoints_dir / f"step-{self.state.best_global_step or 0:06d}"
+        best = self.run_folder.checkpoint(self.state.best_global_step or 0)
         self.state.best_model_checkpoint = str(best) if best.exists() else None
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Weights only, as safetensors: the student's adapter (not the teachers'), or all weights."""
         if not self.args.should_save:
             return
-        target = output_dir or self.args.output_dir
+        target = output_dir or self.args.output_dir or ""
         save_student(self.accelerator.unwrap_model(self.model), Path(target), state_dict)
 
 
@@ -311,7 +171,7 @@ def save_student(model: nn.Module, folder: Path, state_dict: Any = None) -> None
 def evaluate_routes(
     model: nn.Module, batches: Mapping[str, Iterable[Batch]], objective: Objective, device: torch.device
 ) -> dict[str, float]:
-    """{"loss", "NAME_loss", "NAME_kl", "NAME_ntp"} in nats per response token over held-out batches, student in eval mode."""
+    """{"loss", "NAME_loss", "NAME_kl", "NAME_ntp"} in nats per response token over held-out batches, in eval mode."""
     was_training = model.training
     model.eval()
     totals = _Window(len(objective.routes))
@@ -325,7 +185,9 @@ def evaluate_routes(
     result = {"loss": float((objective.weights(means.tokens_R) * means.loss_R).sum())}
     for index, route in enumerate(objective.routes):
         if means.tokens_R[index] > 0:
-            result |= {f"{route.name}_{k.split('/')[1]}": v for k, v in means.route(index, route).items() if "tokens" not in k}
+            result |= {
+                f"{route.name}_{k.split('/')[1]}": v for k, v in means.route(index, route).items() if "tokens" not in k
+            }
     return result
 
 
@@ -381,15 +243,16 @@ class _Window:
 class StepBookkeeping(TrainerCallback):
     """Log whenever a checkpoint is written, so that a resumed run's metrics have the same windows; count true epochs.
 
-    To transformers a run is one pass over its batches. epochs_per_step is what a step is of the mixture's epoch (None: it has
-    none).
+    To transformers a run is one pass over its batches. epochs_per_step: what a step is of the mixture's epoch (None: it
+    has none).
     """
 
     def __init__(self, epochs_per_step: float | None) -> None:
         self._epochs_per_step = epochs_per_step
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
-        state.epoch = None if self._epochs_per_step is None else state.global_step * self._epochs_per_step  # type: ignore[assignment]
+        if self._epochs_per_step is not None:
+            state.epoch = state.global_step * self._epochs_per_step
         if control.should_save:
             control.should_log = True
         return control
@@ -412,6 +275,10 @@ class StopOnSignal(TrainerCallback):
             self._before[number] = signal.signal(number, self._note)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
+        if torch.distributed.is_initialized():  # all ranks stop after the same step, or the others would wait for ever
+            received = torch.tensor(self.received or 0, device=args.device)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            self.received = int(received) or None
         if self.received is not None:
             control.should_log = control.should_save = control.should_training_stop = True
         return control

@@ -114,6 +114,8 @@ MINIMA = {
     "dataloader_num_workers": (0, True),
 }
 
+CHECKPOINTING_KWARGS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+
 # Building a TrainingArguments with one of these changes the state of the whole process.
 _NOT_TRIED = {"tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "log_level", "log_level_replica"}
 
@@ -179,9 +181,8 @@ def wrong_value(name: str, value: Any) -> str | None:
             return f"must be {'at least' if included else 'above'} {least}"
     if name.endswith("_strategy") and value in ("epoch", "best"):
         return f"wants steps or no: set `{name.removesuffix('_strategy')}_steps` (below 1 it is a fraction of the run)"
-    if name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-        if isinstance(value, dict) and value.get("use_reentrant"):
-            return "with adapters, reentrant checkpointing gives wrong gradients without a word: use_reentrant: false"
+    if name in CHECKPOINTING_KWARGS and isinstance(value, dict) and value.get("use_reentrant"):
+        return "with adapters, reentrant checkpointing gives wrong gradients without a word: use_reentrant: false"
     return missing_reporter(value) if name == "report_to" else None
 
 

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
     from kd.roles import LoadSettings
 
-# Largest |saved - trained| over the largest |trained| logit. The same weights on the same kernels give exactly 0; another
-# number of threads or a CPU in place of an accelerator reorders sums. In float32 that has been seen to move hidden
-# states by 1e-6. 16-bit formats round every intermediate, to 2^-8 (bfloat16) or 2^-11 (float16) of it, and a few such
-# roundings add up. A forgotten adapter, a head left out or another base are far above, unless training hardly moved.
+# Largest |saved - trained| over the largest |trained| logit. The same weights on the same kernels give exactly 0; other
+# thread counts or a CPU in place of an accelerator reorder sums. In float32 that has been seen to move hidden states by
+# 1e-6. 16-bit formats round every intermediate, to 2^-8 (bfloat16) or 2^-11 (float16) of it, and a few such roundings
+# add up. A forgotten adapter, a head left out or another base are far above, unless training hardly moved the model.
 TOLERANCE: Mapping[str, float] = {"float32": 1e-4, "float64": 1e-4, "bfloat16": 2**-5, "float16": 2**-8}
 
 # A launcher's variables would make the fresh process wait for its fellow ranks.

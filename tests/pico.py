@@ -11,7 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2")
 
-_WIDE = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+_WIDE = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 _SETTINGS: dict[str, dict[str, Any]] = {
     "llama": _WIDE,
     "mistral": {**_WIDE, "sliding_window": 64},
@@ -26,7 +32,11 @@ _SETTINGS: dict[str, dict[str, Any]] = {
              "attn_pdrop": 0.0},
 }  # fmt: skip
 
-TEXTS = ["The blue kettle costs nine coins.", "Question: how big is it? Answer: two cups.", "red green blue one two three"]
+TEXTS = [
+    "The blue kettle costs nine coins.",
+    "Question: how big is it? Answer: two cups.",
+    "red green blue one two three",
+]
 
 
 def make_tokenizer(vocab_size: int = 288) -> PreTrainedTokenizerFast:
@@ -60,7 +70,7 @@ def make_model(
 
 
 def make_checkpoint(folder: Path, family: str = "llama", *, vocab_size: int = 288, **settings: Any) -> Path:
-    """Write model and tokenizer to `folder`; `vocab_size` rows, which may be more than the tokenizer's 288 (padding)."""
+    """Write model and tokenizer to `folder`; `vocab_size` rows may be more than the tokenizer's 288 (padding)."""
     make_model(family, vocab_size=vocab_size, **settings).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder

@@ -17,7 +17,8 @@ CONTEXT = 64
 
 def _pieces() -> list[str]:
     """Every word and mark of the world as it may stand in a text: at its start, and after a space."""
-    phrasings = (p for table in (words.GENERAL_PHRASINGS, words.TAUGHT, words.UNSEEN) for ps in table.values() for p in ps)
+    tables = (words.GENERAL_PHRASINGS, words.TAUGHT, words.UNSEEN)
+    phrasings = (phrasing for table in tables for phrasings in table.values() for phrasing in phrasings)
     spelt = {
         *words.COMMON,
         *words.PEOPLE,
@@ -25,7 +26,7 @@ def _pieces() -> list[str]:
         *words.CRAFTS,
         *words.TOWN_STARTS,
         *words.NAME_STARTS,
-        *re.findall(r"\w+|[^\w\s]", re.sub(r"{\w+}", "", " ".join(phrasings))),
+        *re.findall(r"\w+|[^\w\s]", re.sub(r"{\w+}", "", " ".join((*words.REPORTS, *phrasings)))),
         *string.ascii_lowercase,
         *string.digits,
     }

@@ -57,8 +57,8 @@ def score_tasks(
     """Score `model` as it stands (active adapter, weights) with lm-eval on tasks defined in the folder `include_path`.
 
     `metadata` reaches the tasks' loading functions (for the embedded world: `{"world": folder}`). No chat template, no
-    cache (lm-eval's ignores which model ran), global random state and the modules' training modes left as they were.
-    Plain log-likelihood decides, `metric` names the 0/1 metric that is read, `limit` takes the first documents of each task.
+    cache (lm-eval's ignores which model ran); global random state and the modules' training modes stay as they were.
+    `metric` names the per-document metric that is read, `limit` takes only the first documents of each task.
 
     Raises UserError for a task that the folder does not define or that has no such metric.
     """
@@ -73,7 +73,8 @@ def score_tasks(
     with _as_it_was(model), _no_bars():
         with _no_loading_advice():
             loaded = manager.load(list(tasks))
-            harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            wrapped: Any = {"pretrained": model, "tokenizer": tokenizer}  # narrower types are declared than are taken
+            harness = HFLM(**wrapped, batch_size=batch_size)
         for task in loaded["tasks"].values():
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
@@ -126,12 +127,13 @@ def _no_bars() -> Iterator[None]:
     import lm_eval.api.model
     import lm_eval.api.task
     import lm_eval.models.huggingface
-    from tqdm import tqdm
+
+    modules: list[Any] = [lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface]
+    tqdm = modules[0].tqdm
 
     def silent(*arguments: Any, **options: Any) -> Any:
         return tqdm(*arguments, **{**options, "disable": True})
 
-    modules: list[Any] = [lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface]
     for module in modules:
         module.tqdm = silent
     try:

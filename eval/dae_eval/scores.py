@@ -1,7 +1,8 @@
 """Two numbers on documents that all models answered: how much of the expert's gain was taken, how much was retained.
 
-Scores are on 0..1, one per document; D is the number of a task's documents. Intervals are two-sided 95 % percentile
-intervals of a paired bootstrap: the same documents are drawn, with replacement within each task, for all models at once.
+Scores are on 0..1, one per document: D documents of a task, M models, R resamples. Intervals are two-sided 95 %
+percentile intervals of a paired bootstrap: the same documents are drawn, with replacement within each task, for all
+models at once.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def paired(*models: Mapping[str, TaskScores]) -> list[dict[str, NDArray[np.float
             raise UserError(f"scores of different tasks cannot be paired: {sorted(first.keys() ^ other.keys())}")
         for task, scores in first.items():
             if [(d.id, d.hash) for d in scores.documents] != [(d.id, d.hash) for d in other[task].documents]:
-                raise UserError(f"task {task}: the models were scored on different documents; score them on the same files")
+                raise UserError(f"task {task}: the models answered different documents; score all on the same files")
     return [{task: np.array([d.score for d in s.documents]) for task, s in model.items()} for model in models]
 
 
@@ -71,13 +72,13 @@ def retention(reference: Scores, student: Scores, *, seed: int = 0) -> Estimate 
 
 
 def _gap(means: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[2+ models, tasks, R] -> [R]: by how much the second model's sum over tasks exceeds the first's."""
+    """[2 or more models, tasks, R] -> [R]: by how much the second model's sum over tasks exceeds the first's."""
     difference: NDArray[np.float64] = (means[1] - means[0]).sum(axis=0)
     return difference
 
 
 def _task_means(models: Sequence[Scores], seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Task means on the documents as they are, [models, tasks, 1], and on RESAMPLES joint resamples, [models, tasks, R]."""
+    """Task means on the documents as they are, [M, tasks, 1], and on joint resamples of them, [M, tasks, R]."""
     rng = np.random.default_rng(seed)
     means, resampled = [], []
     for task in models[0]:

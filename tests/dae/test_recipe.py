@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dae.cli import SCHEMAS, stage_of
 from dae.recipe import AlignRecipe
 from kd.config import load_recipe, resolved_yaml
 from kd.errors import UserError
@@ -39,10 +40,11 @@ def run_folder(folder: Path, rows: Path, route: str = "train", split: str = "tra
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_shipped_recipes_load_and_read_back_the_same(path: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(AlignRecipe, path, {})
+    schema = SCHEMAS[stage_of(path, [])]
+    recipe = load_recipe(schema, path, {})
     copy = tmp_path / "copy.yaml"
     copy.write_text(resolved_yaml(recipe))
-    assert load_recipe(AlignRecipe, copy, {}) == recipe
+    assert load_recipe(schema, copy, {}) == recipe
 
 
 def test_the_7b_recipes_have_the_settings_of_the_paper() -> None:
@@ -57,7 +59,12 @@ def test_the_7b_recipes_have_the_settings_of_the_paper() -> None:
         assert rows == 512
         assert (train["learning_rate"], train["num_train_epochs"], train["warmup_steps"]) == (2e-5, 2, 0.1)
         assert (recipe.data.max_length, train["lr_scheduler_type"]) == (2048, "cosine")
-        assert (recipe.lambda_, recipe.temperature, recipe.divergence, recipe.weights) == (1.0, 1.0, "forward_kl", "tokens")
+        assert (recipe.lambda_, recipe.temperature, recipe.divergence, recipe.weights) == (
+            1.0,
+            1.0,
+            "forward_kl",
+            "tokens",
+        )
         assert [source.share for source in recipe.data.routes["ecom"]] == [0.1]
 
 
@@ -78,7 +85,7 @@ def test_lambda_is_written_as_the_paper_has_it() -> None:
     recipe = load(FULL, "lambda=0.5")
     assert recipe.lambda_ == 0.5
     assert "\nlambda: 0.5\n" in resolved_yaml(recipe)
-    assert AlignRecipe(base="b", expert="e", data={"domain": "d", "general": "g"}, lambda_=0.5) == recipe  # type: ignore[arg-type]
+    assert AlignRecipe(base="b", expert="e", data={"domain": "d.jsonl", "general": "g.jsonl"}, lambda_=0.5) == recipe  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +143,10 @@ def test_the_reference_tells_general_rows_before_the_base(tmp_path: Path) -> Non
     of_base, of_reference = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     of_base.write_text("1")
     of_reference.write_text("2")
-    base, reference = run_folder(tmp_path / "base", of_base), run_folder(tmp_path / "ref", of_reference, route="general")
+    base, reference = (
+        run_folder(tmp_path / "base", of_base),
+        run_folder(tmp_path / "ref", of_reference, route="general"),
+    )
     flags = {"base": str(base), "expert": "e", "data.domain": "d"}
     assert load(flags).data.routes["general"][0].path == str(of_base)
     assert load({**flags, "reference": str(reference)}).data.routes["general"][0].path == str(of_reference)

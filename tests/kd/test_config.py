@@ -23,7 +23,9 @@ def load(tmp_path: Path) -> Any:
     def load_text(text: str, *assignments: str, **flags: Any) -> SftRecipe:
         path = tmp_path / "recipe.yaml"
         path.write_text(text)
-        return load_recipe(SftRecipe, path, {key.replace("__", "."): value for key, value in flags.items()}, assignments)
+        return load_recipe(
+            SftRecipe, path, {key.replace("__", "."): value for key, value in flags.items()}, assignments
+        )
 
     return load_text
 
@@ -77,7 +79,9 @@ def test_lora_null_trains_all_weights_and_can_be_taken_back(load: Any) -> None:
     assert load(MINIMAL + "lora: null\n", "lora.rank=4").lora == LoraRecipe(rank=4)
 
 
-@pytest.mark.parametrize(("written", "value"), [("2e-5", 2e-5), ("1E+2", 100.0), (".5", 0.5), ("3", 3), ("1_000", 1000)])
+@pytest.mark.parametrize(
+    ("written", "value"), [("2e-5", 2e-5), ("1E+2", 100.0), (".5", 0.5), ("3", 3), ("1_000", 1000)]
+)
 def test_numbers_are_read_as_people_write_them(load: Any, written: str, value: float) -> None:
     assert load(MINIMAL + f"train: {{learning_rate: {written}}}\n").train["learning_rate"] == value
     assert load(MINIMAL, f"train.learning_rate={written}").train["learning_rate"] == value
@@ -113,7 +117,8 @@ def test_a_resolved_recipe_reads_back_the_same(load: Any) -> None:
             append_eos=st.none() | st.booleans(),
             routes=st.just({"train": (SourceRecipe(path="a", split="1"),)}),
         ),
-        lora=st.none() | st.builds(LoraRecipe, dropout=st.floats(0, 0.99), alpha=st.floats(1e-9, 1e9)),
+        lora=st.none()
+        | st.builds(LoraRecipe, dropout=st.floats(0, 0.99, allow_subnormal=False), alpha=st.floats(1e-9, 1e9)),
         dtype=st.sampled_from(["auto", "float32", "bfloat16"]),
     )
 )
@@ -138,7 +143,7 @@ def test_all_mistakes_are_told_at_once_with_their_places(load: Any) -> None:
         "dtype: bf16\n"
     )
     told = message(load, text, "seed=-1", "lora.alpha=x", output="")
-    assert told.startswith("8 problems in the recipe:\n")
+    assert told.startswith("9 problems in the recipe:\n")
     for line in (
         "recipe.yaml:1: bse = 'x': unknown key; did you mean `base`?",
         "recipe.yaml: base: is missing",
@@ -150,7 +155,7 @@ def test_all_mistakes_are_told_at_once_with_their_places(load: Any) -> None:
         "seed=-1: must be at least 0",
     ):
         assert line in told
-    assert "lora.alpha=x: lora.alpha = 'x': wants a number" in told
+    assert "lora.alpha=x: wants a number" in told
     assert "pydantic" not in told
 
 
@@ -190,15 +195,15 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("rank", "`rank`: is neither a flag nor key=value"),
         ("=3", "`=3`: is neither a flag nor key=value"),
         ("seed=[1", "seed=[1: cannot be read as a YAML value"),
-        ("data.train.3.path=x", "data.train.3.path=x: data.train.3.path: `3` is no place in a list of 1"),
+        ("data.train.3.path=x", "data.train.3.path=x: `3` is no place in a list of 1"),
         ("merge=yes", "merge=yes: wants true or false"),
         ("seed=1.5", "seed=1.5: wants a whole number"),
-        ("seed=true", "seed = true: wants a whole number"),
+        ("seed=true", "seed=true: wants a whole number"),
         ("base=7", "base=7: wants text: put it in quotes"),
-        ("data.train=5", "data.train = 5: unknown key"),
+        ("data.train=5", "data.train=5: wants a list"),
         ("lora=[1]", "wants `name: value` pairs"),
         ("lora.target_modules=[]", "wants all-linear, a regular expression, or a list of module names"),
-        ("data.other=x.jsonl", "data.other=x.jsonl: data.other: unknown key or route; the routes are train"),
+        ("data.other=x.jsonl", "data.other=x.jsonl: unknown key or route; the routes are train"),
         ("data.chat_templat=plain", "did you mean `chat_template`?"),
         ("data.eval.trian=x", "unknown route; the routes are train; did you mean `train`?"),
         ("rank=8", "rank=8: stands in another place: write `lora.rank`"),

@@ -31,7 +31,13 @@ def random_case(dtype: torch.dtype = torch.float64, padded_rows: int = 0) -> dic
 
 
 def defined_loss(
-    logits_NV: Tensor, teacher_logits_NV: Tensor, labels_N: Tensor, weight: float, temperature: float, divergence: str, beta: float
+    logits_NV: Tensor,
+    teacher_logits_NV: Tensor,
+    labels_N: Tensor,
+    weight: float,
+    temperature: float,
+    divergence: str,
+    beta: float,
 ) -> Tensor:
     """The formula of the paper and of the three divergences, token by token and word by word, no trick at all."""
     total = torch.zeros((), dtype=logits_NV.dtype)
@@ -81,8 +87,8 @@ def test_value_and_gradients_equal_the_definition(
     torch.testing.assert_close(sums.loss, expected, rtol=1e-10, atol=1e-10)
     sums.loss.backward()
     expected.backward()
-    for name in ours:
-        torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-9, atol=1e-10)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor.grad, theirs[name].grad, rtol=1e-9, atol=1e-10)
     forward_kl = defined_loss(logits, teacher_logits, case["labels"], 1.0, 1.0, "forward_kl", 0.5)
     torch.testing.assert_close(sums.kl, forward_kl.detach(), rtol=1e-10, atol=1e-10)
     ntp = defined_loss(logits, teacher_logits, case["labels"], 0.0, 1.0, "forward_kl", 0.5)
@@ -97,7 +103,9 @@ def test_gradients_pass_gradcheck(divergence: str) -> None:
         head = Head(weight, bias, 0.7, 3.0)
         token_loss = TokenLoss(0.6, 1.7, divergence, 0.3)  # type: ignore[arg-type]
         teacher = Head(case["teacher_weight"])
-        return token_loss_sums(hidden, head, case["labels"], token_loss, case["teacher_hidden"], teacher, chunk_tokens=3).loss
+        return token_loss_sums(
+            hidden, head, case["labels"], token_loss, case["teacher_hidden"], teacher, chunk_tokens=3
+        ).loss
 
     inputs = tuple(case[name].requires_grad_() for name in ("hidden", "weight", "bias"))
     assert torch.autograd.gradcheck(loss, inputs)
@@ -106,7 +114,9 @@ def test_gradients_pass_gradcheck(divergence: str) -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_distribution_against_itself_costs_exactly_nothing(divergence: str, dtype: torch.dtype, temperature: float) -> None:
+def test_a_distribution_against_itself_costs_exactly_nothing(
+    divergence: str, dtype: torch.dtype, temperature: float
+) -> None:
     case = random_case(dtype)
     hidden = case["hidden"].clone().requires_grad_()
     weight = case["weight"].clone().requires_grad_()
@@ -127,7 +137,13 @@ def test_chunk_size_does_not_matter(divergence: str) -> None:
         token_loss = TokenLoss(0.5, 2.0, divergence, 0.3)  # type: ignore[arg-type]
         teacher = Head(case["teacher_weight"])
         sums = token_loss_sums(
-            hidden, Head(case["weight"]), case["labels"], token_loss, case["teacher_hidden"], teacher, chunk_tokens=chunk_tokens
+            hidden,
+            Head(case["weight"]),
+            case["labels"],
+            token_loss,
+            case["teacher_hidden"],
+            teacher,
+            chunk_tokens=chunk_tokens,
         )
         sums.loss.backward()
         results.append((sums.loss.detach(), hidden.grad))
@@ -141,7 +157,9 @@ def test_no_tokens_give_zero_that_is_connected() -> None:
     hidden = case["hidden"].clone().requires_grad_()
     weight = case["weight"].clone().requires_grad_()
     teacher = Head(case["teacher_weight"])
-    sums = token_loss_sums(hidden[:0], Head(weight), case["labels"][:0], TokenLoss(), case["teacher_hidden"][:0], teacher)
+    sums = token_loss_sums(
+        hidden[:0], Head(weight), case["labels"][:0], TokenLoss(), case["teacher_hidden"][:0], teacher
+    )
     sums.loss.backward()
     assert sums.loss == 0
     assert hidden.grad is not None and not hidden.grad.any()
@@ -188,7 +206,9 @@ def test_half_precision_inputs_are_summed_in_fp32() -> None:
     as_double = {k: half[k].double() if half[k].is_floating_point() else half[k] for k in half}
     token_loss = TokenLoss(1.0, 1.0, "jsd", 0.5)
     results = [
-        token_loss_sums(c["hidden"], Head(c["weight"]), c["labels"], token_loss, c["teacher_hidden"], Head(c["teacher_weight"]))
+        token_loss_sums(
+            c["hidden"], Head(c["weight"]), c["labels"], token_loss, c["teacher_hidden"], Head(c["teacher_weight"])
+        )
         for c in (as_double, half)
     ]
     assert results[1].loss.dtype == torch.float32

@@ -14,6 +14,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,6 @@ from kd.runs import (
     file_sha256,
     model_fingerprint,
     read_provenance,
-    rows_sha256,
 )
 
 RECIPE = "base: some/base\noutput: out\nseed: 0\ntrain:\n  learning_rate: 0.1\n"
@@ -96,7 +96,7 @@ def in_child(work: Callable[[], None]) -> int:
         try:
             os.fsync = lambda _: None  # a kill does not lose what was not synced, and syncing takes time
             work()
-        except BaseException:
+        except BaseException:  # noqa: BLE001
             import traceback
 
             traceback.print_exc()
@@ -660,9 +660,21 @@ def test_data_fingerprints(tmp_path: Path) -> None:
     assert data_sha256(folder) == before
     (folder / "data-0.arrow").write_bytes(b"Rows")
     assert data_sha256(folder) != before
-    with pytest.raises(UserError, match="nowhere: there is no such file"):
-        data_sha256("nowhere")
-    assert rows_sha256([{"a": 1, "b": 2}]) == rows_sha256([{"b": 2, "a": 1}]) != rows_sha256([{"a": 1}, {"b": 2}])
+    with pytest.raises(UserError, match=r"nowhere.jsonl: there is no such file"):
+        data_sha256("runs/nowhere.jsonl")
+
+
+def test_a_hub_data_set_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    with pytest.raises(UserError, match=r"nobody/no-such-rows: .*nor can it be had as a hub data set"):
+        data_sha256("nobody/no-such-rows")
+    found = []
+    for commit in ("abc", "abd", "abc"):
+        builder = SimpleNamespace(hash=commit)
+        monkeypatch.setattr(datasets, "load_dataset_builder", {"some/rows": builder}.__getitem__)
+        found.append(data_sha256("some/rows"))
+    assert found[0] == found[2] != found[1]
 
 
 # -- environment -------------------------------------------------------------------------------------------------------

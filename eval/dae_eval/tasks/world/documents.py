@@ -9,10 +9,10 @@ from typing import Any
 import datasets
 
 
-def load(world: str, skill: str, **metadata: Any) -> dict[str, datasets.Dataset]:
+def load(world: str, skill: str, **_: Any) -> dict[str, datasets.Dataset]:
     """The documents in `world/heldout/skill.jsonl`, in the order of the file, as the split `test`.
 
-    `metadata` is whatever else lm-eval hands over (the task's version) and changes nothing.
+    lm-eval also hands over the task's other metadata (its version), which change nothing.
     """
     lines = (Path(world) / "heldout" / f"{skill}.jsonl").read_text(encoding="utf-8").splitlines()
     return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}

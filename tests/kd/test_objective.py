@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from kd.losses import TokenLoss
 from kd.mixing import collate
+from kd.objective import Objective, Route, predicting_positions, response_token_counts, route_sums
 from kd.roles import STUDENT_ADAPTER, Role, speaking_as
-from kd.trainer import Objective, Route, predicting_positions, response_token_counts, route_sums
 
 Row = dict[str, Any]
+PLAIN = TokenLoss()
 
 
 def make_rows(seed: int = 0, routes: Sequence[int] = (0, 1, 0, 1, 1, 0)) -> list[Row]:
@@ -38,7 +39,8 @@ def make_rows(seed: int = 0, routes: Sequence[int] = (0, 1, 0, 1, 1, 0)) -> list
 
 def as_batch(rows: list[Row], packing: bool = False) -> dict[str, Tensor]:
     arrays = [
-        {**row, "input_ids": np.array(row["input_ids"], np.int32), "response_mask": np.array(row["response_mask"])} for row in rows
+        {**row, "input_ids": np.array(row["input_ids"], np.int32), "response_mask": np.array(row["response_mask"])}
+        for row in rows
     ]
     return collate(arrays, pad_token_id=0, packing=packing)  # type: ignore[arg-type]
 
@@ -79,7 +81,7 @@ class World:
         self.student = student.train()
         self.reference, self.expert = Role("reference", home, None), Role("expert", home, "expert")
 
-    def objective(self, token_loss: TokenLoss = TokenLoss(), **settings: Any) -> Objective:
+    def objective(self, token_loss: TokenLoss = PLAIN, **settings: Any) -> Objective:
         return Objective((Route("general", self.reference), Route("ecom", self.expert)), token_loss, **settings)
 
     def gradients(self) -> dict[str, Tensor]:
@@ -123,16 +125,18 @@ def our_loss(world: World, batches: list[dict[str, Tensor]], objective: Objectiv
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-6) -> None:
-    """No entry differs by more than this part of the largest one. (Some architectures normalise in fp32 whatever the dtype.)"""
+    """No entry differs by more than this part of the largest. (Some architectures normalise in fp32.)"""
     assert a.keys() == b.keys() and a
     largest = max(float(g.abs().max()) for g in b.values())
     assert largest > 1e-3
-    for name in a:
-        assert float((a[name] - b[name]).abs().max()) <= tolerance * largest, name
+    for name, gradient in a.items():
+        assert float((gradient - b[name]).abs().max()) <= tolerance * largest, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("lora", "shared"), [(True, True), (True, False), (False, False)], ids=["lora", "lora-apart", "full"])
+@pytest.mark.parametrize(
+    ("lora", "shared"), [(True, True), (True, False), (False, False)], ids=["lora", "lora-apart", "full"]
+)
 def test_loss_and_gradient_equal_the_definition(family: str, lora: bool, shared: bool) -> None:
     world, rows, token_loss = World(family, lora=lora, shared=shared), make_rows(), TokenLoss(weight=0.7)
     expected = defined_loss(world, rows, token_loss, "routes")
@@ -247,7 +251,8 @@ def test_gradient_checkpointing_gives_the_same_gradient() -> None:
     world, rows = World(), make_rows()
     our_loss(world, [as_batch(rows)], world.objective())
     wanted = world.gradients()
-    world.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    model: Any = world.student
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     our_loss(world, [as_batch(rows)], world.objective())
     assert_same(world.gradients(), wanted, 0.0)
 

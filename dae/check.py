@@ -1,0 +1,325 @@
+"""`dae check`: everything but the weights, before a run costs anything.
+
+It goes the way of the real run (the same functions read rows, pair roles and lay out steps), so that a recipe which
+passes does not fail later for a reason that could have been seen.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+from transformers import TrainingArguments
+
+from dae.alignment import check_checkpoints, fingerprints
+from dae.estimates import Item, Models, disk, loss_shares, memory, models_of, tokens_of_run
+from dae.overlap import overlaps
+from dae.recipe import AlignRecipe
+from dae.routing import GENERAL, default_route_shares
+from kd.config import SftRecipe, SourceRecipe
+from kd.data import TokenRows, marked_text, read_records
+from kd.errors import UserError
+from kd.fingerprints import model_fingerprint
+from kd.mixing import Mixture
+from kd.roles import LoadSettings, head_of, refuse_unknown_forward
+from kd.sft import ROUTE
+from kd.stage import StageData, load_settings, load_stage_data, planned_steps, rows_per_step, training_arguments
+
+SMALL_SHARE = 0.05  # of the loss: below it a route is hardly learnt
+ROWS_SHOWN = 2  # of each route
+CHARACTERS_SHOWN = 240  # of each segment of a row
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe comes to."""
+
+    data: StageData
+    args: TrainingArguments
+    settings: LoadSettings
+    mixture: Mixture
+    steps: int
+    models: Models
+
+
+class Findings:
+    """Problems found so far; each step of a check adds its own, so that all are told at once."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def of(self, step: Callable[[], Result]) -> Result | None:
+        """The step's result, or None where it found a problem."""
+        try:
+            return step()
+        except UserError as error:
+            self.problems.append(str(error))
+            return None
+
+    def tell(self) -> None:
+        """Raise UserError with everything that was found."""
+        if len(self.problems) == 1:
+            raise UserError(self.problems[0])
+        if self.problems:
+            raise UserError("\n".join([f"{len(self.problems)} problems:", *(f"  {line}" for line in self.problems)]))
+
+
+def check(recipe: SftRecipe | AlignRecipe) -> None:
+    """Print what the run would do. Raises UserError with everything that would stop it."""
+    plan = make_plan(recipe)
+    console = Console(highlight=False)
+    show_routes(console, recipe, plan)
+    show_rows(console, plan)
+    show_overlap(console, recipe)
+    show_effort(console, recipe, plan)
+
+
+def make_plan(recipe: SftRecipe | AlignRecipe) -> Plan:
+    """Everything but the weights. Raises UserError with every problem found."""
+    found = Findings()
+    found.of(lambda: check_output(recipe.output))
+    settings = load_settings(recipe)
+    inputs = found.of(lambda: inputs_of(recipe))
+    models = None
+    if inputs is not None:
+        if isinstance(recipe, AlignRecipe):
+            found.of(lambda: check_checkpoints(recipe, inputs))
+        # What does not belong together cannot be laid out either.
+        models = found.of(lambda: models_of(recipe, inputs, settings)) if not found.problems else None
+    args = found.of(lambda: arguments_of(recipe, settings))
+    readable = [found.of(partial(first_record, source)) for source in sources_of(recipe)]
+    data = found.of(lambda: data_of(recipe)) if inputs is not None and None not in readable else None
+    mixture = steps = None
+    if data is not None and args is not None:
+        mixture = found.of(lambda: Mixture(data.sources, rows_per_step(args), recipe.seed))
+    if mixture is not None and args is not None:
+        steps = found.of(lambda: planned_steps(mixture, args))
+    if data is not None and models is not None:
+        found.of(lambda: check_fit(recipe, data, models))
+    found.tell()
+    assert data is not None
+    assert args is not None
+    assert mixture is not None
+    assert steps is not None
+    assert models is not None
+    return Plan(data, args, settings, mixture, steps, models)
+
+
+def sources_of(recipe: SftRecipe | AlignRecipe) -> list[SourceRecipe]:
+    """All sources, for training and held out."""
+    return [
+        source for part in (recipe.data.routes, recipe.data.eval) for sources in part.values() for source in sources
+    ]
+
+
+def first_record(source: SourceRecipe) -> str:
+    """Where a source begins. Raises UserError where it cannot be read, so that all missing files are told at once."""
+    location, _ = next(read_records(source))
+    return location
+
+
+def inputs_of(recipe: SftRecipe | AlignRecipe) -> dict[str, str]:
+    """Fingerprint of each role."""
+    return fingerprints(recipe) if isinstance(recipe, AlignRecipe) else {"base": model_fingerprint(recipe.base)}
+
+
+def data_of(recipe: SftRecipe | AlignRecipe) -> StageData:
+    """All rows, encoded, as the stage itself reads them."""
+    if isinstance(recipe, AlignRecipe):
+        return load_stage_data(recipe, [GENERAL, *recipe.expert], default_route_shares(recipe.expert))
+    return load_stage_data(recipe, [ROUTE], None)
+
+
+def arguments_of(recipe: SftRecipe | AlignRecipe, settings: LoadSettings) -> TrainingArguments:
+    """The stage's training arguments on this machine. Raises UserError where it cannot do what they ask."""
+    try:
+        return training_arguments(recipe, settings)
+    except ValueError as error:
+        raise UserError(f"train: {str(error).splitlines()[0]}") from error
+
+
+def check_output(output: str) -> None:
+    """Raise UserError where the run folder could not be written."""
+    place = Path(output)
+    if place.exists() and not place.is_dir():
+        raise UserError(f"output: {output}: is a file; name a folder")
+    existing = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"output: {output}: {existing} may not be written; name a place that you may use")
+
+
+def check_fit(recipe: SftRecipe | AlignRecipe, data: StageData, models: Models) -> None:
+    """Raise UserError where the models cannot take these rows."""
+    base = models.base
+    refuse_unknown_forward(base, recipe.base)  # type: ignore[arg-type]
+    head_of(base)
+    if data.largest_id >= models.vocabulary_rows:
+        raise UserError(
+            f"{recipe.base}: its tokenizer gives token {data.largest_id}, but the models share only "
+            f"{models.vocabulary_rows} vocabulary rows; the checkpoints do not belong together."
+        )
+    longest, positions = longest_row(data), learned_positions(base)
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"data.max_length: {recipe.data.max_length}: the longest row has {longest} tokens, but {recipe.base} has "
+            f"only {positions} positions; set data.max_length={positions}"
+        )
+
+
+def longest_row(data: StageData) -> int:
+    """Tokens of the longest row, held-out ones included."""
+    return max(int(rows.lengths.max()) for rows in (*data.rows, *data.held_out.values()))
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions a model has a learnt embedding for; None where positions are computed."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr,operator]
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return limit if any(module.num_embeddings == limit for module in embeddings[1:]) else None
+
+
+def show_routes(console: Console, recipe: SftRecipe | AlignRecipe, plan: Plan) -> None:
+    """Rows, tokens and shares of each route; then what was cut or dropped and why; then what to worry about."""
+    data = plan.data
+    table = plain_table("route", "rows", "tokens", "response", "% rows", "% loss", "cut", "dropped", "passes")
+    shares = loss_shares(recipe, data)
+    for name in data.route_names:
+        reports = data.reports[name]
+        share = sum(source.share for source in data.sources if source.route == name)
+        kept = sum(report.kept for report in reports)
+        table.add_row(
+            name,
+            f"{kept:,}",
+            f"{sum(report.tokens for report in reports):,}",
+            f"{sum(report.response_tokens for report in reports):,}",
+            f"{100 * share:.1f}",
+            f"{100 * shares[name]:.1f}",
+            f"{sum(report.truncated for report in reports):,}",
+            f"{sum(sum(report.dropped.values()) for report in reports):,}",
+            f"{share * plan.steps * plan.mixture.rows_per_step / kept:.2g}",
+        )
+    console.print(table)
+    console.print(
+        "response: response tokens; cut: truncated to data.max_length; passes: how often the run sees each row"
+    )
+    for report in (report for reports in data.reports.values() for report in reports):
+        for words in [*(f"{count} rows dropped: {reason}" for reason, count in report.dropped.items()), *report.notes]:
+            console.print(f"{report.path}: {words}", soft_wrap=True)
+    for name, share in shares.items():
+        if share < SMALL_SHARE:
+            console.print(
+                f"[bold]warning:[/] route {name} has {100 * share:.2g} % of the loss: it will hardly be learnt. "
+                "weights=routes gives each route the same say, a larger share of rows gives it more.",
+                soft_wrap=True,
+            )
+
+
+def show_rows(console: Console, plan: Plan) -> None:
+    """Some rows of each route with their response tokens marked."""
+    for name in plan.data.route_names:
+        rows = next(
+            part for source, part in zip(plan.data.sources, plan.data.rows, strict=True) if source.route == name
+        )
+        marks = "underlined" if console.is_terminal else "in [[ ]]"
+        console.print(f"\nroute {name}, response tokens {marks}:", markup=False)
+        for place in range(min(ROWS_SHOWN, len(rows))):
+            console.print(marked_row(rows, place, plan, console.is_terminal), soft_wrap=True)
+
+
+def marked_row(rows: TokenRows, place: int, plan: Plan, styled: bool) -> Text:
+    """One row for people; long segments are cut in the middle."""
+    shown = Text("  ")
+    for text, is_response in marked_text(rows[place], plan.data.tokenizer):
+        cut = shortened(text).replace("\n", "\n  ")
+        if not is_response:
+            shown.append(cut)
+        elif styled:
+            shown.append(cut, style="bold underline")
+        else:
+            shown.append(f"[[{cut}]]")
+    return shown
+
+
+def shortened(text: str) -> str:
+    """The text, or its two ends where it is long."""
+    half = CHARACTERS_SHOWN // 2
+    return text if len(text) <= CHARACTERS_SHOWN else f"{text[:half]} ... {text[-half:]}"
+
+
+def show_overlap(console: Console, recipe: SftRecipe | AlignRecipe) -> None:
+    """Held-out rows that also stand in training."""
+    if not recipe.data.eval:
+        console.print(
+            "\nno held-out rows (data.eval): the last checkpoint is the result, whether or not it is the best"
+        )
+        return
+    table = plain_table("held-out route", "rows", "also in training", "same prompt")
+    for name, overlap in overlaps(recipe.data).items():
+        table.add_row(name, f"{overlap.rows:,}", f"{overlap.same_row:,}", f"{overlap.same_prompt:,}")
+    console.print()
+    console.print(table)
+
+
+def show_effort(console: Console, recipe: SftRecipe | AlignRecipe, plan: Plan) -> None:
+    """Steps, tokens, memory, disk."""
+    args, mixture = plan.args, plan.mixture
+    rows = plan.steps * mixture.rows_per_step
+    epoch = f", {mixture.rows_per_epoch:,} an epoch" if mixture.rows_per_epoch is not None else ""
+    micro = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size} process"
+    trained = tokens_of_run(plan.data, rows, plan.data.route_names)
+    taught = trained if isinstance(recipe, AlignRecipe) else 0
+    place = plan.settings.device if plan.settings.device != "cpu" else "this machine's CPU"
+    dtype = str(plan.settings.dtype).removeprefix("torch.")
+    console.print(
+        f"\nsteps     {plan.steps:,} of {mixture.rows_per_step:,} rows ({micro}): {rows:,} rows{epoch}", soft_wrap=True
+    )
+    console.print(
+        f"tokens    {trained:,} through the student (forward, backward), {taught:,} through teachers (forward)"
+    )
+    needed = memory(plan.models, args, plan.data, plan.settings)
+    show_items(console, f"memory, on {place} in {dtype}, estimated", needed)
+    written = disk(recipe, plan.models, args)
+    show_items(console, "disk, at most", written)
+    folder = next(
+        folder for folder in (Path(recipe.output), *Path(recipe.output).absolute().parents) if folder.exists()
+    )
+    free = shutil.disk_usage(folder).free
+    if sum(item.bytes for item in written) > free:
+        console.print(f"[bold]warning:[/] {folder} has only {in_words(free)} free", soft_wrap=True)
+
+
+def show_items(console: Console, title: str, items: Sequence[Item]) -> None:
+    """An estimate with its parts."""
+    table = plain_table(title, in_words(sum(item.bytes for item in items)))
+    for item in items:
+        table.add_row(item.name, in_words(item.bytes))
+    console.print()
+    console.print(table)
+
+
+def in_words(count: float) -> str:
+    """Bytes with a unit that leaves two or three digits."""
+    power = min(3, int(math.log(count, 1000))) if count >= 1 else 0
+    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"
+
+
+def plain_table(first: str, *others: str) -> Table:
+    """A table without frames: names on the left, numbers on the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    table.add_column(first, overflow="fold")
+    for title in others:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table

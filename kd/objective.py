@@ -1,0 +1,163 @@
+"""The routed objective: every row's teacher, each route's token losses, and how routes weigh in one optimizer step.
+
+Shape legend: B rows, T positions, N response tokens, R routes, D and E widths of student and teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kd.losses import LossSums, TokenLoss, token_loss_sums
+from kd.roles import Role, final_hidden_states, head_of, speaking_as
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Route:
+    """A stream of rows with its one teacher (None: next-token prediction alone) and its factor in the loss."""
+
+    name: str
+    teacher: Role | None
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the token loss on every route, each against its own teacher.
+
+    pooled: False weighs routes by their factors (w_r = factor / N_r), True weighs tokens alike (w_r = 1).
+    """
+
+    routes: tuple[Route, ...]
+    token_loss: TokenLoss
+    pooled: bool = False
+    matmul_dtype: torch.dtype | None = None
+
+    def weights(self, tokens_R: Tensor) -> Tensor:
+        """[R] response tokens of the whole optimizer step -> [R] fp64 weights w_r / sum_r w_r N_r of the route sums."""
+        present_R = tokens_R > 0
+        if self.pooled:
+            return present_R.double() / tokens_R.sum().clamp(min=1)
+        factors_R = (
+            torch.tensor([r.factor for r in self.routes], dtype=torch.float64, device=tokens_R.device) * present_R
+        )
+        return factors_R / (tokens_R.clamp(min=1) * factors_R.sum().clamp(min=torch.finfo(factors_R.dtype).tiny))
+
+
+@dataclass(frozen=True)
+class RouteSums:
+    """Sums over the response tokens of a batch, per route: four tensors [R]. Only `loss` carries a gradient."""
+
+    loss: Tensor
+    kl: Tensor
+    ntp: Tensor
+    tokens: Tensor
+
+
+def predicting_positions(batch: Batch) -> Tensor:
+    """[B, T] bool -> [B, T - 1] bool: the positions whose next token is a response token."""
+    return batch["response_mask"][:, 1:]
+
+
+def response_token_counts(batch: Batch, routes: int) -> Tensor:
+    """[R] int64: the response tokens of each route in the batch, exactly the positions that carry loss."""
+    counts_N = route_of_tokens(batch)[predicting_positions(batch)]
+    return torch.bincount(counts_N, minlength=routes)
+
+
+def route_of_tokens(batch: Batch) -> Tensor:
+    """[B, T - 1] int64: the route of each position's row. In a packed batch a row starts where position_ids is 0."""
+    mask_BT = batch["response_mask"][:, 1:]
+    if "position_ids" in batch:
+        row_of_token_T = (batch["position_ids"][0] == 0).cumsum(0) - 1
+        return batch["route_ids"][row_of_token_T][None, :-1]
+    return batch["route_ids"][:, None].expand(mask_BT.shape)
+
+
+def rows_of_routes(batch: Batch, routes: Sequence[int]) -> dict[str, Tensor]:
+    """The rows of these routes as a batch of their own, cut to their own longest row (the whole batch as it is)."""
+    wanted_B = torch.isin(batch["route_ids"], torch.tensor(routes, device=batch["route_ids"].device))
+    if bool(wanted_B.all()):
+        return dict(batch)
+    if "position_ids" in batch:
+        row_of_token_T = (batch["position_ids"][0] == 0).cumsum(0) - 1
+        keep_T = wanted_B[row_of_token_T]
+        chosen = {key: batch[key][:, keep_T] for key in ("input_ids", "position_ids", "response_mask")}
+    else:
+        longest = int(batch["attention_mask"][wanted_B].sum(1).max())
+        chosen = {key: batch[key][wanted_B, :longest] for key in ("input_ids", "attention_mask", "response_mask")}
+    return {**chosen, "route_ids": batch["route_ids"][wanted_B]}
+
+
+def model_inputs(batch: Batch) -> dict[str, Tensor]:
+    """What the model's forward takes of a batch."""
+    return {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+
+
+def teacher_hidden_states(batch: Batch, objective: Objective) -> dict[int, Tensor]:
+    """Route index -> [N_r, E] teacher hidden states at the route's response positions, in row order.
+
+    Each row passes its own teacher, once and without gradient; routes that share a teacher go through it together.
+    """
+    present = torch.unique(batch["route_ids"]).tolist()
+    groups: list[tuple[Role, list[int]]] = []
+    for index in present:
+        teacher = objective.routes[index].teacher
+        assert teacher is not None, "routes without a teacher have no hidden states to ask for"
+        for known, members in groups:
+            if known.same_as(teacher):
+                members.append(index)
+                break
+        else:
+            groups.append((teacher, [index]))
+    hidden: dict[int, Tensor] = {}
+    for teacher, members in groups:
+        rows = rows_of_routes(batch, members)
+        with speaking_as(teacher) as model, torch.no_grad():
+            hidden_BTE = final_hidden_states(model, model_inputs(rows))[:, :-1]
+        predicting = predicting_positions(rows)
+        for index in members:
+            hidden[index] = hidden_BTE[predicting & (route_of_tokens(rows) == index)]
+    return hidden
+
+
+def route_sums(model: nn.Module, batch: Batch, objective: Objective, *, with_teachers: bool = True) -> RouteSums:
+    """Run the teachers, then the student, and sum the token loss of every route.
+
+    model: the (wrapped) student. with_teachers False leaves the teachers out, which needs a token loss of weight 0;
+    `kl` is then NaN. A batch without response tokens gives zeros that are still connected to the graph.
+    """
+    teachers = teacher_hidden_states(batch, objective) if with_teachers else {}
+    hidden_BTD = final_hidden_states(model, model_inputs(batch))[:, :-1]
+    head = head_of(model, objective.matmul_dtype)
+    labels_BT = batch["input_ids"][:, 1:]
+    predicting, route_BT = predicting_positions(batch), route_of_tokens(batch)
+    # An empty selection of every route: an absent route then costs nothing and is 0, also in the graph.
+    nothing = hidden_BTD[predicting & (route_BT < 0)].sum().to(torch.float32)
+    sums: list[LossSums] = []
+    for index, route in enumerate(objective.routes):
+        here = predicting & (route_BT == index)
+        teacher_head = None
+        if index in teachers and route.teacher is not None:
+            with speaking_as(route.teacher) as teacher, torch.no_grad():
+                teacher_head = head_of(teacher, objective.matmul_dtype)
+        elif index not in batch["route_ids"]:
+            sums.append(LossSums(nothing, nothing.detach(), nothing.detach()))
+            continue
+        sums.append(
+            token_loss_sums(
+                hidden_BTD[here], head, labels_BT[here], objective.token_loss, teachers.get(index), teacher_head
+            )
+        )
+    tokens_R = response_token_counts(batch, len(objective.routes))
+    return RouteSums(
+        torch.stack([s.loss for s in sums]),
+        torch.stack([s.kl for s in sums]),
+        torch.stack([s.ntp for s in sums]),
+        tokens_R,
+    )

@@ -1,0 +1,230 @@
+"""The command line: flags to recipes, errors to exit statuses; a few commands from outside, as processes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dae import cli
+from dae.recipe import AlignRecipe
+from kd.errors import MachineError, Stopped, UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def dae(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command from outside, as it is started from a checkout."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "eval")])
+    return subprocess.run(
+        [sys.executable, "-m", "dae", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def aligned(monkeypatch: pytest.MonkeyPatch) -> list[AlignRecipe]:
+    """Recipes that `dae align` would have run."""
+    import dae.alignment
+
+    recipes: list[AlignRecipe] = []
+
+    class Result:
+        path = Path("runs/align")
+        summary = {"steps": 3, "last": {"loss": 0.5}}  # noqa: RUF012
+
+    def record(recipe: AlignRecipe) -> Result:
+        recipes.append(recipe)
+        return Result()
+
+    monkeypatch.setattr(dae.alignment, "align", record)
+    return recipes
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Makes `dae align` fail with this error."""
+    import dae.alignment
+
+    def fail(_recipe: AlignRecipe) -> None:
+        raise error
+
+    monkeypatch.setattr(dae.alignment, "align", fail)
+
+
+ENOUGH = ["align", "--base", "b", "--expert", "e", "--domain-data", "d.jsonl", "--general-data", "g.jsonl"]
+
+
+# -- flags -------------------------------------------------------------------------------------------------------------
+
+
+def test_flags_make_the_recipe(aligned: list[AlignRecipe], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "align", "--base", "b", "--reference", "r", "--output", "o", "--merge",
+        "--expert", "ecom=runs/lr=1/e", "--expert", "legal=l",
+        "--domain-data", "ecom=d1", "--domain-data", "legal=d2", "--domain-data", "ecom=d3",
+        "--general-data", "g1", "--general-data", "g2", "lambda=0.5", "train.learning_rate=2e-5",
+    ]  # fmt: skip
+    assert cli.run(arguments) == 0
+    (recipe,) = aligned
+    assert (recipe.base, recipe.reference, recipe.output, recipe.merge) == ("b", "r", "o", True)
+    assert recipe.expert == {"ecom": "runs/lr=1/e", "legal": "l"}
+    sources = {name: [source.path for source in sources] for name, sources in recipe.data.routes.items()}
+    assert sources == {"general": ["g1", "g2"], "ecom": ["d1", "d3"], "legal": ["d2"]}
+    assert (recipe.lambda_, recipe.train) == (0.5, {"learning_rate": 2e-5})
+    assert capsys.readouterr().out == "runs/align  (3 steps)\n  loss  0.5\n"
+
+
+def test_without_names_both_mean_domain(aligned: list[AlignRecipe]) -> None:
+    assert cli.run(["align", "--base", "b", "--expert", "runs/lr=2/e", *ENOUGH[5:]]) == 0
+    assert aligned[0].expert == {"domain": "runs/lr=2/e"}
+
+
+def test_flags_go_over_the_recipe_file(aligned: list[AlignRecipe], tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("base: b\nexpert: e\noutput: o\nseed: 1\nmerge: true\ndata: {domain: d, general: g}\n")
+    assert cli.run(["align", "--recipe", str(path), "--base", "other", "seed=2"]) == 0
+    (recipe,) = aligned
+    assert (recipe.base, recipe.output, recipe.seed, recipe.merge) == ("other", "o", 2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--expert", "a", "--expert", "b"], "--expert b: without a name is for one expert"),
+        (["--expert", "x=a", "--expert", "x=b"], "--expert b: names two experts alike"),
+        (["--expert", "a", "--expert", "x=b"], "--expert a: has no name beside named ones"),
+        (["--expert", "general=a"], "--expert: expert.general = 'a': `general` is the reference's route"),
+        (["--expert", "x=a", "--domain-data", "y=d"], "--domain-data: data.y: unknown key or route"),
+        (["--expert", "ecom=a"], "add --domain-data ecom=PATH"),
+        (["--nonsense"], "No such option: --nonsense"),
+        (["--base"], "requires an argument"),
+        (["--recipe", "missing.yaml"], "missing.yaml: there is no such recipe file"),
+    ],
+)
+def test_mistakes_in_flags(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["align", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+
+
+# -- exit statuses -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (UserError("rows.jsonl:7: is broken"), 2, "dae align: rows.jsonl:7: is broken"),
+        (MachineError("runs/x: the disk is full"), 4, "dae align: runs/x: the disk is full"),
+        (Stopped(2, "stopped after step 3"), 130, "dae align: stopped after step 3"),
+        (Stopped(15, "stopped after step 3"), 143, "stopped after step 3"),
+        (KeyboardInterrupt(), 130, "the same command goes on"),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 4, "runs/x: the disk is full"),
+        (OSError(errno.EROFS, "Read-only file system", "runs/x"), 2, "runs/x: read-only file system"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 2, "runs/x: permission denied"),
+        (MemoryError(), 4, "out of memory: MemoryError"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+            4,
+            "Tried to allocate 2 GiB; halve",
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 4, "gradient_accumulation_steps"),
+    ],
+)
+def test_errors_have_their_status_and_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, status: int, words: str
+) -> None:
+    failing(monkeypatch, error)
+    assert cli.run(ENOUGH) == status
+    told = capsys.readouterr()
+    assert words in told.err
+    assert told.err.count("\n") == 1
+    assert told.out == ""
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("division by zero"), RuntimeError("odd"), FileNotFoundError(2, "x", "y")]
+)
+def test_our_own_faults_leave_a_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, error: Exception
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    failing(monkeypatch, error)
+    assert cli.run(ENOUGH) == 3
+    told = capsys.readouterr().err
+    (log,) = tmp_path.iterdir()
+    assert told.strip().endswith(f"the traceback is in {log}")
+    assert told.count("\n") == 1
+    assert "Traceback (most recent call last)" in log.read_text()
+    assert type(error).__name__ in log.read_text()
+
+
+def test_a_fault_is_told_even_where_no_log_can_be_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    failing(monkeypatch, ZeroDivisionError("x"))
+    assert cli.run(ENOUGH) == 3
+    assert "ZeroDivisionError in test_cli.py" in capsys.readouterr().err
+
+
+def test_other_ranks_do_not_repeat_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    failing(monkeypatch, UserError("once is enough"))
+    assert cli.run(ENOUGH) == 2
+    assert capsys.readouterr().err == ""
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stage", "key"), [("align", "lambda"), ("sft", "data.ROUTE.0.share"), ("sample", "rows")])
+def test_keys_lists_each_key_with_type_default_and_meaning(stage: str, key: str, capsys: Any) -> None:
+    assert cli.run(["keys", stage]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (place,) = [place for place, line in enumerate(lines) if line.startswith(f"{key}  ")]
+    assert "default" in lines[place]
+    assert lines[place + 1].startswith("    ")
+
+
+# -- from outside ------------------------------------------------------------------------------------------------------
+
+
+def test_help_names_the_commands_and_has_no_colour_codes_when_piped(tmp_path: Path) -> None:
+    ran = dae("--help", cwd=tmp_path, COLUMNS="80")
+    assert ran.returncode == 0
+    assert "\x1b" not in ran.stdout
+    for command in ("align", "sft", "sample", "check", "keys", "demo"):
+        assert command in ran.stdout
+    assert max(len(line) for line in ran.stdout.splitlines()) <= 80
+
+
+def test_a_mistake_ends_the_process_with_2_and_writes_nothing(tmp_path: Path) -> None:
+    ran = dae("sft", "--base", "b", "--output", "o", "sed=1", cwd=tmp_path)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "sed=1: unknown key; did you mean `seed`?" in ran.stderr
+    assert "add --data PATH" in ran.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_pipe_is_no_fault(tmp_path: Path) -> None:
+    command = f"set -o pipefail; {sys.executable} -m dae keys | head -1"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.stderr == ""
+    assert ran.returncode in (0, 141)

@@ -1,0 +1,440 @@
+"""`dae sample`: the model's own distribution, text that reads back, and the same rows wherever it was stopped."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from pico import make_checkpoint, make_tokenizer
+from scipy.stats import chisquare
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import dae.sampling
+from dae.generation import END_TOKEN, LENGTH, SPECIAL_TOKEN, Continuation, derived_seed, left_padded, open_writer
+from dae.recipe import SampleRecipe
+from dae.sampling import SampleFile, instruction_of, read_prompts, sample, user_opening
+from kd.chat import chat_format
+from kd.errors import UserError
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "model")
+
+
+@pytest.fixture
+def chat_model(tmp_path: Path) -> Path:
+    folder = make_checkpoint(tmp_path / "model", vocab_size=292)
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def recipe_for(model: Path, **changes: Any) -> SampleRecipe:
+    settings = {"model": str(model), "output": str(model.parent / "out" / "rows.jsonl"), "rows": 10}
+    return SampleRecipe.model_validate(settings | {"max_new_tokens": 6, "batch_size": 16} | changes)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# -- the distribution --------------------------------------------------------------------------------------------------
+
+
+def test_first_tokens_follow_the_models_own_distribution_whatever_its_generation_config_says(model: Path) -> None:
+    narrow = GenerationConfig(
+        do_sample=True, top_k=2, top_p=0.3, temperature=0.1, repetition_penalty=5.0, eos_token_id=2
+    )
+    narrow.save_pretrained(model)
+    writer = open_writer(str(model), trust_remote_code=False)
+    prompt = [1, 60, 61]
+    with torch.no_grad():
+        probabilities_V = writer.model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
+    draws = 8000
+    # _generate: texts cannot be counted, for a lone byte of a longer character is none.
+    counts_V = torch.bincount(
+        torch.tensor([ids[0] for ids in writer._generate([prompt] * draws, 1, 1.0, seed=3)]), minlength=288
+    ).double()
+    frequent = probabilities_V * draws >= 5
+    assert frequent.sum() > 20
+    observed = [*counts_V[frequent].tolist(), float(counts_V[~frequent].sum())]
+    expected = [*(probabilities_V[frequent] * draws).tolist(), float(probabilities_V[~frequent].sum() * draws)]
+    assert chisquare(observed, expected).pvalue > 1e-3
+
+
+def test_temperature_and_left_padding(model: Path) -> None:
+    """Nearly greedy continuations of prompts of different lengths are those of each prompt alone."""
+    writer = open_writer(str(model), trust_remote_code=False)
+    prompts = [[1, 60], [1, 61, 62, 63, 64, 65], [1, 70, 71]]
+    together = writer._generate(prompts, 6, 1e-4, seed=0)
+    for prompt, written in zip(prompts, together, strict=True):
+        ids = list(prompt)
+        with torch.no_grad():
+            for _ in range(len(written)):
+                ids.append(int(writer.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert written == ids[len(prompt) :]
+
+
+def test_left_padding_puts_prompts_at_the_right_end() -> None:
+    input_ids, attention_mask = left_padded([[5], [6, 7, 8]])
+    assert input_ids[attention_mask.bool()].tolist() == [5, 6, 7, 8]
+    assert attention_mask.tolist() == [[0, 0, 1], [1, 1, 1]]
+
+
+def test_global_random_state_is_left_alone(model: Path) -> None:
+    writer = open_writer(str(model), trust_remote_code=False)
+    before = torch.random.get_rng_state()
+    writer.continuations([[1]], 3, 1.0, seed=5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_derived_seeds_differ_and_fit_torch() -> None:
+    seeds = {derived_seed(seed, batch, phase) for seed in range(5) for batch in range(50) for phase in range(2)}
+    assert len(seeds) == 500
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+# -- the text ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_text_without_special_tokens_that_reads_back(model: Path) -> None:
+    path = sample(recipe_for(model, rows=40))
+    rows = rows_of(path)
+    assert len(rows) == 40
+    tokenizer = make_tokenizer()
+    for row in rows:
+        assert row.keys() == {"text"}
+        assert row["text"].strip()
+        assert "\ufffd" not in row["text"]
+        ids = tokenizer(row["text"], add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids) == row["text"]
+        assert not set(ids) & set(tokenizer.all_special_ids)
+    facts = json.loads((path.parent / "rows.jsonl.meta.json").read_text())
+    assert sum(facts["stopped by"].values()) == 40
+    assert facts["settings"]["model"] == str(model)
+    # A random byte-level model writes much that is no UTF-8: it is counted, not written.
+    assert facts["gave no row"]["not UTF-8"] > 0
+
+
+@pytest.mark.parametrize(
+    ("ids", "text", "fault", "stop"),
+    [
+        ("red green", "red green", None, LENGTH),
+        ("red</s>", "red", None, END_TOKEN),
+        ("red<s>", "red", None, SPECIAL_TOKEN),
+        ("red</s>blue<pad>", "red", None, END_TOKEN),
+        ("</s>", None, "no text", END_TOKEN),
+        (" \n</s>", None, "no text", END_TOKEN),
+        (b"caf\xc3", "caf", None, LENGTH),
+        (b"caf\xc3</s>", None, "not UTF-8", END_TOKEN),
+        (b"\xff red", None, "not UTF-8", LENGTH),
+        (b"< / s >", "< / s >", None, LENGTH),
+        (list("</s>"), None, "spells a special token", LENGTH),
+    ],
+)
+def test_what_becomes_text_and_what_does_not(
+    model: Path, ids: Any, text: str | None, fault: str | None, stop: str
+) -> None:
+    writer = open_writer(str(model), trust_remote_code=False)
+    tokenizer = writer.tokenizer
+    if isinstance(ids, str):
+        written = tokenizer(ids, add_special_tokens=False).input_ids
+    elif isinstance(ids, bytes):
+        ended = ids.endswith(b"</s>")
+        byte_ids = make_byte_ids(ids.removesuffix(b"</s>"))
+        written = byte_ids + [2] * ended
+    else:
+        written = [tokenizer.convert_tokens_to_ids(character) for character in ids]
+    assert writer._as_text([1], writer._up_to_special(written)) == Continuation(
+        tokens=len(writer._up_to_special(written)), stop=stop, text=text, fault=fault
+    )
+
+
+def make_byte_ids(data: bytes) -> list[int]:
+    """The tokens of single bytes, in the byte-level alphabet of GPT-2."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    tokenizer, alphabet = make_tokenizer(), bytes_to_unicode()
+    return [tokenizer.convert_tokens_to_ids(alphabet[byte]) for byte in data]
+
+
+def test_the_context_caps_the_length_and_full_prompts_give_nothing(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", max_position_embeddings=8)
+    writer = open_writer(str(folder), trust_remote_code=False)
+    short, full = writer.continuations([[1, 60, 61], [1] * 8], 100, 1.0, seed=0)
+    assert short.tokens <= 5
+    assert full == Continuation(0, LENGTH, fault="no room in the context")
+    assert writer.continuations([[1] * 9], 100, 1.0, seed=0)[0].fault == "no room in the context"
+
+
+# -- going on after a stop ---------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing may catch it."""
+
+
+def test_a_stop_after_any_batch_changes_no_row(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = sample(recipe_for(model, rows=25, output=str(model.parent / "whole.jsonl"))).read_text()
+    recipe = recipe_for(model, rows=25)
+    partial = Path(recipe.output + ".partial")
+    append = SampleFile.append
+
+    def append_and_die(self: SampleFile, batch: Any) -> None:
+        append(self, batch)
+        with self.partial.open("a") as file:
+            file.write('{"rows": [{"text": "to')  # the next batch, torn
+        raise Killed
+
+    stops = 0
+    while not Path(recipe.output).exists():
+        assert len(partial.read_text().splitlines()) == stops + 2 if stops else not partial.exists()
+        monkeypatch.setattr(SampleFile, "append", append_and_die)
+        try:
+            sample(recipe)
+        except Killed:
+            stops += 1
+        if stops >= 3:
+            monkeypatch.setattr(SampleFile, "append", append)
+            sample(recipe)
+    assert stops == 3
+    assert Path(recipe.output).read_text() == expected
+    assert sorted(entry.name for entry in Path(recipe.output).parent.iterdir()) == [
+        "rows.jsonl",
+        "rows.jsonl.meta.json",
+    ]
+
+
+@pytest.mark.parametrize("after", ["rows.jsonl", "rows.jsonl.meta.json"])
+def test_a_stop_while_finishing_is_made_good(model: Path, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_for(model)
+    write = dae.sampling.write_text_durably
+
+    def write_and_die(path: Path, text: str) -> None:
+        write(path, text)
+        if path.name == after:
+            raise Killed
+
+    monkeypatch.setattr(dae.sampling, "write_text_durably", write_and_die)
+    with pytest.raises(Killed):
+        sample(recipe)
+    before = Path(recipe.output).read_text()
+    monkeypatch.setattr(dae.sampling, "write_text_durably", write)
+    assert sample(recipe).read_text() == before
+    assert not Path(recipe.output + ".partial").exists()
+
+
+def test_a_finished_file_is_left_alone_without_opening_the_model(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = sample(recipe_for(model))
+    before = path.stat().st_mtime_ns
+    monkeypatch.setattr(dae.sampling, "open_writer", lambda *_: pytest.fail("the model was opened"))
+    assert sample(recipe_for(model)) == path
+    assert path.stat().st_mtime_ns == before
+    path.write_text("other rows\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl: has changed since it was written"):
+        sample(recipe_for(model))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_are_refused_by_name(model: Path, finished: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not finished:
+        monkeypatch.setattr(SampleFile, "finish", lambda *_: None)
+    sample(recipe_for(model))
+    with pytest.raises(UserError) as caught:
+        sample(recipe_for(model, seed=1, max_new_tokens=13))
+    lines = [line.strip() for line in str(caught.value).splitlines()]
+    assert lines[1:-1] == ["max_new_tokens: 6 -> 13", "seed: 0 -> 1"]
+    make_checkpoint(model, seed=5)
+    with pytest.raises(UserError, match='content of model: "'):
+        sample(recipe_for(model))
+
+
+def test_somebody_elses_file_is_not_written_over(model: Path) -> None:
+    recipe = recipe_for(model)
+    Path(recipe.output).parent.mkdir()
+    Path(recipe.output).write_text("mine")
+    with pytest.raises(UserError, match="not written by dae sample"):
+        sample(recipe)
+    assert [entry.read_text() for entry in Path(recipe.output).parent.iterdir()] == ["mine"]
+
+
+def test_seeds_and_batches_give_different_rows(model: Path) -> None:
+    rows = [row["text"] for row in rows_of(sample(recipe_for(model, rows=20, max_new_tokens=4)))]
+    assert Counter(rows).most_common(1)[0][1] <= 2
+    others = [
+        row["text"]
+        for row in rows_of(sample(recipe_for(model, rows=20, max_new_tokens=4, seed=1, output=str(model / "2.jsonl"))))
+    ]
+    assert rows != others
+
+
+def test_a_model_that_writes_nothing_is_told_instead_of_waited_for(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = Continuation(1, END_TOKEN, fault="no text")
+    monkeypatch.setattr("dae.generation.Writer.continuations", lambda _, prompts, *__: [nothing] * len(prompts))
+    with pytest.raises(UserError, match=r"20 batches in a row gave no row \(no text: 320\)"):
+        sample(recipe_for(model))
+
+
+# -- prompts and conversations -----------------------------------------------------------------------------------------
+
+
+def test_text_prompts_are_answered_in_turn_and_the_pair_is_the_whole_text(model: Path) -> None:
+    prompts = model.parent / "prompts.jsonl"
+    prompts.write_text('{"prompt": "red green "}\n{"prompt": "The kettle:", "completion": "left away"}\n')
+    recipe = recipe_for(model, prompts=str(prompts), rows=6, batch_size=3, max_new_tokens=4)
+    rows = rows_of(sample(recipe))
+    assert {row["prompt"] for row in rows} == {"red green", "The kettle:"}
+    assert all(row.keys() == {"prompt", "completion"} and row["completion"].strip() for row in rows)
+
+
+def test_messages_are_answered_under_the_template(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = chat_model.parent / "prompts.jsonl"
+    asked = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "red?"}]
+    prompts.write_text(json.dumps({"messages": [*asked, {"role": "assistant", "content": "an old answer"}]}) + "\n")
+    seen: list[str] = []
+    monkeypatch.setattr("dae.generation.Writer.continuations", scripted({"be brief": " blue "}, seen))
+    rows = rows_of(sample(recipe_for(chat_model, prompts=str(prompts), rows=1, batch_size=1)))
+    assert rows == [{"messages": [*asked, {"role": "assistant", "content": "blue"}]}]
+    assert seen == ["<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nred?<|im_end|>\n<|im_start|>assistant\n"]
+
+
+def scripted(script: dict[str, str], seen: list[str]) -> Any:
+    """A writer that continues by what stands in the prompt."""
+
+    def continuations(self: Any, prompts: Sequence[Sequence[int]], *_: Any) -> list[Continuation]:
+        texts = [self.tokenizer.decode(list(prompt)) for prompt in prompts]
+        seen.extend(texts)
+        answers = [next(answer for part, answer in script.items() if part in text) for text in texts]
+        return [Continuation(3, END_TOKEN, text=answer) for answer in answers]
+
+    return continuations
+
+
+def test_a_chat_model_writes_question_and_answer(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    script = {"assistant\n": "a blue one", "user\n": "\nwhich kettle?"}
+    monkeypatch.setattr("dae.generation.Writer.continuations", scripted(script, seen))
+    rows = rows_of(sample(recipe_for(chat_model, rows=1, batch_size=1)))
+    question, reply = {"role": "user", "content": "which kettle?"}, {"role": "assistant", "content": "a blue one"}
+    assert rows == [{"messages": [question, reply]}]
+    assert seen == [
+        "<|im_start|>user\n",
+        "<|im_start|>user\nwhich kettle?<|im_end|>\n<|im_start|>assistant\n",
+    ]
+
+
+def test_a_real_chat_model_end_to_end(chat_model: Path) -> None:
+    writer = open_writer(str(chat_model), trust_remote_code=False)
+    assert writer.tokenizer.convert_tokens_to_ids("<|im_end|>") in writer.end_ids
+    rows = rows_of(sample(recipe_for(chat_model, rows=2, batch_size=256, max_new_tokens=12)))
+    for row in rows:
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+        assert all(message["content"].strip() == message["content"] != "" for message in row["messages"])
+        assert not any("<|" in message["content"] for message in row["messages"])
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "after", "words", "fault"),
+    [
+        (" which one? ", END_TOKEN, "<|im_end|>\n<|im_start|>assistant\n", "which one?", None),
+        (" which one? ", SPECIAL_TOKEN, "<|im_end|>\n", "which one?", None),
+        ("which one? [/INST] a blue one", LENGTH, " [/INST]", "which one?", None),
+        ("which one", LENGTH, " [/INST]", None, "no end"),
+        ("which one", LENGTH, "", None, "no end"),
+        (" [/INST] a blue one", END_TOKEN, " [/INST]", None, "no text"),
+        (None, END_TOKEN, " [/INST]", None, "not UTF-8"),
+    ],
+)
+def test_where_an_instruction_ends(
+    text: str | None, stop: str, after: str, words: str | None, fault: str | None
+) -> None:
+    written = Continuation(5, stop, text=text, fault="not UTF-8" if text is None else None)
+    assert instruction_of(written, after) == (words, fault)
+
+
+def test_the_users_opening_is_read_off_the_template() -> None:
+    tokenizer = make_tokenizer()
+    assert user_opening(chat_format(tokenizer, INST), "m") == ("<s>[INST]", " [/INST]")
+    assert user_opening(chat_format(tokenizer, CHATML), "m") == (
+        "<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
+    )
+    for template in ("{{ messages[0]['content'] }}", "{{ raise_exception('no') }}", "nothing of the user's"):
+        with pytest.raises(UserError, match="give --prompts FILE"):
+            user_opening(chat_format(tokenizer, template), "m")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"text": "no prompt"}', "has no prompt"),
+        ('{"prompt": "  "}', "prompt: is empty"),
+        ('{"prompt": 3}', "prompt: wants a list"),
+        ('{"messages": [{"role": "assistant", "content": "hello"}]}', "none is the user's"),
+        ('{"messages": [{"role": "wizard", "content": "hello"}]}', "unknown role"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_bad_prompts_name_their_row(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "good"}\n' + line + "\n")
+    with pytest.raises(UserError, match=f"{path}:2.*{reason}"):
+        read_prompts(str(path))
+    path.write_text("\n")
+    with pytest.raises(UserError, match=f"{path}: has no rows"):
+        read_prompts(str(path))
+
+
+def test_messages_for_a_model_without_a_template_are_refused(model: Path) -> None:
+    prompts = model.parent / "prompts.jsonl"
+    prompts.write_text('{"messages": [{"role": "user", "content": "red?"}]}\n')
+    with pytest.raises(UserError, match=r"prompts\.jsonl: holds messages, but .* has no chat template"):
+        sample(recipe_for(model, prompts=str(prompts)))
+
+
+def test_an_adapter_writes_on_its_base(model: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model),
+        LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+    )
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    make_tokenizer().save_pretrained(tmp_path / "adapter")
+    writer = open_writer(str(tmp_path / "adapter"), trust_remote_code=False)
+    ids = torch.tensor([[1, 60, 61]])
+    with torch.no_grad():
+        torch.testing.assert_close(writer.model(ids).logits, adapted.eval()(ids).logits)
+    path = sample(recipe_for(tmp_path / "adapter", rows=2))
+    settings = json.loads(Path(f"{path}.meta.json").read_text())["settings"]
+    assert settings["content of its base"] != settings["content of model"]
+
+
+@pytest.mark.slow
+def test_a_real_model_writes_stories(shared: Path, tmp_path: Path) -> None:
+    recipe = SampleRecipe(
+        model=str(shared / "models" / "stories260k"), output=str(tmp_path / "rows.jsonl"), rows=16, max_new_tokens=40
+    )
+    rows = rows_of(sample(recipe))
+    words = Counter(word for row in rows for word in row["text"].lower().split())
+    assert {"a", "the", "and"} <= words.keys()
+    assert sum(row["text"].startswith(("Once upon a time", "One day")) for row in rows) >= 4

@@ -1,0 +1,168 @@
+"""`dae` from outside, as a process, without importing torch anew each time.
+
+A server process imports everything once and forks a child for every command. The child is an ordinary process with its own
+output, exit status and signals; killing it is killing `dae`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.forkserver import ensure_running
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PRELOADED = ["dae.alignment", "kd.sft", "transformers.models.llama.modeling_llama"]
+PATIENCE = 120  # seconds after which a command of a few steps is given up as hung
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A signal to the process itself, before the `call`-th call of `module:attribute` (or after it).
+
+    name: count only calls whose last argument is a path of this name.
+    """
+
+    where: str
+    call: int = 1
+    number: int = signal.SIGKILL
+    after: bool = False
+    name: str | None = None
+
+    def arm(self) -> None:
+        """Put it in place, in the process that is to get it."""
+        module, _, path = self.where.partition(":")
+        owner: Any = importlib.import_module(module)
+        *parents, attribute = path.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        real = getattr(owner, attribute)
+        calls = 0
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            nonlocal calls
+            counts = self.name is None or Path(arguments[-1]).name == self.name
+            calls += counts
+            now = counts and calls == self.call
+            if now and not self.after:
+                os.kill(os.getpid(), self.number)
+            answer = real(*arguments, **named)
+            if now and self.after:
+                os.kill(os.getpid(), self.number)
+            return answer
+
+        setattr(owner, attribute, counted)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended. A status below 0 is the signal that ended it."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Running:
+    """A command under way.
+
+    proof False leaves out the fresh process that loads the finished result: five seconds of imports.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        cwd: Path,
+        *,
+        signals: Sequence[Signal] = (),
+        proof: bool = True,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._said = cwd.parent / f".said-{os.getpid()}-{next(_numbers)}"
+        job = (list(arguments), str(cwd), str(self._said), list(signals), proof, dict(environment or {}))
+        self.process: ForkServerProcess = server().Process(target=_dae, args=job)
+        self.process.start()
+
+    def send(self, number: int) -> None:
+        """A signal from outside."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def end(self) -> Ended:
+        """Wait for the end."""
+        self.process.join(PATIENCE)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f"the command hangs; it has said:\n{self._read('err')}")
+        return Ended(self.process.exitcode, self._read("out"), self._read("err"))
+
+    def _read(self, stream: str) -> str:
+        path = self._said.with_suffix(f".{stream}")
+        return path.read_text() if path.exists() else ""
+
+
+def dae(arguments: Sequence[str], cwd: Path, **settings: Any) -> Ended:
+    """Run one command to its end; settings are those of `Running`."""
+    return Running(arguments, cwd, **settings).end()
+
+
+@cache
+def server() -> ForkServerContext:
+    """The process that has imported all that a command imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "eval"), str(ROOT / "tests")])
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error"}  # as `dae` does before it imports them
+    before = dict(os.environ)
+    # Processes that were killed have left semaphores behind, and that is nothing to warn of.
+    os.environ.update(quiet, PYTHONPATH=path, PYTHONWARNINGS="ignore:resource_tracker")
+    try:
+        ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+def _dae(
+    arguments: list[str], cwd: str, said: str, signals: list[Signal], proof: bool, environment: Mapping[str, str]
+) -> None:
+    """In the child: become `dae`, and never return."""
+    status = 99
+    try:
+        os.chdir(cwd)
+        os.environ.update(environment)
+        for number, stream in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{said}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        import torch
+
+        import kd.stage
+        from dae import cli
+
+        torch.set_num_threads(1)
+        cli.prepare_process(os.environ)
+        if not proof:
+            kd.stage.verify_saved = lambda *_: None  # type: ignore[assignment, return-value]
+        for one in signals:
+            one.arm()
+        status = cli.run(arguments)
+    except BaseException:  # noqa: BLE001 - nothing of the command may come this far: the test sees status 99
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

@@ -1,0 +1,61 @@
+"""Rules about the code itself: who may import whom, and what importing the command line costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"kd": ROOT / "kd", "dae": ROOT / "dae", "dae_eval": ROOT / "eval" / "dae_eval"}
+MODULES = [(name, path) for name, folder in PACKAGES.items() for path in sorted(folder.rglob("*.py"))]
+FOR_EVALUATION = {"kd.config", "kd.errors", "kd.data", "kd.mixing", "kd.roles", "kd.losses", "kd.runs"}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Names of all modules that a file imports, anywhere in it, as `package.module`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.module is not None
+            if node.module in PACKAGES:
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def test_the_packages_are_there() -> None:
+    assert {name for name, _ in MODULES} == set(PACKAGES)
+
+
+@pytest.mark.parametrize(("package", "path"), MODULES, ids=lambda value: str(value).removeprefix(f"{ROOT}/"))
+def test_imports_go_one_way(package: str, path: Path) -> None:
+    ours = {name for name in imported(path) if name.split(".")[0] in PACKAGES}
+    if package == "kd":
+        assert not {name for name in ours if not name.startswith("kd")}
+    if package == "dae_eval":
+        assert {name for name in ours if name.split(".")[0] != "dae_eval"} <= FOR_EVALUATION
+
+
+@pytest.mark.parametrize("module", ["dae", "dae.cli", "dae.recipe", "kd.config", "kd.errors", "kd.key_docs"])
+def test_importing_the_command_line_is_light(module: str) -> None:
+    heavy = "{'torch', 'transformers', 'peft', 'datasets', 'numpy', 'accelerate'}"
+    code = f"import sys, {module}; print(*{heavy} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "\n", "")
+
+
+def test_the_public_names_of_dae_are_had_lazily() -> None:
+    import dae
+
+    assert set(dae.__all__) == set(dae._HOMES)
+    for name in dae.__all__:
+        assert callable(getattr(dae, name))
+    with pytest.raises(AttributeError, match="no attribute `aling`"):
+        _ = dae.aling
