@@ -1,15 +1,15 @@
-"""The main job on a real pretrained model and real rows: experts by `dae sft`, students by `dae align`, scores by lm-eval.
+"""The main job on a real pretrained model and real rows: `dae sft`, `dae align`, scores by lm-eval.
 
     python benchmarks/real_pair.py [--shared ../shared] [--work runs/real_pair] [--output benchmarks/results] [--jobs 2]
         [--seeds 0 1 2] [--sets questions category] [--students lora full]
 
-Base and reference are one checkpoint (`shared/models/stories260k`, which knows little stories). Per set of e-commerce rows
-and kind of student (LoRA, from a LoRA expert; all weights, from an expert of all weights): one expert, then for each seed
-the student by DAE and, over the same mixed rows in the same steps, one by next-token loss alone (`lambda=0`).
+Base and reference are one checkpoint (`shared/models/stories260k`, which knows little stories). Per set of e-commerce
+rows and kind of student (LoRA, from a LoRA expert; all weights, from an expert of all weights): one expert, then for
+each seed the student by DAE and, over the same mixed rows in the same steps, one by next-token loss alone (`lambda=0`).
 
 Nothing was chosen by held-out scores: a student's learning rate is its expert's, for DAE and for next-token loss alike,
-and no grid was searched. Every command is an ordinary `dae` command; a finished one is passed over by the toolkit, so that
-the same call goes on after a stop. The table is written anew after every run, from what is there.
+and no grid was searched. Every command is an ordinary `dae` command; a finished one is passed over by the toolkit, so
+that the same call goes on after a stop. The table is written anew after every run, from what is there.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -32,23 +32,14 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
+from dae_eval.harness import Document, TaskScores, score_tasks
+from dae_eval.scores import Estimate, Scores, gain, gap_closed, paired, retention
 from numpy.typing import NDArray
 
-from dae_eval.harness import Document, TaskScores, score_tasks
-from dae_eval.scores import Estimate, gain, gap_closed, paired, retention
+from benchmarks.real_pair_tables import BIT_TASKS, ENDINGS, STORIES, markdown
 from kd.fingerprints import model_fingerprint
 
 TASKS = Path(__file__).parent / "tasks"
-TITLES = {
-    "real_category": "title to category",
-    "real_hetpqa": "hetPQA",
-    "real_hetpqa_unshared": "hetPQA, new evidence",
-    "real_epqa": "ePQA",
-    "real_stories": "stories",
-    "real_story_endings": "story endings",
-}
-BIT_TASKS = {"real_hetpqa", "real_epqa", "real_stories"}
-ENDINGS, STORIES = "real_story_endings", "real_stories"
 # lr of the ordinary script in shared/README.md, for experts and students of both objectives
 LEARNING_RATES = {"lora": 5e-3, "full": 3e-3}
 EXPERT_SEED = 0
@@ -62,7 +53,7 @@ Student = Literal["lora", "full"]
 class DomainSet:
     """One set of e-commerce rows: how its expert and its students train, and what they are scored on.
 
-    general: where general rows come from, `file` (shared/data/general/reference_samples.jsonl) or `sample` (`dae sample`).
+    general: where its general rows come from, `file` (data/general/reference_samples.jsonl) or `sample` (`dae sample`).
     rows: domain and general rows of each optimizer step; the two routes weigh the same in the loss.
     """
 
@@ -77,17 +68,29 @@ class DomainSet:
 
 SETS = {
     "questions": DomainSet(
-        "data/ecom/train.jsonl", ("real_hetpqa", "real_epqa"), "file", expert_rows=16, expert_steps=543, rows=(8, 4), steps=400
+        "data/ecom/train.jsonl",
+        ("real_hetpqa", "real_epqa"),
+        "file",
+        expert_rows=16,
+        expert_steps=543,
+        rows=(8, 4),
+        steps=600,
     ),
     "category": DomainSet(
-        "data/ecom/train_category.jsonl", ("real_category",), "sample", expert_rows=32, expert_steps=400, rows=(16, 4), steps=400
+        "data/ecom/train_category.jsonl",
+        ("real_category",),
+        "sample",
+        expert_rows=32,
+        expert_steps=400,
+        rows=(16, 4),
+        steps=600,
     ),
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run and where. steps: of every training, instead of those in SETS; limit: first documents of each task."""
+    """What to run and where. steps: of every training, instead of those in SETS; limit: documents of each task."""
 
     shared: Path
     work: Path
@@ -102,8 +105,9 @@ class Plan:
         return self.shared / "models" / "stories260k"
 
     def general(self, source: str) -> Path:
-        """The file of general rows."""
-        return self.work / "general.jsonl" if source == "sample" else self.shared / "data/general/reference_samples.jsonl"
+        return (
+            self.work / "general.jsonl" if source == "sample" else self.shared / "data/general/reference_samples.jsonl"
+        )
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class Job:
 
 
 def run_name(set_name: str, student: str, role: str, seed: int | None = None) -> str:
-    """A run's folder below the work folder: `category-lora-expert`, `category-lora-dae-0`, `category-lora-ntp-0`, ..."""
+    """A run's folder below the work folder: `category-lora-expert`, `category-lora-dae-0`, ..."""
     return f"{set_name}-{student}-{role}" + ("" if seed is None else f"-{seed}")
 
 
@@ -131,7 +135,9 @@ def jobs(plan: Plan) -> list[Job]:
         found.append(Job("sample", (("dae", "sample", *flags, "--max-new-tokens", "255", "--batch-size", "64"),)))
     kinds = [(name, student) for name in plan.sets for student in plan.students]
     found += [expert_job(plan, *kind) for kind in kinds]
-    return found + [student_job(plan, *kind, role, seed) for seed in plan.seeds for kind in kinds for role in ("dae", "ntp")]
+    return found + [
+        student_job(plan, *kind, role, seed) for seed in plan.seeds for kind in kinds for role in ("dae", "ntp")
+    ]
 
 
 def expert_job(plan: Plan, set_name: str, student: Student) -> Job:
@@ -182,7 +188,6 @@ def evaluation(plan: Plan, name: str, checkpoint: str, tasks: Sequence[str]) -> 
 
 
 def scores_file(plan: Plan, name: str) -> Path:
-    """Where the scores of a run lie, document by document."""
     return plan.work / "scores" / f"{name}.json"
 
 
@@ -201,7 +206,8 @@ def run_all(plan: Plan, at_a_time: int, output: Path) -> list[str]:
         if stopped.is_set() or not all(done[name].result() for name in job.after):
             return False
         finished = all(run_logged(plan, job.name, command) for command in job.commands)
-        print(f"{datetime.now():%H:%M:%S}  {job.name}  {'done' if finished else 'FAILED: ' + str(log_file(plan, job.name))}", flush=True)
+        outcome = "done" if finished else f"FAILED: {log_file(plan, job.name)}"
+        print(f"{datetime.now():%H:%M:%S}  {job.name}  {outcome}", flush=True)
         with writing:
             write_results(plan, output)
         return finished
@@ -227,12 +233,11 @@ def run_logged(plan: Plan, name: str, command: Sequence[str]) -> bool:
 
 
 def log_file(plan: Plan, name: str) -> Path:
-    """Where a job's output goes."""
     return plan.work / "logs" / f"{name}.log"
 
 
 def evaluate(checkpoint: str, shared: Path, tasks: Sequence[str], scores: Path, limit: int | None) -> None:
-    """Score a checkpoint and write {"fingerprint", "tasks"}; leave scores of the same weights on the same tasks as they are."""
+    """Score a checkpoint and write {"fingerprint", "tasks"}; leave scores of the same weights and tasks as they are."""
     fingerprint = model_fingerprint(checkpoint)
     if scores.is_file():
         known = json.loads(scores.read_text(encoding="utf-8"))
@@ -244,7 +249,9 @@ def evaluate(checkpoint: str, shared: Path, tasks: Sequence[str], scores: Path, 
     scores.write_text(json.dumps(record), encoding="utf-8")
 
 
-def score_checkpoint(checkpoint: str, shared: Path, tasks: Sequence[str], limit: int | None = None) -> dict[str, TaskScores]:
+def score_checkpoint(
+    checkpoint: str, shared: Path, tasks: Sequence[str], limit: int | None = None
+) -> dict[str, TaskScores]:
     """lm-eval on a checkpoint as plain transformers and peft open it; adapters go onto the base that they name."""
     import torch
     from peft import AutoPeftModelForCausalLM
@@ -255,7 +262,7 @@ def score_checkpoint(checkpoint: str, shared: Path, tasks: Sequence[str], limit:
     opener = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
     model = opener.from_pretrained(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    found = {}
+    found: dict[str, TaskScores] = {}
     for metric in ("bits", "acc"):
         chosen = [task for task in tasks if (task in BIT_TASKS) == (metric == "bits")]
         if chosen:
@@ -268,7 +275,9 @@ def score_checkpoint(checkpoint: str, shared: Path, tasks: Sequence[str], limit:
 
 def completion_bytes(shared: Path, task: str) -> NDArray[np.float64]:
     """[D] bytes of what is scored in each document of a task in bits."""
-    source = yaml.safe_load((TASKS / f"{task.removeprefix('real_')}.yaml").read_text(encoding="utf-8"))["dataset_kwargs"]
+    source = yaml.safe_load((TASKS / f"{task.removeprefix('real_')}.yaml").read_text(encoding="utf-8"))[
+        "dataset_kwargs"
+    ]
     lines = (shared / "data" / source["file"]).read_text(encoding="utf-8").splitlines()
     texts = [row.get("completion") or row["text"][: source["first_characters"]] for row in map(json.loads, lines)]
     return np.array([len(text.encode()) for text in texts], dtype=np.float64)
@@ -278,19 +287,137 @@ def new_evidence(shared: Path) -> NDArray[np.bool_]:
     """[D] the documents of hetPQA whose evidence text no training row has."""
 
     def evidence(file: str) -> list[str]:
-        prompts = [json.loads(line)["prompt"] for line in (shared / "data" / file).read_text(encoding="utf-8").splitlines()]
+        prompts = [
+            json.loads(line)["prompt"] for line in (shared / "data" / file).read_text(encoding="utf-8").splitlines()
+        ]
         return [next((part for part in prompt.split("\n") if part.startswith("Evidence: ")), "") for prompt in prompts]
 
     seen = set(evidence("ecom/train.jsonl")) - {""}
     return np.array([text not in seen for text in evidence("ecom/heldout_hetpqa.jsonl")])
 
 
+def read_scores(plan: Plan, name: str) -> dict[str, TaskScores] | None:
+    """A run's scores, all of them such that higher is better; None where it has not been scored yet.
+
+    Tasks in bits become minus bits per byte over the whole task: a document counts as -bits / (mean bytes).
+    """
+    if not scores_file(plan, name).is_file():
+        return None
+    found = {}
+    for task, record in json.loads(scores_file(plan, name).read_text(encoding="utf-8"))["tasks"].items():
+        documents = [Document(**document) for document in record["documents"]]
+        found[task] = TaskScores(**{**record, "documents": tuple(documents)})
+        if task not in BIT_TASKS:
+            continue
+        bytes_D = completion_bytes(plan.shared, task)[: len(documents)]
+        found[task] = per_byte(found[task], np.ones(len(documents), dtype=np.bool_), bytes_D)
+        if task == "real_hetpqa":
+            kept_D = new_evidence(plan.shared)[: len(documents)]
+            found[f"{task}_unshared"] = per_byte(
+                TaskScores(**{**record, "documents": tuple(documents)}), kept_D, bytes_D
+            )
+    return found
+
+
+def per_byte(bits: TaskScores, kept_D: NDArray[np.bool_], bytes_D: NDArray[np.float64]) -> TaskScores:
+    """Scores in bits as parts of minus bits per byte over the documents kept: their mean is that figure."""
+    mean_bytes = float(bytes_D[kept_D].mean())
+    kept = [document for document, keep in zip(bits.documents, kept_D, strict=True) if keep]
+    documents = tuple(Document(document.id, document.hash, -document.score / mean_bytes) for document in kept)
+    return TaskScores(bits.task, bits.version, "minus bits per byte", documents)
+
+
+def summarise(plan: Plan, set_name: str, student: Student) -> dict[str, Any] | None:
+    """Figures of one set and kind of student, from the runs that have been scored; None without base and expert."""
+    runs = {
+        role: [
+            run_name(set_name, student, role, seed)
+            for seed in plan.seeds
+            if scored(plan, set_name, student, role, seed)
+        ]
+        for role in ("dae", "ntp")
+    }
+    names = ["base", run_name(set_name, student, "expert"), *runs["dae"], *runs["ntp"]]
+    found = [read_scores(plan, name) for name in names]
+    if found[0] is None or found[1] is None:
+        return None
+    tasks = list(found[1])
+    arrays = dict(zip(names, paired(*({t: f[t] for t in tasks} for f in found if f is not None)), strict=True))
+    base, expert = arrays["base"], arrays[names[1]]
+    rows: dict[str, Any] = {"base": figures(set_name, base, expert, [base])}
+    rows["expert"] = figures(set_name, base, expert, [expert])
+    for role in ("dae", "ntp"):
+        if runs[role]:
+            rows[role] = figures(set_name, base, expert, [arrays[name] for name in runs[role]])
+    result = {"set": set_name, "student": student, "general_rows": SETS[set_name].general, "runs": runs, "rows": rows}
+    both = [seed for seed in plan.seeds if all(scored(plan, set_name, student, role, seed) for role in ("dae", "ntp"))]
+    if both:
+        dae, ntp = (
+            mean_of([arrays[run_name(set_name, student, role, seed)] for seed in both]) for role in ("dae", "ntp")
+        )
+        result["dae_minus_ntp"] = {task: asdict(gain({task: ntp[task]}, {task: dae[task]})) for task in tasks}
+    return result
+
+
+def scored(plan: Plan, set_name: str, student: str, role: str, seed: int) -> bool:
+    return scores_file(plan, run_name(set_name, student, role, seed)).is_file()
+
+
+def mean_of(models: Sequence[Scores]) -> dict[str, NDArray[np.float64]]:
+    """Each document's mean score over models that differ in the seed only: [D] by task."""
+    return {task: np.mean([model[task] for model in models], axis=0) for task in models[0]}
+
+
+def figures(set_name: str, base: Scores, expert: Scores, models: Sequence[Scores]) -> dict[str, Any]:
+    """Scores by seed; gap closed, retention, loss difference of the seeds' mean with intervals over documents."""
+    mean, domain = mean_of(models), SETS[set_name].tasks
+
+    def of(tasks: Sequence[str], scores: Scores) -> dict[str, NDArray[np.float64]]:
+        return {task: scores[task] for task in tasks}
+
+    return {
+        "scores": {task: [float(model[task].mean()) for model in models] for task in mean},
+        "gap_closed": as_record(gap_closed(of(domain, base), of(domain, expert), of(domain, mean))),
+        "gap_closed_by_seed": [
+            as_record(gap_closed(of(domain, base), of(domain, expert), of(domain, model))) for model in models
+        ],
+        "stories_bits_per_byte_over_reference": as_record(gain(of([STORIES], mean), of([STORIES], base))),
+        "story_endings_retention": as_record(retention(of([ENDINGS], base), of([ENDINGS], mean))),
+    }
+
+
+def as_record(estimate: Estimate | None) -> dict[str, float] | None:
+    return None if estimate is None else asdict(estimate)
+
+
 def write_results(plan: Plan, output: Path) -> None:
-    """TEMP"""
+    """Write real_pair.json and real_pair.md from the scores that are there."""
+    results = [
+        found
+        for name in plan.sets
+        for student in plan.students
+        if (found := summarise(plan, name, student)) is not None
+    ]
+    if not results:
+        return
+    packages = ("torch", "transformers", "peft", "lm-eval")
+    record = {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "seeds": list(plan.seeds),
+        "sets": {name: asdict(SETS[name]) for name in plan.sets},
+        "results": results,
+        "commands": [shlex.join(command) for job in jobs(plan) for command in job.commands],
+    }
+    planned = jobs(replace(plan, seeds=plan.seeds[:1]))
+    commands = [shlex.join(job.commands[0]) for job in planned if job.name != "base"]
+    score = shlex.join(planned[0].commands[0])
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "real_pair.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (output / "real_pair.md").write_text(markdown(record, commands, score), encoding="utf-8")
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with the model and the rows")
     parser.add_argument("--work", type=Path, default=Path("runs/real_pair"), help="where runs, scores and logs go")
@@ -313,7 +440,9 @@ def main() -> int:
     if given.evaluate:
         evaluate(given.evaluate, given.shared, given.tasks, given.scores, given.limit)
         return 0
-    plan = Plan(given.shared, given.work, tuple(given.sets), tuple(given.students), tuple(given.seeds), given.steps, given.limit)
+    plan = Plan(
+        given.shared, given.work, tuple(given.sets), tuple(given.students), tuple(given.seeds), given.steps, given.limit
+    )
     failed = run_all(plan, given.jobs, given.output)
     if failed:
         print(f"not finished: {', '.join(failed)}", file=sys.stderr)

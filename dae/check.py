@@ -19,7 +19,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 from transformers import TrainingArguments
 
 from dae.alignment import check_checkpoints, fingerprints
@@ -32,9 +31,10 @@ from kd.data import TokenRows, marked_text, read_records
 from kd.errors import UserError
 from kd.fingerprints import model_fingerprint
 from kd.mixing import Mixture
-from kd.roles import LoadSettings, head_of, refuse_unknown_forward
+from kd.roles import LoadSettings, head_of, learned_positions, refuse_unknown_forward
 from kd.sft import ROUTE
-from kd.stage import StageData, load_settings, load_stage_data, planned_steps, rows_per_step, training_arguments
+from kd.stage import load_settings, planned_steps, rows_per_step, training_arguments
+from kd.stage_data import StageData, load_stage_data, refuse_unfit_rows
 
 SMALL_SHARE = 0.05  # of the loss: below it a route is hardly learnt
 ROWS_SHOWN = 2  # of each route
@@ -99,7 +99,7 @@ def make_plan(recipe: SftRecipe | AlignRecipe) -> Plan:
             found.of(lambda: check_checkpoints(recipe, inputs))
         # What does not belong together cannot be laid out either.
         models = found.of(lambda: models_of(recipe, inputs, settings)) if not found.problems else None
-    args = found.of(lambda: arguments_of(recipe, settings))
+    args = found.of(lambda: training_arguments(recipe, settings))
     readable = [found.of(partial(first_record, source)) for source in sources_of(recipe)]
     data = found.of(lambda: data_of(recipe)) if inputs is not None and None not in readable else None
     mixture = steps = None
@@ -143,14 +143,6 @@ def data_of(recipe: SftRecipe | AlignRecipe) -> StageData:
     return load_stage_data(recipe, [ROUTE], None)
 
 
-def arguments_of(recipe: SftRecipe | AlignRecipe, settings: LoadSettings) -> TrainingArguments:
-    """The stage's training arguments on this machine. Raises UserError where it cannot do what they ask."""
-    try:
-        return training_arguments(recipe, settings)
-    except ValueError as error:
-        raise UserError(f"train: {str(error).splitlines()[0]}") from error
-
-
 def check_output(output: str) -> None:
     """Raise UserError where the run folder could not be written."""
     place = Path(output)
@@ -166,29 +158,7 @@ def check_fit(recipe: SftRecipe | AlignRecipe, data: StageData, models: Models) 
     base = models.base
     refuse_unknown_forward(base, recipe.base)  # type: ignore[arg-type]
     head_of(base)
-    if data.largest_id >= models.vocabulary_rows:
-        raise UserError(
-            f"{recipe.base}: its tokenizer gives token {data.largest_id}, but the models share only "
-            f"{models.vocabulary_rows} vocabulary rows; the checkpoints do not belong together."
-        )
-    longest, positions = longest_row(data), learned_positions(base)
-    if positions is not None and longest > positions:
-        raise UserError(
-            f"data.max_length: {recipe.data.max_length}: the longest row has {longest} tokens, but {recipe.base} has "
-            f"only {positions} positions; set data.max_length={positions}"
-        )
-
-
-def longest_row(data: StageData) -> int:
-    """Tokens of the longest row, held-out ones included."""
-    return max(int(rows.lengths.max()) for rows in (*data.rows, *data.held_out.values()))
-
-
-def learned_positions(model: nn.Module) -> int | None:
-    """How many positions a model has a learnt embedding for; None where positions are computed."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr,operator]
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    return limit if any(module.num_embeddings == limit for module in embeddings[1:]) else None
+    refuse_unfit_rows(recipe, data, models.vocabulary_rows, learned_positions(base))
 
 
 def show_routes(console: Console, recipe: SftRecipe | AlignRecipe, plan: Plan) -> None:

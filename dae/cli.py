@@ -170,11 +170,12 @@ def keys(stage: Annotated[str, typer.Argument(metavar="[align|sft|sample]")] = "
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(metavar="DIR", help="where its runs go")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="of weights and of the order of rows; the world stays the same")] = 0,
 ) -> None:
     """The whole story on a small made-up world: base, expert, student, one table. No download, no GPU."""
     from dae.demo.story import demo as run
 
-    run(output)
+    run(output, seed)
 
 
 def align_flags(experts: Sequence[str], domain_data: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:

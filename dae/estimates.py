@@ -18,7 +18,8 @@ from kd.config import SftRecipe, StageRecipe
 from kd.fingerprints import resolve_model
 from kd.losses import ACCELERATOR_CHUNK_ELEMENTS, CPU_CHUNK_ELEMENTS
 from kd.roles import Backbone, LoadSettings, add_student_adapter
-from kd.stage import StageData, student_dtype
+from kd.stage import student_dtype
+from kd.stage_data import StageData
 
 ADAPTER_BYTES = 4  # peft keeps adapters in float32
 ADAMW_BYTES = 8  # two moments in float32

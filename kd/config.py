@@ -1,7 +1,7 @@
 """The recipe: one frozen, fully typed description of a run, and how it is put together.
 
-A recipe comes from a YAML file, overridden by flags, overridden by `key=value`. All that is wrong with it is told in one
-message. Nothing here imports torch; only `train` needs transformers to be checked, when it is not empty.
+A recipe comes from a YAML file, overridden by flags, overridden by `key=value`. All that is wrong with it is told in
+one message. Nothing here imports torch; only `train` needs transformers to be checked, when it is not empty.
 """
 
 from __future__ import annotations
@@ -300,7 +300,8 @@ class StageRecipe(Frozen):
         data, train = raw.get("data"), raw.get("train")
         problems = []
         if isinstance(train, Mapping):
-            problems += training_argument_problems(train)
+            held_out = isinstance(data, Mapping) and bool(data.get("eval"))
+            problems += training_argument_problems(train, held_out)
         if raw.get("merge") is True and "lora" in raw and raw["lora"] is None:
             problems.append(Problem(("merge",), True, "with `lora: null` the weights are written whole: remove it"))
         if isinstance(data, Mapping) and not data.get("eval"):
@@ -341,7 +342,8 @@ def route_problems(raw: Mapping[str, Any], wanted: Mapping[str, str]) -> list[Pr
     ]
     for name in routes:
         if name not in wanted:
-            words = f"unknown key or route; the routes are {', '.join(wanted)}{suggestion(name, DATA_SETTINGS | set(wanted))}"
+            near = suggestion(name, DATA_SETTINGS | set(wanted))
+            words = f"unknown key or route; the routes are {', '.join(wanted)}{near}"
             problems.append(Problem(("data", "routes", name), NO_VALUE, words))
     for name in held_out if isinstance(held_out, Mapping) else ():
         if name not in wanted:
@@ -360,7 +362,7 @@ def default_shares(
         route_shares: each route's share of all rows (sum 1); None: by its number of rows.
 
     Returns:
-        For each route, its sources' shares of all rows: inside a route by number of rows. They sum to 1 over all routes.
+        For each route, its sources' shares of all rows: inside a route by number of rows. All together they are 1.
     """
     total = sum(sum(counts) for counts in rows.values())
     shares = {}

@@ -21,10 +21,11 @@ from torch import Tensor
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
-# Elements of one chunk's logits. A CPU wants them to stay in its cache (8 MiB in fp32; measured 2x slower at 128 MiB),
-# an accelerator wants large products (256 MiB).
-CPU_CHUNK_ELEMENTS = 2**21
+# Elements of one chunk's logits (16 MiB in fp32 on a CPU, 256 MiB on an accelerator) and the fewest tokens of a chunk: fewer,
+# and reading the head's weights costs more than multiplying by them (measured on a CPU: 32 tokens 15 % slower than 64).
+CPU_CHUNK_ELEMENTS = 2**22
 ACCELERATOR_CHUNK_ELEMENTS = 2**26
+FEWEST_CHUNK_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,24 @@ class Head:
         bias_V = None if self.bias_V is None else self.bias_V[:rows]
         return Head(self.weight_VD[:rows], bias_V, self.scale, self.softcap)
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """[N, D] -> [N, V]; the product in the weight's dtype, all that follows in fp32 (fp64 stays fp64)."""
-        product_NV = hidden_ND.to(self.weight_VD.dtype) @ self.weight_VD.T
-        logits_NV = product_NV.to(_sum_dtype(product_NV.dtype))
+    def logits(self, hidden_ND: Tensor, out_NV: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, V]; the product in the weight's dtype, all that follows in fp32 (fp64 stays fp64).
+
+        out_NV: memory to put them in, of that last dtype. Not differentiable.
+        """
+        hidden_ND, dtype = hidden_ND.detach().to(self.weight_VD.dtype), _sum_dtype(self.weight_VD.dtype)
+        weight_DV = self.weight_VD.detach().T
+        if dtype == self.weight_VD.dtype:
+            logits_NV = torch.matmul(hidden_ND, weight_DV, out=out_NV)
+        else:
+            product_NV = hidden_ND @ weight_DV
+            logits_NV = product_NV.to(dtype) if out_NV is None else out_NV.copy_(product_NV)
         if self.bias_V is not None:
-            logits_NV = logits_NV + self.bias_V
+            logits_NV.add_(self.bias_V.detach())
         if self.scale != 1.0:
-            logits_NV = logits_NV * self.scale
+            logits_NV.mul_(self.scale)
         if self.softcap is not None:
-            logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
+            logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits_NV
 
 
@@ -122,7 +131,7 @@ def token_loss_sums(
         head, teacher_head = head.first_rows(rows), teacher_head.first_rows(rows)
     if chunk_tokens is None:
         elements = CPU_CHUNK_ELEMENTS if hidden_ND.device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
-        chunk_tokens = max(16, elements // head.weight_VD.shape[0])
+        chunk_tokens = max(FEWEST_CHUNK_TOKENS, elements // head.weight_VD.shape[0])
     loss, kl, ntp = _ChunkedLoss.apply(
         hidden_ND,
         head.weight_VD,
@@ -160,15 +169,24 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=sum_dtype) if wants_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=sum_dtype) if wants_bias and bias_V is not None else None
         totals = torch.zeros(3, dtype=sum_dtype, device=hidden_ND.device)
+        # The same memory for every chunk: fresh memory can cost a CPU more in page faults than the arithmetic on it.
+        tokens = min(chunk_tokens, hidden_ND.shape[0])
+        scratch_4NV = hidden_ND.new_empty(4, tokens, weight_VD.shape[0], dtype=sum_dtype)
 
         for start in range(0, hidden_ND.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits_NV = head.logits(hidden_ND[chunk])
+            space_4NV = scratch_4NV[:, : len(labels_N[chunk])]
+            logits_NV = head.logits(hidden_ND[chunk], space_4NV[0])
             teacher_logits_NV = None
             if teacher_head is not None and teacher_hidden_NE is not None:
-                teacher_logits_NV = teacher_head.logits(teacher_hidden_NE[chunk])
+                teacher_logits_NV = teacher_head.logits(teacher_hidden_NE[chunk], space_4NV[1])
             sums, grad_NV = _chunk_sums(
-                logits_NV, teacher_logits_NV, labels_N[chunk], token_loss, wants_hidden or wants_weight or wants_bias
+                logits_NV,
+                teacher_logits_NV,
+                labels_N[chunk],
+                token_loss,
+                wants_hidden or wants_weight or wants_bias,
+                space_4NV[2:],
             )
             totals += sums
             if grad_NV is None:
@@ -204,45 +222,61 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _chunk_sums(
-    logits_NV: Tensor, teacher_logits_NV: Tensor | None, labels_N: Tensor, token_loss: TokenLoss, wants_grad: bool
+    logits_NV: Tensor,
+    teacher_logits_NV: Tensor | None,
+    labels_N: Tensor,
+    token_loss: TokenLoss,
+    wants_grad: bool,
+    space_2NV: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """([loss, kl, ntp] summed over the chunk, d loss / d logits_NV or None). Inputs are left as they are."""
-    log_p_NV = torch.log_softmax(logits_NV, dim=-1)
-    ntp = -log_p_NV.gather(1, labels_N[:, None]).sum()
-    weight, temperature = token_loss.weight, token_loss.temperature
+    """([loss, kl, ntp] summed over the chunk, d loss / d logits_NV or None).
+
+    The gradient lies in space_2NV; teacher_logits_NV is overwritten, logits_NV is left as it is.
+    """
+    p_NV = torch.softmax(logits_NV, dim=-1, out=space_2NV[0])
+    normaliser_N = _log_normaliser(logits_NV, p_NV)
+    ntp = (normaliser_N - logits_NV.gather(1, labels_N[:, None])[:, 0]).sum()
     if teacher_logits_NV is None:
-        grad_NV = _ntp_gradient(log_p_NV, labels_N) if wants_grad else None
+        grad_NV = _subtract_at_labels(p_NV, labels_N, 1.0) if wants_grad else None
         return torch.stack([ntp, torch.zeros_like(ntp), ntp]), grad_NV
 
-    log_q_NV = torch.log_softmax(teacher_logits_NV, dim=-1)
-    if temperature == 1.0 and token_loss.kind == "forward_kl":
-        kl, grad_NV = _forward_kl(log_p_NV, log_q_NV, wants_grad)
+    weight, temperature = token_loss.weight, token_loss.temperature
+    is_reported_kl = temperature == 1.0 and token_loss.kind == "forward_kl"
+    divergence, divergence_grad_NV = torch.zeros_like(ntp), None
+    if not is_reported_kl and weight > 0.0:
+        log_p_NV = torch.log_softmax(logits_NV / temperature, dim=-1)
+        log_q_NV = torch.log_softmax(teacher_logits_NV / temperature, dim=-1)
+        divergence, divergence_grad_NV = _divergence(log_p_NV, log_q_NV, token_loss, wants_grad)
+
+    q_NV = torch.softmax(teacher_logits_NV, dim=-1, out=space_2NV[1])
+    # sum q (log q - log p), with both normalisers outside of the sum: two passes of exp instead of four.
+    normaliser_ratio_N = _log_normaliser(teacher_logits_NV, q_NV) - normaliser_N
+    kl = (teacher_logits_NV.sub_(logits_NV).mul_(q_NV).sum(-1) - normaliser_ratio_N).sum()
+    if is_reported_kl:
         divergence = kl
-    else:
-        kl, _ = _forward_kl(log_p_NV, log_q_NV, False)
-        if weight == 0.0:
-            divergence, grad_NV = torch.zeros_like(kl), None
-        elif temperature == 1.0:
-            divergence, grad_NV = _divergence(log_p_NV, log_q_NV, token_loss, wants_grad)
-        else:
-            log_p_hot_NV = torch.log_softmax(logits_NV / temperature, dim=-1)
-            log_q_hot_NV = torch.log_softmax(teacher_logits_NV / temperature, dim=-1)
-            divergence, grad_NV = _divergence(log_p_hot_NV, log_q_hot_NV, token_loss, wants_grad)
     loss = weight * temperature**2 * divergence
-    if grad_NV is not None and weight * temperature != 1.0:
-        grad_NV = grad_NV.mul_(weight * temperature)  # T^2 from the loss, 1/T from logits / T
     if weight < 1.0:
         loss = loss + (1.0 - weight) * ntp
-        if wants_grad:
-            ntp_grad_NV = _ntp_gradient(log_p_NV, labels_N).mul_(1.0 - weight)
-            grad_NV = ntp_grad_NV if grad_NV is None else grad_NV.add_(ntp_grad_NV)
-    return torch.stack([loss, kl, ntp]), grad_NV
+    sums = torch.stack([loss, kl, ntp])
+    if not wants_grad:
+        return sums, None
+    if is_reported_kl:  # weight * (p - q) + (1 - weight) * p
+        grad_NV = p_NV.sub_(q_NV, alpha=weight)
+    else:
+        grad_NV = p_NV.mul_(1.0 - weight)
+        if divergence_grad_NV is not None:
+            grad_NV.add_(divergence_grad_NV, alpha=weight * temperature)  # T^2 from the loss, 1/T from logits / T
+    return sums, grad_NV if weight == 1.0 else _subtract_at_labels(grad_NV, labels_N, 1.0 - weight)
 
 
-def _ntp_gradient(log_p_NV: Tensor, labels_N: Tensor) -> Tensor:
-    grad_NV = log_p_NV.exp()
-    grad_NV.scatter_add_(1, labels_N[:, None], -torch.ones_like(grad_NV[:, :1]))
-    return grad_NV
+def _log_normaliser(logits_NV: Tensor, probabilities_NV: Tensor) -> Tensor:
+    """[N] log sum exp of the logits whose softmax is known; the largest probability is never 0."""
+    return logits_NV.amax(-1) - probabilities_NV.amax(-1).log()
+
+
+def _subtract_at_labels(values_NV: Tensor, labels_N: Tensor, amount: float) -> Tensor:
+    """Subtract from each row's label, in place."""
+    return values_NV.scatter_add_(1, labels_N[:, None], torch.full_like(values_NV[:, :1], -amount))
 
 
 def _divergence(

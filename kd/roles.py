@@ -267,6 +267,14 @@ def vocabulary_rows(roles: Sequence[Role]) -> int:
     return min(int(unwrapped(role.model).get_output_embeddings().weight.shape[0]) for role in roles)
 
 
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions a model has a learnt embedding for; None where positions are computed."""
+    base = unwrapped(model)
+    limit: int | None = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    embeddings = [module for module in base.modules() if isinstance(module, nn.Embedding)]
+    return limit if any(module.num_embeddings == limit for module in embeddings[1:]) else None
+
+
 def check_head(role: Role, vocabulary_rows: int) -> None:
     """Compare the model's own logits with ours on eight tokens, so that no architecture is misread in silence.
 

@@ -16,7 +16,8 @@ from kd.roles import (
     trainable_model,
     vocabulary_rows,
 )
-from kd.stage import RunResult, StageRoles, load_stage_data, run_stage, student_dtype
+from kd.stage import RunResult, StageRoles, run_stage, student_dtype
+from kd.stage_data import load_stage_data
 
 ROUTE = "train"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,18 +19,26 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import nn
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
-from kd.config import StageRecipe, default_shares, resolved_yaml
-from kd.data import SourceReport, TokenRows, load_rows, load_tokenizer
+from kd.config import StageRecipe, resolved_yaml
 from kd.errors import MachineError, Stopped, UserError
-from kd.fingerprints import data_sha256
-from kd.mixing import MixedRows, Mixture, MixtureSource, StepBatchSampler, collate
+from kd.mixing import MixedRows, Mixture, StepBatchSampler, collate
 from kd.model_card import CardFacts, write_model_card
 from kd.objective import Batch, Objective
 from kd.progress import TrainingProgress
-from kd.roles import STUDENT_ADAPTER, LoadSettings, Role, check_head, check_packing, final_hidden_states, head_of
-from kd.runs import DataInput, RunFolder, State
+from kd.roles import (
+    STUDENT_ADAPTER,
+    LoadSettings,
+    Role,
+    check_head,
+    check_packing,
+    final_hidden_states,
+    head_of,
+    learned_positions,
+)
+from kd.runs import RunFolder, State
+from kd.stage_data import StageData, held_out_batches, padding_id, refuse_unfit_rows
 from kd.trainer import (
     RoutedTrainer,
     StepBookkeeping,
@@ -66,62 +74,9 @@ class StageRoles:
     vocabulary_rows: int
 
 
-@dataclass(frozen=True)
-class StageData:
-    """Encoded rows: training sources in the order of the routes, held-out rows per route, and what became of them."""
-
-    route_names: tuple[str, ...]
-    tokenizer: PreTrainedTokenizerBase
-    rows: tuple[TokenRows, ...]
-    sources: tuple[MixtureSource, ...]
-    reports: Mapping[str, Sequence[SourceReport]]
-    held_out: Mapping[str, TokenRows]
-    inputs: Mapping[str, Sequence[DataInput]]
-
-    @property
-    def largest_id(self) -> int:
-        """The largest token id in any row."""
-        return max(int(rows.input_ids.max()) for rows in (*self.rows, *self.held_out.values()))
-
-
 def processes() -> PartialState:
     """This process among those that a launcher (torchrun, accelerate) started; alone without one."""
     return PartialState(cpu=not torch.cuda.is_available())
-
-
-def load_stage_data(
-    recipe: StageRecipe, route_names: Sequence[str], route_shares: Mapping[str, float] | None
-) -> StageData:
-    """Read and encode all rows. route_shares: each route's share where the recipe names none (None: by rows)."""
-    tokenizer = load_tokenizer(recipe.base, recipe.data, trust_remote_code=recipe.trust_remote_code)
-    encoded = {name: load_rows(recipe.data.routes[name], tokenizer, recipe.data) for name in route_names}
-    counts = {name: [len(rows) for rows in encoded[name][0]] for name in route_names}
-    if recipe.data.has_shares:
-        shares = {name: tuple(s.share or 0.0 for s in recipe.data.routes[name]) for name in route_names}
-    else:
-        shares = default_shares(counts, route_shares)
-    sources = [
-        MixtureSource(name, counts[name][i], shares[name][i], source.repeat, source.path)
-        for name in route_names
-        for i, source in enumerate(recipe.data.routes[name])
-    ]
-    inputs = {
-        name: [DataInput(s.path, data_sha256(s.path), shares[name][i]) for i, s in enumerate(recipe.data.routes[name])]
-        for name in route_names
-    }
-    held_out = {}
-    for name, eval_sources in recipe.data.eval.items():
-        held_out[name] = TokenRows.concatenate(load_rows(eval_sources, tokenizer, recipe.data)[0])
-        inputs[f"eval.{name}"] = [DataInput(s.path, data_sha256(s.path)) for s in eval_sources]
-    return StageData(
-        tuple(route_names),
-        tokenizer,
-        tuple(rows for name in route_names for rows in encoded[name][0]),
-        tuple(sources),
-        {name: encoded[name][1] for name in route_names},
-        held_out,
-        inputs,
-    )
 
 
 def load_settings(recipe: StageRecipe) -> LoadSettings:
@@ -142,7 +97,10 @@ def student_dtype(recipe: StageRecipe) -> torch.dtype:
 
 
 def training_arguments(recipe: StageRecipe, settings: LoadSettings) -> TrainingArguments:
-    """The recipe's `train` over our defaults; what the toolkit owns is set last (and refused in a recipe)."""
+    """The recipe's `train` over our defaults; what the toolkit owns is set last (and refused in a recipe).
+
+    Raises UserError where this machine cannot do what they ask.
+    """
     on_cpu = settings.device == "cpu"
     defaults: dict[str, Any] = {
         "learning_rate": 2e-4 if recipe.lora is not None else 2e-5,
@@ -178,7 +136,10 @@ def training_arguments(recipe: StageRecipe, settings: LoadSettings) -> TrainingA
     }
     if chosen.get("gradient_checkpointing"):
         owned["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    return TrainingArguments(**chosen, **owned)
+    try:
+        return TrainingArguments(**chosen, **owned)
+    except ValueError as error:  # what only this machine can tell, such as bf16 on a CPU
+        raise UserError(f"train: {str(error).splitlines()[0]}") from error
 
 
 def planned_steps(mixture: Mixture, args: TrainingArguments) -> int:
@@ -189,19 +150,6 @@ def planned_steps(mixture: Mixture, args: TrainingArguments) -> int:
 def rows_per_step(args: TrainingArguments) -> int:
     """Rows of one optimizer step, over all micro-batches and ranks."""
     return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
-
-
-def held_out_batches(data: StageData, collate_rows: Callable[[list[Any]], Batch], size: int) -> dict[str, list[Batch]]:
-    """Held-out rows of each route in batches of `size`, longest first."""
-    batches: dict[str, list[Batch]] = {}
-    for name, rows in data.held_out.items():
-        mixed = MixedRows([rows], [data.route_names.index(name)])
-        order = sorted(range(len(rows)), key=lambda row: -int(rows.lengths[row]))
-        batches[name] = [
-            collate_rows([mixed[(0, row)] for row in order[start : start + size]])
-            for start in range(0, len(order), size)
-        ]
-    return batches
 
 
 @contextlib.contextmanager
@@ -274,12 +222,8 @@ def prepare(
     mixture = Mixture(data.sources, rows_per_step(args), recipe.seed)
     args.max_steps = planned_steps(mixture, args)
     roles = build_roles(settings)
-    if data.largest_id >= roles.vocabulary_rows:
-        raise UserError(
-            f"{recipe.base}: its tokenizer gives token {data.largest_id}, but the models share only "
-            f"{roles.vocabulary_rows} vocabulary rows; the checkpoints do not belong together."
-        )
     for role in roles.roles:
+        refuse_unfit_rows(recipe, data, roles.vocabulary_rows, learned_positions(role.model))
         check_head(role, roles.vocabulary_rows)
         if recipe.data.packing:
             check_packing(role, roles.vocabulary_rows)
@@ -305,11 +249,6 @@ def prepare(
     return trainer, stop
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any id will do: padding is outside attention and response masks."""
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
-
-
 def start_metrics(
     trainer: RoutedTrainer, data: StageData, run: RunFolder, resume_from: Path | None
 ) -> dict[str, float]:
@@ -332,7 +271,9 @@ def start_metrics(
         picked = [mixed[(0, row)] for row in range(min(len(rows), INITIAL_KL_ROWS))]
         size = trainer.args.per_device_train_batch_size
         batches[str(index)] = [trainer.collate(picked[i : i + size]) for i in range(0, len(picked), size)]
-    measured = evaluate_routes(trainer.accelerator.unwrap_model(trainer.model), batches, trainer.objective, trainer.args.device)
+    measured = evaluate_routes(
+        trainer.accelerator.unwrap_model(trainer.model), batches, trainer.objective, trainer.args.device
+    )
     first_kl = {key: value for key, value in measured.items() if key.endswith("_kl")}
     for key, value in first_kl.items():
         route = key.removesuffix("_kl")

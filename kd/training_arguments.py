@@ -128,13 +128,16 @@ def check_training_arguments(train: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def training_argument_problems(train: Mapping[str, Any]) -> list[Problem]:
-    """What is wrong with the section `train`: owned, removed and unknown names, wrong types, values out of range."""
+def training_argument_problems(train: Mapping[str, Any], held_out: bool = False) -> list[Problem]:
+    """What is wrong with the section `train`: owned, removed and unknown names, wrong types, values out of range.
+
+    held_out: whether the recipe has held-out rows, so that checkpoints are chosen by their score.
+    """
     if not train:
         return []
     found = {name: wrong(name, value) for name, value in train.items()}
     problems = [Problem(("train", name), train[name], words) for name, words in found.items() if words is not None]
-    if not problems and (words := refused_together(train)):
+    if not problems and (words := refused_together(train, held_out)):
         problems.append(Problem(("train",), NO_VALUE, words))
     return problems
 
@@ -208,7 +211,7 @@ def argument_types() -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments) if field.init}
 
 
-def refused_together(train: Mapping[str, Any]) -> str | None:
+def refused_together(train: Mapping[str, Any], held_out: bool) -> str | None:
     """What transformers says against these arguments taken together; None when it takes them."""
     import torch
     from transformers import TrainingArguments
@@ -219,11 +222,14 @@ def refused_together(train: Mapping[str, Any]) -> str | None:
         def device(self) -> torch.device:
             return torch.device("cpu")
 
-    tried = {name: value for name, value in train.items() if name not in _NOT_TRIED}
+    tried = {"save_steps": 0.1} | {name: value for name, value in train.items() if name not in _NOT_TRIED}
+    if held_out:
+        tried = {"eval_strategy": "steps", "eval_steps": tried["save_steps"], "load_best_model_at_end": True} | tried
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             Unplaced(**{"report_to": "none", **tried, "output_dir": "unused", "use_cpu": True})
         except (ValueError, TypeError, ImportError) as error:
-            return str(error).replace("--", "")
+            reason = str(error).replace("--", "")
+            return reason.replace("load_best_model_at_end", "keeping the best checkpoint (`data.eval`)")
     return None

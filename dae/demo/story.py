@@ -133,10 +133,11 @@ def commands(output: Path, recipes: Path, seed: int) -> list[tuple[str, list[str
 
 
 def run_command(arguments: Sequence[str]) -> None:
-    """Run one command of `dae` in this process."""
+    """Run one command of `dae` in this process. typer answers Ctrl-C with a status; the story ends there, too."""
     from dae.cli import app
 
-    app(list(arguments), prog_name="dae", standalone_mode=False)
+    if app(list(arguments), prog_name="dae", standalone_mode=False):
+        raise KeyboardInterrupt
 
 
 def score_models(output: Path, tell: Callable[[str], None]) -> dict[str, dict[str, TaskScores]]:

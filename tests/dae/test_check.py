@@ -220,7 +220,7 @@ def test_bytes_in_words(count: float, words: str) -> None:
     [
         ({"text": "a"}, ("", "a")),
         ({"prompt": "p", "completion": "c", "messages": None}, ("p", "c")),
-        ({"prompt": [{"role": "user", "content": "p"}], "completion": [{"role": "assistant", "content": "c"}]}, ("p", "c")),
+        ({"prompt": [{"role": "user", "content": "p"}], "completion": [{"role": "tool", "content": "c"}]}, ("p", "c")),
         (
             {"messages": [
                 {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},

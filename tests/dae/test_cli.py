@@ -14,6 +14,7 @@ import torch
 
 from dae import cli
 from dae.recipe import AlignRecipe
+from kd.config import SftRecipe
 from kd.errors import MachineError, Stopped, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +118,27 @@ def test_mistakes_in_flags(arguments: list[str], expected: str, capsys: pytest.C
     assert expected in captured.err
     assert captured.out == ""
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "schema"),
+    [
+        ("base: b\nexpert: e\ndata: {domain: d, general: g}\n", [], AlignRecipe),
+        ("base: b\ndata: {domain: d, general: g}\n", ["expert=e"], AlignRecipe),
+        ("base: b\noutput: o\ndata: {train: d}\n", [], SftRecipe),
+        ("base: b\noutput: o\ndata: {train: d}\n", ["--stage", "sft"], SftRecipe),
+    ],
+)
+def test_check_knows_the_stage(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, more: list[str], schema: type[Any]
+) -> None:
+    import dae.check
+
+    checked: list[Any] = []
+    monkeypatch.setattr(dae.check, "check", checked.append)
+    (tmp_path / "r.yaml").write_text(text)
+    assert cli.run(["check", str(tmp_path / "r.yaml"), *more]) == 0
+    assert [type(recipe) for recipe in checked] == [schema]
 
 
 # -- exit statuses -----------------------------------------------------------------------------------------------------

@@ -10,11 +10,12 @@ import pytest
 
 from dae.cli import SCHEMAS, stage_of
 from dae.recipe import AlignRecipe
-from kd.config import load_recipe, resolved_yaml
+from kd.config import SftRecipe, load_recipe, resolved_yaml
 from kd.errors import UserError
 from kd.fingerprints import file_sha256
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+DEMO_RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "demo").glob("*.yaml"))
 FULL = {"base": "b", "expert": "e", "data.domain": "d.jsonl", "data.general": "g.jsonl"}
 
 
@@ -45,6 +46,14 @@ def test_shipped_recipes_load_and_read_back_the_same(path: Path, tmp_path: Path)
     copy = tmp_path / "copy.yaml"
     copy.write_text(resolved_yaml(recipe))
     assert load_recipe(schema, copy, {}) == recipe
+
+
+@pytest.mark.parametrize("path", DEMO_RECIPES, ids=lambda path: path.name)
+def test_the_recipes_of_the_demo_load_with_the_flags_it_gives(path: Path) -> None:
+    aligning = path.stem == "align"
+    rows = {"expert.shop": "e", "data.shop": ["s"], "data.general": ["g"]} if aligning else {"data.train": ["t"]}
+    recipe = load_recipe(AlignRecipe if aligning else SftRecipe, path, {"base": "b", "output": "o", **rows})
+    assert recipe.base == "b"
 
 
 def test_the_7b_recipes_have_the_settings_of_the_paper() -> None:

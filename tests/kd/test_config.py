@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kd.config import DataRecipe, LoraRecipe, SftRecipe, SourceRecipe, default_shares, load_recipe, resolved_yaml
 from kd.errors import UserError
 from kd.key_docs import key_docs
-from kd.training_arguments import argument_types, check_training_arguments
+from kd.training_arguments import argument_types, check_training_arguments, training_argument_problems
 
 MINIMAL = "base: ckpt\noutput: run\ndata: {train: rows.jsonl}\n"
 
@@ -264,8 +264,8 @@ def test_ordinary_training_arguments_pass_on_any_machine() -> None:
     assert check_training_arguments({}) == []
     ordinary = {
         "learning_rate": 2e-5, "num_train_epochs": 2, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "bf16": True,
-        "gradient_checkpointing": True, "save_strategy": "no", "save_total_limit": 1, "report_to": "none", "max_steps": 5,
-        "optim": "adamw_torch", "weight_decay": 0, "logging_steps": 0.1,
+        "gradient_checkpointing": True, "save_strategy": "no", "save_total_limit": 1, "report_to": "none",
+        "max_steps": 5, "optim": "adamw_torch", "weight_decay": 0, "logging_steps": 0.1,
     }  # fmt: skip
     assert check_training_arguments(ordinary) == []
 
@@ -285,6 +285,17 @@ def test_refused_names_are_real_names() -> None:
     assert set(OWNED) <= names
     assert set(MINIMA) <= names
     assert not set(RENAMED) & names
+
+
+@pytest.mark.parametrize(
+    "train",
+    [{"eval_strategy": "no"}, {"save_strategy": "no"}, {"eval_steps": 50}, {"save_steps": 15, "eval_steps": 10}],
+)
+def test_with_held_out_rows_saving_and_scoring_go_together(train: dict[str, object]) -> None:
+    assert training_argument_problems(train) == []
+    (problem,) = training_argument_problems(train, held_out=True)
+    assert "keeping the best checkpoint (`data.eval`) requires" in problem.message
+    assert training_argument_problems({"save_steps": 20, "eval_steps": 10}, held_out=True) == []
 
 
 def test_training_arguments_are_told_with_the_rest(load: Any) -> None:

@@ -1,0 +1,111 @@
+"""The rows of a stage: read, encoded, mixed by shares, and checked against the models that are to take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kd.config import StageRecipe, default_shares
+from kd.data import SourceReport, TokenRows, load_rows, load_tokenizer
+from kd.errors import UserError
+from kd.fingerprints import data_sha256
+from kd.mixing import MixedRows, MixtureSource
+from kd.objective import Batch
+from kd.provenance import DataInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class StageData:
+    """Encoded rows: training sources in the order of the routes, held-out rows per route, and what became of them."""
+
+    route_names: tuple[str, ...]
+    tokenizer: PreTrainedTokenizerBase
+    rows: tuple[TokenRows, ...]
+    sources: tuple[MixtureSource, ...]
+    reports: Mapping[str, Sequence[SourceReport]]
+    held_out: Mapping[str, TokenRows]
+    inputs: Mapping[str, Sequence[DataInput]]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, held-out ones included."""
+        return max(int(rows.lengths.max()) for rows in (*self.rows, *self.held_out.values()))
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id in any row."""
+        return max(int(rows.input_ids.max()) for rows in (*self.rows, *self.held_out.values()))
+
+
+def load_stage_data(
+    recipe: StageRecipe, route_names: Sequence[str], route_shares: Mapping[str, float] | None
+) -> StageData:
+    """Read and encode all rows. route_shares: each route's share where the recipe names none (None: by rows)."""
+    tokenizer = load_tokenizer(recipe.base, recipe.data, trust_remote_code=recipe.trust_remote_code)
+    encoded = {name: load_rows(recipe.data.routes[name], tokenizer, recipe.data) for name in route_names}
+    counts = {name: [len(rows) for rows in encoded[name][0]] for name in route_names}
+    if recipe.data.has_shares:
+        shares = {name: tuple(s.share or 0.0 for s in recipe.data.routes[name]) for name in route_names}
+    else:
+        shares = default_shares(counts, route_shares)
+    sources = [
+        MixtureSource(name, counts[name][i], shares[name][i], source.repeat, source.path)
+        for name in route_names
+        for i, source in enumerate(recipe.data.routes[name])
+    ]
+    inputs = {
+        name: [DataInput(s.path, data_sha256(s.path), shares[name][i]) for i, s in enumerate(recipe.data.routes[name])]
+        for name in route_names
+    }
+    held_out = {}
+    for name, eval_sources in recipe.data.eval.items():
+        held_out[name] = TokenRows.concatenate(load_rows(eval_sources, tokenizer, recipe.data)[0])
+        inputs[f"eval.{name}"] = [DataInput(s.path, data_sha256(s.path)) for s in eval_sources]
+    return StageData(
+        tuple(route_names),
+        tokenizer,
+        tuple(rows for name in route_names for rows in encoded[name][0]),
+        tuple(sources),
+        {name: encoded[name][1] for name in route_names},
+        held_out,
+        inputs,
+    )
+
+
+def held_out_batches(data: StageData, collate_rows: Callable[[list[Any]], Batch], size: int) -> dict[str, list[Batch]]:
+    """Held-out rows of each route in batches of `size`, longest first."""
+    batches: dict[str, list[Batch]] = {}
+    for name, rows in data.held_out.items():
+        mixed = MixedRows([rows], [data.route_names.index(name)])
+        order = sorted(range(len(rows)), key=lambda row: -int(rows.lengths[row]))
+        batches[name] = [
+            collate_rows([mixed[(0, row)] for row in order[start : start + size]])
+            for start in range(0, len(order), size)
+        ]
+    return batches
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any id will do: padding is outside attention and response masks."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
+
+
+def refuse_unfit_rows(recipe: StageRecipe, data: StageData, vocabulary_rows: int, positions: int | None) -> None:
+    """Raise UserError where the models cannot take these rows.
+
+    vocabulary_rows: rows that all heads share; positions: learnt positions of a model, None where they are computed.
+    """
+    if data.largest_id >= vocabulary_rows:
+        raise UserError(
+            f"{recipe.base}: its tokenizer gives token {data.largest_id}, but the models share only "
+            f"{vocabulary_rows} vocabulary rows; the checkpoints do not belong together."
+        )
+    if positions is not None and data.longest > positions:
+        raise UserError(
+            f"data.max_length: {recipe.data.max_length}: the longest row has {data.longest} tokens, but the model has "
+            f"only {positions} positions; set data.max_length={positions}"
+        )
