@@ -13,11 +13,11 @@ from transformers import TrainingArguments
 
 from dae.alignment import needs_base, role_paths
 from dae.recipe import AlignRecipe
-from kd.compatibility import ADAPTER_WEIGHTS, empty_model, is_adapter
+from kd.compatibility import empty_model, is_adapter
 from kd.config import SftRecipe, StageRecipe
 from kd.fingerprints import resolve_model
 from kd.losses import ACCELERATOR_CHUNK_ELEMENTS, CPU_CHUNK_ELEMENTS
-from kd.roles import Backbone, LoadSettings, add_student_adapter
+from kd.roles import ADAPTER_WEIGHTS, Backbone, LoadSettings, add_student_adapter
 from kd.stage import student_dtype
 from kd.stage_data import StageData
 

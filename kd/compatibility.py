@@ -17,11 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from kd.errors import UserError
 from kd.fingerprints import resolve_model
 from kd.provenance import base_fingerprint_of
+from kd.roles import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 logger = logging.getLogger("dae")
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Spaces, newlines, digits, accents, other scripts and emoji: where tokenizers with equal vocabularies still differ.
 _PROBES = (
     "Hello  world\n\n\tx = 1234.50",
@@ -126,7 +125,7 @@ def _check_shapes(role: str, path: str, folder: Path, base: str, trust_remote_co
             shape = list(file.get_slice(key).get_shape())
             module_name, _, part = name.partition(".lora_")
             if not part:
-                module_name, _, part = name.rpartition(".")
+                module_name, _, part = name.replace(".base_layer.", ".").rpartition(".")
             module = modules.get(module_name)
             if module is None:
                 raise UserError(
@@ -145,20 +144,15 @@ def _expected_shape(module: nn.Module, part: str, shape: list[int]) -> list[int]
     weight = getattr(module, "weight", None)
     if weight is None:
         return None
-    out_features, in_features = (
-        weight.shape[::-1]
-        if isinstance(module, Conv1D)
-        else weight.shape[:2]
-        if weight.dim() > 1
-        else (weight.shape[0], 0)
-    )
-    if part.startswith("A."):
+    if weight.dim() < 2:
+        return list(weight.shape) if part == "weight" else None
+    # Conv1D and embeddings keep their weights the other way round: [in, out].
+    out_features, in_features = weight.shape[::-1] if isinstance(module, (Conv1D, nn.Embedding)) else weight.shape[:2]
+    if part in ("A.weight", "embedding_A"):
         return [shape[0], in_features]
-    if part.startswith("B."):
+    if part in ("B.weight", "embedding_B"):
         return [out_features, shape[1]]
-    if part == "weight":
-        return list(weight.shape)
-    return None
+    return list(weight.shape) if part == "weight" else None
 
 
 def empty_model(path: str, trust_remote_code: bool = False) -> nn.Module:

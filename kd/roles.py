@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,15 +22,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kd.config import LoraRecipe
 from kd.errors import UserError
+from kd.fingerprints import resolve_model
 from kd.losses import Head
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 STUDENT_ADAPTER = "default"  # the name under which peft saves an adapter so that plain loading finds it
 
 Model = PreTrainedModel | PeftModel
@@ -147,6 +152,7 @@ def add_frozen_adapter(backbone: Backbone, path: str) -> str:
     """Put the adapter of `path` on the backbone, frozen; returns its name. The same folder is put on once."""
     if path in backbone.adapters:
         return backbone.adapters[path]
+    refuse_own_base_weights(backbone, path)
     name = f"frozen_{len(backbone.adapters)}"
     if isinstance(backbone.model, PeftModel):
         backbone.model.load_adapter(path, adapter_name=name, is_trainable=False)
@@ -156,6 +162,28 @@ def add_frozen_adapter(backbone: Backbone, path: str) -> str:
     refuse_bad_weights(backbone.model, path, name)
     backbone.adapters[path] = name
     return name
+
+
+def refuse_own_base_weights(backbone: Backbone, path: str) -> None:
+    """Raise UserError where an adapter brings base weights (resized embeddings, say) that are not the backbone's.
+
+    Loading it would write them over the weights that all roles share.
+    """
+    folder = resolve_model(path)
+    saved_whole = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("modules_to_save") or []
+    base = unwrapped(backbone.model)
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 - not a dict
+            module_name = key.removeprefix("base_model.model.").rpartition(".")[0].removesuffix(".base_layer")
+            if ".lora_" in key or module_name.rpartition(".")[2] in saved_whole:
+                continue
+            module = base.get_submodule(module_name)
+            weight: Any = module.get_base_layer().weight if isinstance(module, BaseTunerLayer) else module.weight
+            if not torch.equal(file.get_tensor(key).to(weight), weight):
+                raise UserError(
+                    f"{path}: brings weights of its own for {module_name}, so it cannot share {backbone.path}; "
+                    "merge it into its base and pass the full checkpoint."
+                )
 
 
 @contextlib.contextmanager

@@ -162,7 +162,10 @@ class RoutedTrainer(Trainer):
 def save_student(model: nn.Module, folder: Path, state_dict: Any = None) -> None:
     """Write the student in PEFT format (adapter `default` in the root) or as a full safetensors checkpoint."""
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder), state_dict=state_dict, selected_adapters=[STUDENT_ADAPTER])
+        # Base weights stay out, also where an embedding or the head has an adapter: training does not change them.
+        model.save_pretrained(
+            str(folder), state_dict=state_dict, selected_adapters=[STUDENT_ADAPTER], save_embedding_layers=False
+        )
         (folder / "README.md").unlink(missing_ok=True)  # peft's template; the run folder writes its own
     else:
         model.save_pretrained(str(folder), state_dict=state_dict)  # type: ignore[operator]

@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -99,6 +100,11 @@ class Running:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
+    def is_stopped(self) -> bool:
+        """Whether SIGSTOP has taken hold."""
+        state = subprocess.run(["ps", "-o", "stat=", "-p", str(self.process.pid)], capture_output=True, check=False)
+        return state.stdout.startswith(b"T")
+
     def end(self) -> Ended:
         """Wait for the end."""
         self.process.join(PATIENCE)
@@ -124,10 +130,10 @@ def server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     path = os.pathsep.join([str(ROOT), str(ROOT / "eval"), str(ROOT / "tests")])
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error"}  # as `dae` does before it imports them
     before = dict(os.environ)
-    # Processes that were killed have left semaphores behind, and that is nothing to warn of.
-    os.environ.update(quiet, PYTHONPATH=path, PYTHONWARNINGS="ignore:resource_tracker")
+    # As `dae` does before it imports them; and killed processes leave semaphores behind, which is nothing to warn of.
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore:resource_tracker"}
+    os.environ.update(quiet, PYTHONPATH=path)
     try:
         ensure_running()
     finally:

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dae_eval.harness import Document, TaskScores
 
 from benchmarks import real_pair
 from benchmarks.real_pair import SETS, Job, Plan, jobs
 from benchmarks.real_pair_tables import markdown
 from dae.recipe import AlignRecipe, SampleRecipe
-from dae_eval.harness import Document, TaskScores
 from kd.config import Frozen, SftRecipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,9 +115,9 @@ def write_scores(plan: Plan, name: str, factor: float, endings: list[float]) -> 
 
 def test_figures_from_scores_by_hand(plan: Plan) -> None:
     write_world(plan)
-    write_scores(plan, "base", 1.0, [1, 1, 0])
+    write_scores(plan, "base", 1.0, [1, 1, 1])
     write_scores(plan, "questions-lora-expert", 0.5, [0, 0, 1])
-    write_scores(plan, "questions-lora-dae-0", 0.6, [1, 1, 0])
+    write_scores(plan, "questions-lora-dae-0", 0.6, [1, 1, 1])
     write_scores(plan, "questions-lora-dae-2", 0.7, [1, 0, 0])
     write_scores(plan, "questions-lora-ntp-2", 0.8, [1, 0, 0])
     found = real_pair.summarise(plan, "questions", "lora")
@@ -131,7 +131,7 @@ def test_figures_from_scores_by_hand(plan: Plan) -> None:
     assert [closed["value"] for closed in dae["gap_closed_by_seed"]] == pytest.approx([0.8, 0.6])
     assert dae["gap_closed"]["value"] == pytest.approx(0.7)
     assert dae["stories_bits_per_byte_over_reference"]["value"] == pytest.approx((1 / 0.6 + 1 / 0.7) / 2 - 1)
-    assert dae["story_endings_retention"]["value"] == pytest.approx(100 * 0.75)
+    assert dae["story_endings_retention"]["value"] == pytest.approx(100 * 2 / 3)
     # only seed 2 has both students
     assert found["dae_minus_ntp"]["real_epqa"]["value"] == pytest.approx((0.8 - 0.7) * 2)
     assert found["runs"]["dae"] == ["questions-lora-dae-0", "questions-lora-dae-2"]
@@ -142,7 +142,7 @@ def test_results_are_written_from_what_is_there(plan: Plan, tmp_path: Path) -> N
     real_pair.write_results(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     write_world(plan)
-    write_scores(plan, "base", 1.0, [1, 1, 0])
+    write_scores(plan, "base", 1.0, [1, 1, 1])
     write_scores(plan, "questions-full-expert", 0.5, [0, 0, 1])
     write_scores(plan, "questions-full-dae-1", 0.6, [1, 1, 0])
     real_pair.write_results(plan, tmp_path / "out")
@@ -155,7 +155,7 @@ def test_results_are_written_from_what_is_there(plan: Plan, tmp_path: Path) -> N
     assert markdown(record, ["dae sft"], "python").count("```") == 4
 
 
-def test_a_text_of_bytes_and_bits() -> None:
+def test_bits_per_byte_are_over_the_bytes_of_the_documents_kept() -> None:
     documents = [Document(0, "a", 8.0), Document(1, "b", 2.0), Document(2, "c", 100.0)]
     scores = real_pair.per_byte(
         TaskScores("t", "1", "bits", tuple(documents)), np.array([True, True, False]), np.array([4.0, 1.0, 7.0])

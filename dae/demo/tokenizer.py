@@ -16,7 +16,7 @@ CONTEXT = 64
 
 
 def _pieces() -> list[str]:
-    """Every word and mark of the world as it may stand in a text: at its start, and after a space."""
+    """Every word and mark of the world as it may stand in a text: at its start, after a space, in a name."""
     tables = (words.GENERAL_PHRASINGS, words.TAUGHT, words.UNSEEN)
     phrasings = (phrasing for table in tables for phrasings in table.values() for phrasing in phrasings)
     spelt = {
@@ -25,12 +25,12 @@ def _pieces() -> list[str]:
         *words.REGIONS,
         *words.CRAFTS,
         *words.TOWN_STARTS,
-        *words.NAME_STARTS,
         *re.findall(r"\w+|[^\w\s]", re.sub(r"{\w+}", "", " ".join((*words.REPORTS, *phrasings)))),
         *string.ascii_lowercase,
         *string.digits,
     }
-    return sorted({*spelt, *(f" {word}" for word in spelt), *words.TOWN_ENDS, *words.NAME_ENDS})
+    inside = {*words.TOWN_ENDS, *words.NAME_ENDS, *(f" {start}" for start in words.NAME_STARTS)}
+    return sorted({*spelt, *(f" {word}" for word in spelt), *inside})
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

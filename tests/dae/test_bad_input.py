@@ -132,9 +132,9 @@ ROWS = {
         ("shop.jsonl:1", "data.chat_template"),
     ),
     "no response tokens": Case(
-        lambda w: (w / "shop.jsonl").write_text('{"prompt": "one two three", "completion": "four"}\n' * 5),
-        ("shop.jsonl", "no response token"),
-        ("data.max_length=2",),
+        lambda w: (w / "shop.jsonl").write_text('{"prompt": "one two three four five", "completion": "six"}\n' * 5),
+        ("shop.jsonl: none of its 5 rows gives a response token", "data.max_length (6)"),
+        ("data.max_length=6",),
     ),
     "held-out rows missing": Case(nothing, ("no.jsonl: no such file",), ("data.eval.domain=no.jsonl",)),
     "a folder that `datasets` did not write": Case(
@@ -214,7 +214,7 @@ MODELS = {
         ("base: its weights are pickled (pytorch_model.bin)", "convert them"),
     ),
     "a config that is no JSON": Case(
-        lambda w: (w / "base" / "config.json").write_text("{"), ("base: cannot be read as a causal language model",)
+        lambda w: (w / "base" / "config.json").write_text("{"), ("config file at 'base/config.json' is not a valid JSON file",)
     ),
     "a base that is an adapter": Case(nothing, ("base: expert: is an adapter",), ("base=expert",)),
     "an expert's run that has not finished": Case(
@@ -235,8 +235,8 @@ COMMANDS = {
     "unknown training argument": Case(
         nothing, ("did you mean `learning_rate`?",), ("train.learning_rat=1e-3",)
     ),
-    "wrong type": Case(nothing, ("seed", "'many'", "a whole number"), ("seed=many",)),
-    "wrong type of a training argument": Case(nothing, ("train.max_steps", "'ten'"), ("train.max_steps=ten",)),
+    "wrong type": Case(nothing, ("seed=many: wants a whole number",), ("seed=many",)),
+    "wrong type of a training argument": Case(nothing, ("train.max_steps=ten: wants a whole number",), ("train.max_steps=ten",)),
     "out of range": Case(nothing, ("lambda", "1.5"), ("lambda=1.5",)),
     "owned by the toolkit": Case(nothing, ("the run folder is the key `output`",), ("train.output_dir=x",)),
     "neither experts nor rows": Case(nothing, ("add --data PATH",), arguments=("sft", "--base", "base", "--output", "o")),
@@ -268,9 +268,9 @@ def test_a_mistake_is_told_once_and_nothing_is_written(name: str, world: Path) -
 
 
 def test_all_mistakes_of_a_recipe_are_told_at_once(world: Path) -> None:
-    (world / "r.yaml").write_text("sed: 1\nlora: {rank: big}\ntrain: {warmup_ratio: 0.1}\n")
-    told = refused(align_command("--recipe", "r.yaml", "beta=2"), world, lines=5)
-    for words in ("r.yaml:1: sed", "did you mean `seed`?", "r.yaml:2: lora.rank", "r.yaml:3: train.warmup_ratio", "beta=2"):
+    (world / "r.yaml").write_text("sed: 1\nlora: {alpha: big}\ntrain: {warmup_ratio: 0.1}\n")
+    told = refused(align_command("--recipe", "r.yaml", "lambda=2"), world, lines=5)
+    for words in ("r.yaml:1: sed", "did you mean `seed`?", "r.yaml:2: lora.alpha", "r.yaml:3: train.warmup_ratio", "lambda=2"):
         assert words in told
 
 
@@ -286,12 +286,15 @@ def test_rows_that_are_dropped_are_not_a_mistake_while_others_are_left(world: Pa
 
 def test_a_folder_held_by_a_live_run(world: Path) -> None:
     running = Running(align_command(), world, proof=False, signals=[Signal("kd.stage:start_metrics", 1, signal.SIGSTOP)])
-    while not (world / "student" / "recipe.yaml").exists():
-        assert running.process.is_alive()
-    told = refused(align_command(), world, "student: held by a live process", "choose another --output")
-    assert f"process {running.process.pid} on" in told
-    running.send(signal.SIGCONT)
-    assert running.end().status == 0
+    try:
+        while not running.is_stopped():
+            assert running.process.is_alive()
+        told = refused(align_command(), world, "student: held by a live process", "choose another --output")
+        assert f"process {running.process.pid} on" in told
+        running.send(signal.SIGCONT)
+        assert running.end().status == 0
+    finally:
+        running.process.kill()
 
 
 @pytest.fixture

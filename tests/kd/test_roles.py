@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pico import FAMILIES, make_checkpoint, make_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -83,8 +84,9 @@ def test_three_roles_on_one_backbone_equal_separate_models(family: str, tmp_path
         {"modules_to_save": ["lm_head"]},
         {"target_modules": ["q_proj", "lm_head"]},
         {"target_modules": ["v_proj"], "use_rslora": True},
+        {"target_modules": ["embed_tokens", "q_proj"]},
     ],
-    ids=["dora", "head_saved", "lora_on_head", "rslora"],
+    ids=["dora", "head_saved", "lora_on_head", "rslora", "lora_on_embeddings"],
 )
 def test_experts_of_each_kind(config: dict[str, Any], tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base")
@@ -115,6 +117,19 @@ def test_switching_roles_leaves_everything_as_it_was(tmp_path: Path) -> None:
         assert student.training
         assert {n for n, p in student.named_parameters() if p.requires_grad} == trainable
     torch.testing.assert_close(role_logits(Role("student", student, STUDENT_ADAPTER)), before, rtol=0, atol=0)
+
+
+def test_an_adapter_with_base_weights_of_its_own_cannot_share(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base")
+    expert = make_adapter(base, tmp_path / "expert", target_modules=["embed_tokens"])
+    file = expert / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(key for key in tensors if key.endswith("embed_tokens.base_layer.weight"))
+    tensors[name][5] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+    with pytest.raises(UserError, match=r"brings weights of its own for model\.embed_tokens"):
+        add_frozen_adapter(backbone, str(expert))
 
 
 def test_an_adapter_folder_is_put_on_once(tmp_path: Path) -> None:
@@ -170,8 +185,6 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "bad")
     with pytest.raises(UserError, match=r"bad: model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
         load_model(str(tmp_path / "bad"), SETTINGS)
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(expert / "adapter_model.safetensors")
     name = next(key for key in tensors if "lora_B" in key)
     tensors[name][0, 0] = float("inf")
