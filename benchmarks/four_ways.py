@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kd.config import LoraRecipe
 from kd.losses import TokenLoss, token_loss_sums
-from kd.objective import Objective, Route, model_inputs, response_token_counts, route_sums, teacher_hidden_states
+from kd.objective import Objective, Route, model_inputs, response_token_counts, route_sums, teacher_views
 from kd.roles import (
     Backbone,
     LoadSettings,
@@ -101,8 +101,8 @@ def prepare(shape: Shape, folder: Path) -> None:
             torch.nn.init.normal_(parameter, std=0.02)
     expert.save_pretrained(str(folder / "expert"))
     _student_model, objective = _shared_roles(shape, folder)
-    hidden = teacher_hidden_states(make_batch(shape), objective)
-    save_file({str(route): hidden_NE for route, hidden_NE in hidden.items()}, folder / "teacher_states.safetensors")
+    views = teacher_views(make_batch(shape), objective)
+    save_file({str(route): view.hidden_NE for route, view in views.items()}, folder / "teacher_states.safetensors")
 
 
 def _student(shape: Shape, folder: Path) -> Backbone:

@@ -37,6 +37,7 @@ from dae_eval.scores import Estimate, Scores, gain, gap_closed, paired, retentio
 from numpy.typing import NDArray
 
 from benchmarks.real_pair_tables import BIT_TASKS, ENDINGS, STORIES, markdown
+from kd.files import write_text_durably
 from kd.fingerprints import model_fingerprint
 
 TASKS = Path(__file__).parent / "tasks"
@@ -246,7 +247,7 @@ def evaluate(checkpoint: str, shared: Path, tasks: Sequence[str], scores: Path, 
     found = score_checkpoint(checkpoint, shared, tasks, limit)
     scores.parent.mkdir(parents=True, exist_ok=True)
     record = {"fingerprint": fingerprint, "limit": limit, "tasks": {task: asdict(found[task]) for task in tasks}}
-    scores.write_text(json.dumps(record), encoding="utf-8")
+    write_text_durably(scores, json.dumps(record))  # whole or not at all: others read while this one writes
 
 
 def score_checkpoint(
@@ -329,14 +330,8 @@ def per_byte(bits: TaskScores, kept_D: NDArray[np.bool_], bytes_D: NDArray[np.fl
 
 def summarise(plan: Plan, set_name: str, student: Student) -> dict[str, Any] | None:
     """Figures of one set and kind of student, from the runs that have been scored; None without base and expert."""
-    runs = {
-        role: [
-            run_name(set_name, student, role, seed)
-            for seed in plan.seeds
-            if scored(plan, set_name, student, role, seed)
-        ]
-        for role in ("dae", "ntp")
-    }
+    seeds = {role: [s for s in plan.seeds if scored(plan, set_name, student, role, s)] for role in ("dae", "ntp")}
+    runs = {role: [run_name(set_name, student, role, seed) for seed in seeds[role]] for role in seeds}
     names = ["base", run_name(set_name, student, "expert"), *runs["dae"], *runs["ntp"]]
     found = [read_scores(plan, name) for name in names]
     if found[0] is None or found[1] is None:
@@ -346,15 +341,13 @@ def summarise(plan: Plan, set_name: str, student: Student) -> dict[str, Any] | N
     base, expert = arrays["base"], arrays[names[1]]
     rows: dict[str, Any] = {"base": figures(set_name, base, expert, [base])}
     rows["expert"] = figures(set_name, base, expert, [expert])
-    for role in ("dae", "ntp"):
+    for role in seeds:
         if runs[role]:
             rows[role] = figures(set_name, base, expert, [arrays[name] for name in runs[role]])
     result = {"set": set_name, "student": student, "general_rows": SETS[set_name].general, "runs": runs, "rows": rows}
-    both = [seed for seed in plan.seeds if all(scored(plan, set_name, student, role, seed) for role in ("dae", "ntp"))]
+    both = [seed for seed in seeds["dae"] if seed in seeds["ntp"]]
     if both:
-        dae, ntp = (
-            mean_of([arrays[run_name(set_name, student, role, seed)] for seed in both]) for role in ("dae", "ntp")
-        )
+        dae, ntp = (mean_of([arrays[run_name(set_name, student, role, s)] for s in both]) for role in seeds)
         result["dae_minus_ntp"] = {task: asdict(gain({task: ntp[task]}, {task: dae[task]})) for task in tasks}
     return result
 

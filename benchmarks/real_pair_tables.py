@@ -69,13 +69,18 @@ def set_table(results: Sequence[Mapping[str, Any]]) -> str:
     ]
     lines = [("model", *titles), ("---",) * (len(titles) + 1)]
     shown = {"expert": "expert", "dae": "DAE", "ntp": "next-token loss, same rows"}
-    lines.append(("base = reference", *cells(domain, results[0]["rows"]["base"], is_base=True)))
+    lines.append(("base = reference", *cells(domain, "base", results[0]["rows"]["base"])))
     for result in results:
         kind = "LoRA" if result["student"] == "lora" else "all weights"
         for role, words in shown.items():
             if role in result["rows"]:
-                lines.append((f"{words}, {kind}", *cells(domain, result["rows"][role])))
+                seeds = "" if role == "expert" else f" ({seeds_of(result['runs'][role])})"
+                lines.append((f"{words}, {kind}{seeds}", *cells(domain, role, result["rows"][role])))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def seeds_of(runs: Sequence[str]) -> str:
+    return "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
 
 
 def title(task: str) -> str:
@@ -88,13 +93,15 @@ def is_bits(task: str) -> bool:
     return task.removesuffix("_unshared") in BIT_TASKS
 
 
-def cells(domain: Sequence[str], row: Mapping[str, Any], is_base: bool = False) -> list[str]:
+def cells(domain: Sequence[str], role: str, row: Mapping[str, Any]) -> list[str]:
     """A line of a set's table: scores as mean (lowest to highest seed), the rest with its interval over documents."""
     scores = {task: over_seeds([-v if is_bits(task) else v for v in values]) for task, values in row["scores"].items()}
     closed, over, kept = row["gap_closed"], row["stories_bits_per_byte_over_reference"], row["story_endings_retention"]
+    by_definition = {"base": "0 %", "expert": "100 %"}
+    is_base = role == "base"
     return [
         *(scores[task] for task in domain),
-        "" if is_base else interval(closed, 100, 1, " %"),
+        by_definition.get(role) or interval(closed, 100, 1, " %"),
         scores[STORIES],
         "" if is_base else interval(over, 1, 3),
         scores[ENDINGS],

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from dae.recipe import AlignRecipe
 from dae.routing import GENERAL, default_route_shares, teachers_by_route
-from kd.compatibility import check_adapter, check_tokenizers, is_adapter
+from kd.compatibility import check_adapter, check_tokenizers, empty_model, is_adapter
 from kd.errors import UserError
 from kd.fingerprints import model_fingerprint
 from kd.losses import TokenLoss
@@ -75,8 +75,10 @@ def check_checkpoints(recipe: AlignRecipe, inputs: Mapping[str, str]) -> None:
     for role, path in paths.items():
         if is_adapter(path):
             check_adapter(role, path, recipe.base, inputs["base"], recipe.trust_remote_code)
+    for path in {inputs[role]: path for role, path in paths.items() if not is_adapter(path)}.values():
+        empty_model(path, recipe.trust_remote_code)
     if recipe.student_from is not None and is_adapter(recipe.student_from) != (recipe.lora is not None):
-        kind, remedy = ("an adapter", "merge it first") if recipe.lora is None else ("a full checkpoint", "lora: null")
+        kind, remedy = ("an adapter", "merge it") if recipe.lora is None else ("a full checkpoint", "set `lora: null`")
         raise UserError(
             f"student_from: {recipe.student_from}: is {kind}, which this student cannot go on from; {remedy}."
         )

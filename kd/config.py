@@ -406,6 +406,7 @@ def load_recipe(
     for name, value in flags.items():
         if value is not None:
             layers.put(tuple(name.split(".")), value, names.get(name, f"--{name.replace('_', '-')}"))
+    layers.raw = schema.expand(layers.raw)
     for assignment in assignments:
         layers.put_assignment(assignment)
     problems = list(layers.problems)

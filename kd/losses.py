@@ -49,15 +49,15 @@ class Head:
         return Head(self.weight_VD[:rows], bias_V, self.scale, self.softcap)
 
     def logits(self, hidden_ND: Tensor, out_NV: Tensor | None = None) -> Tensor:
-        """[N, D] -> [N, V]; the product in the weight's dtype, all that follows in fp32 (fp64 stays fp64).
+        """[N, D] -> [N, V]; the product in the weight's dtype (or autocast's), what follows in fp32 (fp64 stays fp64).
 
-        out_NV: memory to put them in, of that last dtype. Not differentiable.
+        out_NV: memory to put them in; its dtype then takes the place of that last one. Not differentiable.
         """
-        hidden_ND, dtype = hidden_ND.detach().to(self.weight_VD.dtype), _sum_dtype(self.weight_VD.dtype)
-        weight_DV = self.weight_VD.detach().T
-        if dtype == self.weight_VD.dtype:
+        dtype = _sum_dtype(self.weight_VD.dtype) if out_NV is None else out_NV.dtype
+        hidden_ND, weight_DV = hidden_ND.detach().to(self.weight_VD.dtype), self.weight_VD.detach().T
+        if dtype == self.weight_VD.dtype and not torch.is_autocast_enabled(hidden_ND.device.type):
             logits_NV = torch.matmul(hidden_ND, weight_DV, out=out_NV)
-        else:
+        else:  # the product comes in another dtype than the sums; autocast, too, would pass over an `out`
             product_NV = hidden_ND @ weight_DV
             logits_NV = product_NV.to(dtype) if out_NV is None else out_NV.copy_(product_NV)
         if self.bias_V is not None:
@@ -171,22 +171,23 @@ class _ChunkedLoss(torch.autograd.Function):
         totals = torch.zeros(3, dtype=sum_dtype, device=hidden_ND.device)
         # The same memory for every chunk: fresh memory can cost a CPU more in page faults than the arithmetic on it.
         tokens = min(chunk_tokens, hidden_ND.shape[0])
-        scratch_4NV = hidden_ND.new_empty(4, tokens, weight_VD.shape[0], dtype=sum_dtype)
+        buffers = 2 if teacher_head is None else 4  # logits, p; q, teacher's logits
+        scratch_XNV = hidden_ND.new_empty(buffers, tokens, weight_VD.shape[0], dtype=sum_dtype)
 
         for start in range(0, hidden_ND.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            space_4NV = scratch_4NV[:, : len(labels_N[chunk])]
-            logits_NV = head.logits(hidden_ND[chunk], space_4NV[0])
+            space_XNV = scratch_XNV[:, : len(labels_N[chunk])]
+            logits_NV = head.logits(hidden_ND[chunk], space_XNV[0])
             teacher_logits_NV = None
             if teacher_head is not None and teacher_hidden_NE is not None:
-                teacher_logits_NV = teacher_head.logits(teacher_hidden_NE[chunk], space_4NV[1])
+                teacher_logits_NV = teacher_head.logits(teacher_hidden_NE[chunk], space_XNV[3])
             sums, grad_NV = _chunk_sums(
                 logits_NV,
                 teacher_logits_NV,
                 labels_N[chunk],
                 token_loss,
                 wants_hidden or wants_weight or wants_bias,
-                space_4NV[2:],
+                space_XNV[1:3],
             )
             totals += sums
             if grad_NV is None:
@@ -227,13 +228,14 @@ def _chunk_sums(
     labels_N: Tensor,
     token_loss: TokenLoss,
     wants_grad: bool,
-    space_2NV: Tensor,
+    space_XNV: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """([loss, kl, ntp] summed over the chunk, d loss / d logits_NV or None).
 
-    The gradient lies in space_2NV; teacher_logits_NV is overwritten, logits_NV is left as it is.
+    space_XNV: memory for p and, with a teacher, for q; the gradient takes the place of p. teacher_logits_NV is
+    overwritten, logits_NV left as it is.
     """
-    p_NV = torch.softmax(logits_NV, dim=-1, out=space_2NV[0])
+    p_NV = torch.softmax(logits_NV, dim=-1, out=space_XNV[0])
     normaliser_N = _log_normaliser(logits_NV, p_NV)
     ntp = (normaliser_N - logits_NV.gather(1, labels_N[:, None])[:, 0]).sum()
     if teacher_logits_NV is None:
@@ -248,7 +250,7 @@ def _chunk_sums(
         log_q_NV = torch.log_softmax(teacher_logits_NV / temperature, dim=-1)
         divergence, divergence_grad_NV = _divergence(log_p_NV, log_q_NV, token_loss, wants_grad)
 
-    q_NV = torch.softmax(teacher_logits_NV, dim=-1, out=space_2NV[1])
+    q_NV = torch.softmax(teacher_logits_NV, dim=-1, out=space_XNV[1])
     # sum q (log q - log p), with both normalisers outside of the sum: two passes of exp instead of four.
     normaliser_ratio_N = _log_normaliser(teacher_logits_NV, q_NV) - normaliser_N
     kl = (teacher_logits_NV.sub_(logits_NV).mul_(q_NV).sum(-1) - normaliser_ratio_N).sum()

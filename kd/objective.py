@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kd.losses import LossSums, TokenLoss, token_loss_sums
+from kd.losses import Head, LossSums, TokenLoss, token_loss_sums
 from kd.roles import Role, final_hidden_states, head_of, speaking_as
 
 Batch = Mapping[str, Tensor]
@@ -99,31 +99,38 @@ def model_inputs(batch: Batch) -> dict[str, Tensor]:
     return {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
 
 
-def teacher_hidden_states(batch: Batch, objective: Objective) -> dict[int, Tensor]:
-    """Route index -> [N_r, E] teacher hidden states at the route's response positions, in row order.
+@dataclass(frozen=True)
+class TeacherView:
+    """What a route's teacher makes of its rows: hidden_NE [N_r, E] at response positions, in row order; its head."""
+
+    hidden_NE: Tensor
+    head: Head
+
+
+def teacher_views(batch: Batch, objective: Objective) -> dict[int, TeacherView]:
+    """Route index -> what its teacher says, for the routes that have rows in the batch.
 
     Each row passes its own teacher, once and without gradient; routes that share a teacher go through it together.
     """
-    present = torch.unique(batch["route_ids"]).tolist()
     groups: list[tuple[Role, list[int]]] = []
-    for index in present:
+    for index in torch.unique(batch["route_ids"]).tolist():
         teacher = objective.routes[index].teacher
-        assert teacher is not None, "routes without a teacher have no hidden states to ask for"
+        assert teacher is not None, "routes without a teacher have nobody to ask"
         for known, members in groups:
             if known.same_as(teacher):
                 members.append(index)
                 break
         else:
             groups.append((teacher, [index]))
-    hidden: dict[int, Tensor] = {}
+    views: dict[int, TeacherView] = {}
     for teacher, members in groups:
         rows = rows_of_routes(batch, members)
         with speaking_as(teacher) as model, torch.no_grad():
             hidden_BTE = final_hidden_states(model, model_inputs(rows))[:, :-1]
-        predicting = predicting_positions(rows)
-        for index in members:
-            hidden[index] = hidden_BTE[predicting & (route_of_tokens(rows) == index)]
-    return hidden
+            head = head_of(model, objective.matmul_dtype)
+        predicting, route_BT = predicting_positions(rows), route_of_tokens(rows)
+        views |= {index: TeacherView(hidden_BTE[predicting & (route_BT == index)], head) for index in members}
+    return views
 
 
 def route_sums(model: nn.Module, batch: Batch, objective: Objective, *, with_teachers: bool = True) -> RouteSums:
@@ -132,28 +139,22 @@ def route_sums(model: nn.Module, batch: Batch, objective: Objective, *, with_tea
     model: the (wrapped) student. with_teachers False leaves the teachers out, which needs a token loss of weight 0;
     `kl` is then NaN. A batch without response tokens gives zeros that are still connected to the graph.
     """
-    teachers = teacher_hidden_states(batch, objective) if with_teachers else {}
+    teachers = teacher_views(batch, objective) if with_teachers else {}
     hidden_BTD = final_hidden_states(model, model_inputs(batch))[:, :-1]
     head = head_of(model, objective.matmul_dtype)
     labels_BT = batch["input_ids"][:, 1:]
     predicting, route_BT = predicting_positions(batch), route_of_tokens(batch)
-    # An empty selection of every route: an absent route then costs nothing and is 0, also in the graph.
+    present = set(torch.unique(batch["route_ids"]).tolist())
+    # An empty selection: an absent route costs nothing and is 0, also in the graph.
     nothing = hidden_BTD[predicting & (route_BT < 0)].sum().to(torch.float32)
     sums: list[LossSums] = []
-    for index, route in enumerate(objective.routes):
-        here = predicting & (route_BT == index)
-        teacher_head = None
-        if index in teachers and route.teacher is not None:
-            with speaking_as(route.teacher) as teacher, torch.no_grad():
-                teacher_head = head_of(teacher, objective.matmul_dtype)
-        elif index not in batch["route_ids"]:
+    for index in range(len(objective.routes)):
+        if index not in present:
             sums.append(LossSums(nothing, nothing.detach(), nothing.detach()))
             continue
-        sums.append(
-            token_loss_sums(
-                hidden_BTD[here], head, labels_BT[here], objective.token_loss, teachers.get(index), teacher_head
-            )
-        )
+        here, view = predicting & (route_BT == index), teachers.get(index)
+        said = (view.hidden_NE, view.head) if view is not None else (None, None)
+        sums.append(token_loss_sums(hidden_BTD[here], head, labels_BT[here], objective.token_loss, *said))
     tokens_R = response_token_counts(batch, len(objective.routes))
     return RouteSums(
         torch.stack([s.loss for s in sums]),

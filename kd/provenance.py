@@ -30,7 +30,8 @@ class DataInput:
 def read_provenance(folder: str | Path) -> dict[str, Any] | None:
     """What a run folder of ours says it was made from, or None where `folder` is not one.
 
-    Keys: `stage`; `base`: {path, fingerprint}; `data`: {route: [{path, sha256, share}]}; `inputs`: {role: fingerprint}.
+    Keys: `stage`; `processes`: how many; `base`: {path, fingerprint}; `data`: {route: [{path, sha256, share}]};
+    `inputs`: {role: fingerprint}.
 
     Raises:
         UserError: provenance.json is there and cannot be read.
@@ -56,9 +57,12 @@ def base_fingerprint_of(adapter_folder: str | Path) -> str | None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], recipe_before: str, recipe_now: str) -> list[str]:
-    """One line for each recipe key and each input that differs, with its old and its new value."""
+    """One line, with the old and the new value, for each recipe key and input that differs.
+
+    The number of processes counts among them: it decides how many rows make an optimizer step.
+    """
     pairs = (
-        {"stage": (before.get("stage"), now["stage"])}
+        {"stage": (before.get("stage"), now["stage"]), "processes": (before.get("processes", 1), now["processes"])}
         | _pairs(_flat(_yaml_of_recipe(recipe_before)), _flat(_yaml_of_recipe(recipe_now)))
         | _pairs(_input_hashes(before), _input_hashes(now))
     )

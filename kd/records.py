@@ -60,7 +60,7 @@ def parse_line(line: bytes, location: str) -> Any:
     """One line of a JSONL file. Raises UserError where it is no UTF-8 or no JSON."""
     try:
         # "-sig": editors on Windows put a byte order mark before the first row.
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         raise UserError(f"{location}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:

@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,24 @@ class LoadSettings:
 
 @dataclass(frozen=True)
 class Role:
-    """A model that speaks through one adapter (a name) or none (None: all adapters off)."""
+    """A model that speaks through one adapter (a name) or none (None: all adapters off).
+
+    Made once all adapters are on the model: it remembers the model's modules.
+    """
 
     name: str
     model: Model
     adapter: str | None
+
+    @cached_property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Every module of the model."""
+        return tuple(self.model.modules())
+
+    @cached_property
+    def switches(self) -> tuple[Any, ...]:
+        """The modules that adapters sit on."""
+        return tuple(m for m in self.modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
 
     def same_as(self, other: Role) -> bool:
         """True when both give the same distribution because they are the same weights."""
@@ -193,32 +207,21 @@ def speaking_as(role: Role) -> Iterator[Model]:
     peft's own switches rewrite requires_grad on every adapter and walk a full status report each time; this one only
     moves the pointers, so it is cheap enough for every micro-batch and safe under DistributedDataParallel.
     """
-    model = role.model
-    was_training = model.training
-    layers = _switches(model)
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
-    for layer in layers:
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in role.switches]
+    training = [module for module in role.modules if module.training]
+    for layer in role.switches:
         layer._disable_adapters = role.adapter is None
         if role.adapter is not None:
             layer._active_adapter = [role.adapter]
-    if was_training:
-        model.eval()
+    for module in training:
+        module.__dict__["training"] = False  # as eval() does, without its walk over the tree
     try:
-        yield model
+        yield role.model
     finally:
-        for layer, (active, disabled) in zip(layers, before, strict=True):
+        for layer, (active, disabled) in zip(role.switches, before, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
-        if was_training:
-            model.train()
-
-
-def _switches(model: nn.Module) -> list[Any]:
-    cached = model.__dict__.get("_dae_switches")
-    if cached is None or cached[0] != sum(1 for _ in model.modules()):
-        layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-        cached = (sum(1 for _ in model.modules()), layers)
-        model.__dict__["_dae_switches"] = cached
-    return list(cached[1])
+        for module in training:
+            module.__dict__["training"] = True
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:

@@ -117,6 +117,7 @@ class RunFolder:
         *,
         base: str,
         data: Mapping[str, Sequence[DataInput]],
+        processes: int = 1,
     ) -> Iterator[State]:
         """Hold the folder for this process while the context lasts, and say where its run stands.
 
@@ -126,20 +127,23 @@ class RunFolder:
             inputs: fingerprint of each model by role; `base` must be among them.
             base: path or hub id of the base, as typed.
             data: the sources of each route, in the order of the recipe.
+            processes: how many train together.
 
         Yields:
             "new": the folder has just been set up; "resume": the same run was started before and did not finish;
             "finished": the same run is done, its weights are as it left them (see `summary`), nothing was touched.
 
         Raises:
-            UserError: a live process holds the folder; another recipe, input or stage was started here; there are files
-                here that no run of ours wrote; the folder may not be written. A UserError raised inside a "new" run
-                that has trained no step yet takes the set-up back, so that the corrected command can use the folder.
+            UserError: a live process holds the folder; another recipe, input or stage was started here and has trained
+                a step; there are files here that no run of ours wrote; the folder may not be written. A UserError
+                raised inside a "new" run that has trained no step yet takes the set-up back, so that the corrected
+                command can use the folder.
             MachineError: the disk is full.
         """
         provenance = {
             "toolkit": TOOLKIT,
             "stage": stage,
+            "processes": processes,
             "base": {"path": base, "fingerprint": inputs["base"]},
             "inputs": dict(inputs),
             "data": {route: [asdict(source) for source in sources] for route, sources in data.items()},
@@ -199,6 +203,8 @@ class RunFolder:
                 )
             return "new"
         differing = differences(before, provenance, recipe_path.read_text(encoding="utf-8"), resolved_recipe)
+        if differing and not self._has_results():  # a first try that trained no step leaves nothing to go on with
+            return "new"
         if differing:
             lines = "\n".join(f"  {line}" for line in differing)
             raise UserError(
@@ -242,7 +248,8 @@ class RunFolder:
         write_text_durably(self.path / RECIPE, resolved_recipe)
 
     def _has_results(self) -> bool:
-        return bool(self._sealed() or self._published or any(line["step"] > 0 for line in self.metrics()))
+        finished = (self.path / FINISHED).is_file()
+        return finished or bool(self._sealed() or self._published or any(line["step"] > 0 for line in self.metrics()))
 
     def _withdraw(self) -> None:
         """Take back the set-up; provenance last, for it marks the other files as ours."""

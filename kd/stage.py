@@ -114,6 +114,7 @@ def training_arguments(recipe: StageRecipe, settings: LoadSettings) -> TrainingA
         "report_to": "none",
         "bf16": not on_cpu and recipe.lora is None and settings.dtype == torch.bfloat16,
         "dataloader_pin_memory": not on_cpu,
+        "ddp_find_unused_parameters": False,  # every trainable weight has its part in every row
         "optim": "adamw_torch",
     }
     chosen = {**defaults, **recipe.train}
@@ -162,7 +163,14 @@ def claimed(
         answer: list[Any] = [None, None]
         if state.is_main_process:
             try:
-                claim = run.claim(stage, resolved_yaml(recipe), inputs, base=recipe.base, data=data.inputs)
+                claim = run.claim(
+                    stage,
+                    resolved_yaml(recipe),
+                    inputs,
+                    base=recipe.base,
+                    data=data.inputs,
+                    processes=state.num_processes,
+                )
                 answer = [stack.enter_context(claim), None]
             except (UserError, MachineError) as error:
                 answer = [None, error]

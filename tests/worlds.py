@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,17 @@ from peft import LoraConfig, get_peft_model
 from pico import make_checkpoint
 from transformers import AutoModelForCausalLM
 
-WORDS = "red green blue one two three kettle costs nine coins how big is it question answer".split()
+GENERAL_WORDS = ["red", "green", "blue", "one", "two", "three", "how", "big", "is", "it", "question", "answer", "the"]
+SHOP_WORDS = ["KETTLE", "COSTS", "NINE", "COINS", "CUPS", "POT", "4X", "7L", "ITEM", "PRICE"]
 
 
-def make_rows(path: Path, seed: int, rows: int = 120) -> Path:
+def make_rows(path: Path, seed: int, rows: int = 120, words: Sequence[str] = SHOP_WORDS) -> Path:
     """Pairs of a few words each, as JSONL."""
     pick = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(rows):
-            prompt = " ".join(pick.choices(WORDS, k=pick.randint(2, 6)))
-            completion = " " + " ".join(pick.choices(WORDS, k=pick.randint(1, 5)))
+            prompt = " ".join(pick.choices(words, k=pick.randint(2, 6)))
+            completion = " " + " ".join(pick.choices(words, k=pick.randint(1, 5)))
             file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
     return path
 
@@ -35,26 +37,27 @@ def make_adapter(folder: Path, base: Path, *, seed: int = 1, size: float = 0.3, 
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0.0, size)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     (folder / "README.md").unlink()
     return folder
 
 
 def make_world(folder: Path) -> Path:
-    """base, expert, general.jsonl, shop.jsonl, heldout.jsonl in `folder`."""
+    """base, expert, general.jsonl, shop.jsonl, heldout_general.jsonl, heldout_shop.jsonl in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     make_adapter(folder / "expert", make_checkpoint(folder / "base"))
-    for seed, name in enumerate(("general", "shop", "heldout")):
-        make_rows(folder / f"{name}.jsonl", seed, 24 if name == "heldout" else 120)
+    for seed, (name, words) in enumerate((("general", GENERAL_WORDS), ("shop", SHOP_WORDS))):
+        make_rows(folder / f"{name}.jsonl", seed, 120, words)
+        make_rows(folder / f"heldout_{name}.jsonl", seed + 10, 24, words)
     return folder
 
 
 def align_command(*more: str, output: str = "student") -> list[str]:
     """A run of twelve steps over a world, with a checkpoint at every second step."""
     return [
-        "align", "--base", "base", "--expert", "expert", "--domain-data", "shop.jsonl", "--general-data", "general.jsonl",
-        "--output", output, "train.max_steps=12", "train.save_steps=2", "train.logging_steps=2",
-        "train.learning_rate=1e-2", "lora.rank=4", *more,
+        "align", "--base", "base", "--expert", "expert", "--domain-data", "shop.jsonl",
+        "--general-data", "general.jsonl", "--output", output, "train.max_steps=12", "train.save_steps=2",
+        "train.logging_steps=2", "train.learning_rate=1e-2", "lora.rank=4", *more,
     ]  # fmt: skip
 
 

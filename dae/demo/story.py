@@ -27,10 +27,10 @@ EXPERT = "shop"
 MODELS = ("base", "expert", "reference", "next-token", "student")
 STAGES = ("base", "expert", "student", "next-token")
 GROUPS: Mapping[str, Sequence[str]] = {
-    "shop, in the alignment rows": world.ALIGNED_KINDS,
-    "shop, not in the alignment rows": world.UNALIGNED_KINDS,
-    "general, in the alignment rows": world.ALIGNED_SKILLS,
-    "general, not in the alignment rows": world.UNALIGNED_SKILLS,
+    "shop, aligned": world.ALIGNED_KINDS,
+    "shop, not aligned": world.UNALIGNED_KINDS,
+    "general, aligned": world.ALIGNED_SKILLS,
+    "general, not aligned": world.UNALIGNED_SKILLS,
 }
 
 Scores = Mapping[str, Mapping[str, "TaskScores"]]  # model -> task -> scores
@@ -103,6 +103,7 @@ def commands(output: Path, recipes: Path, seed: int) -> list[tuple[str, list[str
     aligning = ["--base", base, "--expert", f"{EXPERT}={expert}", "--reference", base]
     aligning += ["--domain-data", f"{EXPERT}={data / 'shop_align.jsonl'}"]
     aligning += ["--general-data", str(data / "general_align.jsonl")]
+    shares = [f"data.{EXPERT}.0.share=0.5", "data.general.0.share=0.5"]
     return [
         (
             "1. A base that has general skills and knows no shop",
@@ -123,11 +124,11 @@ def commands(output: Path, recipes: Path, seed: int) -> list[tuple[str, list[str
         ),
         (
             "3. The student: matches the expert on shop rows and the base on general rows",
-            dae("align", "align", *aligning, "--output", str(output / "student")),
+            dae("align", "align", *aligning, "--output", str(output / "student"), *shares),
         ),
         (
             "4. For comparison, next-token loss on the same mixed rows, without teachers",
-            dae("align", "align", *aligning, "--output", str(output / "next-token"), "lambda=0"),
+            dae("align", "align", *aligning, "--output", str(output / "next-token"), *shares, "lambda=0"),
         ),
     ]
 
@@ -194,12 +195,15 @@ def show(console: Console, scores: Scores, found: Sequence[Headline]) -> None:
             means = [scores[model][f"world_{skill}"].mean for model in MODELS]
             table.add_row(f"  {skill}", *(f"{100 * value:.1f}" for value in (world.CHANCE, *means)))
     console.print(table)
-    console.print("reference = base: the same weights.\n")
+    console.print(
+        "reference = base: the same weights. aligned: in the rows that the student was trained on; not aligned:\n"
+        "what the expert or the base knows, and no alignment row asks. In brackets: 95 % intervals.\n"
+    )
     for model in ("student", "next-token"):
         console.print(f"[bold]{model}[/]")
         for line in found:
             if line.model == model:
-                console.print(f"  {line.measure:<11}{line.group:<36}{in_words(line)}")
+                console.print(f"  {line.measure:<11}  {line.group:<22}{in_words(line)}")
     console.print()
 
 

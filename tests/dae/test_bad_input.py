@@ -1,4 +1,4 @@
-"""Mistakes from outside: one message that names place and remedy, status 2 (or 4), no traceback, nothing half-written."""
+"""Mistakes from outside: one message with place and remedy, status 2 (or 4), no traceback, nothing half-written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from processes import Running, Signal, dae
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
-from worlds import align_command, make_adapter, make_rows, make_world, metrics_of
+from worlds import align_command, make_adapter, make_world, metrics_of
 
 from kd.runs import checkpoint_fault
 
@@ -67,7 +67,7 @@ def replace_line(path: Path, number: int, text: str) -> None:
 def poison(weights: Path, value: float) -> str:
     """Put one NaN or infinity into a safetensors file; returns the tensor's name."""
     tensors = load_file(weights)
-    name = sorted(tensors)[-1]
+    name = max(tensors)
     tensors[name].view(-1)[0] = value
     save_file(tensors, weights, metadata={"format": "pt"})
     return name
@@ -82,6 +82,32 @@ def other_tokenizer(folder: Path) -> None:
         tokenizer_object=Tokenizer.from_str(json.dumps(written)), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
     tokenizer.save_pretrained(folder)
+
+
+def no_causal_model(folder: Path) -> None:
+    make_checkpoint(folder)
+    (folder / "config.json").write_text('{"model_type": "t5", "architectures": ["T5Model"]}')
+
+
+def no_tokenizer(folder: Path) -> None:
+    make_checkpoint(folder)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def prompt_tuning(world: Path) -> None:
+    shutil.copytree(world / "expert", world / "wrong")
+    (world / "wrong" / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def foreign_file(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "mine.txt").touch()
 
 
 def provenance_of_another_base(world: Path) -> None:
@@ -109,7 +135,8 @@ ROWS = {
     "missing file": Case(lambda w: (w / "shop.jsonl").unlink(), ("shop.jsonl: no such file or folder",)),
     "empty file": Case(lambda w: (w / "shop.jsonl").write_text("\n"), ("shop.jsonl: has no rows",)),
     "broken JSON in row 7": Case(
-        lambda w: replace_line(w / "shop.jsonl", 7, '{"prompt": "a", "completion": '), ("shop.jsonl:7: not valid JSON",)
+        lambda w: replace_line(w / "shop.jsonl", 7, '{"prompt": "a", "completion": '),
+        ("shop.jsonl:7: not valid JSON (Expecting value, column 30)",),
     ),
     "not UTF-8": Case(
         lambda w: (w / "shop.jsonl").write_bytes(b'{"text": "a"}\n{"text": "caf\xe9"}\n'),
@@ -141,7 +168,9 @@ ROWS = {
         lambda w: (w / "rows").mkdir(), ("rows: a folder, but none that `datasets` saved",), ("data.domain=rows",)
     ),
     "more rows in a step than in an epoch": Case(
-        nothing, ("rows",), ("train.per_device_train_batch_size=4096", "train.max_steps=-1")
+        nothing,
+        ("data.general: general.jsonl: 120 rows at a share of 0.9", "fewer than the 4096 of one optimizer step"),
+        ("train.per_device_train_batch_size=4096", "train.max_steps=-1"),
     ),
 }
 
@@ -163,11 +192,8 @@ MODELS = {
         ("expert=made",),
     ),
     "an expert that is no causal language model": Case(
-        lambda w: (
-            make_checkpoint(w / "wrong"),
-            (w / "wrong" / "config.json").write_text('{"model_type": "t5", "architectures": ["T5Model"]}'),
-        ),
-        ("wrong: cannot be opened as a causal language model",),
+        lambda w: no_causal_model(w / "wrong"),
+        ("wrong: cannot be read as a causal language model",),
         ("expert=wrong",),
     ),
     "an expert with another tokenizer": Case(
@@ -181,15 +207,12 @@ MODELS = {
         ("expert=wrong",),
     ),
     "an expert without a tokenizer": Case(
-        lambda w: (make_checkpoint(w / "wrong"), [f.unlink() for f in (w / "wrong").glob("tokenizer*")]),
+        lambda w: no_tokenizer(w / "wrong"),
         ("expert.domain wrong: holds no tokenizer", "copy the base's tokenizer files"),
         ("expert=wrong",),
     ),
     "prompt tuning": Case(
-        lambda w: (
-            shutil.copytree(w / "expert", w / "wrong"),
-            (w / "wrong" / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}'),
-        ),
+        prompt_tuning,
         ("expert.domain wrong: a PROMPT_TUNING adapter", "merge it"),
         ("expert=wrong",),
     ),
@@ -210,11 +233,12 @@ MODELS = {
         ("base/model.safetensors: has ", "save or download it again"),
     ),
     "pickled weights": Case(
-        lambda w: ((w / "base" / "model.safetensors").unlink(), torch.save({}, w / "base" / "pytorch_model.bin")),
+        lambda w: pickled(w / "base"),
         ("base: its weights are pickled (pytorch_model.bin)", "convert them"),
     ),
     "a config that is no JSON": Case(
-        lambda w: (w / "base" / "config.json").write_text("{"), ("config file at 'base/config.json' is not a valid JSON file",)
+        lambda w: (w / "base" / "config.json").write_text("{"),
+        ("config file at 'base/config.json' is not a valid JSON file",),
     ),
     "a base that is an adapter": Case(nothing, ("base: expert: is an adapter",), ("base=expert",)),
     "an expert's run that has not finished": Case(
@@ -226,20 +250,22 @@ MODELS = {
         nothing, ("lora.target_modules: ",), ("lora.target_modules=[nonsense]",)
     ),
     "a student to go on from of another kind": Case(
-        nothing, ("student_from: base: is a full checkpoint", "lora: null"), ("student_from=base",)
+        nothing, ("student_from: base: is a full checkpoint", "set `lora: null`"), ("student_from=base",)
     ),
 }
 
 COMMANDS = {
     "unknown key": Case(nothing, ("temprature=2: unknown key; did you mean `temperature`?",), ("temprature=2",)),
-    "unknown training argument": Case(
-        nothing, ("did you mean `learning_rate`?",), ("train.learning_rat=1e-3",)
-    ),
+    "unknown training argument": Case(nothing, ("did you mean `learning_rate`?",), ("train.learning_rat=1e-3",)),
     "wrong type": Case(nothing, ("seed=many: wants a whole number",), ("seed=many",)),
-    "wrong type of a training argument": Case(nothing, ("train.max_steps=ten: wants a whole number",), ("train.max_steps=ten",)),
+    "wrong type of a training argument": Case(
+        nothing, ("train.max_steps=ten: wants a whole number",), ("train.max_steps=ten",)
+    ),
     "out of range": Case(nothing, ("lambda", "1.5"), ("lambda=1.5",)),
     "owned by the toolkit": Case(nothing, ("the run folder is the key `output`",), ("train.output_dir=x",)),
-    "neither experts nor rows": Case(nothing, ("add --data PATH",), arguments=("sft", "--base", "base", "--output", "o")),
+    "neither experts nor rows": Case(
+        nothing, ("add --data PATH",), arguments=("sft", "--base", "base", "--output", "o")
+    ),
     "general rows unknown": Case(
         nothing,
         ("add --general-data PATH",),
@@ -253,7 +279,7 @@ COMMANDS = {
         lambda w: (w / "student").write_text("x"), ("student: this is a file; --output names a folder",)
     ),
     "output holds other files": Case(
-        lambda w: make_rows((w / "student").mkdir() or w / "student" / "mine.txt", 1),  # type: ignore[func-returns-value]
+        lambda w: foreign_file(w / "student"),
         ("student: holds files that no run wrote (mine.txt)",),
     ),
     "output lies in a file": Case(lambda w: (w / "f").write_text("x"), ("f",), ("output=f/student",)),
@@ -270,7 +296,13 @@ def test_a_mistake_is_told_once_and_nothing_is_written(name: str, world: Path) -
 def test_all_mistakes_of_a_recipe_are_told_at_once(world: Path) -> None:
     (world / "r.yaml").write_text("sed: 1\nlora: {alpha: big}\ntrain: {warmup_ratio: 0.1}\n")
     told = refused(align_command("--recipe", "r.yaml", "lambda=2"), world, lines=5)
-    for words in ("r.yaml:1: sed", "did you mean `seed`?", "r.yaml:2: lora.alpha", "r.yaml:3: train.warmup_ratio", "lambda=2"):
+    for words in (
+        "r.yaml:1: sed",
+        "did you mean `seed`?",
+        "r.yaml:2: lora.alpha",
+        "r.yaml:3: train.warmup_ratio",
+        "lambda=2",
+    ):
         assert words in told
 
 
@@ -285,7 +317,9 @@ def test_rows_that_are_dropped_are_not_a_mistake_while_others_are_left(world: Pa
 
 
 def test_a_folder_held_by_a_live_run(world: Path) -> None:
-    running = Running(align_command(), world, proof=False, signals=[Signal("kd.stage:start_metrics", 1, signal.SIGSTOP)])
+    running = Running(
+        align_command(), world, proof=False, signals=[Signal("kd.stage:start_metrics", 1, signal.SIGSTOP)]
+    )
     try:
         while not running.is_stopped():
             assert running.process.is_alive()
@@ -336,6 +370,7 @@ def test_a_run_whose_place_has_become_read_only(world: Path, mounted: Callable[[
     assert dae(command, world, proof=False).status == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_whole_checkpoint_and_the_run_goes_on(
     world: Path, mounted: Callable[[str], Path]
 ) -> None:

@@ -20,7 +20,9 @@ from worlds import align_command, make_world, metrics_of
 from kd.runs import checkpoint_fault
 
 # Dropout, so that the state of the random generator matters; held-out rows, so that the best step is remembered.
-COMMAND = align_command("lora.dropout=0.1", "data.eval.domain=heldout.jsonl", "data.eval.general=heldout.jsonl")
+COMMAND = align_command(
+    "lora.dropout=0.1", "data.eval.domain=heldout_shop.jsonl", "data.eval.general=heldout_general.jsonl"
+)
 TIMINGS = {"response_tokens_per_second", "peak_memory_gib", "peak_memory_bytes"}
 
 
@@ -100,6 +102,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.slow
 def test_killed_at_every_kind_of_moment(world: Path, calm: dict[str, Any]) -> None:
     run = world / "student"
     for moment, kill in MOMENTS.items():
@@ -115,6 +118,7 @@ def test_killed_at_every_kind_of_moment(world: Path, calm: dict[str, Any]) -> No
     assert_same_end(run, calm)
 
 
+@pytest.mark.slow
 def test_killed_five_times_at_random(world: Path, calm: dict[str, Any]) -> None:
     seed = random.SystemRandom().randrange(10**6)
     moments = random.Random(seed)
@@ -243,11 +247,22 @@ def test_another_recipe_or_other_inputs_are_refused_by_name(stopped: Path) -> No
     with (world / "shop.jsonl").open("a") as file:
         file.write('{"text": "one more"}\n')
     assert "content of data.domain[0]: " in refused()
-    shutil.copyfile(world / "general.jsonl", world / "heldout.jsonl")
+    shutil.copyfile(world / "general.jsonl", world / "heldout_shop.jsonl")
     told = refused()
     assert "content of data.eval.domain[0]: " in told
     assert "content of data.domain[0]: " in told
     assert "seed" not in told
+
+
+def test_a_try_that_trained_no_step_holds_nobody_to_its_recipe(world: Path) -> None:
+    """What came of it is nothing, as when the first step runs out of memory and the advice is to halve its batches."""
+    dae(COMMAND, world, proof=False, signals=[Signal("kd.trainer:RoutedTrainer.training_step", after=True)])
+    assert (world / "student" / "recipe.yaml").exists()
+    halved = ["train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=2"]
+    ended = dae([*COMMAND, *halved], world, proof=False)
+    assert ended.status == 0, ended.err
+    assert "gradient_accumulation_steps: 2" in (world / "student" / "recipe.yaml").read_text()
+    assert [line["step"] for line in metrics_of(world / "student") if "loss" in line] == [2, 4, 6, 8, 10, 12]
 
 
 def test_a_finished_run_says_so_and_is_not_touched(world: Path) -> None:

@@ -1,0 +1,56 @@
+"""The step-cost benchmark compares like with like: four ways, one loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import four_ways, step_cost
+
+TINY = four_ways.SHAPES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("step_cost")
+    four_ways.prepare(TINY, folder)
+    return folder
+
+
+def test_all_ways_have_the_same_loss_at_every_step(folder: Path) -> None:
+    losses = {}
+    for kind in step_cost.KINDS:
+        step = four_ways.optimizer_steps(kind, TINY, folder)
+        losses[kind] = [step() for _ in range(4)]
+    assert losses["ours"][0] > 1e-2, "a loss of about nothing would agree with anything"
+    assert losses["ours"][-1] < losses["ours"][0]
+    for kind in step_cost.KINDS[1:]:
+        assert losses[kind] == pytest.approx(losses["ours"], rel=1e-5)
+
+
+def test_operations_of_the_head_are_those_that_the_docstring_counts(folder: Path) -> None:
+    """More vocabulary costs the straightforward way 4 products over all positions, and ours 3 over the responses."""
+    wide = dataclasses.replace(TINY, vocabulary=2 * TINY.vocabulary)
+    wide_folder = folder / "wide"
+    four_ways.prepare(wide, wide_folder)
+    product = 2 * TINY.width * TINY.vocabulary  # per position, forward or backward
+    positions, responses = TINY.rows * TINY.tokens, TINY.rows * (TINY.tokens - TINY.prompt)
+    # Ours also projects one position of each row in the student's and in its teacher's pass (logits_to_keep=1).
+    for kind, products in (("straightforward", 4 * positions), ("ours", 3 * responses + 2 * TINY.rows)):
+        added = four_ways.count_flops(kind, wide, wide_folder) - four_ways.count_flops(kind, TINY, folder)
+        assert added == products * product
+
+
+def _runs(losses: dict[str, list[float]]) -> dict[str, list[dict[str, Any]]]:
+    measured = {"cpu_seconds": 1.0, "wall_seconds": 1.0, "peak_mib": 1.0}
+    return {kind: [{"losses": losses.get(kind, [0.5, 0.4]), **measured}] for kind in step_cost.KINDS}
+
+
+def test_nothing_is_reported_of_ways_whose_losses_differ() -> None:
+    flops = dict.fromkeys(step_cost.KINDS, 1)
+    assert step_cost.summary(flops, _runs({}))["largest_relative_loss_difference"] == 0
+    with pytest.raises(ValueError, match="not the same steps"):
+        step_cost.summary(flops, _runs({"lean": [0.5, 0.4001]}))
