@@ -253,15 +253,16 @@ def evaluate(checkpoint: str, shared: Path, tasks: Sequence[str], scores: Path, 
 def score_checkpoint(
     checkpoint: str, shared: Path, tasks: Sequence[str], limit: int | None = None
 ) -> dict[str, TaskScores]:
-    """lm-eval on a checkpoint as plain transformers and peft open it; adapters go onto the base that they name."""
+    """lm-eval on a checkpoint as plain transformers and peft open it; an adapter is merged into its base."""
     import torch
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_flush_denormal(True)
-    adapter = (Path(checkpoint) / "adapter_config.json").is_file()
-    opener = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
-    model = opener.from_pretrained(checkpoint)
+    if (Path(checkpoint) / "adapter_config.json").is_file():
+        model = AutoPeftModelForCausalLM.from_pretrained(checkpoint).merge_and_unload()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     found: dict[str, TaskScores] = {}
     for metric in ("bits", "acc"):

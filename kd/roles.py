@@ -306,6 +306,17 @@ def learned_positions(model: nn.Module) -> int | None:
     return limit if any(module.num_embeddings == limit for module in embeddings[1:]) else None
 
 
+def refuse_unmergeable(model: nn.Module) -> None:
+    """Raise UserError where an adapter sits on one end of tied embeddings: merged, it would change both."""
+    base = unwrapped(model)
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    if base.config.get_text_config().tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
+        raise UserError(
+            "merge: true: this model's input and output embeddings are one matrix, and the adapter sits on one end of "
+            "it; leave embeddings and output layer out of lora.target_modules, or set merge: false."
+        )
+
+
 def check_head(role: Role, vocabulary_rows: int) -> None:
     """Compare the model's own logits with ours on eight tokens, so that no architecture is misread in silence.
 

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from kd.config import StageRecipe, resolved_yaml
 from kd.errors import MachineError, Stopped, UserError
@@ -36,10 +36,12 @@ from kd.roles import (
     final_hidden_states,
     head_of,
     learned_positions,
+    refuse_unmergeable,
 )
 from kd.runs import RunFolder, State
 from kd.stage_data import StageData, held_out_batches, padding_id, refuse_unfit_rows
 from kd.trainer import (
+    EarlyStopping,
     RoutedTrainer,
     StepBookkeeping,
     StopOnSignal,
@@ -134,6 +136,7 @@ def training_arguments(recipe: StageRecipe, settings: LoadSettings) -> TrainingA
         "use_cpu": on_cpu,
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,
+        "restore_callback_states_from_checkpoint": True,  # how long early stopping has been waiting
     }
     if chosen.get("gradient_checkpointing"):
         owned["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
@@ -235,6 +238,8 @@ def prepare(
         check_head(role, roles.vocabulary_rows)
         if recipe.data.packing:
             check_packing(role, roles.vocabulary_rows)
+    if recipe.merge:
+        refuse_unmergeable(roles.student)
     collate_rows = partial(collate, pad_token_id=padding_id(data.tokenizer), packing=recipe.data.packing)
     lengths = [rows.lengths for rows in data.rows]
     routes = [data.route_names.index(source.route) for source in data.sources]
@@ -242,7 +247,7 @@ def prepare(
     epochs_per_step = None if mixture.rows_per_epoch is None else mixture.rows_per_step / mixture.rows_per_epoch
     callbacks = [StepBookkeeping(epochs_per_step), stop, TrainingProgress()]
     if recipe.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+        callbacks.append(EarlyStopping(recipe.early_stopping_patience))
     trainer = RoutedTrainer(
         model=roles.student,
         args=args,

@@ -21,7 +21,15 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from kd.errors import UserError
 from kd.files import disk_errors
@@ -146,6 +154,16 @@ class RoutedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._point_at_best()
 
+    def _run_epoch(self, **arguments: Any) -> None:  # type: ignore[override]
+        """Nothing, where the run was stopped early before it was killed."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(**arguments)
+
+    def _finalize_training(self, *arguments: Any) -> Any:
+        """Load the best checkpoint from where it lies now: the run folder may have been moved since it was written."""
+        self._point_at_best()
+        return super()._finalize_training(*arguments)
+
     def _point_at_best(self) -> None:
         """Trainer looks for the best checkpoint where it wrote it; it has been moved since."""
         best = self.run_folder.checkpoint(self.state.best_global_step or 0)
@@ -259,6 +277,14 @@ class StepBookkeeping(TrainerCallback):
         if control.should_save:
             control.should_log = True
         return control
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Stop after so many evaluations without a better one. The count is kept in checkpoints."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 class StopOnSignal(TrainerCallback):

@@ -16,6 +16,15 @@ from transformers import AutoModelForCausalLM
 GENERAL_WORDS = ["red", "green", "blue", "one", "two", "three", "how", "big", "is", "it", "question", "answer", "the"]
 SHOP_WORDS = ["KETTLE", "COSTS", "NINE", "COINS", "CUPS", "POT", "4X", "7L", "ITEM", "PRICE"]
 
+# Mostly domain rows, and general ones held out: these only get worse, so the best step is the first one measured.
+FORGETTING = (
+    "data.general.0.share=0.1",
+    "data.domain.0.share=0.9",
+    "data.eval.general=heldout_general.jsonl",
+    "train.learning_rate=1e-3",
+    "train.lr_scheduler_type=constant",
+)
+
 
 def make_rows(path: Path, seed: int, rows: int = 120, words: Sequence[str] = SHOP_WORDS) -> Path:
     """Pairs of a few words each, as JSONL."""

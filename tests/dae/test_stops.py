@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 from processes import ROOT, Running, Signal, dae
-from worlds import align_command, make_world, metrics_of
+from worlds import FORGETTING, align_command, make_world, metrics_of
 
 from kd.runs import checkpoint_fault
 
 # Dropout, so that the state of the random generator matters; held-out rows, so that the best step is remembered.
-COMMAND = align_command(
-    "lora.dropout=0.1", "data.eval.domain=heldout_shop.jsonl", "data.eval.general=heldout_general.jsonl"
-)
+MORE = ("lora.dropout=0.1", "data.eval.domain=heldout_shop.jsonl", "data.eval.general=heldout_general.jsonl")
+COMMAND = align_command(*MORE)
 TIMINGS = {"response_tokens_per_second", "peak_memory_gib", "peak_memory_bytes"}
 
 
@@ -276,10 +275,30 @@ def test_a_finished_run_says_so_and_is_not_touched(world: Path) -> None:
     assert snapshot(world / "student") == before
 
 
+def test_early_stopping_waits_as_long_as_if_nothing_had_happened(world: Path) -> None:
+    command = [*COMMAND, "early_stopping_patience=2", "train.learning_rate=0"]  # so that nothing is ever better
+    moments = [Signal("kd.trainer:RoutedTrainer.training_step", 5), Signal("kd.stage:summarise")]
+    for kill in moments:
+        assert dae(command, world, proof=False, signals=[kill]).status == -signal.SIGKILL
+    ended = dae(command, world, proof=False)
+    assert ended.status == 0, ended.err
+    assert [line["step"] for line in metrics_of(world / "student") if "eval_loss" in line] == [2, 4, 6]
+    assert json.loads((world / "student" / "run.json").read_text())["summary"]["steps"] == 6
+
+
 def test_a_moved_folder_goes_on(stopped: Path, calm: dict[str, Any]) -> None:
     moved = stopped.rename(stopped.parent / "elsewhere")
-    command = [word if word != "student" else "elsewhere" for word in COMMAND]
-    ended = dae(command, stopped.parent, proof=False)
+    ended = dae(align_command(*MORE, output="elsewhere"), stopped.parent, proof=False)
     assert ended.status == 0, ended.err
     assert "step 2/12" not in ended.err
     assert outcome(moved)["weights"] == calm["weights"]
+
+
+def test_a_moved_folder_still_knows_its_best_checkpoint(world: Path) -> None:
+    assert dae(align_command(*FORGETTING, output="calm"), world, proof=False).status == 0
+    assert json.loads((world / "calm" / "run.json").read_text())["summary"]["best_step"] == 2
+    dae(align_command(*FORGETTING), world, proof=False, signals=[Signal("kd.stage:summarise")])
+    (world / "student").rename(world / "moved")
+    assert dae(align_command(*FORGETTING, output="moved"), world, proof=False).status == 0
+    weights = [world / run / "adapter_model.safetensors" for run in ("calm", "moved")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()

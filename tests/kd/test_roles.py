@@ -27,6 +27,7 @@ from kd.roles import (
     final_hidden_states,
     head_of,
     load_model,
+    refuse_unmergeable,
     speaking_as,
     vocabulary_rows,
 )
@@ -208,3 +209,15 @@ def test_unknown_target_modules_are_the_users_mistake(tmp_path: Path) -> None:
     backbone = Backbone(str(base), load_model(str(base), SETTINGS))
     with pytest.raises(UserError, match=r"lora\.target_modules"):
         add_student_adapter(backbone, LoraRecipe(target_modules=("no_such_layer",)), None)
+
+
+def test_an_adapter_on_one_end_of_tied_embeddings_is_not_merged(tmp_path: Path) -> None:
+    for tied, targets in ((True, ("embed_tokens",)), (False, ("embed_tokens",)), (True, ("q_proj",))):
+        base = make_checkpoint(tmp_path / f"{tied}-{targets[0]}", tie_word_embeddings=tied)
+        backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+        student = add_student_adapter(backbone, LoraRecipe(target_modules=targets), None)
+        if tied and targets == ("embed_tokens",):
+            with pytest.raises(UserError, match="merge: true: this model's input and output embeddings are one matrix"):
+                refuse_unmergeable(student)
+        else:
+            refuse_unmergeable(student)
