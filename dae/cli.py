@@ -175,7 +175,7 @@ def demo(
     """The whole story on a small made-up world: base, expert, student, one table. No download, no GPU."""
     from dae.demo.story import demo as run
 
-    run(output, seed)
+    run(output, seed, run_here)
 
 
 def align_flags(experts: Sequence[str], domain_data: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -210,14 +210,29 @@ def stage_of(recipe: Path, assignments: Sequence[str]) -> str:
     return "align" if "expert" in layers.raw or any(text.startswith("expert") for text in assignments) else "sft"
 
 
+def run_here(arguments: Sequence[str]) -> None:
+    """Run one command within another. typer answers Ctrl-C with a status; the outer command ends there, too."""
+    if app(list(arguments), prog_name="dae", standalone_mode=False):
+        raise KeyboardInterrupt
+
+
 def tell(result: RunResult) -> None:
-    """Print where a finished run lies and its last measurements."""
+    """Print where a finished run lies, and for each route how far the student was from its teacher, first and last."""
     if not is_first_rank():
         return
-    typer.echo(f"{result.path}  ({result.summary.get('steps')} steps)")
-    measured = result.summary.get("held_out") or result.summary.get("last") or {}
-    for name, value in measured.items():
-        typer.echo(f"  {name.removeprefix('eval_')}  {value:.4g}" if isinstance(value, float) else f"  {name}  {value}")
+    summary = result.summary
+    typer.echo(f"{result.path}: finished, {summary['steps']} steps")
+    for route in summary["rows"]:
+        last = summary["last"]
+        if f"{route}/kl" in last:
+            line = f"KL to its teacher {summary['initial_kl'].get(route, 0.0):.3f} -> {last[f'{route}/kl']:.3f}"
+        elif f"{route}/ntp" in last:
+            line = f"next-token loss {last[f'{route}/ntp']:.3f}"
+        else:
+            continue
+        held_out = summary["held_out"]
+        measured = held_out.get(f"eval_{route}_kl", held_out.get(f"eval_{route}_ntp"))
+        typer.echo(f"  {route:<12} {line}" + ("" if measured is None else f"; held out {measured:.3f}"))
 
 
 def is_first_rank() -> bool:

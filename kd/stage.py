@@ -129,7 +129,10 @@ def training_arguments(recipe: StageRecipe, settings: LoadSettings) -> TrainingA
             "greater_is_better": False,
             **chosen,
         }
+    # Reentrant checkpointing gives wrong gradients with adapters. Both are names of the same argument.
+    how = [chosen.pop(f"{name}_checkpointing_kwargs", None) or {} for name in ("gradient", "activation")]
     owned: dict[str, Any] = {
+        "activation_checkpointing_kwargs": {**how[0], **how[1], "use_reentrant": False},
         "output_dir": recipe.output,
         "seed": recipe.seed,
         "remove_unused_columns": False,
@@ -138,8 +141,6 @@ def training_arguments(recipe: StageRecipe, settings: LoadSettings) -> TrainingA
         "logging_nan_inf_filter": False,
         "restore_callback_states_from_checkpoint": True,  # how long early stopping has been waiting
     }
-    if chosen.get("gradient_checkpointing"):
-        owned["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     try:
         return TrainingArguments(**chosen, **owned)
     except ValueError as error:  # what only this machine can tell, such as bf16 on a CPU

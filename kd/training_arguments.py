@@ -11,16 +11,20 @@ import typing
 import warnings
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kd.problems import NO_VALUE, Problem, in_plain_words, one_of, suggestion
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
 _BY_SEED_AND_STEP = "the rows of each step follow from (seed, step) alone, on any number of ranks"
 _HELD_OUT = "held-out rows (`data.eval`) are scored by KL per route and the best checkpoint is kept without being asked"
 _NO_UPLOAD = "a run writes a folder only; upload the finished folder with `hf upload`"
 _NOT_DISTRIBUTED = "shared roles are trained with DDP only (torchrun, accelerate launch)"
+_DEVICE = "the device is found by itself; to train on the CPU, hide the others: CUDA_VISIBLE_DEVICES="
 _WHOLE_CHECKPOINTS = "checkpoints are whole, so that a run can go on after a stop"
 
 # Field -> why a recipe cannot set it, and what to do instead.
@@ -71,6 +75,9 @@ OWNED = {
     "deepspeed": _NOT_DISTRIBUTED,
     "parallelism_config": _NOT_DISTRIBUTED,
     "local_rank": "torchrun sets it",
+    "use_cpu": _DEVICE,
+    "disable_tqdm": "progress is shown in a terminal, and as lines elsewhere",
+    "logging_nan_inf_filter": "a loss that is no number ends the run, and is not to be hidden",
 }
 
 # Names that transformers has dropped, or that other toolkits use -> what to write here.
@@ -81,7 +88,7 @@ RENAMED = {
     "save_safetensors": "remove it: weights are always safetensors",
     "overwrite_output_dir": "remove it: choose another `output`, or delete that folder",
     "evaluation_strategy": "write `eval_strategy`",
-    "no_cuda": "write `use_cpu`",
+    "no_cuda": f"remove it: {_DEVICE}",
     "use_mps_device": "remove it: the device is found by itself",
     "per_gpu_train_batch_size": "write `per_device_train_batch_size`",
     "per_gpu_eval_batch_size": "write `per_device_eval_batch_size`",
@@ -118,6 +125,8 @@ CHECKPOINTING_KWARGS = ("activation_checkpointing_kwargs", "gradient_checkpointi
 
 # Building a TrainingArguments with one of these changes the state of the whole process.
 _NOT_TRIED = {"tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "log_level", "log_level_replica"}
+
+_NEED_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that cannot be made without it
 
 
 def check_training_arguments(train: Mapping[str, Any]) -> list[str]:
@@ -184,6 +193,8 @@ def wrong_value(name: str, value: Any) -> str | None:
             return f"must be {'at least' if included else 'above'} {least}"
     if name.endswith("_strategy") and value in ("epoch", "best"):
         return f"wants steps or no: set `{name.removesuffix('_strategy')}_steps` (below 1 it is a fraction of the run)"
+    if name in CHECKPOINTING_KWARGS and isinstance(value, str):
+        return "wants a mapping"
     if name in CHECKPOINTING_KWARGS and isinstance(value, dict) and value.get("use_reentrant"):
         return "with adapters, reentrant checkpointing gives wrong gradients without a word: use_reentrant: false"
     return missing_reporter(value) if name == "report_to" else None
@@ -228,8 +239,27 @@ def refused_together(train: Mapping[str, Any], held_out: bool) -> str | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            Unplaced(**{"report_to": "none", **tried, "output_dir": "unused", "use_cpu": True})
+            try_optimizer(Unplaced(**{"report_to": "none", **tried, "output_dir": "unused", "use_cpu": True}))
         except (ValueError, TypeError, ImportError) as error:
             reason = str(error).replace("--", "")
             return reason.replace("load_best_model_at_end", "keeping the best checkpoint (`data.eval`)")
     return None
+
+
+def try_optimizer(arguments: TrainingArguments) -> None:
+    """Make the optimizer's settings and the schedule, as training will.
+
+    Raises ImportError for an optimizer whose library is missing, ValueError and TypeError for settings that do not fit.
+    """
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    if not arguments.optim.startswith(_NEED_THE_MODEL):
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        torch.optim.SGD([torch.zeros(1)]),
+        num_warmup_steps=1,
+        num_training_steps=10,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,  # type: ignore[arg-type] # text has become a mapping
+    )

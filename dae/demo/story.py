@@ -46,8 +46,11 @@ class Headline:
     estimate: Estimate | None
 
 
-def demo(output: Path, seed: int = 0) -> None:
-    """Make the world and its four models under `output`, score them, print one table. Finished parts stay."""
+def demo(output: Path, seed: int, run_command: Callable[[Sequence[str]], None]) -> None:
+    """Make the world and its four models under `output`, score them, print one table. Finished parts stay.
+
+    run_command: runs one command of `dae` (without the word `dae`) in this process.
+    """
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     folder = output / "world"
     digest = world.write_world(folder)
@@ -131,14 +134,6 @@ def commands(output: Path, recipes: Path, seed: int) -> list[tuple[str, list[str
             dae("align", "align", *aligning, "--output", str(output / "next-token"), *shares, "lambda=0"),
         ),
     ]
-
-
-def run_command(arguments: Sequence[str]) -> None:
-    """Run one command of `dae` in this process. typer answers Ctrl-C with a status; the story ends there, too."""
-    from dae.cli import app
-
-    if app(list(arguments), prog_name="dae", standalone_mode=False):
-        raise KeyboardInterrupt
 
 
 def score_models(output: Path, tell: Callable[[str], None]) -> dict[str, dict[str, TaskScores]]:

@@ -326,6 +326,8 @@ def test_torchrun(world: Path) -> None:
 def test_gradient_checkpointing_does_not_matter(world: Path) -> None:
     plain = run(output="plain")
     assert_same_student(plain, run("train.gradient_checkpointing=true", output="checkpointed"))
+    new_name = ["train.activation_checkpointing=true", "train.activation_checkpointing_kwargs={every_n_layers: 2}"]
+    assert_same_student(plain, run(*new_name, output="every second layer"))
 
 
 def test_packing_does_not_matter(world: Path) -> None:

@@ -263,6 +263,11 @@ COMMANDS = {
     ),
     "out of range": Case(nothing, ("lambda", "1.5"), ("lambda=1.5",)),
     "owned by the toolkit": Case(nothing, ("the run folder is the key `output`",), ("train.output_dir=x",)),
+    "an optimizer that is not installed": Case(nothing, ("train: ", "bitsandbytes"), ("train.optim=adamw_bnb_8bit",)),
+    "a schedule without its settings": Case(
+        nothing, ("train: ", "min_lr"), ("train.lr_scheduler_type=cosine_with_min_lr",)
+    ),
+    "no device to choose": Case(nothing, ("train.use_cpu=true: is not for a recipe to set",), ("train.use_cpu=true",)),
     "neither experts nor rows": Case(
         nothing, ("add --data PATH",), arguments=("sft", "--base", "base", "--output", "o")
     ),
