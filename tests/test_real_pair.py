@@ -3,9 +3,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,19 +178,16 @@ def test_243_questions_share_their_evidence_with_a_training_row(shared: Path) ->
 
 
 @pytest.mark.slow
-def test_the_script_runs_and_runs_again_from_what_is_there(shared: Path, tmp_path: Path) -> None:
-    trial = Plan(shared, tmp_path / "work", ("questions",), ("lora",), (0,), steps=2, limit=8)
-    command = [sys.executable, "benchmarks/real_pair.py", "--shared", str(shared), "--work", str(trial.work)]
-    command += ["--output", str(tmp_path / "out"), "--sets", "questions", "--students", "lora", "--seeds", "0"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "eval")])}
-    subprocess.run([*command, "--steps", "2", "--limit", "8"], cwd=ROOT, env=environment, check=True)
-    record = json.loads((tmp_path / "out/real_pair.json").read_text(encoding="utf-8"))
-    assert record["results"][0]["rows"].keys() == {"base", "expert", "dae", "ntp"}
-    before = {path: path.stat().st_mtime_ns for path in trial.work.glob("scores/*.json")}
-    name, checkpoint = "questions-lora-dae-0", str(trial.work / "questions-lora-dae-0")
-    tasks = [*SETS["questions"].tasks, STORIES, ENDINGS]
-    real_pair.evaluate(checkpoint, shared, tasks, real_pair.scores_file(trial, name), limit=8)
-    assert {path: path.stat().st_mtime_ns for path in trial.work.glob("scores/*.json")} == before
-    changed = replace(trial, limit=4)
-    real_pair.evaluate(checkpoint, shared, tasks, real_pair.scores_file(changed, name), limit=4)
-    assert len(json.loads(real_pair.scores_file(trial, name).read_text())["tasks"]["real_stories"]["documents"]) == 4
+def test_a_job_runs_and_its_scores_are_kept(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "eval")]))
+    plan = Plan(shared, tmp_path / "work", ("category",), ("lora",), (0,), steps=1, limit=4)
+    expert = next(job for job in jobs(plan) if job.name == "category-lora-expert")
+    assert all(real_pair.run_logged(plan, expert.name, command) for command in expert.commands)
+    scores, checkpoint = real_pair.scores_file(plan, expert.name), str(plan.work / expert.name)
+    tasks = ["real_category", STORIES, ENDINGS]
+    written = scores.stat().st_mtime_ns
+    real_pair.evaluate(checkpoint, shared, tasks, scores, limit=4)
+    assert scores.stat().st_mtime_ns == written
+    real_pair.evaluate(checkpoint, shared, tasks, scores, limit=2)
+    assert len(json.loads(scores.read_text(encoding="utf-8"))["tasks"][STORIES]["documents"]) == 2
+    assert not real_pair.run_logged(plan, "missing", ("dae", "sft", "--base", str(tmp_path / "nowhere")))

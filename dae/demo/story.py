@@ -191,8 +191,8 @@ def show(console: Console, scores: Scores, found: Sequence[Headline]) -> None:
             table.add_row(f"  {skill}", *(f"{100 * value:.1f}" for value in (world.CHANCE, *means)))
     console.print(table)
     console.print(
-        "reference = base: the same weights. aligned: in the rows that the student was trained on; not aligned:\n"
-        "what the expert or the base knows, and no alignment row asks. In brackets: 95 % intervals.\n"
+        "reference = base: the same weights. aligned: in the rows that the student was trained on; not aligned: what "
+        "the expert or the base knows and no alignment row asks. In brackets: 95 % intervals.\n"
     )
     for model in ("student", "next-token"):
         console.print(f"[bold]{model}[/]")

@@ -200,7 +200,7 @@ def test_ctrl_c_and_a_kill_of_the_command_itself(world: Path, calm: dict[str, An
         assert process.returncode == status, said
         assert "Traceback" not in said[1]
     process = start()
-    assert "student  (12 steps)" in process.communicate(timeout=120)[0]
+    assert "student: finished, 12 steps" in process.communicate(timeout=120)[0]
     assert process.returncode == 0
     assert outcome(world / "student")["weights"] == calm["weights"]
 
@@ -270,7 +270,7 @@ def test_a_finished_run_says_so_and_is_not_touched(world: Path) -> None:
     again = dae(COMMAND, world)
     assert again.status == 0
     assert again.err == "student: this run is finished; nothing to do\n"
-    assert again.out.startswith("student  (12 steps)\n")
+    assert again.out.startswith("student: finished, 12 steps\n")
     assert dae([*COMMAND, "seed=1"], world).status == 2
     assert snapshot(world / "student") == before
 
