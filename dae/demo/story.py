@@ -106,7 +106,7 @@ def commands(output: Path, recipes: Path, seed: int) -> list[tuple[str, list[str
     aligning = ["--base", base, "--expert", f"{EXPERT}={expert}", "--reference", base]
     aligning += ["--domain-data", f"{EXPERT}={data / 'shop_align.jsonl'}"]
     aligning += ["--general-data", str(data / "general_align.jsonl")]
-    shares = [f"data.{EXPERT}.0.share=0.5", "data.general.0.share=0.5"]
+    shares = [f"data.{EXPERT}.0.share=0.7", "data.general.0.share=0.3"]
     return [
         (
             "1. A base that has general skills and knows no shop",
