@@ -41,7 +41,7 @@ from kd.files import write_text_durably
 from kd.fingerprints import model_fingerprint
 
 TASKS = Path(__file__).parent / "tasks"
-# lr of the ordinary script in shared/README.md, for experts and students of both objectives
+# those of the experts in shared/README.md; here for experts and students of both objectives
 LEARNING_RATES = {"lora": 5e-3, "full": 3e-3}
 EXPERT_SEED = 0
 SAMPLED_ROWS = 1600
@@ -398,7 +398,7 @@ def write_results(plan: Plan, output: Path) -> None:
     record = {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "seeds": list(plan.seeds),
+        "planned_seeds": list(plan.seeds),
         "sets": {name: asdict(SETS[name]) for name in plan.sets},
         "results": results,
         "commands": [shlex.join(command) for job in jobs(plan) for command in job.commands],

@@ -24,8 +24,8 @@ NOTES = """## How to read it
   the lowest and the highest seed in parentheses; seeds differ in the order of rows and, with LoRA, in where the adapter
   starts.
 - `next-token loss, same rows` is the same command with `lambda=0`: same rows, steps, learning rate and route weights.
-- Learning rates (LoRA 5e-3, all weights 3e-3) are those of the ordinary script in `../shared/README.md`, for experts
-  and both kinds of student alike. No grid was searched for either, and no held-out score was used to choose anything.
+- Learning rates (LoRA 5e-3, all weights 3e-3) are those of the experts in `../shared/README.md`, here for experts and
+  both kinds of student alike. No grid was searched for either, and no held-out score was used to choose anything.
 - Gap closed: (student - base) / (expert - base) over the set's domain tasks, on accuracy or on bits per byte. `over the
   reference`: bits per byte on stories above the reference's (0 is no loss). Retention: accuracy on story endings, in
   per cent of the reference's. In brackets: 95 % interval by paired bootstrap over documents, of the students' mean over

@@ -114,7 +114,7 @@ def refuse_bad_weights(model: nn.Module, path: str, adapter: str | None = None) 
     for name, tensor in model.named_parameters():
         if (adapter is None or f".{adapter}." in name) and not torch.isfinite(tensor).all():
             raise UserError(
-                f"{path}: {name} holds NaN or infinite values; nothing can be learnt from it. "
+                f"{path}: {name.replace(f'.{adapter}.', '.')} holds NaN or infinite values; nothing can be learnt from it. "
                 "Use an earlier checkpoint, or write it again."
             )
 

@@ -282,7 +282,8 @@ def start_metrics(
     batches: dict[str, list[Batch]] = {}
     for index, (rows, source) in enumerate(zip(data.rows, data.sources, strict=True)):
         mixed = MixedRows([rows], [data.route_names.index(source.route)])
-        picked = [mixed[(0, row)] for row in range(min(len(rows), INITIAL_KL_ROWS))]
+        spread = range(0, len(rows), -(-len(rows) // INITIAL_KL_ROWS))  # over the whole file, which may be sorted
+        picked = [mixed[(0, row)] for row in spread]
         size = trainer.args.per_device_train_batch_size
         batches[str(index)] = [trainer.collate(picked[i : i + size]) for i in range(0, len(picked), size)]
     measured = evaluate_routes(
