@@ -113,8 +113,9 @@ def refuse_bad_weights(model: nn.Module, path: str, adapter: str | None = None) 
     """Raise UserError where a weight is NaN or infinite: every loss and gradient after it would be, too."""
     for name, tensor in model.named_parameters():
         if (adapter is None or f".{adapter}." in name) and not torch.isfinite(tensor).all():
+            as_saved = name.replace(f".{adapter}.", ".")
             raise UserError(
-                f"{path}: {name.replace(f'.{adapter}.', '.')} holds NaN or infinite values; nothing can be learnt from it. "
+                f"{path}: {as_saved} holds NaN or infinite values; nothing can be learnt from it. "
                 "Use an earlier checkpoint, or write it again."
             )
 

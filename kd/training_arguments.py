@@ -35,7 +35,7 @@ OWNED = {
     "remove_unused_columns": "it would drop the columns that hold response mask and route",
     "label_names": "the loss reads the response mask, not labels",
     "label_smoothing_factor": "the loss is the one of the recipe's `lambda` and `divergence`",
-    "torch_compile": "the student would be compiled and its teachers not, so equal models would no longer give a KL of 0",
+    "torch_compile": "the student would be compiled and its teachers not: equal models would no longer give a KL of 0",
     "use_liger_kernel": "it replaces the forward pass that the chunked loss reads hidden states from",
     "use_cache": "a key-value cache would let packed rows see each other",
     "average_tokens_across_devices": "the loss is always divided by the count over all ranks",
