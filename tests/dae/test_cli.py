@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ def aligned(monkeypatch: pytest.MonkeyPatch) -> list[AlignRecipe]:
 
     class Result:
         path = Path("runs/align")
-        summary = {"steps": 3, "last": {"loss": 0.5}}  # noqa: RUF012
+        summary = {"steps": 3, "rows": {}, "initial_kl": {}, "last": {"loss": 0.5}, "held_out": {}}  # noqa: RUF012
 
     def record(recipe: AlignRecipe) -> Result:
         recipes.append(recipe)
@@ -82,7 +83,7 @@ def test_flags_make_the_recipe(aligned: list[AlignRecipe], capsys: pytest.Captur
     sources = {name: [source.path for source in sources] for name, sources in recipe.data.routes.items()}
     assert sources == {"general": ["g1", "g2"], "ecom": ["d1", "d3"], "legal": ["d2"]}
     assert (recipe.lambda_, recipe.train) == (0.5, {"learning_rate": 2e-5})
-    assert capsys.readouterr().out == "runs/align  (3 steps)\n  loss  0.5\n"
+    assert capsys.readouterr().out == "runs/align: finished, 3 steps\n"
 
 
 def test_without_names_both_mean_domain(aligned: list[AlignRecipe]) -> None:
@@ -250,3 +251,26 @@ def test_a_closed_pipe_is_no_fault(tmp_path: Path) -> None:
     )
     assert ran.stderr == ""
     assert ran.returncode in (0, 141)
+
+
+def test_what_is_told_of_a_finished_run(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = {
+        "steps": 3,
+        "rows": {"general": 9, "shop": 4, "silent": 1},
+        "initial_kl": {"general": 0.0, "shop": 1.5},
+        "last": {"loss": 0.2, "general/kl": 0.01, "shop/kl": 0.25, "shop/ntp": 0.4},
+        "held_out": {"eval_shop_kl": 0.3, "eval_shop_ntp": 0.5},
+    }
+    cli.tell(SimpleNamespace(path="student", summary=summary))  # type: ignore[arg-type]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [
+        ["student:", "finished,", "3", "steps"],
+        ["general", "KL", "to", "its", "teacher", "0.000", "->", "0.010"],
+        ["shop", "KL", "to", "its", "teacher", "1.500", "->", "0.250;", "held", "out", "0.300"],
+    ]
+
+
+def test_what_is_told_of_a_run_without_teachers(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = {"steps": 3, "rows": {"train": 9}, "initial_kl": {}, "last": {"train/ntp": 0.4}, "held_out": {}}
+    cli.tell(SimpleNamespace(path="expert", summary=summary))  # type: ignore[arg-type]
+    assert "next-token loss 0.400" in capsys.readouterr().out
