@@ -213,12 +213,11 @@ def render_chat(fmt: ChatFormat, messages: Messages, first: int = 0, tools: Any 
 
 def response_span(fmt: ChatFormat, messages: Messages, text: str, tools: Any) -> tuple[int, int] | None:
     """[start, end) of the last message's response in `text`, which is `messages` rendered; None if it is not found."""
-    start = None
     try:
         question = fmt.render(messages[:-1], tools, ask=True)
         start = len(question) if text.startswith(question) else None
     except UnrenderableError:
-        pass  # Nothing comes before the response, or only what no model is asked to answer.
+        start = None  # Nothing comes before the response, or only what no model is asked to answer.
     if start is None:
         start = content_start(fmt, messages, text, tools)
     if start is None:
