@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -126,7 +127,8 @@ def test_killed_five_times_at_random(world: Path, calm: dict[str, Any]) -> None:
         running = Running(COMMAND, world, proof=False)
         delay = moments.uniform(0.1, 1.5)
         time.sleep(delay)
-        running.send(signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # on a fast machine the run may have ended by then
+            running.send(signal.SIGKILL)
         status = running.end().status
         history.append(f"{delay:.2f} s: status {status}, then {whole_checkpoints(world / 'student')}")
         assert status in (-signal.SIGKILL, 0), history
