@@ -123,7 +123,7 @@ class RoutedTrainer(Trainer):
             if not all(math.isfinite(logs[key]) for key in ("loss", "grad_norm") if key in logs):
                 raise UserError(
                     f"train.learning_rate: {self.args.learning_rate}: the loss is no longer finite at step "
-                    f"{self.state.global_step}; use a lower learning rate or a longer warm-up. "
+                    f"{self.state.global_step}; use a lower learning rate or a longer warm-up, with another output. "
                     "The checkpoints before it are whole."
                 )
             logs.update(window.flat(self.objective.routes))

@@ -192,6 +192,8 @@ def wrong_value(name: str, value: Any) -> str | None:
         least, included = MINIMA[name]
         if value < least or (value == least and not included):
             return f"must be {'at least' if included else 'above'} {least}"
+    if name == "max_steps" and value == 0:
+        return "must be at least 1 (leave it out for num_train_epochs)"
     if name.endswith("_strategy") and value in ("epoch", "best"):
         return f"wants steps or no: set `{name.removesuffix('_strategy')}_steps` (below 1 it is a fraction of the run)"
     if name in CHECKPOINTING_KWARGS and isinstance(value, str):
@@ -234,6 +236,8 @@ def refused_together(train: Mapping[str, Any], held_out: bool) -> str | None:
         def device(self) -> torch.device:
             return torch.device("cpu")
 
+    if held_out and train.get("eval_strategy") == "no":
+        return "eval_strategy: no: held-out rows (`data.eval`) are there to be scored; remove one of the two"
     tried = {"save_steps": 0.1} | {name: value for name, value in train.items() if name not in _NOT_TRIED}
     if held_out:
         tried = {"eval_strategy": "steps", "eval_steps": tried["save_steps"], "load_best_model_at_end": True} | tried

@@ -210,6 +210,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("learning_rate=1e-4", "stands in another place: write `train.learning_rate`"),
         ("early_stopping_patience=3", "needs held-out rows: add `data.eval`"),
         ("train.eval_strategy=steps", "needs held-out rows: add `data.eval`"),
+        ("train.max_steps=0", "must be at least 1 (leave it out for num_train_epochs)"),
         ("data.eval={train: {path: a, share: 0.5}}", "held-out rows are read once, all of them: remove it"),
     ],
 )
@@ -289,13 +290,19 @@ def test_refused_names_are_real_names() -> None:
 
 @pytest.mark.parametrize(
     "train",
-    [{"eval_strategy": "no"}, {"save_strategy": "no"}, {"eval_steps": 50}, {"save_steps": 15, "eval_steps": 10}],
+    [{"save_strategy": "no"}, {"eval_steps": 50}, {"save_steps": 15, "eval_steps": 10}],
 )
 def test_with_held_out_rows_saving_and_scoring_go_together(train: dict[str, object]) -> None:
     assert training_argument_problems(train) == []
     (problem,) = training_argument_problems(train, held_out=True)
     assert "keeping the best checkpoint (`data.eval`) requires" in problem.message
     assert training_argument_problems({"save_steps": 20, "eval_steps": 10}, held_out=True) == []
+
+
+def test_held_out_rows_that_are_not_to_be_scored() -> None:
+    assert training_argument_problems({"eval_strategy": "no"}) == []
+    (problem,) = training_argument_problems({"eval_strategy": "no"}, held_out=True)
+    assert "remove one of the two" in problem.message
 
 
 def test_training_arguments_are_told_with_the_rest(load: Any) -> None:
