@@ -2,16 +2,17 @@
 
     python benchmarks/step_cost.py [--shape head|backbone|all] [--threads 1 2] [--repeats 3] [--steps 2]
 
-Four ways to take the same step, each in a process of its own, in alternation:
+Five ways to take the same step, each in a process of its own, in alternation:
 
     ours             kd.trainer.route_sums: three roles on one backbone, each row through its own teacher, chunked loss
-    straightforward  student, expert and reference are three models; both teachers see all rows; full logits; each row's
-                     teacher is chosen, the divergence taken (torch.nn.functional.kl_div) and then masked
-    lean             the same, but softmax and divergence at response positions only: the best that can be done to it
-                     without giving up the three models or the full logits
+    both-divergences student, expert and reference are three models; both teachers see all rows; full logits; each
+                     teacher's divergence (torch.nn.functional.kl_div) is taken on all rows and then masked
+    straightforward  the same, but each row's teacher is chosen before the one divergence: half the softmax work
+    lean             the same again, but softmax and divergence at response positions only: the best it can be
+                     with three models and full logits
     student-only     our loss with the teachers' hidden states given: what any training with this loss needs at least
 
-All four start from the same checkpoint and the same expert (a LoRA adapter; the straightforward ways merge it into a
+All start from the same checkpoint and the same expert (a LoRA adapter; the straightforward ways merge it into a
 model of its own), take the same rows, and must show the same losses to 1e-4 at every optimizer step, else nothing is
 reported.
 
@@ -42,30 +43,30 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPES = ("head", "backbone", "tiny")  # benchmarks.four_ways says what they are
-KINDS = ("ours", "straightforward", "lean", "student-only")
+SHAPES = ("head", "backbone", "tiny")  # benchmarks.step_ways says what they are
+KINDS = ("ours", "both-divergences", "straightforward", "lean", "student-only")
 MEASURED = ("cpu_seconds", "wall_seconds", "peak_mib")
 LOSS_TOLERANCE = 1e-4
 
 
 def prepare(shape_name: str, folder: Path) -> dict[str, Any]:
-    """Write what the four ways start from into `folder`; returns the shape and each way's operations per step."""
-    from benchmarks import four_ways
+    """Write what the ways start from into `folder`; returns the shape and each way's operations per step."""
+    from benchmarks import step_ways
 
-    shape = four_ways.SHAPES[shape_name]
-    four_ways.prepare(shape, folder)
-    return {"shape": asdict(shape), "flops": {kind: four_ways.count_flops(kind, shape, folder) for kind in KINDS}}
+    shape = step_ways.SHAPES[shape_name]
+    step_ways.prepare(shape, folder)
+    return {"shape": asdict(shape), "flops": {kind: step_ways.count_flops(kind, shape, folder) for kind in KINDS}}
 
 
 def work(kind: str, shape_name: str, folder: Path, threads: int, steps: int) -> dict[str, Any]:
     """One warm-up step, then `steps` measured ones: CPU and wall seconds per step, MiB above imports."""
     import torch
 
-    from benchmarks import four_ways
+    from benchmarks import step_ways
 
     torch.set_num_threads(threads)
     after_imports = resource.getrusage(resource.RUSAGE_SELF)
-    step = four_ways.optimizer_steps(kind, four_ways.SHAPES[shape_name], folder)
+    step = step_ways.optimizer_steps(kind, step_ways.SHAPES[shape_name], folder)
     losses = [step()]
     before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     losses += [step() for _ in range(steps)]

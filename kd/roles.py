@@ -240,9 +240,10 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def final_hidden_states(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """[B, T] inputs -> [B, T, D] post-norm hidden states, through the model's ordinary (wrapped) forward pass.
 
-    Going through the wrapper keeps gradient synchronisation and autocast; only one position is projected to the
-    vocabulary. No cache is made, which also keeps packed rows apart (field: a cache switches the block mask off).
+    Going through the wrapper keeps gradient synchronisation and autocast; no position is projected to the vocabulary.
+    No cache is made, which also keeps packed rows apart (field: a cache switches the block mask off).
     """
+    no_position = torch.empty(0, dtype=torch.long, device=inputs["input_ids"].device)
     caught: list[Tensor] = []
 
     def catch(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -250,7 +251,7 @@ def final_hidden_states(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tenso
 
     handle = decoder_of(model).register_forward_hook(catch)
     try:
-        model(**inputs, logits_to_keep=1, use_cache=False)
+        model(**inputs, logits_to_keep=no_position, use_cache=False)
     finally:
         handle.remove()
     return caught[-1]

@@ -195,13 +195,14 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
         add_frozen_adapter(backbone, str(expert))
 
 
-def test_only_one_position_is_projected_to_the_vocabulary() -> None:
-    model = make_model()
+@pytest.mark.parametrize("family", [*FAMILIES, "granite", "cohere", "mixtral"])
+def test_no_position_is_projected_to_the_vocabulary(family: str) -> None:
+    model = make_model(family)
     seen: list[torch.Size] = []
-    model.lm_head.register_forward_hook(lambda _m, _a, output: seen.append(output.shape))
+    model.get_output_embeddings().register_forward_hook(lambda _m, _a, output: seen.append(output.shape))
     hidden = final_hidden_states(model, {"input_ids": IDS})
     assert hidden.shape == (1, IDS.shape[1], 16)
-    assert seen == [torch.Size([1, 1, 288])]
+    assert seen == [torch.Size([1, 0, 288])]
 
 
 def test_unknown_target_modules_are_the_users_mistake(tmp_path: Path) -> None:

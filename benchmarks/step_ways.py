@@ -1,11 +1,11 @@
-"""Four ways to take the same optimizer step: what benchmarks/step_cost.py measures.
+"""Ways to take the same optimizer step: what benchmarks/step_cost.py measures.
 
 Shape legend: B rows, T positions, N response tokens, V vocabulary, R routes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,10 @@ def _positions(batch: Mapping[str, Tensor], route: int) -> Tensor:
     return batch["response_mask"][:, 1:] & (batch["route_ids"] == route)[:, None]
 
 
+def _positions_of(batch: Mapping[str, Tensor], routes: Iterable[int]) -> dict[int, Tensor]:
+    return {route: _positions(batch, route) for route in routes}
+
+
 def _three_models(shape: Shape, folder: Path) -> tuple[nn.Module, dict[int, nn.Module]]:
     """(student, teacher by route) as models of their own; the expert is merged, which is its fastest form."""
 
@@ -180,7 +184,7 @@ def straightforward(shape: Shape, folder: Path) -> tuple[nn.Module, LossOfStep]:
     student, teachers = _three_models(shape, folder)
     batch = make_batch(shape)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    positions = {route: _positions(batch, route) for route in teachers}
+    positions = _positions_of(batch, teachers)
     weights_BT = sum(here / here.sum() / len(positions) for here in positions.values())
     is_domain_B11 = (batch["route_ids"] == DOMAIN)[:, None, None]
 
@@ -193,6 +197,27 @@ def straightforward(shape: Shape, folder: Path) -> tuple[nn.Module, LossOfStep]:
         log_p_BTV = functional.log_softmax(student(**inputs, use_cache=False).logits[:, :-1], dim=-1)
         kl_BT = functional.kl_div(log_p_BTV, log_q_BTV, log_target=True, reduction="none").sum(-1)
         return (weights_BT * kl_BT).sum()
+
+    return student, loss_of_step
+
+
+def both_divergences(shape: Shape, folder: Path) -> tuple[nn.Module, LossOfStep]:
+    """Three models, both teachers on all rows; each teacher's divergence over full logits, then the masks."""
+    student, teachers = _three_models(shape, folder)
+    batch = make_batch(shape)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    weights_BT = {route: here / here.sum() / len(teachers) for route, here in _positions_of(batch, teachers).items()}
+
+    def loss_of_step() -> Tensor:
+        with torch.inference_mode():
+            teacher_BTV = {route: teacher(**inputs, use_cache=False).logits for route, teacher in teachers.items()}
+        log_p_BTV = functional.log_softmax(student(**inputs, use_cache=False).logits[:, :-1], dim=-1)
+        losses = []
+        for route, logits_BTV in teacher_BTV.items():
+            log_q_BTV = functional.log_softmax(logits_BTV[:, :-1], dim=-1)
+            kl_BT = functional.kl_div(log_p_BTV, log_q_BTV, log_target=True, reduction="none").sum(-1)
+            losses.append((weights_BT[route] * kl_BT).sum())
+        return torch.stack(losses).sum()
 
     return student, loss_of_step
 
@@ -222,6 +247,7 @@ def lean(shape: Shape, folder: Path) -> tuple[nn.Module, LossOfStep]:
 
 BUILDERS: dict[str, Callable[[Shape, Path], tuple[nn.Module, LossOfStep]]] = {
     "ours": ours,
+    "both-divergences": both_divergences,
     "straightforward": straightforward,
     "lean": lean,
     "student-only": student_only,
