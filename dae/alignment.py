@@ -7,12 +7,14 @@ reference on `general`. The student matches its row's teacher, token by token:
     L   = sum_r w_r sum_{t in r} l_t  /  sum_r w_r N_r                                     per optimizer step
 
 Where to look next: kd/losses.py (l_t), kd/objective.py (L), kd/roles.py (three roles on one backbone), kd/mixing.py
-(which rows), kd/stage.py (what every stage does around its objective).
+(which rows), kd/stage.py (what every stage does around its objective), dae_eval/drift.py (what the student forgets).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+
+from dae_eval.drift import DriftCallback
 
 from dae.recipe import AlignRecipe
 from dae.routing import GENERAL, default_route_shares, teachers_by_route
@@ -33,7 +35,8 @@ from kd.roles import (
     vocabulary_rows,
 )
 from kd.stage import RunResult, StageRoles, run_stage, student_dtype
-from kd.stage_data import load_stage_data
+from kd.stage_data import StageData, load_stage_data
+from kd.trainer import RoutedTrainer
 
 
 def align(recipe: AlignRecipe) -> RunResult:
@@ -45,7 +48,14 @@ def align(recipe: AlignRecipe) -> RunResult:
     inputs = fingerprints(recipe)
     check_checkpoints(recipe, inputs)
     data = load_stage_data(recipe, [GENERAL, *recipe.expert], default_route_shares(recipe.expert))
-    return run_stage("align", recipe, inputs, data, lambda settings: build_roles(recipe, inputs, settings))
+    return run_stage(
+        "align",
+        recipe,
+        inputs,
+        data,
+        lambda settings: build_roles(recipe, inputs, settings),
+        lambda roles, trainer: drift_callbacks(data, roles, trainer),
+    )
 
 
 def role_paths(recipe: AlignRecipe) -> dict[str, str]:
@@ -138,3 +148,16 @@ def load_teachers(
             roles[role] = Role(role, own[inputs[role]].model, None)
     experts = {name: roles[f"expert.{name}"] for name in recipe.expert}
     return roles["reference"], experts
+
+
+def drift_callbacks(data: StageData, roles: StageRoles, trainer: RoutedTrainer) -> list[DriftCallback]:
+    """What the student forgets, and how near it comes to each expert, on held-out rows; none without `data.eval`."""
+    if not data.held_out:
+        return []
+    student = next(role for role in roles.roles if role.name == "student")
+    by_route = {route.name: route.teacher for route in roles.objective.routes if route.teacher is not None}
+    reference = by_route.pop(GENERAL)
+    teachers = {GENERAL: {"reference": reference}}
+    teachers |= {route: {"reference": reference, "expert": expert} for route, expert in by_route.items()}
+    batch_size = trainer.args.per_device_eval_batch_size
+    return [DriftCallback(student, teachers, data.held_out, batch_size, trainer.log)]

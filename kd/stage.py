@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from kd.config import StageRecipe, resolved_yaml
 from kd.errors import MachineError, Stopped, UserError
@@ -74,6 +74,10 @@ class StageRoles:
     objective: Objective
     roles: tuple[Role, ...]
     vocabulary_rows: int
+
+
+# Callbacks of the caller's own, made once roles and trainer are there.
+MakeCallbacks = Callable[[StageRoles, RoutedTrainer], Sequence[TrainerCallback]]
 
 
 def processes() -> PartialState:
@@ -191,6 +195,7 @@ def run_stage(
     inputs: Mapping[str, str],
     data: StageData,
     build_roles: Callable[[LoadSettings], StageRoles],
+    make_callbacks: MakeCallbacks | None = None,
 ) -> RunResult:
     """Train, publish, prove. Going on after a stop is the same call (design: "Going on after a stop").
 
@@ -205,7 +210,7 @@ def run_stage(
         set_seed(recipe.seed)
         torch.set_flush_denormal(True)  # denormals slow a CPU run several times over
         args = training_arguments(recipe, settings)
-        trainer, stop = prepare(recipe, args, settings, data, build_roles, run)
+        trainer, stop = prepare(recipe, args, settings, data, build_roles, run, make_callbacks)
         resume_from = run.latest_checkpoint() if state == "resume" else None
         first_kl = start_metrics(trainer, data, run, resume_from)
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
@@ -229,6 +234,7 @@ def prepare(
     data: StageData,
     build_roles: Callable[[LoadSettings], StageRoles],
     run: RunFolder,
+    make_callbacks: MakeCallbacks | None = None,
 ) -> tuple[RoutedTrainer, StopOnSignal]:
     """Roles, checked against the data, and the trainer over the mixture."""
     mixture = Mixture(data.sources, rows_per_step(args), recipe.seed)
@@ -260,6 +266,8 @@ def prepare(
         eval_batches=held_out_batches(data, collate_rows, args.per_device_eval_batch_size),
         callbacks=callbacks,
     )
+    for callback in make_callbacks(roles, trainer) if make_callbacks is not None else ():
+        trainer.add_callback(callback)
     return trainer, stop
 
 

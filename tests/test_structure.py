@@ -17,7 +17,7 @@ MODULES = [(name, path) for name, folder in PACKAGES.items() for path in sorted(
 FOR_EVALUATION = {
     f"kd.{name}"
     for name in (
-        *("config", "errors", "records", "chat", "data", "mixing", "roles", "compatibility", "losses", "objective"),
+        *("config", "errors", "problems", "records", "chat", "data", "mixing", "roles", "compatibility", "losses", "objective"),
         *("runs", "files", "fingerprints", "provenance", "lock", "environment"),
     )
 }
