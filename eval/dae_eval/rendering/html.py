@@ -1,0 +1,189 @@
+"""report.html: one page that needs nothing else. Whatever a model wrote or a user named, the template escapes."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from dae_eval.rendering import wording
+from dae_eval.report import Flip, GapLine, Report, RetentionLine
+
+if TYPE_CHECKING:
+    from dae_eval.rendering.plots import Plot
+
+HERE = Path(__file__).parent
+FLIPS = 400  # documents in the page; report.json holds all
+PROMPT, ANSWER = 2000, 1000  # letters of a prompt (its end) and of an answer (its start) in the page
+
+# Colours of the plots by what they stand for; page.css gives each a value for light and for dark.
+_PLOT_COLOURS = {
+    "#1b1f24": "ink", "#8a929c": "faint", "#ffffff": "paper", "#6e7781": "grey", "#0072b2": "blue",
+    "#d55e00": "vermillion", "#009e73": "green", "#b5558f": "purple", "#b07a00": "orange", "#6b4c2a": "brown",
+}  # fmt: skip
+
+
+def render(report: Report, plots: Sequence[Plot]) -> str:
+    """The page's text: a function of the report and its plots alone."""
+    shown = embedded(report.flips)
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    return (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            report=report,
+            plots=[(plot, _themed(plot.svg)) for plot in plots],
+            plotted={plot.name.split("-")[0] for plot in plots},
+            flips=[view(flip, report) for flip in shown],
+            flip_groups=_tasks_by_group(shown),
+            scales={
+                "gap closed": _gap_scale(report.student.gap),
+                "retention": _retention_scale(report.student.retention),
+            },
+            style=Markup((HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704 - our own file
+            script=Markup(script),  # noqa: S704 - our own file
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            wording=wording,
+        )
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        finalize=lambda value: wording.visible(value) if type(value) is str else value,
+    )  # fmt: skip
+    environment.filters |= {"minus": minus, "breakable": breakable}
+    return environment
+
+
+def breakable(name: str) -> Markup:
+    """A name, escaped, that a narrow column may break after `_`."""
+    return escape(wording.visible(name)).replace("_", Markup("_<wbr>"))
+
+
+def minus(text: str) -> str:
+    """Numbers with a minus sign instead of a hyphen."""
+    return re.sub(r"(?<!\w)-(?=\d)", "−", text)
+
+
+def _themed(svg: str) -> Markup:
+    """A plot for the page itself: without the XML head, its colours taken from the page's light or dark theme."""
+    inline = svg[svg.index("<svg") :]
+    for colour, name in _PLOT_COLOURS.items():
+        inline = inline.replace(colour, f"var(--plot-{name})")
+    return Markup(inline)  # noqa: S704 - drawn by matplotlib, which escapes what it writes
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Places of a headline's figures on a line, in per cent of its width. zero and bound lie on it."""
+
+    low: float
+    value: float
+    high: float
+    zero: float
+    bound: float
+
+
+def _gap_scale(line: GapLine | None) -> Scale | None:
+    if line is None or line.closed is None:
+        return None
+    return _scale(line.closed.low, line.closed.value, line.closed.high, line.minimum, 1.0)
+
+
+def _retention_scale(line: RetentionLine | None) -> Scale | None:
+    if line is None:
+        return None
+    return _scale(line.difference.low, line.difference.value, line.difference.high, -line.margin, line.margin)
+
+
+def _scale(low: float, value: float, high: float, bound: float, also: float) -> Scale:
+    """A line that holds all of them and `also`, with a twelfth of its length to spare at either end."""
+    everything = (low, value, high, bound, also, 0.0)
+    start, length = min(everything), (max(everything) - min(everything)) or 1.0
+    return Scale(*(round(100 * (1 / 12 + (x - start) / length * 10 / 12), 2) for x in (low, value, high, 0.0, bound)))
+
+
+def embedded(flips: Sequence[Flip], limit: int = FLIPS) -> list[Flip]:
+    """At most `limit` flips, in their order: of every task and direction in turn the worst that is left."""
+    if len(flips) <= limit:
+        return list(flips)
+    turns: dict[tuple[str, bool], int] = {}
+    ranked = []
+    for place, flip in enumerate(flips):
+        kind = (flip.task, flip.change < 0)
+        turns[kind] = turns.get(kind, 0) + 1
+        ranked.append((turns[kind], place))
+    return [flips[place] for place in sorted(place for _, place in sorted(ranked)[:limit])]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A text in the page. cut: what was left out of it, in words, or empty."""
+
+    text: str
+    cut: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model answered, under all names of that model."""
+
+    label: str
+    shown: Shown
+    score: float | None
+
+
+@dataclass(frozen=True)
+class FlipView:
+    """A flip as the page shows it: the two answers that are compared, and those of the other models."""
+
+    flip: Flip
+    prompt: Shown
+    target: Shown
+    compared: tuple[Answer, Answer]
+    others: tuple[Answer, ...]
+
+
+def view(flip: Flip, report: Report) -> FlipView:
+    """The texts of a flip, no longer than the page takes."""
+    before, after = (_answer(flip, role, role) for role in (flip.against, "student"))
+    others = (column for column in wording.columns(report) if not {flip.against, "student"} & set(column.roles))
+    return FlipView(
+        flip,
+        _prompt(flip.prompt),
+        _start(flip.target),
+        (before, after),
+        tuple(_answer(flip, column.label, role) for column in others for role in column.roles if role in flip.answers),
+    )
+
+
+def _answer(flip: Flip, label: str, role: str) -> Answer:
+    return Answer(label, _start(flip.answers.get(role, "")), flip.scores.get(role))
+
+
+def _start(text: str) -> Shown:
+    cut = f"the first {ANSWER:,} of {len(text):,} characters" if len(text) > ANSWER else ""
+    return Shown(wording.clipped(text, ANSWER), cut)
+
+
+def _prompt(text: str) -> Shown:
+    cut = f"the last {PROMPT:,} of {len(text):,} characters" if len(text) > PROMPT else ""
+    return Shown(wording.clipped_start(text, PROMPT), cut)
+
+
+def _tasks_by_group(flips: Sequence[Flip]) -> dict[str, dict[str, Any]]:
+    """How many flips of each task the page holds, by group."""
+    found: dict[str, dict[str, int]] = {}
+    for flip in sorted(flips, key=lambda one: (one.group, one.task)):
+        tasks = found.setdefault(flip.group, {})
+        tasks[flip.task] = tasks.get(flip.task, 0) + 1
+    return found

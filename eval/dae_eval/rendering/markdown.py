@@ -1,0 +1,178 @@
+"""report.md: the report as a section of a model card. Pipe tables, headings from ## on, no HTML, no pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from dae_eval.rendering.wording import (
+    MARK,
+    against,
+    clipped,
+    clipped_start,
+    columns,
+    count,
+    groups,
+    headlines,
+    is_significant,
+    kinds,
+    one_line,
+    p_value,
+    points,
+    score,
+    teachers,
+)
+from dae_eval.report import Flip, Report, TaskLine
+
+REGRESSIONS = 10  # shown, at most two of a task; report.json holds all
+
+# Characters that mean something inside a line of Markdown, or to a hub that shows it (links, mentions, formulas). An
+# underscore between two letters means nothing and stays, so that names of tasks stay readable in the raw file.
+_SPECIAL = re.compile(r"[\\`*\[\]<>|~&$#!@{}]|(?<![^\W_])_|_(?![^\W_])|(?<=\w):(?=//)")
+_LIST_START = re.compile(r"^(?:([-+=])|(\d+)([.)]))")
+
+
+def escape(text: str) -> str:
+    """Any text as one line of Markdown that reads as that text: white space in one, nothing formatted or linked."""
+    escaped = _SPECIAL.sub(lambda match: f"\\{match[0]}", one_line(text)).replace("www.", "www\\.")
+    return _LIST_START.sub(lambda match: f"{match[2] or ''}\\{match[1] or match[3]}", escaped)
+
+
+def render(report: Report) -> str:
+    """The file's text; what is absent from the report has no heading."""
+    sections = {
+        f"Evaluation: {report.word}": _verdict(report),
+        "Models": _models(report),
+        "Tasks": _tasks(report),
+        "Held-out responses": _held_out(report),
+        "Regressions": _regressions(report),
+        "Notes": "\n".join(f"- {escape(clipped(note, 600))}" for note in report.notes),
+        "Provenance": _table(("what", "value"), ((escape(what), escape(value)) for what, value in report.provenance)),
+    }
+    return "\n".join(
+        f"{'##' if number == 0 else '###'} {title}\n\n{content}\n"
+        for number, (title, content) in enumerate(sections.items())
+        if content
+    )
+
+
+def _verdict(report: Report) -> str:
+    rows = [
+        (
+            escape(summary.name),
+            line.measure,
+            f"**{line.figure}**",
+            line.interval,
+            line.condition,
+            line.word,
+            line.remark,
+        )
+        for summary in (report.student, *report.others)
+        for line in headlines(summary)
+    ]
+    return _table(("student", "measure", "value", "95 % interval", "condition", "verdict", "remark"), rows)
+
+
+def _models(report: Report) -> str:
+    rows = (
+        (escape(line.role), escape(line.path), escape(line.fingerprint[:16]), f"same weights as {escape(line.same_as)}")
+        if line.same_as
+        else (escape(line.role), escape(line.path), escape(line.fingerprint[:16]), "")
+        for line in report.models
+    )
+    return _table(("role", "checkpoint", "fingerprint", ""), rows)
+
+
+def _tasks(report: Report) -> str:
+    shown = columns(report)
+    head = ("task", "n", "chance", *(escape(column.label) for column in shown), "difference (95 %)", "p (Holm)")
+    parts = []
+    for group, tasks in groups(report).items():
+        rows = [
+            (
+                escape(task.task),
+                count(task.n),
+                score(task.chance),
+                *(score(column.value(task.scores)) for column in shown),
+                points(task.difference) + (f" \\{MARK}" if is_significant(task) else ""),
+                p_value(task.p_holm),
+            )
+            for task in tasks
+        ]
+        title = f"**{escape(group)}** ({kinds(tasks, report)}; student - {escape(against(tasks))})"
+        remarks = "".join(f"\n- {remark}" for remark in _remarks(tasks))
+        parts.append(f"{title}\n\n{_table(head, rows, left=1)}" + (f"\n{remarks}" if remarks else ""))
+    if parts:
+        parts.append(
+            "Scores in per cent, differences in points with 95 % intervals. "
+            f"\\{MARK}: p < 0.05 after Holm's correction over all tasks."
+        )
+    return "\n\n".join(parts)
+
+
+def _remarks(tasks: Sequence[TaskLine]) -> Iterator[str]:
+    for task in tasks:
+        if task.unpaired:
+            yield f"{escape(task.task)}: {count(task.unpaired)} documents that only some models answered are left out"
+        if task.seen:
+            without = "" if task.unseen_difference is None else f"; without them {points(task.unseen_difference)}"
+            yield f"{escape(task.task)}: {count(task.seen)} of {count(task.n)} also in training rows{without}"
+
+
+def _held_out(report: Report) -> str:
+    head = ("route", "model", "tokens", "loss", *(f"KL({escape(role)} \\|\\| model)" for role in teachers(report)))
+    rows = [
+        (
+            escape(line.route),
+            escape(line.model),
+            count(line.tokens),
+            f"{line.loss:.4f}",
+            *(f"{line.kl[role]:.4f}" if role in line.kl else "" for role in teachers(report)),
+        )
+        for line in report.held_out
+    ]
+    table = _table(head, rows, left=2)
+    return f"Nats per response token, teacher-forced.\n\n{table}" if rows else ""
+
+
+def _regressions(report: Report) -> str:
+    worse = [flip for flip in report.flips if flip.change < 0]
+    if not worse:
+        return ""
+    head = ("document", "prompt", "expected", "compared with", "student")
+    better = count(len(report.flips) - len(worse))
+    said = f"{count(len(worse))} documents became worse, {better} better. The worst of each task:"
+    return f"{said}\n\n{_table(head, map(_regression, _worst(worse)), left=len(head))}"
+
+
+def _worst(worse: Sequence[Flip]) -> list[Flip]:
+    taken: dict[str, int] = {}
+    chosen: list[Flip] = []
+    for flip in worse:
+        taken[flip.task] = taken.get(flip.task, 0) + 1
+        if taken[flip.task] <= 2 and len(chosen) < REGRESSIONS:
+            chosen.append(flip)
+    return chosen
+
+
+def _regression(flip: Flip) -> tuple[str, ...]:
+    answers = (
+        f"{role}: {clipped(one_line(flip.answers.get(role, '')), 160) or '(nothing)'}"
+        for role in (flip.against, "student")
+    )
+    return (
+        escape(f"{flip.task} {flip.id}") + (" (in training rows)" if flip.seen else ""),
+        escape(clipped_start(one_line(flip.prompt), 240)),
+        escape(clipped(one_line(flip.target), 160)),
+        *map(escape, answers),
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int | None = None) -> str:
+    """A pipe table, empty where there are no rows; columns from `left` on are aligned right."""
+    body = list(rows)
+    if not body:
+        return ""
+    left = len(head) if left is None else left
+    rule = ["---" if number < left else "---:" for number in range(len(head))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *body))
