@@ -26,12 +26,15 @@ from dae.estimates import Item, Models, disk, loss_shares, memory, models_of, to
 from dae.overlap import overlaps
 from dae.recipe import AlignRecipe
 from dae.routing import GENERAL, default_route_shares
+from kd import distill
 from kd.config import SftRecipe, SourceRecipe
 from kd.data import TokenRows, marked_text, read_records
+from kd.distill_recipe import DistillRecipe
 from kd.errors import UserError
 from kd.fingerprints import model_fingerprint
 from kd.mixing import Mixture
 from kd.roles import LoadSettings, head_of, learned_positions, refuse_unknown_forward
+from kd.router import refuse_useless_router_loss
 from kd.sft import ROUTE
 from kd.stage import load_settings, planned_steps, rows_per_step, training_arguments
 from kd.stage_data import StageData, load_stage_data, refuse_unfit_rows
@@ -77,7 +80,7 @@ class Findings:
             raise UserError("\n".join([f"{len(self.problems)} problems:", *(f"  {line}" for line in self.problems)]))
 
 
-def check(recipe: SftRecipe | AlignRecipe) -> None:
+def check(recipe: SftRecipe | DistillRecipe | AlignRecipe) -> None:
     """Print what the run would do. Raises UserError with everything that would stop it."""
     plan = make_plan(recipe)
     console = Console(highlight=False)
@@ -87,7 +90,7 @@ def check(recipe: SftRecipe | AlignRecipe) -> None:
     show_effort(console, recipe, plan)
 
 
-def make_plan(recipe: SftRecipe | AlignRecipe) -> Plan:
+def make_plan(recipe: SftRecipe | DistillRecipe | AlignRecipe) -> Plan:
     """Everything but the weights. Raises UserError with every problem found."""
     found = Findings()
     found.of(lambda: check_output(recipe.output))
@@ -97,6 +100,8 @@ def make_plan(recipe: SftRecipe | AlignRecipe) -> Plan:
     if inputs is not None:
         if isinstance(recipe, AlignRecipe):
             found.of(lambda: check_checkpoints(recipe, inputs))
+        if isinstance(recipe, DistillRecipe):
+            found.of(lambda: distill.check_checkpoints(recipe))
         # What does not belong together cannot be laid out either.
         models = found.of(lambda: models_of(recipe, inputs, settings)) if not found.problems else None
     args = found.of(lambda: training_arguments(recipe, settings))
@@ -118,7 +123,7 @@ def make_plan(recipe: SftRecipe | AlignRecipe) -> Plan:
     return Plan(data, args, settings, mixture, steps, models)
 
 
-def sources_of(recipe: SftRecipe | AlignRecipe) -> list[SourceRecipe]:
+def sources_of(recipe: SftRecipe | DistillRecipe | AlignRecipe) -> list[SourceRecipe]:
     """All sources, for training and held out."""
     return [
         source for part in (recipe.data.routes, recipe.data.eval) for sources in part.values() for source in sources
@@ -131,15 +136,21 @@ def first_record(source: SourceRecipe) -> str:
     return location
 
 
-def inputs_of(recipe: SftRecipe | AlignRecipe) -> dict[str, str]:
+def inputs_of(recipe: SftRecipe | DistillRecipe | AlignRecipe) -> dict[str, str]:
     """Fingerprint of each role."""
-    return fingerprints(recipe) if isinstance(recipe, AlignRecipe) else {"base": model_fingerprint(recipe.base)}
+    if isinstance(recipe, AlignRecipe):
+        return fingerprints(recipe)
+    if isinstance(recipe, DistillRecipe):
+        return distill.fingerprints(recipe)
+    return {"base": model_fingerprint(recipe.base)}
 
 
-def data_of(recipe: SftRecipe | AlignRecipe) -> StageData:
+def data_of(recipe: SftRecipe | DistillRecipe | AlignRecipe) -> StageData:
     """All rows, encoded, as the stage itself reads them."""
     if isinstance(recipe, AlignRecipe):
         return load_stage_data(recipe, [GENERAL, *recipe.expert], default_route_shares(recipe.expert))
+    if isinstance(recipe, DistillRecipe):
+        return distill.load_data(recipe)
     return load_stage_data(recipe, [ROUTE], None)
 
 
@@ -153,15 +164,16 @@ def check_output(output: str) -> None:
         raise UserError(f"output: {output}: {existing} may not be written; name a place that you may use")
 
 
-def check_fit(recipe: SftRecipe | AlignRecipe, data: StageData, models: Models) -> None:
+def check_fit(recipe: SftRecipe | DistillRecipe | AlignRecipe, data: StageData, models: Models) -> None:
     """Raise UserError where the models cannot take these rows."""
     base = models.base
     refuse_unknown_forward(base, recipe.base)  # type: ignore[arg-type]
     head_of(base)
+    refuse_useless_router_loss(base, recipe.router_aux_loss)
     refuse_unfit_rows(recipe, data, models.vocabulary_rows, learned_positions(base))
 
 
-def show_routes(console: Console, recipe: SftRecipe | AlignRecipe, plan: Plan) -> None:
+def show_routes(console: Console, recipe: SftRecipe | DistillRecipe | AlignRecipe, plan: Plan) -> None:
     """Rows, tokens and shares of each route; then what was cut or dropped and why; then what to worry about."""
     data = plan.data
     table = plain_table("route", "rows", "tokens", "response", "% rows", "% loss", "cut", "dropped", "passes")
@@ -229,7 +241,7 @@ def shortened(text: str) -> str:
     return text if len(text) <= CHARACTERS_SHOWN else f"{text[:half]} ... {text[-half:]}"
 
 
-def show_overlap(console: Console, recipe: SftRecipe | AlignRecipe) -> None:
+def show_overlap(console: Console, recipe: SftRecipe | DistillRecipe | AlignRecipe) -> None:
     """Held-out rows that also stand in training."""
     if not recipe.data.eval:
         console.print(
@@ -243,14 +255,14 @@ def show_overlap(console: Console, recipe: SftRecipe | AlignRecipe) -> None:
     console.print(table)
 
 
-def show_effort(console: Console, recipe: SftRecipe | AlignRecipe, plan: Plan) -> None:
+def show_effort(console: Console, recipe: SftRecipe | DistillRecipe | AlignRecipe, plan: Plan) -> None:
     """Steps, tokens, memory, disk."""
     args, mixture = plan.args, plan.mixture
     rows = plan.steps * mixture.rows_per_step
     epoch = f", {mixture.rows_per_epoch:,} an epoch" if mixture.rows_per_epoch is not None else ""
     micro = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size} process"
     trained = tokens_of_run(plan.data, rows, plan.data.route_names)
-    taught = trained if isinstance(recipe, AlignRecipe) else 0
+    taught = 0 if isinstance(recipe, SftRecipe) else trained
     place = plan.settings.device if plan.settings.device != "cpu" else "this machine's CPU"
     dtype = str(plan.settings.dtype).removeprefix("torch.")
     console.print(

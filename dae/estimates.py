@@ -15,6 +15,8 @@ from dae.alignment import needs_base, role_paths
 from dae.recipe import AlignRecipe
 from kd.compatibility import empty_model, is_adapter
 from kd.config import SftRecipe, StageRecipe
+from kd.distill import projection_parameters
+from kd.distill_recipe import DistillRecipe
 from kd.fingerprints import resolve_model
 from kd.losses import ACCELERATOR_CHUNK_ELEMENTS, CPU_CHUNK_ELEMENTS
 from kd.roles import ADAPTER_WEIGHTS, Backbone, LoadSettings, add_student_adapter
@@ -58,18 +60,23 @@ def models_of(recipe: StageRecipe, inputs: Mapping[str, str], settings: LoadSett
     size, vocabulary_rows = parameters(base), head_rows(base)
     weights: list[Item] = []
     if isinstance(recipe, SftRecipe):
-        on_base = ["student"] if recipe.lora else []
+        on_base, own = ["student"] if recipe.lora else [], {}
+    elif isinstance(recipe, DistillRecipe):
+        on_base, own = ["student"] if recipe.lora else [], {recipe.teacher: ["teacher"]}
     else:
         assert isinstance(recipe, AlignRecipe)
         on_base, own = split_roles(recipe, inputs)
-        for path, roles in own.items():
-            model = empty_model(path, recipe.trust_remote_code)
+    for path, roles in own.items():
+        model = empty_model(path, recipe.trust_remote_code)
+        if not (isinstance(recipe, DistillRecipe) and recipe.cross_tokenizer):
             vocabulary_rows = min(vocabulary_rows, head_rows(model))
-            weights.append(Item(", ".join(roles), parameters(model) * element))
+        weights.append(Item(", ".join(roles), parameters(model) * element))
     if on_base:
         weights.insert(0, Item(f"base: {', '.join(on_base)}", size * element))
     if isinstance(recipe, AlignRecipe):
         weights += frozen_adapters(recipe)
+    if isinstance(recipe, DistillRecipe) and (count := projection_parameters(recipe)):
+        weights.append(Item("projections, their gradients and AdamW", count * (4 + GRADIENT_BYTES + ADAMW_BYTES)))
     if recipe.lora is None:
         trainable = size
         weights.append(Item("student, all weights", size * student_dtype(recipe).itemsize))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ _PROBES = (
     "价格是多少？ цена €99",
     "🙂 </s><|im_end|> [INST]",
 )
+# An adapter on several parameters of one module is as many wrappers, one inside the other.
+_NESTED = re.compile(r"(\.base_layer)+$")
 
 
 def is_adapter(path: str) -> bool:
@@ -124,6 +127,7 @@ def _check_shapes(role: str, path: str, folder: Path, base: str, trust_remote_co
             name = key.removeprefix("base_model.model.")
             shape = list(file.get_slice(key).get_shape())
             module_name, _, part = name.partition(".lora_")
+            module_name = _NESTED.sub("", module_name)
             if not part:
                 module_name, _, part = name.replace(".base_layer.", ".").rpartition(".")
             module = modules.get(module_name)
@@ -143,7 +147,7 @@ def _expected_shape(module: nn.Module, part: str, shape: list[int]) -> list[int]
     """What a tensor's shape must be on this module; the rank is the adapter's own."""
     weight = getattr(module, "weight", None)
     if weight is None:
-        return None
+        return _expected_fused_shape(module, part, shape)
     if weight.dim() < 2:
         return list(weight.shape) if part == "weight" else None
     # Conv1D and embeddings keep their weights the other way round: [in, out].
@@ -153,6 +157,21 @@ def _expected_shape(module: nn.Module, part: str, shape: list[int]) -> list[int]
     if part in ("B.weight", "embedding_B"):
         return [out_features, shape[1]]
     return list(weight.shape) if part == "weight" else None
+
+
+def _expected_fused_shape(module: nn.Module, part: str, shape: list[int]) -> list[int] | None:
+    """The same for the experts of a mixture, [E, out, in] in one parameter: all their updates lie side by side.
+
+    The tensor does not say which of the parameters it is for, so that it may fit any of them.
+    """
+    fused = [parameter.shape for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
+    if part == "A.weight":
+        allowed = [[max(shape[0] // experts, 1) * experts, inputs] for experts, _, inputs in fused]
+    elif part == "B.weight":
+        allowed = [[outputs, max(shape[1] // experts, 1) * experts] for experts, outputs, _ in fused]
+    else:
+        return None
+    return next((one for one in allowed if one == shape), allowed[0] if allowed else None)
 
 
 def empty_model(path: str, trust_remote_code: bool = False) -> nn.Module:

@@ -283,6 +283,11 @@ class StageRecipe(Frozen):
     )
     trust_remote_code: bool = Field(default=False, description="run code that comes with a checkpoint")
     merge: bool = Field(default=False, description="also write the merged full weights of a LoRA student")
+    router_aux_loss: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the loss that keeps a mixture's experts in use (Switch Transformer); 0: off",
+    )
     early_stopping_patience: int | None = Field(
         default=None, ge=1, description="stop after so many evaluations without a better one; needs data.eval"
     )

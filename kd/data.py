@@ -116,6 +116,11 @@ class TokenRows:
         part = slice(self.offsets[row], self.offsets[row + 1])
         return self.input_ids[part], self.response_mask[part]
 
+    def columns(self, row: int) -> dict[str, Ids | Mask]:
+        """What a row is made of, by the name of its column in a batch."""
+        input_ids, response_mask = self.arrays(row)
+        return {"input_ids": input_ids, "response_mask": response_mask}
+
     def __getitem__(self, row: int) -> TokenRow:
         ids, mask = self.arrays(row)
         return TokenRow(ids.tolist(), mask.tolist())
@@ -217,17 +222,22 @@ def load_rows(
     for source in sources:
         report = SourceReport(source.path)
         kept = TokenRows.from_rows(encode_source(source, tokenizer, settings, report))
-        if not len(kept):
-            reasons = "; ".join(f"{count} x {reason}" for reason, count in report.dropped.items())
-            raise UserError(
-                f"{source.path}: none of its {report.records} rows gives a response token ({reasons}); "
-                f"check the rows, or raise data.max_length ({settings.max_length})"
-            )
+        refuse_empty(report, len(kept), settings)
         report.kept, report.tokens = len(kept), len(kept.input_ids)
         report.response_tokens = int(kept.response_mask.sum())
         rows.append(kept)
         reports.append(report)
     return rows, reports
+
+
+def refuse_empty(report: SourceReport, kept: int, settings: DataRecipe) -> None:
+    """Raise UserError where no row of a source is kept."""
+    if not kept:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in report.dropped.items())
+        raise UserError(
+            f"{report.path}: none of its {report.records} rows gives a response token ({reasons}); "
+            f"check the rows, or raise data.max_length ({settings.max_length})"
+        )
 
 
 def encode_source(
@@ -239,10 +249,7 @@ def encode_source(
     records = read_records(source)
     while batch := list(itertools.islice(records, BATCH_RECORDS)):
         report.records += len(batch)
-        drafted = [draft(record, tokenizer, settings, location) for location, record in batch]
-        dropped.update(item.reason for item in drafted if isinstance(item, Dropped))
-        drafts = [item for item in drafted if isinstance(item, Draft)]
-        for encoded in encode_drafts(drafts, tokenizer, settings.max_length):
+        for encoded in encode_records(batch, tokenizer, settings):
             if isinstance(encoded, Dropped):
                 dropped[encoded.reason] += 1
                 continue
@@ -251,6 +258,15 @@ def encode_source(
             yield encoded.input_ids, encoded.response_mask
     report.dropped = dict(dropped)
     report.notes = [f"{count} rows: {note}" for note, count in notes.items()]
+
+
+def encode_records(
+    records: Sequence[tuple[str, dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, settings: DataRecipe
+) -> list[Encoded | Dropped]:
+    """(location, record) pairs as rows, one entry for each record. Raises UserError (see `encode_record`)."""
+    drafted = [draft(record, tokenizer, settings, location) for location, record in records]
+    encoded = iter(encode_drafts([i for i in drafted if isinstance(i, Draft)], tokenizer, settings.max_length))
+    return [item if isinstance(item, Dropped) else next(encoded) for item in drafted]
 
 
 def draft(

@@ -13,7 +13,7 @@ from typing import Any
 
 LIBRARIES = (
     "dae-align", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors",
-    "huggingface_hub", "numpy",
+    "huggingface_hub", "numpy", "mergekit",
 )  # fmt: skip
 
 _SECRET_KEY = re.compile(r"token$|secret|password|passwd|credential|api[-_]?key|access[-_]?key", re.IGNORECASE)

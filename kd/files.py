@@ -81,7 +81,12 @@ def fsync_tree(folder: Path) -> None:
 
 
 def write_text_durably(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) so that `path` holds either its old content or all of the new one, whenever it stops.
+    """`write_bytes_durably` for `text` in UTF-8."""
+    write_bytes_durably(path, text.encode())
+
+
+def write_bytes_durably(path: Path, content: bytes) -> None:
+    """Write `content` so that `path` holds either its old content or all of the new one, whenever it stops.
 
     Raises:
         MachineError: the disk is full. `path` is as before.
@@ -90,8 +95,8 @@ def write_text_durably(path: Path, text: str) -> None:
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
     with disk_errors(path):
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with temporary.open("wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"]
 
 # Elements of one chunk's logits (16 MiB in fp32 on a CPU, 256 MiB on an accelerator), and its fewest tokens: of fewer,
 # reading the head's weights costs more than multiplying by them (on a CPU, 32 tokens took 15 % longer than 64).
@@ -53,7 +53,7 @@ class Head:
 
         out_NV: memory to put them in; its dtype then takes the place of that last one. Not differentiable.
         """
-        dtype = _sum_dtype(self.weight_VD.dtype) if out_NV is None else out_NV.dtype
+        dtype = sum_dtype(self.weight_VD.dtype) if out_NV is None else out_NV.dtype
         hidden_ND, weight_DV = hidden_ND.detach().to(self.weight_VD.dtype), self.weight_VD.detach().T
         if dtype == self.weight_VD.dtype and not torch.is_autocast_enabled(hidden_ND.device.type):
             logits_NV = torch.matmul(hidden_ND, weight_DV, out=out_NV)
@@ -77,12 +77,16 @@ class TokenLoss:
     beta: only for `jsd`: 0 is forward KL, 1 is reverse KL, between them the generalised Jensen-Shannon divergence
     beta * KL(teacher || m) + (1 - beta) * KL(student || m) with m = beta * teacher + (1 - beta) * student
     (Agarwal et al. 2023, arXiv 2306.13649, eq. 1). The limits 0 and 1 of that formula are 0, hence the convention.
+    skew: only for the skewed divergences of DistiLLM (arXiv 2402.03898), above 0 and below 1: how much of the first
+    distribution is mixed into the second; skewed_forward_kl is KL(teacher || skew * teacher + (1 - skew) * student),
+    skewed_reverse_kl is KL(student || skew * student + (1 - skew) * teacher).
     """
 
     weight: float = 1.0
     temperature: float = 1.0
     divergence: Divergence = "forward_kl"
     beta: float = 0.5
+    skew: float = 0.1
 
     @property
     def kind(self) -> Divergence:
@@ -164,15 +168,15 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Inside forward autograd is off; what the caller asked for is in needs_input_grad.
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        sum_dtype = _sum_dtype(weight_VD.dtype)
+        dtype = sum_dtype(weight_VD.dtype)
         grad_hidden_ND = torch.zeros_like(hidden_ND) if wants_hidden else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=sum_dtype) if wants_weight else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=sum_dtype) if wants_bias and bias_V is not None else None
-        totals = torch.zeros(3, dtype=sum_dtype, device=hidden_ND.device)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if wants_weight else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=dtype) if wants_bias and bias_V is not None else None
+        totals = torch.zeros(3, dtype=dtype, device=hidden_ND.device)
         # The same memory for every chunk: fresh memory can cost a CPU more in page faults than the arithmetic on it.
         tokens = min(chunk_tokens, hidden_ND.shape[0])
         buffers = 2 if teacher_head is None else 4  # logits, p; q, teacher's logits
-        scratch_XNV = hidden_ND.new_empty(buffers, tokens, weight_VD.shape[0], dtype=sum_dtype)
+        scratch_XNV = hidden_ND.new_empty(buffers, tokens, weight_VD.shape[0], dtype=dtype)
 
         for start in range(0, hidden_ND.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
@@ -289,6 +293,10 @@ def _divergence(
         return _forward_kl(log_p_NV, log_q_NV, wants_grad)
     if token_loss.kind == "reverse_kl":
         return _reverse_kl(log_p_NV, log_q_NV, wants_grad)
+    if token_loss.kind == "skewed_forward_kl":
+        return _skewed_forward_kl(log_p_NV, log_q_NV, token_loss.skew, wants_grad)
+    if token_loss.kind == "skewed_reverse_kl":
+        return _skewed_reverse_kl(log_p_NV, log_q_NV, token_loss.skew, wants_grad)
     return _jsd(log_p_NV, log_q_NV, token_loss.beta, wants_grad)
 
 
@@ -310,15 +318,10 @@ def _reverse_kl(log_p_NV: Tensor, log_q_NV: Tensor, wants_grad: bool) -> tuple[T
 def _jsd(log_p_NV: Tensor, log_q_NV: Tensor, beta: float, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
     """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p; gradient (1 - beta) p (log p/m - KL(p || m)).
 
-    log p/m is taken from d = log q - log p, never from m itself: it is then exactly 0 where p = q and finite
-    however far apart the two are.
+    log p/m is taken from d = log q - log p, never from m itself: it is then exactly 0 where p = q.
     """
     d_NV = log_q_NV - log_p_NV
-    log_p_over_m_NV = torch.where(
-        d_NV <= 0,
-        -torch.log1p(beta * torch.expm1(d_NV.clamp(max=0))),
-        -d_NV - torch.log1p((1 - beta) * torch.expm1(-d_NV.clamp(min=0))),
-    )
+    log_p_over_m_NV = _log_mixture(d_NV, beta).neg_()
     p_NV = log_p_NV.exp()
     kl_p_m_N = (p_NV * log_p_over_m_NV).sum(-1, keepdim=True)
     kl_q_m = (log_q_NV.exp() * (d_NV + log_p_over_m_NV)).sum()
@@ -326,6 +329,42 @@ def _jsd(log_p_NV: Tensor, log_q_NV: Tensor, beta: float, wants_grad: bool) -> t
     if not wants_grad:
         return divergence, None
     return divergence, log_p_over_m_NV.sub_(kl_p_m_N).mul_(p_NV).mul_(1 - beta)
+
+
+def _skewed_forward_kl(
+    log_p_NV: Tensor, log_q_NV: Tensor, skew: float, wants_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """KL(q || m), m = skew q + (1 - skew) p; with r = q/m - 1 its gradient is (1 - skew) p (sum p r - r)."""
+    log_m_over_q_NV = _log_mixture(log_p_NV - log_q_NV, 1.0 - skew)
+    divergence = -(log_q_NV.exp().mul_(log_m_over_q_NV)).sum()
+    if not wants_grad:
+        return divergence, None
+    p_NV, r_NV = log_p_NV.exp(), log_m_over_q_NV.neg_().expm1_()
+    mean_N = (p_NV * r_NV).sum(-1, keepdim=True)
+    return divergence, r_NV.neg_().add_(mean_N).mul_(p_NV).mul_(1.0 - skew)
+
+
+def _skewed_reverse_kl(
+    log_p_NV: Tensor, log_q_NV: Tensor, skew: float, wants_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """KL(p || m), m = skew p + (1 - skew) q; with g = log p/m - skew (p/m - 1) its gradient is p (g - sum p g)."""
+    p_NV = log_p_NV.exp()
+    log_p_over_m_NV = _log_mixture(log_q_NV - log_p_NV, 1.0 - skew).neg_()
+    divergence = (p_NV * log_p_over_m_NV).sum()
+    if not wants_grad:
+        return divergence, None
+    g_NV = log_p_over_m_NV - log_p_over_m_NV.expm1().mul_(skew)
+    mean_N = (p_NV * g_NV).sum(-1, keepdim=True)
+    return divergence, g_NV.sub_(mean_N).mul_(p_NV)
+
+
+def _log_mixture(d_NV: Tensor, share: float) -> Tensor:
+    """log(1 - share + share e^d): exactly 0 at d = 0 and finite however far d is from it (share below 1)."""
+    return torch.where(
+        d_NV <= 0,
+        torch.log1p(share * torch.expm1(d_NV.clamp(max=0))),
+        d_NV + torch.log1p((1 - share) * torch.expm1(-d_NV.clamp(min=0))),
+    )
 
 
 def _chain_through_head(grad_NV: Tensor, logits_NV: Tensor, head: Head) -> None:
@@ -336,5 +375,6 @@ def _chain_through_head(grad_NV: Tensor, logits_NV: Tensor, head: Head) -> None:
         grad_NV.mul_(head.scale)
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of this one are summed: fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

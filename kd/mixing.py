@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -246,11 +246,13 @@ class StepBatchSampler(Sampler[list[Row]]):
 
 
 class MixedRow(TypedDict):
-    """A row with its route: input_ids int32 [T], response_mask bool [T], route_id."""
+    """A row with its route: input_ids int32 [T], response_mask bool [T], route_id; also in a teacher's own tokens."""
 
     input_ids: Ids
     response_mask: Mask
     route_id: int
+    teacher_input_ids: NotRequired[Ids]
+    teacher_response_mask: NotRequired[Mask]
 
 
 class MixedRows(Dataset[MixedRow]):
@@ -266,8 +268,7 @@ class MixedRows(Dataset[MixedRow]):
 
     def __getitem__(self, key: Row) -> MixedRow:
         source, row = key
-        input_ids, response_mask = self.sources[source].arrays(row)
-        return {"input_ids": input_ids, "response_mask": response_mask, "route_id": self.route_ids[source]}
+        return cast(MixedRow, {**self.sources[source].columns(row), "route_id": self.route_ids[source]})
 
 
 def collate(
@@ -284,7 +285,8 @@ def pad_rows(rows: Sequence[MixedRow], pad_token_id: int, pad_to_multiple_of: in
     """Rows padded on the right to the longest, or to the next multiple.
 
     Returns:
-        input_ids [B, T] int64, attention_mask [B, T] int64, response_mask [B, T] bool, route_ids [B] int64.
+        input_ids [B, T] int64, attention_mask [B, T] int64, response_mask [B, T] bool, route_ids [B] int64; of rows
+        that have a teacher's own tokens also teacher_input_ids, teacher_attention_mask and teacher_response_mask.
     """
     multiple = pad_to_multiple_of or 1
     width = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
@@ -296,12 +298,22 @@ def pad_rows(rows: Sequence[MixedRow], pad_token_id: int, pad_to_multiple_of: in
         input_ids_BT[b, :length] = torch.from_numpy(row["input_ids"].astype(np.int64))
         attention_mask_BT[b, :length] = 1
         response_mask_BT[b, :length] = torch.from_numpy(row["response_mask"].copy())
-    return {
+    batch = {
         "input_ids": input_ids_BT,
         "attention_mask": attention_mask_BT,
         "response_mask": response_mask_BT,
         "route_ids": torch.tensor([row["route_id"] for row in rows], dtype=torch.int64),
     }
+    if "teacher_input_ids" in rows[0]:
+        theirs = pad_rows([of_teacher(row) for row in rows], pad_token_id, pad_to_multiple_of)
+        batch |= {f"teacher_{name}": values for name, values in theirs.items() if name != "route_ids"}
+    return batch
+
+
+def of_teacher(row: MixedRow) -> MixedRow:
+    """The row in the teacher's tokens."""
+    ids, mask = row["teacher_input_ids"], row["teacher_response_mask"]
+    return {"input_ids": ids, "response_mask": mask, "route_id": row["route_id"]}
 
 
 def pack_rows(rows: Sequence[MixedRow]) -> dict[str, Tensor]:

@@ -24,6 +24,10 @@ _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 _WHAT_IT_IS = {
     "sft": "An expert: `{base}` trained further by next-token loss on the response tokens of the rows below.",
+    "distill": (
+        "A student distilled from the teacher below: `{base}` trained further to match the teacher's next-token "
+        "distribution on the response tokens of the rows below."
+    ),
     "align": (
         "A student made by Domain Alignment from Expert (DAE): starting from `{base}`, it was trained to match the "
         "next-token distribution of an expert on domain rows and of a frozen reference on general rows, to take on the "
@@ -70,7 +74,7 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
     sections = {
         "Models": _models(facts),
         "Data": _data(facts),
-        "Results": _table(("measure", "value"), _results(facts.summary)),
+        "Results": table(("measure", "value"), result_rows(facts.summary)),
         "How to load it": _loading_code(facts.recipe),
         "Recipe": f"```yaml\n{resolved_yaml(facts.recipe).rstrip()}\n```",
         "Made with": ", ".join(f"{name} {version}" for name, version in library_versions().items()),
@@ -89,10 +93,10 @@ def _metadata(facts: CardFacts) -> ModelCardData:
     adapter = facts.recipe.lora is not None
     base = facts.recipe.base
     sources = [source.path for sources in facts.data.values() for source in sources]
-    extra: dict[str, Any] = _licence(base)
-    if _is_on_hub(base):
+    extra: dict[str, Any] = licence_of(base)
+    if is_on_hub(base):
         extra |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
-    if on_hub := sorted({path for path in sources if _is_on_hub(path)}):
+    if on_hub := sorted({path for path in sources if is_on_hub(path)}):
         extra["datasets"] = on_hub
     return ModelCardData(
         library_name="peft" if adapter else "transformers",
@@ -102,12 +106,12 @@ def _metadata(facts: CardFacts) -> ModelCardData:
     )
 
 
-def _is_on_hub(path: str) -> bool:
+def is_on_hub(path: str) -> bool:
     """Whether a path as typed is a hub id. A card on the hub may name nothing else."""
     return not Path(path).exists() and bool(HUB_ID.fullmatch(path)) and not path.endswith(FILE_ENDINGS)
 
 
-def _licence(base: str) -> dict[str, str]:
+def licence_of(base: str) -> dict[str, str]:
     """The licence that the base's own card states; nothing where it states none."""
     card = resolve_model(base) / CARD
     if not card.is_file():
@@ -117,12 +121,12 @@ def _licence(base: str) -> dict[str, str]:
 
 
 def _models(facts: CardFacts) -> str:
-    licence = _licence(facts.recipe.base).get("license")
+    licence = licence_of(facts.recipe.base).get("license")
     terms = (
         f"The base's card states the licence `{licence}`. " if licence else "The base's card states no licence. "
     ) + "The terms of the other models and of the data apply as well; they are not known to the toolkit."
     rows = [(role, f"`{_path_of(role, facts.recipe)}`", f"`{sha256}`") for role, sha256 in facts.inputs.items()]
-    return _table(("role", "checkpoint", "fingerprint (SHA-256 of weights and config)"), rows) + f"\n\n{terms}"
+    return table(("role", "checkpoint", "fingerprint (SHA-256 of weights and config)"), rows) + f"\n\n{terms}"
 
 
 def _path_of(role: str, recipe: StageRecipe) -> str:
@@ -146,7 +150,7 @@ def _data(facts: CardFacts) -> str:
         for route, reports in facts.reports.items()
         for source, report in zip(facts.data[route], reports, strict=True)
     ]
-    text = _table(("route", "source", "rows", "share of rows", "response tokens", "SHA-256"), trained)
+    text = table(("route", "source", "rows", "share of rows", "response tokens", "SHA-256"), trained)
     held_out = [
         (route.removeprefix("eval."), f"`{source.path}`", f"`{source.sha256}`")
         for route, sources in facts.data.items()
@@ -154,15 +158,15 @@ def _data(facts: CardFacts) -> str:
         if route not in facts.reports
     ]
     if held_out:
-        text += "\n\nHeld out for evaluation during training:\n\n" + _table(("route", "source", "SHA-256"), held_out)
+        text += "\n\nHeld out for evaluation during training:\n\n" + table(("route", "source", "SHA-256"), held_out)
     return text
 
 
-def _results(summary: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def result_rows(summary: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """The summary's numbers with dotted names; losses and divergences are in nats per response token."""
     for key, value in summary.items():
         if isinstance(value, Mapping):
-            yield from _results(value, f"{prefix}{key}.")
+            yield from result_rows(value, f"{prefix}{key}.")
         elif value is not None:
             yield f"{prefix}{key}", f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -185,6 +189,6 @@ def _loading_code(recipe: StageRecipe) -> str:
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]] | Iterator[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]] | Iterator[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -5,14 +5,17 @@ Shape legend: B rows, T positions, N response tokens, R routes, D and E widths o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kd.losses import Head, LossSums, TokenLoss, token_loss_sums
 from kd.roles import Role, final_hidden_states, head_of, speaking_as
+from kd.router import experts_per_token, load_balancing_loss, recorded_router_logits
 
 Batch = Mapping[str, Tensor]
 
@@ -26,17 +29,50 @@ class Route:
     factor: float = 1.0
 
 
+class Term(Protocol):
+    """A further loss between student and teacher, such as that between their attention maps. It is logged by its name.
+
+    It is a sum over the response tokens of a batch, so that the trainer's one normaliser is its normaliser, too.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weight(self) -> float: ...
+
+    def recording(self, batch: Batch) -> contextlib.AbstractContextManager[Callable[[Tensor, Head], Tensor]]:
+        """Both models run on the batch inside of it, the teacher first; afterwards the function gives the sum.
+
+        The function takes the student's final hidden states [B, T - 1, D] and its head.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: the token loss on every route, each against its own teacher.
+    """What is minimised: the token loss on every route, each against its own teacher, and further terms.
 
     pooled: False weighs routes by their factors (w_r = factor / N_r), True weighs tokens alike (w_r = 1).
+    terms: only with a single route; each comes with its own weight, the token loss with `token_weight`.
+    router_aux_weight: of the routers' load balancing loss, where the student is a mixture of experts (kd/router.py).
     """
 
     routes: tuple[Route, ...]
     token_loss: TokenLoss
     pooled: bool = False
     matmul_dtype: torch.dtype | None = None
+    terms: tuple[Term, ...] = ()
+    token_weight: float = 1.0
+    router_aux_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        assert not self.terms or len(self.routes) == 1, "terms do not know routes"
+
+    @property
+    def trains_with_teachers(self) -> bool:
+        """Whether a training step asks the routes' teachers."""
+        return self.routes[0].teacher is not None and (self.token_loss.weight > 0 or bool(self.terms))
 
     def weights(self, tokens_R: Tensor) -> Tensor:
         """[R] response tokens of the whole optimizer step -> [R] fp64 weights w_r / sum_r w_r N_r of the route sums."""
@@ -51,12 +87,19 @@ class Objective:
 
 @dataclass(frozen=True)
 class RouteSums:
-    """Sums over the response tokens of a batch, per route: four tensors [R]. Only `loss` carries a gradient."""
+    """Sums over the response tokens of a batch, per route: tensors [R]. Only `loss` carries a gradient.
+
+    terms: what each further term of the objective comes to, without its weight; in `loss` it is with it.
+    router_aux: a mean over the batch's tokens, not a sum, without its weight and not in `loss`; a scalar with gradient,
+    or None where none is asked for or nothing has a gradient.
+    """
 
     loss: Tensor
     kl: Tensor
     ntp: Tensor
     tokens: Tensor
+    terms: tuple[Tensor, ...] = ()
+    router_aux: Tensor | None = None
 
 
 def predicting_positions(batch: Batch) -> Tensor:
@@ -139,8 +182,12 @@ def route_sums(model: nn.Module, batch: Batch, objective: Objective, *, with_tea
     model: the (wrapped) student. with_teachers False leaves the teachers out, which needs a token loss of weight 0;
     `kl` is then NaN. A batch without response tokens gives zeros that are still connected to the graph.
     """
-    teachers = teacher_views(batch, objective) if with_teachers else {}
-    hidden_BTD = final_hidden_states(model, model_inputs(batch))[:, :-1]
+    with contextlib.ExitStack() as stack:
+        term_sums = [stack.enter_context(term.recording(batch)) for term in objective.terms]
+        with_router = objective.router_aux_weight > 0
+        router_logits = stack.enter_context(recorded_router_logits(model)) if with_router else []
+        teachers = teacher_views(batch, objective) if with_teachers else {}
+        hidden_BTD = final_hidden_states(model, model_inputs(batch))[:, :-1]
     head = head_of(model, objective.matmul_dtype)
     labels_BT = batch["input_ids"][:, 1:]
     predicting, route_BT = predicting_positions(batch), route_of_tokens(batch)
@@ -155,10 +202,19 @@ def route_sums(model: nn.Module, batch: Batch, objective: Objective, *, with_tea
         here, view = predicting & (route_BT == index), teachers.get(index)
         said = (view.hidden_NE, view.head) if view is not None else (None, None)
         sums.append(token_loss_sums(hidden_BTD[here], head, labels_BT[here], objective.token_loss, *said))
-    tokens_R = response_token_counts(batch, len(objective.routes))
+    loss_R = torch.stack([s.loss for s in sums])
+    if objective.token_weight != 1.0:
+        loss_R = objective.token_weight * loss_R
+    terms = [term_sum(hidden_BTD, head).reshape(1) for term_sum in term_sums]
+    for term, value_R in zip(objective.terms, terms, strict=True):
+        loss_R = loss_R + term.weight * value_R
     return RouteSums(
-        torch.stack([s.loss for s in sums]),
+        loss_R,
         torch.stack([s.kl for s in sums]),
         torch.stack([s.ntp for s in sums]),
-        tokens_R,
+        response_token_counts(batch, len(objective.routes)),
+        tuple(value_R.detach() for value_R in terms),
+        load_balancing_loss(router_logits, experts_per_token(model), batch.get("attention_mask"))
+        if router_logits
+        else None,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kd.config import SftRecipe
+from kd.config import SftRecipe, StageRecipe
 from kd.fingerprints import model_fingerprint
 from kd.losses import TokenLoss
 from kd.objective import Objective, Route
@@ -30,10 +30,14 @@ def sft(recipe: SftRecipe) -> RunResult:
 
 def build_roles(recipe: SftRecipe, settings: LoadSettings) -> StageRoles:
     """One role: the student. No teacher."""
-    if recipe.lora is None:
-        role = Role("student", trainable_model(recipe.base, settings, student_dtype(recipe)), None)
-    else:
-        backbone = Backbone(recipe.base, load_model(recipe.base, settings))
-        role = Role("student", add_student_adapter(backbone, recipe.lora, None), STUDENT_ADAPTER)
+    role = student_role(recipe, settings)
     objective = Objective((Route(ROUTE, None),), TokenLoss(weight=0.0), pooled=True)
     return StageRoles(role.model, objective, (role,), vocabulary_rows([role]))
+
+
+def student_role(recipe: StageRecipe, settings: LoadSettings) -> Role:
+    """The student alone on its base: a new adapter, or all weights with `lora: null`."""
+    if recipe.lora is None:
+        return Role("student", trainable_model(recipe.base, settings, student_dtype(recipe)), None)
+    backbone = Backbone(recipe.base, load_model(recipe.base, settings))
+    return Role("student", add_student_adapter(backbone, recipe.lora, None), STUDENT_ADAPTER)

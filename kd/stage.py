@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from kd.roles import (
     learned_positions,
     refuse_unmergeable,
 )
+from kd.router import refuse_useless_router_loss
 from kd.runs import RunFolder, State
 from kd.stage_data import StageData, held_out_batches, padding_id, refuse_unfit_rows
 from kd.trainer import (
@@ -240,6 +241,7 @@ def prepare(
     mixture = Mixture(data.sources, rows_per_step(args), recipe.seed)
     args.max_steps = planned_steps(mixture, args)
     roles = build_roles(settings)
+    refuse_useless_router_loss(roles.student, recipe.router_aux_loss)
     for role in roles.roles:
         refuse_unfit_rows(recipe, data, roles.vocabulary_rows, learned_positions(role.model))
         check_head(role, roles.vocabulary_rows)
@@ -258,7 +260,7 @@ def prepare(
     trainer = RoutedTrainer(
         model=roles.student,
         args=args,
-        objective=roles.objective,
+        objective=replace(roles.objective, router_aux_weight=recipe.router_aux_loss),
         train_rows=MixedRows(list(data.rows), routes),
         batch_sampler=StepBatchSampler(mixture, args.max_steps, lengths, args.per_device_train_batch_size),
         collate=collate_rows,

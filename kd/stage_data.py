@@ -41,12 +41,22 @@ class StageData:
         return max(int(rows.input_ids.max()) for rows in (*self.rows, *self.held_out.values()))
 
 
+LoadRows = Callable[..., tuple[list[TokenRows], list[SourceReport]]]
+
+
 def load_stage_data(
-    recipe: StageRecipe, route_names: Sequence[str], route_shares: Mapping[str, float] | None
+    recipe: StageRecipe,
+    route_names: Sequence[str],
+    route_shares: Mapping[str, float] | None,
+    load: LoadRows = load_rows,
 ) -> StageData:
-    """Read and encode all rows. route_shares: each route's share where the recipe names none (None: by rows)."""
+    """Read and encode all rows.
+
+    route_shares: each route's share where the recipe names none (None: by rows); load: what takes the place of
+    kd.data.load_rows.
+    """
     tokenizer = load_tokenizer(recipe.base, recipe.data, trust_remote_code=recipe.trust_remote_code)
-    encoded = {name: load_rows(recipe.data.routes[name], tokenizer, recipe.data) for name in route_names}
+    encoded = {name: load(recipe.data.routes[name], tokenizer, recipe.data) for name in route_names}
     counts = {name: [len(rows) for rows in encoded[name][0]] for name in route_names}
     if recipe.data.has_shares:
         shares = {name: tuple(s.share or 0.0 for s in recipe.data.routes[name]) for name in route_names}
@@ -63,7 +73,8 @@ def load_stage_data(
     }
     held_out = {}
     for name, eval_sources in recipe.data.eval.items():
-        held_out[name] = TokenRows.concatenate(load_rows(eval_sources, tokenizer, recipe.data)[0])
+        parts = load(eval_sources, tokenizer, recipe.data)[0]
+        held_out[name] = type(parts[0]).concatenate(parts)
         inputs[f"eval.{name}"] = [DataInput(s.path, data_sha256(s.path)) for s in eval_sources]
     return StageData(
         tuple(route_names),

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -39,6 +40,10 @@ from kd.roles import STUDENT_ADAPTER
 from kd.runs import RunFolder
 
 logger = logging.getLogger(__name__)
+
+# A module on the student that trains with it and is no part of the result: it is kept in checkpoints, in this file.
+TRAINING_ONLY = "training_only"
+TRAINING_ONLY_WEIGHTS = f"{TRAINING_ONLY}.safetensors"
 
 
 class RoutedTrainer(Trainer):
@@ -80,7 +85,7 @@ class RoutedTrainer(Trainer):
         self.batch_sampler = batch_sampler
         self.run_folder = run
         self.eval_batches = eval_batches or {}
-        self._window = _Window(len(objective.routes))
+        self._window = _Window(objective)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(
@@ -110,11 +115,14 @@ class RoutedTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         assert isinstance(num_items_in_batch, Tensor) and not return_outputs
-        sums = route_sums(model, inputs, self.objective, with_teachers=self.objective.token_loss.weight > 0)
+        sums = route_sums(model, inputs, self.objective, with_teachers=self.objective.trains_with_teachers)
         self._window.add(sums)
         loss = (self.objective.weights(num_items_in_batch) * sums.loss).sum()
         # Data parallelism averages gradients over ranks; the sum is wanted.
-        return loss * self.accelerator.num_processes
+        loss = loss * self.accelerator.num_processes
+        if sums.router_aux is not None:  # a mean: over the step's micro-batches, too, and over ranks
+            loss = loss + self.objective.router_aux_weight * sums.router_aux / self.current_gradient_accumulation_steps
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the routes did since the last log, refuse to go on from a loss that is no number, write metrics."""
@@ -126,6 +134,9 @@ class RoutedTrainer(Trainer):
                     f"{self.state.global_step}; use a lower learning rate or a longer warm-up, with another output. "
                     "The checkpoints before it are whole."
                 )
+            if window.router_aux is not None:  # logged alone: `loss` does not depend on how a step is cut
+                logs["loss"] -= self.objective.router_aux_weight * window.router_aux
+                logs["router_aux"] = window.router_aux
             logs.update(window.flat(self.objective.routes))
             logs["peak_memory_gib"] = round(peak_memory_bytes() / 2**30, 3)
         if self.is_world_process_zero() and "train_runtime" not in logs:
@@ -173,12 +184,26 @@ class RoutedTrainer(Trainer):
         """Weights only, as safetensors: the student's adapter (not the teachers'), or all weights."""
         if not self.args.should_save:
             return
-        target = output_dir or self.args.output_dir or ""
-        save_student(self.accelerator.unwrap_model(self.model), Path(target), state_dict)
+        target = Path(output_dir or self.args.output_dir or "")
+        student = self.accelerator.unwrap_model(self.model)
+        save_student(student, target, state_dict)
+        if hasattr(student, TRAINING_ONLY):
+            save_file(getattr(student, TRAINING_ONLY).state_dict(), target / TRAINING_ONLY_WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Also what is no part of the result."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        student = self.accelerator.unwrap_model(model or self.model)
+        if hasattr(student, TRAINING_ONLY):
+            weights = load_file(Path(resume_from_checkpoint) / TRAINING_ONLY_WEIGHTS)
+            getattr(student, TRAINING_ONLY).load_state_dict(weights)
 
 
 def save_student(model: nn.Module, folder: Path, state_dict: Any = None) -> None:
-    """Write the student in PEFT format (adapter `default` in the root) or as a full safetensors checkpoint."""
+    """Write the student in PEFT format (adapter `default` in the root) or as a full safetensors checkpoint.
+
+    What only trains with it (TRAINING_ONLY) is left out.
+    """
     if isinstance(model, PeftModel):
         # Base weights stay out, also where an embedding or the head has an adapter: training does not change them.
         model.save_pretrained(
@@ -186,6 +211,9 @@ def save_student(model: nn.Module, folder: Path, state_dict: Any = None) -> None
         )
         (folder / "README.md").unlink(missing_ok=True)  # peft's template; the run folder writes its own
     else:
+        if hasattr(model, TRAINING_ONLY):
+            weights = model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: w for name, w in weights.items() if not name.startswith(f"{TRAINING_ONLY}.")}
         model.save_pretrained(str(folder), state_dict=state_dict)  # type: ignore[operator]
 
 
@@ -195,7 +223,7 @@ def evaluate_routes(
     """{"loss", "NAME_loss", "NAME_kl", "NAME_ntp"} in nats per response token over held-out batches, in eval mode."""
     was_training = model.training
     model.eval()
-    totals = _Window(len(objective.routes))
+    totals = _Window(objective)
     with_teachers = all(route.teacher is not None for route in objective.routes)
     with torch.no_grad():
         for batch in (batch for several in batches.values() for batch in several):
@@ -218,6 +246,8 @@ class _Means:
     kl_R: Tensor
     ntp_R: Tensor
     tokens_R: Tensor
+    terms: Mapping[str, Tensor]
+    router_aux: float | None
     seconds: float
 
     def route(self, index: int, route: Route) -> dict[str, float]:
@@ -226,6 +256,7 @@ class _Means:
         if route.teacher is not None and math.isfinite(float(self.kl_R[index])):
             values[f"{route.name}/kl"] = float(self.kl_R[index]) / tokens
         values[f"{route.name}/ntp"] = float(self.ntp_R[index]) / tokens
+        values |= {f"{route.name}/{name}": float(sums_R[index]) / tokens for name, sums_R in self.terms.items()}
         values[f"{route.name}/tokens"] = int(self.tokens_R[index])
         return values
 
@@ -241,8 +272,10 @@ class _Means:
 class _Window:
     """Sums since the last log, kept on the device so that a micro-batch costs no synchronisation."""
 
-    def __init__(self, routes: int) -> None:
-        self._routes = routes
+    def __init__(self, objective: Objective) -> None:
+        self._routes = len(objective.routes)
+        self._terms = [term.name for term in objective.terms]
+        self._with_router = objective.router_aux_weight > 0
         self._clear()
 
     def _clear(self) -> None:
@@ -250,13 +283,20 @@ class _Window:
         self._since = time.monotonic()
 
     def add(self, sums: RouteSums) -> None:
-        block = torch.stack([sums.loss.detach(), sums.kl, sums.ntp, sums.tokens.to(sums.kl.dtype)]).double()
+        rows = [sums.loss.detach(), sums.kl, sums.ntp, sums.tokens, *sums.terms]
+        if self._with_router:  # the sum over micro-batches, and how many they are
+            aux = torch.zeros_like(sums.kl) if sums.router_aux is None else sums.router_aux.detach().expand_as(sums.kl)
+            rows += [aux, torch.full_like(sums.kl, float(sums.router_aux is not None))]
+        block = torch.stack([row.double() for row in rows])
         self._sums = block if self._sums is None else self._sums + block
 
     def drain(self, reduce: Callable[[Tensor, str], Tensor]) -> _Means:
-        block = self._sums if self._sums is not None else torch.zeros(4, self._routes, dtype=torch.float64)
+        rows = 4 + len(self._terms) + 2 * self._with_router
+        block = self._sums if self._sums is not None else torch.zeros(rows, self._routes, dtype=torch.float64)
         block = reduce(block, "sum").cpu()
-        means = _Means(block[0], block[1], block[2], block[3], time.monotonic() - self._since)
+        terms = dict(zip(self._terms, block[4 : 4 + len(self._terms)], strict=True))
+        router_aux = float(block[-2, 0] / block[-1, 0]) if self._with_router and block[-1, 0] > 0 else None
+        means = _Means(block[0], block[1], block[2], block[3], terms, router_aux, time.monotonic() - self._since)
         self._clear()
         return means
 

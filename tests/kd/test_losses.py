@@ -11,7 +11,8 @@ from torch import Tensor
 from kd.losses import Head, TokenLoss, token_loss_sums
 
 N, D, E, V = 11, 5, 7, 13
-DIVERGENCES = ["forward_kl", "reverse_kl", "jsd"]
+DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"]
+SKEW = 0.2
 
 
 def random_case(dtype: torch.dtype = torch.float64, padded_rows: int = 0) -> dict[str, Tensor]:
@@ -39,7 +40,7 @@ def defined_loss(
     divergence: str,
     beta: float,
 ) -> Tensor:
-    """The formula of the paper and of the three divergences, token by token and word by word, no trick at all."""
+    """The formula of the paper and of the divergences, token by token and word by word, no trick at all."""
     total = torch.zeros((), dtype=logits_NV.dtype)
     for n in range(logits_NV.shape[0]):
         p = torch.exp(logits_NV[n] / temperature) / torch.exp(logits_NV[n] / temperature).sum()
@@ -49,6 +50,10 @@ def defined_loss(
             d = (q * (q / p).log()).sum()
         elif divergence == "reverse_kl" or (divergence == "jsd" and beta == 1):
             d = (p * (p / q).log()).sum()
+        elif divergence == "skewed_forward_kl":
+            d = (q * (q / (SKEW * q + (1 - SKEW) * p)).log()).sum()
+        elif divergence == "skewed_reverse_kl":
+            d = (p * (p / (SKEW * p + (1 - SKEW) * q)).log()).sum()
         else:
             m = beta * q + (1 - beta) * p
             d = beta * (q * (q / m).log()).sum() + (1 - beta) * (p * (p / m).log()).sum()
@@ -62,8 +67,7 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: floa
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize(("divergence", "beta"), [*((d, 0.5) for d in DIVERGENCES), *(("jsd", b) for b in (0, 0.3, 1))])
 @pytest.mark.parametrize(("temperature", "weight"), list(itertools.product([1.0, 2.5], [1.0, 0.4, 0.0])))
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, 3.0)])
 def test_value_and_gradients_equal_the_definition(
@@ -75,7 +79,7 @@ def test_value_and_gradients_equal_the_definition(
         ours["hidden"],
         Head(ours["weight"], ours["bias"], scale, softcap),
         case["labels"],
-        TokenLoss(weight, temperature, divergence, beta),  # type: ignore[arg-type]
+        TokenLoss(weight, temperature, divergence, beta, SKEW),  # type: ignore[arg-type]
         case["teacher_hidden"],
         Head(case["teacher_weight"]),
         chunk_tokens=4,
@@ -101,7 +105,7 @@ def test_gradients_pass_gradcheck(divergence: str) -> None:
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         head = Head(weight, bias, 0.7, 3.0)
-        token_loss = TokenLoss(0.6, 1.7, divergence, 0.3)  # type: ignore[arg-type]
+        token_loss = TokenLoss(0.6, 1.7, divergence, 0.3, SKEW)  # type: ignore[arg-type]
         teacher = Head(case["teacher_weight"])
         return token_loss_sums(
             hidden, head, case["labels"], token_loss, case["teacher_hidden"], teacher, chunk_tokens=3
@@ -187,6 +191,15 @@ def test_nothing_is_computed_for_what_is_frozen() -> None:
     sums.loss.backward()
     assert teacher_hidden.grad is None and teacher_weight.grad is None and case["weight"].grad is None
     assert hidden.grad is not None and hidden.grad.any()
+
+
+@pytest.mark.parametrize("divergence", ["skewed_forward_kl", "skewed_reverse_kl"])
+def test_a_skewed_divergence_is_bounded_where_the_plain_one_is_not(divergence: str) -> None:
+    """KL(a || skew a + (1 - skew) b) <= -log skew, whatever a and b are."""
+    hidden, eye = torch.tensor([[500.0, 0.0]]), Head(torch.eye(2))
+    token_loss = TokenLoss(1.0, 1.0, divergence, skew=SKEW)  # type: ignore[arg-type]
+    loss = token_loss_sums(hidden, eye, torch.tensor([0]), token_loss, hidden.flip(1), eye).loss
+    torch.testing.assert_close(loss, -torch.tensor(SKEW).log())
 
 
 def test_far_apart_distributions_stay_finite_and_jsd_is_never_negative() -> None:
