@@ -1,27 +1,54 @@
-"""lm-eval tasks on a model that is already in memory, document by document."""
+"""lm-eval on a model that is already in memory: one task at a time, without its side effects.
+
+What lm-eval would let in is kept out: the model's own generation settings (generation_config.json), its progress bars
+and advice, its seeding of the global random states, its cache (which ignores which model ran), and its questions to
+git, pip and the hub about the surroundings.
+"""
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
+import lm_eval.api.model
+import lm_eval.api.task
+import lm_eval.models.huggingface
+import numpy as np
+import torch
+from lm_eval import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import resolve_max_length
+from lm_eval.tasks import TaskManager
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from dae_eval.suites import TASKS
 from kd.errors import UserError
+from kd.problems import suggestion
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
+__all__ = ["TASKS", "Document", "Harness", "TaskScores", "load_tasks", "run_task", "score_tasks"]
 
-TASKS = Path(__file__).parent / "tasks"
+# lm-eval's own defaults, so that its command line draws the same shots and, where a task samples, the same answers.
+SHOTS_SEED = 1234
+PYTHON_SEED, NUMPY_SEED, TORCH_SEED = 0, 1234, 1234
+DEFAULT_NEW_TOKENS = 256
+_KEPT_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
+_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_TOO_LONG = re.compile("Combined length of context|Left truncation applied")
+
+Tell = Callable[[int, int], None]  # requests answered, of how many
 
 
 @dataclass(frozen=True)
 class Document:
-    """One scored document. (`id`, `hash`) is what scores of two models are joined on; `score` is on 0..1."""
+    """One document's value of any metric, on 0..1 or not. (`id`, `hash`) is what two models are joined on."""
 
     id: int
     hash: str
@@ -30,7 +57,7 @@ class Document:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """A model's scores on one task, document by document, in the task's order."""
+    """A model's values on one task, document by document, in the task's order."""
 
     task: str
     version: str
@@ -39,8 +66,156 @@ class TaskScores:
 
     @property
     def mean(self) -> float:
-        """The task's score on 0..1."""
+        """The task's score, in the metric's unit."""
         return sum(document.score for document in self.documents) / len(self.documents)
+
+
+class Harness(HFLM):
+    """A model in memory as lm-eval wants it; `truncated` counts requests that were longer than the model's context.
+
+    model: a transformers model (adapters may sit on its layers); max_length: tokens, None for the model's own.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        max_length: int | None = None,
+        tell: Tell = lambda _done, _total: None,
+    ) -> None:
+        wrapped: Any = {"pretrained": model, "tokenizer": tokenizer}  # narrower types are declared than are taken
+        with _no_advice(), as_it_was(model):
+            super().__init__(**wrapped, batch_size=batch_size, max_length=max_length)
+        self.truncated = 0
+        self.tell = tell
+
+    def _loglikelihood_tokens(self, requests: Any, *arguments: Any, **named: Any) -> Any:
+        for (context, _), context_ids, ids in requests:
+            if len(ids) > self.max_length:
+                raise UserError(
+                    f"an answer of {len(ids)} tokens does not fit the model's context of {self.max_length}; leave its "
+                    f"document out of the task. It belongs to: {str(context)[-80:]!r}"
+                )
+            self.truncated += len(context_ids) + len(ids) > self.max_length + 1
+        return super()._loglikelihood_tokens(requests, *arguments, **named)
+
+    def tok_batch_encode(self, strings: Any, *arguments: Any, **named: Any) -> Any:
+        room = named.get("left_truncate_len")
+        if room:
+            self.truncated += sum(len(self.tok_encode(string)) > room for string in strings)
+        return super().tok_batch_encode(strings, *arguments, **named)
+
+
+def load_tasks(names: Sequence[str], folder: Path | None, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """lm-eval's task objects by name. `folder` holds task YAMLs; what is not there is looked for among lm-eval's own.
+
+    Raises:
+        UserError: no such task, a group of several, or one whose documents cannot be had.
+    """
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"include: {folder}: there is no such folder; name the one with your task YAMLs, or remove it")
+    with _no_advice():
+        places: dict[str, Any] = {"include_path": None if folder is None else str(folder), "metadata": dict(metadata)}
+        manager = TaskManager(include_defaults=folder is None, **places)
+        if folder is not None and not set(names) <= set(manager.all_tasks):
+            manager = TaskManager(**places)  # reads thousands of files
+        refuse_unknown_tasks(names, manager, folder)
+        return {name: _load_task(name, manager) for name in names}
+
+
+def refuse_unknown_tasks(names: Sequence[str], manager: TaskManager, folder: Path | None) -> None:
+    """Raise UserError for names that are no task, or that are several tasks."""
+    problems = []
+    for name in names:
+        if name in manager.all_subtasks:
+            continue
+        if name in manager.all_tasks:
+            members = sorted(_members(name, manager))
+            shown = ", ".join(members[:4]) + (", ..." if len(members) > 4 else "")
+            problems.append(f"{name}: stands for {len(members)} tasks; name those that are to count ({shown})")
+            continue
+        where = "lm-eval's own tasks" if folder is None else f"{folder} and lm-eval's own tasks"
+        problems.append(f"no task {name} in {where}{suggestion(name, manager.all_subtasks)}")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _members(name: str, manager: TaskManager) -> set[str]:
+    """What a group or tag of lm-eval stands for, as far as its file tells."""
+    entry = manager.task_index[name]
+    listed = (entry.cfg or {}).get("task", ())
+    named = {str(item.get("task", item.get("group")) if isinstance(item, Mapping) else item) for item in listed}
+    return named | set(entry.tags) if not listed else named
+
+
+def _load_task(name: str, manager: TaskManager) -> Any:
+    try:
+        with seeded():  # some tasks shuffle their choices when they are loaded
+            task = manager.load([name])["tasks"][name]
+    except Exception as error:  # the task's own code and the hub's clients raise what they like
+        cause = error.__cause__ or error
+        first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise UserError(
+            f"task {name}: its documents cannot be had: {type(cause).__name__}: {first}; see `metadata` in the suite "
+            "and the task's YAML, or, for a data set of the hub, your network"
+        ) from error
+    if getattr(task, "MULTIMODAL", False):
+        raise UserError(f"task {name}: asks about pictures or sound, which text models do not take; remove it")
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UserError(f"task {name}: runs code that the model writes, which is not done here; remove it")
+    if task.get_config("num_fewshot") is None:
+        task.set_config("num_fewshot", 0)
+    return task
+
+
+def set_shots(task: Any, shots: int | None) -> None:
+    """Put so many solved examples into the task's prompts (None: as it says). Raises UserError where it has none."""
+    if shots is not None:
+        task.set_config("num_fewshot", shots)
+    pool = task.get_config("fewshot_split") or task.get_config("training_split") or task.get_config("validation_split")
+    given = getattr(task.get_config("fewshot_config"), "samples", None) or getattr(
+        task.get_config("fewshot_config"), "split", None
+    )
+    if task.get_config("num_fewshot") and not pool and not given:
+        raise UserError(
+            f"task {name_of(task)}: shots: {task.get_config('num_fewshot')}: it has no documents but those that are "
+            "asked, so a document could be its own example; set shots: 0, or give the task a fewshot_split"
+        )
+
+
+def chat_renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[..., str]:
+    """lm-eval's own way to render a conversation, without a model."""
+    speaker: Any = SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
+    return partial(HFLM.apply_chat_template, speaker)
+
+
+def build_requests(task: Any, limit: int | None, chat: Callable[..., str] | None) -> list[Any]:
+    """The requests that `run_task` will send, in the same order, with the same shots."""
+    task.set_fewshot_seed(SHOTS_SEED)
+    with seeded(), _no_advice(), _bars(lambda _done, _total: None):
+        task.build_all_requests(
+            limit=limit, apply_chat_template=chat is not None, fewshot_as_multiturn=chat is not None, chat_template=chat
+        )
+    return list(task.instances)
+
+
+def run_task(harness: Harness, task: Any, limit: int | None, with_chat: bool) -> list[dict[str, Any]]:
+    """lm-eval's samples of one task, as its `--log_samples` writes them, in the order of the documents."""
+    task.set_fewshot_seed(SHOTS_SEED)
+    with as_it_was(harness.model), neutral_generation(harness.model), _no_long_texts(), _bars(harness.tell):
+        # Not simple_evaluate: it asks git, pip and the hub about the surroundings, and prints what they answer.
+        results = evaluate(
+            lm=harness,
+            task_dict={"tasks": {name_of(task): task}},
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=True,
+            apply_chat_template=with_chat,
+            fewshot_as_multiturn=with_chat,
+        )
+    return sorted(results["samples"][name_of(task)], key=lambda sample: int(sample["doc_id"]))
 
 
 def score_tasks(
@@ -54,64 +229,108 @@ def score_tasks(
     batch_size: int = 64,
     limit: int | None = None,
 ) -> dict[str, TaskScores]:
-    """Score `model` as it stands (active adapter, weights) with lm-eval on tasks defined in the folder `include_path`.
+    """Score `model` as it stands (active adapter, weights) by any metric, also one that is not on 0..1 (bits).
 
-    `metadata` reaches the tasks' loading functions (for the embedded world: `{"world": folder}`). No chat template, no
-    cache (lm-eval's ignores which model ran); global random state and the modules' training modes stay as they were.
-    `metric` names the per-document metric that is read, `limit` takes only the first documents of each task.
+    `metadata` reaches the tasks' loading functions, `limit` takes only the first documents of each task. No chat
+    template; global random state and the modules' training modes stay as they were.
 
-    Raises UserError for a task that the folder does not define or that has no such metric.
+    Raises:
+        UserError: a task that is not there, or that has no such metric.
     """
-    from lm_eval import evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=str(include_path), include_defaults=False, metadata=dict(metadata or {}))
-    unknown = sorted(set(tasks) - set(manager.all_subtasks))
-    if unknown:
-        raise UserError(f"{include_path}: no task {', '.join(unknown)}; there are {', '.join(manager.all_subtasks)}")
-    with _as_it_was(model), _no_bars():
-        with _no_loading_advice():
-            loaded = manager.load(list(tasks))
-            wrapped: Any = {"pretrained": model, "tokenizer": tokenizer}  # narrower types are declared than are taken
-            harness = HFLM(**wrapped, batch_size=batch_size)
-        for task in loaded["tasks"].values():
-            if task.get_config("num_fewshot") is None:
-                task.set_config("num_fewshot", 0)
-        # Not simple_evaluate: it asks git, pip and the hub about the surroundings, and prints what they answer.
-        results = evaluate(harness, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
-    return {task: _task_scores(task, metric, results) for task in tasks}
+    loaded = load_tasks(tasks, include_path, metadata or {})
+    harness = Harness(model, tokenizer, batch_size=batch_size)
+    return {name: _task_scores(task, metric, run_task(harness, task, limit, False)) for name, task in loaded.items()}
 
 
-def _task_scores(task: str, metric: str, results: Mapping[str, Any]) -> TaskScores:
-    samples = sorted(results["samples"][task], key=lambda sample: int(sample["doc_id"]))
+def _task_scores(task: Any, metric: str, samples: Sequence[Mapping[str, Any]]) -> TaskScores:
     if metric not in samples[0]:
-        raise UserError(f"task {task}: no metric {metric!r}; it has {', '.join(samples[0]['metrics'])}")
+        raise UserError(f"task {name_of(task)}: no metric {metric!r}; it has {', '.join(samples[0]['metrics'])}")
     documents = tuple(Document(int(s["doc_id"]), str(s["doc_hash"]), float(s[metric])) for s in samples)
-    return TaskScores(task, str(results["versions"][task]), metric, documents)
+    return TaskScores(name_of(task), version_of(task), metric, documents)
+
+
+def name_of(task: Any) -> str:
+    """A task's name; its `task_name` draws a random number each time it is asked."""
+    return str(task.get_config("task"))
+
+
+def version_of(task: Any) -> str:
+    """The version of a task, as lm-eval reports it."""
+    metadata = task.get_config("metadata")
+    told = metadata.get("version") if isinstance(metadata, Mapping) else None
+    return str(task.VERSION if told is None else told)
+
+
+def generation_settings(task: Any) -> dict[str, Any] | None:
+    """What decides how a task's answers are written: its YAML, and lm-eval's defaults for what that leaves open."""
+    if task.get_config("output_type") != "generate_until":
+        return None
+    given = dict(task.get_config("generation_kwargs") or {})
+    new_tokens = next((int(given[name]) for name in _NEW_TOKENS if given.get(name) is not None), DEFAULT_NEW_TOKENS)
+    kept = {name: value for name, value in given.items() if name not in _NEW_TOKENS}
+    return {"do_sample": False, "temperature": 0.0, **kept, "max_gen_toks": new_tokens}
+
+
+def refuse_unfit_length(
+    tasks: Mapping[str, Any], config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None, path: str
+) -> int:
+    """The longest request in tokens. Raises UserError where the model has fewer positions, or no room for answers."""
+    own = resolve_max_length(config, tokenizer)
+    if max_length is not None and max_length > own:
+        raise UserError(f"max_length: {max_length}: {path} takes only {own} tokens; remove it, or set max_length={own}")
+    length = max_length or own
+    for name, task in tasks.items():
+        settings = generation_settings(task)
+        if settings is not None and settings["max_gen_toks"] >= length:
+            raise UserError(
+                f"task {name}: asks for up to {settings['max_gen_toks']} tokens, but prompt and answer together have "
+                f"only {length}; set generation_kwargs.max_gen_toks in the task's YAML"
+            )
+    return length
 
 
 @contextmanager
-def _as_it_was(model: torch.nn.Module) -> Iterator[None]:
-    """Put back afterwards each module's training mode (lm-eval calls `eval()`) and the global random states."""
-    import numpy as np
-    import torch
+def neutral_generation(model: Any) -> Iterator[None]:
+    """Only the ids of special tokens stay of the model's generation settings: the rest would override the task's."""
+    before = model.generation_config
+    model.generation_config = GenerationConfig(**{name: getattr(before, name, None) for name in _KEPT_GENERATION})
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
-    modes = [(module, module.training) for module in model.modules()]
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Random states as lm-eval's command line sets them; afterwards everything is as it was."""
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one is meant
     try:
         with torch.random.fork_rng():
+            random.seed(PYTHON_SEED)
+            np.random.seed(NUMPY_SEED)  # noqa: NPY002
+            torch.manual_seed(TORCH_SEED)
             yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextmanager
+def as_it_was(model: torch.nn.Module) -> Iterator[None]:
+    """`seeded`, and each module's training mode put back (lm-eval calls `eval()`)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with seeded():
+            yield
+    finally:
         for module, training in modes:
             module.training = training
 
 
 @contextmanager
-def _no_loading_advice() -> Iterator[None]:
-    """lm-eval advises, once per task, how to pass metadata on its command line; warnings while scoring are kept."""
+def _no_advice() -> Iterator[None]:
+    """lm-eval advises, while it loads, on how to use its command line; warnings while scoring are kept."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -122,20 +341,42 @@ def _no_loading_advice() -> Iterator[None]:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """lm-eval has no switch for its progress bars, which would break into the display of whoever calls."""
-    import lm_eval.api.model
-    import lm_eval.api.task
-    import lm_eval.models.huggingface
+def _no_long_texts() -> Iterator[None]:
+    """lm-eval warns of each request that is too long; they are counted instead (`Harness.truncated`)."""
+    logger = logging.getLogger("lm_eval.models.huggingface")
 
+    def keep(record: logging.LogRecord) -> bool:
+        return _TOO_LONG.match(record.getMessage()) is None
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+@contextmanager
+def _bars(tell: Tell) -> Iterator[None]:
+    """lm-eval has no switch for its progress bars, which would break into the display of whoever calls.
+
+    What they would show of the requests reaches `tell`.
+    """
     modules: list[Any] = [lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface]
     tqdm = modules[0].tqdm
 
-    def silent(*arguments: Any, **options: Any) -> Any:
-        return tqdm(*arguments, **{**options, "disable": True})
+    class Bar(tqdm):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self.counts = str(options.get("desc", "")).startswith("Running")
+            self.told = 0
+            super().__init__(*arguments, **{**options, "disable": True})
+
+        def update(self, n: float = 1) -> None:
+            if self.counts:
+                self.told += int(n)
+                tell(self.told, int(self.total))
 
     for module in modules:
-        module.tqdm = silent
+        module.tqdm = Bar
     try:
         yield
     finally:

@@ -14,8 +14,10 @@ from kd.config import SftRecipe, load_recipe, resolved_yaml
 from kd.errors import UserError
 from kd.fingerprints import file_sha256
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
-DEMO_RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "demo").glob("*.yaml"))
+SHIPPED = Path(__file__).parents[2] / "recipes"
+# eval*.yaml: tests/dae_eval/test_suites.py; rank_teachers.yaml: tests/dae/test_ranking_cli.py
+RECIPES = sorted(path for path in SHIPPED.glob("*.yaml") if not path.name.startswith(("eval", "rank_teachers")))
+DEMO_RECIPES = sorted(path for path in (SHIPPED / "demo").glob("*.yaml") if not path.name.startswith("eval"))
 FULL = {"base": "b", "expert": "e", "data.domain": "d.jsonl", "data.general": "g.jsonl"}
 
 

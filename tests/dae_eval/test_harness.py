@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from dae_eval.harness import TASKS, score_tasks
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from dae_eval.answers import Asked, ask, documents_of, task_settings
+from dae_eval.harness import (
+    Harness,
+    chat_renderer,
+    generation_settings,
+    load_tasks,
+    refuse_unfit_length,
+    run_task,
+    score_tasks,
+    set_shots,
+)
+from dae_eval.results import Document
+from dae_eval.suites import TASKS as SHIPPED
+from dae_eval.suites import TaskEntry
+from pico import make_model, make_tokenizer
+from pico_tasks import TASKS, make_tasks
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dae.demo import world
 from dae.demo.tokenizer import build_tokenizer
@@ -99,14 +117,259 @@ def test_nothing_is_left_changed(model: LlamaForCausalLM, tokenizer: PreTrainedT
 
 
 def test_every_skill_and_kind_has_its_task() -> None:
-    tasks = {path.stem for path in (TASKS / "world").glob("[a-z]*.yaml")}
+    tasks = {path.stem for path in (SHIPPED / "world").glob("[a-z]*.yaml")}
     assert tasks == set(world.GENERAL_SKILLS + world.SHOP_KINDS)
 
 
-def test_unknown_task_and_metric_are_told(
+def test_a_metric_that_is_not_there_is_told(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"no task world_sortin;.*world_sorting"):
-        score_tasks(model, tokenizer, ["world_sortin"], metadata={"world": str(folder)})
     with pytest.raises(UserError, match=r"world_sorting: no metric 'f1'; it has acc"):
         score_tasks(model, tokenizer, ["world_sorting"], metadata={"world": str(folder)}, metric="f1", limit=2)
+
+
+# -- what lm-eval and the model's own settings must not do -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sampling = {"until": ["\n"], "do_sample": True, "temperature": 1.0, "max_gen_toks": 5}
+    nats = [{"metric": "nats", "aggregation": "mean", "higher_is_better": True}]
+    shots = {"fewshot_split": None, "num_fewshot": 2}
+    return make_tasks(
+        tmp_path_factory.mktemp("tasks"),
+        sampled={**TASKS["say"], "generation_kwargs": sampling},
+        filtered={**TASKS["say"], "filter_list": FILTERS},
+        rolling={"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "answer"},
+        costly={**TASKS["go_on"], "process_results": "!function surprise", "metric_list": nats},
+        endings=ENDINGS,
+        alone={**TASKS["choose"], **shots},
+        both={"group": "both", "task": ["shop_say", "shop_choose"]},
+    )
+
+
+FILTERS = [
+    {"name": "first", "filter": [{"function": "regex", "regex_pattern": "(.)"}, {"function": "take_first"}]},
+    {"name": "all", "filter": [{"function": "take_first"}]},
+]
+ENDINGS = {  # the choices are the beginnings of one ending, as in winogrande
+    "output_type": "multiple_choice",
+    "doc_to_text": "gold",
+    "doc_to_choice": "choices",
+    "doc_to_target": "{{question}}",
+}
+
+
+def asked(tasks: Path, name: str, chat: Any = None, **entry: Any) -> Asked:
+    task = load_tasks([name], tasks, {})[name]
+    set_shots(task, entry.get("shots"))
+    return ask(task, TaskEntry(task=name, **entry), chat)
+
+
+def answers(asked: Asked, model: Any, batch_size: int = 4, chat: bool = False, **settings: Any) -> tuple[Document, ...]:
+    harness = Harness(model, make_tokenizer(), batch_size=batch_size, **settings)
+    return documents_of(asked, run_task(harness, asked.task, asked.entry.limit, chat), frozenset())
+
+
+def test_generation_settings_of_the_model_have_no_say(tasks: Path) -> None:
+    plain, talkative = make_model(), make_model()
+    own = {"max_new_tokens": 1, "do_sample": True, "temperature": 9.0, "repetition_penalty": 7.0, "num_beams": 2}
+    talkative.generation_config = GenerationConfig(**own, eos_token_id=2, pad_token_id=0)
+    before = talkative.generation_config.to_dict()
+    say = asked(tasks, "shop_say")
+    assert answers(say, talkative) == answers(say, plain)
+    assert talkative.generation_config.to_dict() == before
+    assert max(len(document.answer) for document in answers(say, talkative)) > 3
+
+
+def test_written_answers_are_the_greedy_ones_up_to_the_task_s_length(tasks: Path) -> None:
+    model, tokenizer, say = make_model(), make_tokenizer(), asked(tasks, "shop_say")
+    for document in answers(say, model, batch_size=5):
+        ids = tokenizer(document.prompt).input_ids
+        written: list[int] = []
+        while len(written) < 6 and 2 not in written:
+            with torch.no_grad():
+                written.append(int(model(torch.tensor([ids + written])).logits[0, -1].argmax()))
+        assert document.answer == tokenizer.decode(written, skip_special_tokens=True).split("\n")[0]
+
+
+def test_answers_that_are_drawn_are_the_same_each_time_and_leave_no_trace(tasks: Path) -> None:
+    sampled, model = asked(tasks, "sampled"), make_model()
+    first = answers(sampled, model)
+    torch.manual_seed(77)
+    states = global_random_states()
+    assert answers(sampled, model) == first
+    assert global_random_states() == states
+
+
+def test_requests_that_are_too_long_are_counted_and_not_talked_about(
+    tasks: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    choose, tokenizer = asked(tasks, "shop_choose"), make_tokenizer()
+    lengths = [
+        len(tokenizer(question.text + " " + choice).input_ids)
+        for question in choose.questions
+        for choice in question.choices
+    ]
+    room = sorted(lengths)[len(lengths) // 2]
+    harness = Harness(make_model(), tokenizer, batch_size=4, max_length=room)
+    run_task(harness, choose.task, None, False)
+    assert harness.truncated == sum(length > room + 1 for length in lengths) > 0
+    say = asked(tasks, "shop_say")
+    prompts = [len(tokenizer(question.text).input_ids) for question in say.questions]
+    room = sorted(prompts)[6]
+    harness = Harness(make_model(), tokenizer, batch_size=4, max_length=room + 6)
+    run_task(harness, say.task, None, False)
+    assert harness.truncated == sum(length > room for length in prompts) > 0
+    assert caplog.text == ""
+
+
+def test_progress_is_told_by_requests(tasks: Path) -> None:
+    told: list[tuple[int, int]] = []
+    choose = asked(tasks, "shop_choose", limit=3)
+    harness = Harness(make_model(), make_tokenizer(), batch_size=4, tell=lambda done, total: told.append((done, total)))
+    run_task(harness, choose.task, 3, False)
+    assert told == [(done, 12) for done in range(1, 13)]
+
+
+def test_what_was_chosen_is_readable_and_agrees_with_the_metric(tasks: Path) -> None:
+    model = make_model()
+    for metric in ("acc", "acc_norm"):
+        choose = asked(tasks, "shop_choose", metric=metric)
+        documents = answers(choose, model)
+        for document, question in zip(documents, choose.questions, strict=True):
+            assert document.answer in question.choices and document.target in question.choices
+            assert document.score == (document.answer == document.target)
+    assert {document.score for document in documents} == {0.0, 1.0}
+    assert choose.chance == 0.25
+    most = max(Counter(question.target for question in choose.questions).values())
+    assert choose.majority == (most / 12 if most > 1 else None)
+
+
+def test_beginnings_to_choose_from_are_readable(tasks: Path) -> None:
+    endings = asked(tasks, "endings")
+    for document, question in zip(answers(endings, make_model()), endings.questions, strict=True):
+        assert question.text.startswith("What comes after")
+        assert document.prompt.count(question.text) == 4 and document.answer in question.choices
+        assert document.score == (document.answer == document.target)
+
+
+def test_a_continuation_says_whether_it_would_be_said(tasks: Path) -> None:
+    documents = answers(asked(tasks, "shop_go_on"), make_model())
+    assert all(
+        document.answer.startswith("(something else is likelier") for document in documents if not document.score
+    )
+    assert all(document.answer == document.target for document in documents if document.score)
+
+
+def test_the_metric_is_the_first_score_or_the_one_that_is_named(tasks: Path) -> None:
+    assert asked(tasks, "shop_choose").metric == "acc"
+    assert asked(tasks, "shop_go_on").metric == "acc"
+    assert asked(tasks, "filtered").metric == "exact_match,first"
+    first, whole = (
+        answers(asked(tasks, "filtered", metric=f"exact_match,{name}"), make_model()) for name in ("first", "all")
+    )
+    assert [document.answer for document in first] == [document.answer[:1] for document in whole]
+    assert max(len(document.answer) for document in whole) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "words"),
+    [
+        ("rolling", None, "none is a score on 0..1; losses are measured by `held_out`"),
+        ("shop_go_on", "perplexity", "lower is better, so it is no score; losses are measured by `held_out`"),
+        ("shop_choose", "f1", "its metrics are acc, acc_norm; metric: 'f1' is not among them"),
+        ("filtered", "exact_match,last", "its filters first, all; metric: 'exact_match,last' names another filter"),
+    ],
+)
+def test_a_metric_that_is_no_score_is_refused(tasks: Path, name: str, metric: str | None, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        asked(tasks, name, metric=metric)
+
+
+def test_a_metric_that_turns_out_to_be_no_score_is_refused(tasks: Path) -> None:
+    with pytest.raises(UserError, match=r"task costly: metric: nats: gives .* for document 0, no score on 0\.\.1"):
+        answers(asked(tasks, "costly"), make_model())
+
+
+@pytest.mark.parametrize("key", ["cluster_by", "leak_by"])
+def test_fields_of_documents_are_looked_up_by_name(tasks: Path, key: str) -> None:
+    with pytest.raises(UserError, match=rf"{key}: page: its documents have no such field; they have question, choices"):
+        asked(tasks, "shop_choose", **{key: "page"})
+    chosen = asked(tasks, "shop_choose", **{key: "source"}).questions
+    assert [getattr(question, key.removesuffix("_by")) for question in chosen] == [f"page {n // 3}" for n in range(12)]
+
+
+def test_shots_are_those_of_lm_eval_s_seed_and_never_the_document_itself(tasks: Path) -> None:
+    prompts = [document.prompt for document in answers(asked(tasks, "shop_choose", shots=2), make_model())]
+    assert prompts == [document.prompt for document in answers(asked(tasks, "shop_choose", shots=2), make_model())]
+    assert all(prompt.count("What comes after") == 3 for prompt in prompts)
+    plain = asked(tasks, "shop_choose")
+    assert [q.cluster for q in plain.questions] == [q.cluster for q in asked(tasks, "shop_choose", shots=2).questions]
+    with pytest.raises(UserError, match="a document could be its own example"):
+        asked(tasks, "alone")
+
+
+@pytest.mark.slow  # lm-eval looks through thousands of files for a task that the folder does not have
+def test_tasks_that_are_several_or_none_are_told_together(tasks: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_tasks(["both", "shop_sai"], tasks, {})
+    assert "both: stands for 2 tasks; name those that are to count (shop_choose, shop_say)" in str(caught.value)
+    assert "no task shop_sai" in str(caught.value) and "did you mean `shop_say`?" in str(caught.value)
+
+
+def test_several_tasks_under_one_name_and_no_folder_are_told(tasks: Path) -> None:
+    with pytest.raises(UserError, match="both: stands for 2 tasks"):
+        load_tasks(["both"], tasks, {})
+    with pytest.raises(UserError, match="there is no such folder"):
+        load_tasks(["shop_say"], tasks / "nowhere", {})
+
+
+def test_documents_that_cannot_be_had_are_told(tmp_path: Path) -> None:
+    folder = make_tasks(tmp_path)
+    (folder / "shop.jsonl").unlink()
+    with pytest.raises(
+        UserError, match=r"task shop_say: its documents cannot be had: FileNotFoundError: .*shop\.jsonl"
+    ):
+        load_tasks(["shop_say"], folder, {})
+
+
+def test_a_chat_template_changes_prompts_and_drops_the_delimiter_and_says_so(tasks: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant]"
+    harness = Harness(make_model(), tokenizer, batch_size=4)
+    chatting, plain = (
+        asked(tasks, "shop_choose", chat_renderer(tokenizer), shots=1),
+        asked(tasks, "shop_choose", shots=1),
+    )
+    assert chatting.requests != plain.requests
+    (sample, *_) = run_task(harness, chatting.task, None, True)
+    prompt, continuation = sample["arguments"][0]
+    assert prompt.startswith("[user] What") and prompt.endswith("[assistant]") and prompt.count("[user]") == 2
+    assert not continuation.startswith(" ")
+    with_template, without = task_settings(chatting, "a" * 64, None), task_settings(plain, None, None)
+    assert (with_template["target_delimiter"], without["target_delimiter"]) == ("", " ")
+    assert with_template["chat_template_sha256"] == "a" * 64
+    assert {key for key in without if without[key] != with_template[key]} == {
+        "target_delimiter", "chat_template_sha256", "shots_as_turns",
+    }  # fmt: skip
+
+
+def test_a_task_s_definition_is_known_again_by_its_content(tasks: Path, tmp_path: Path) -> None:
+    again = make_tasks(tmp_path / "again")
+    here, there = (task_settings(asked(folder, "shop_say"), None, None)["task_sha256"] for folder in (tasks, again))
+    assert here == there == task_settings(asked(tasks, "shop_say", shots=3), None, None)["task_sha256"]
+    assert here != task_settings(asked(tasks, "sampled"), None, None)["task_sha256"]
+
+
+def test_room_for_answers_is_looked_for_before(tasks: Path) -> None:
+    model, tokenizer = make_model(max_position_embeddings=64), make_tokenizer()
+    loaded = load_tasks(["shop_say"], tasks, {})
+    assert refuse_unfit_length(loaded, model.config, tokenizer, None, "base") == 64
+    with pytest.raises(UserError, match="max_length: 65: base takes only 64 tokens"):
+        refuse_unfit_length(loaded, model.config, tokenizer, 65, "base")
+    with pytest.raises(UserError, match="asks for up to 6 tokens, but prompt and answer together have only 6"):
+        refuse_unfit_length(loaded, model.config, tokenizer, 6, "base")
+    assert generation_settings(loaded["shop_say"]) == {
+        "do_sample": False, "temperature": 0.0, "until": ["\n"], "max_gen_toks": 6,
+    }  # fmt: skip

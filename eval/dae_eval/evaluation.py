@@ -1,0 +1,181 @@
+"""Ask models the tasks of a suite: what `dae eval tasks` and the first half of `dae report` do.
+
+Everything that can be wrong is looked at before the first weights are loaded (dae_eval.planning). Each finished task is
+written at once, under a key of all that its scores depend on, so the same command after a stop redoes nothing that is
+finished, and no two models or settings ever share a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dae_eval.answers import cluster_id, documents_of
+from dae_eval.folders import (
+    DOCUMENTS,
+    LOCK,
+    pack_documents,
+    read_documents,
+    refuse_foreign_files,
+    refuse_other_model,
+    write_evaluation,
+)
+from dae_eval.harness import Harness, run_task, version_of
+from dae_eval.held_out import measured, teachers_of
+from dae_eval.models import Memory, Model, load_settings
+from dae_eval.planning import Plan, Planner
+from dae_eval.progress import Display
+from dae_eval.results import Document, Evaluation, HeldOutLoss, TaskResult
+from dae_eval.suites import Suite
+from kd.errors import MachineError
+from kd.files import disk_errors, json_text, plain, read_json, write_bytes_durably, write_text_durably
+from kd.fingerprints import resolve_model
+from kd.lock import hold
+from kd.provenance import read_provenance
+from kd.runs import RunFolder
+
+_NO_MEMORY = ("out of memory", "allocate memory")
+
+
+def evaluate(
+    models: Mapping[str, Model], suite: Suite, folders: Mapping[str, Path], command: Sequence[str] | None = None
+) -> dict[str, Evaluation]:
+    """Ask every model the suite's tasks and write each evaluation into its folder; roles of equal weights are one.
+
+    Args:
+        models: by role (base, expert, reference, student, or any name), from `dae_eval.models.locate`.
+        suite: from `dae_eval.suites.load_suite`.
+        folders: by role; where roles are the same weights, the folder of the first one is used.
+        command: as typed, for the record; None: that of this process.
+
+    Returns:
+        The evaluation of every role.
+
+    Raises:
+        UserError: a task, setting or model does not fit, or a folder holds something else.
+        MachineError: disk full or out of memory; finished tasks are kept.
+    """
+    torch.set_flush_denormal(True)  # numbers too small to matter, which slow some CPUs several times over
+    distinct: dict[Any, str] = {}
+    for role, model in models.items():
+        distinct.setdefault(model.identity, role)
+    for role in distinct.values():
+        refuse_foreign_files(folders[role])
+        refuse_other_model(folders[role], models[role].facts())
+    planner = Planner(suite, load_settings(), command)
+    plans = [planner.plan(role, models[role], folders[role]) for role in distinct.values()]
+    backbones = [plan.model.backbone[1] for plan in plans]  # one after the other: only one is in memory
+    plans = sorted(plans, key=lambda plan: backbones.index(plan.model.backbone[1]))
+    memory = Memory(planner.load_settings)
+    with ExitStack() as held:
+        for plan in plans:
+            held.enter_context(claimed(plan.folder, plan.model))
+        with Display(sum(len(plan.asked) + bool(plan.held_out) for plan in plans)) as display:
+            found = {plan.model.identity: run(plan, suite, models, memory, display) for plan in plans}
+        memory.free()
+    return {role: found[model.identity] for role, model in models.items()}
+
+
+@contextmanager
+def claimed(folder: Path, model: Model) -> Iterator[None]:
+    """Hold an evaluation's folder for this process. Raises UserError where another process holds or has filled it."""
+    with disk_errors(folder):
+        (folder / DOCUMENTS).mkdir(parents=True, exist_ok=True)
+    with hold(folder / LOCK, str(folder)):
+        refuse_other_model(folder, model.facts())
+        yield
+
+
+def run(plan: Plan, suite: Suite, models: Mapping[str, Model], memory: Memory, display: Display) -> Evaluation:
+    """Ask what has not been asked yet, then write the evaluation. models: by role; teachers are among them."""
+    waiting = [task for task in plan.asked if not plan.path(task).is_file()]
+    for _ in range(len(plan.asked) - len(waiting)):
+        display.finished()
+    if waiting:
+        with memory.speaking(plan.model) as model:
+            harness = Harness(
+                model, plan.tokenizer, batch_size=suite.batch_size, max_length=suite.max_length, tell=display.tell
+            )
+            for task in waiting:
+                display.begin(plan.role, task)
+                documents = answer(plan, task, harness)
+                score = sum(document.score for document in documents) / len(documents)
+                display.finished(f"{plan.role}  {task}  {len(documents)} documents  {score:.3f}")
+    losses: tuple[HeldOutLoss, ...] = ()
+    if plan.held_out:
+        display.begin(plan.role, "held-out rows")
+        with enough_memory("held_out", 1):
+            teachers = teachers_of(plan.model, models)
+            losses = measured(plan.model, plan.held_out, teachers, plan.shared, plan.folder, memory)
+        display.finished()
+    evaluation = replace(finished_evaluation(plan, suite), held_out=losses)
+    write_evaluation(plan.folder, evaluation, plan.keys)
+    return evaluation
+
+
+def answer(plan: Plan, task: str, harness: Harness) -> tuple[Document, ...]:
+    """Let the model answer one task, and write what it answered."""
+    asked = plan.asked[task]
+    harness.truncated = 0
+    with enough_memory(task, harness.batch_size):
+        samples = run_task(harness, asked.task, asked.entry.limit, plan.template is not None)
+    documents = documents_of(asked, samples, plan.seen[task])
+    notes = {"truncated": harness.truncated, "key": plan.facts[task]}
+    write_text_durably(plan.notes_path(task), json_text(plain(notes)))
+    write_bytes_durably(plan.path(task), pack_documents(documents))
+    return documents
+
+
+def finished_evaluation(plan: Plan, suite: Suite) -> Evaluation:
+    """The evaluation of a plan whose tasks are all finished."""
+    tasks, truncated = {}, {}
+    for group, kind, entry in suite.entries():
+        asked, task = plan.asked[entry.task], entry.task
+        clusters = {question.id: cluster_id(question) for question in asked.questions}
+        documents = tuple(
+            replace(document, cluster=clusters[document.id], seen=document.id in plan.seen[task])
+            for document in read_documents(plan.path(task))
+        )
+        tasks[task] = TaskResult(
+            task=task,
+            group=group,
+            kind=kind,
+            metric=asked.metric,
+            version=version_of(asked.task),
+            settings=plan.settings[task],
+            documents=documents,
+            chance=asked.chance,
+            majority=asked.majority,
+        )
+        truncated[task] = int(read_json(plan.notes_path(task))["truncated"])
+    conditions = {**plan.conditions, "truncated": {task: n for task, n in truncated.items() if n}}
+    return Evaluation(
+        model=plan.model.facts(),
+        tasks=tasks,
+        conditions=conditions,
+        training_rows=plan.rows,
+        training=training_metrics(plan.model.path),
+    )
+
+
+def training_metrics(path: str) -> tuple[Mapping[str, Any], ...]:
+    """The lines of metrics.jsonl of the run that made the model; none where it is no run folder of ours."""
+    folder = resolve_model(path)
+    return tuple(RunFolder(folder).metrics()) if read_provenance(folder) is not None else ()
+
+
+@contextmanager
+def enough_memory(task: str, batch_size: int) -> Iterator[None]:
+    """Say what to do where memory runs out. Raises MachineError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in _NO_MEMORY):
+            raise
+        remedy = f"; give the same command with batch_size={batch_size // 2}" if batch_size > 1 else ""
+        raise MachineError(f"out of memory at {task}{remedy} (finished tasks are kept)") from error

@@ -1,0 +1,175 @@
+"""The folder of an evaluation (see dae_eval.results): written crash-safe, read back as it was."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dae_eval.results import Document, Evaluation, HeldOutLoss, ModelFacts, TaskResult, TrainingRows
+from kd.errors import UserError
+from kd.files import TEMPORARY_PREFIX, disk_errors, json_text, plain, read_json, write_bytes_durably, write_text_durably
+
+EVALUATION = "evaluation.json"
+DOCUMENTS = "documents"
+HELD_OUT = "held_out"
+LOCK = ".lock"
+FORMAT = "dae-align evaluation"
+VERSION = 1
+KEY_DIGITS = 32  # 128 bits: enough that two keys are never alike
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """The finished evaluation in `folder`.
+
+    Raises:
+        UserError: there is none, it did not finish, or its files are not those that were written.
+    """
+    path = folder / EVALUATION
+    if not path.is_file():
+        unfinished = (folder / DOCUMENTS).is_dir()
+        why = "has not finished; give its `dae eval` command again" if unfinished else "holds no evaluation"
+        raise UserError(f"{folder}: {why} (there is no {EVALUATION})")
+    content = read_json(path)
+    if content.get("format") != FORMAT or content.get("version") != VERSION:
+        raise UserError(f"{path}: is no {FORMAT} of version {VERSION}; write it again with `dae eval`")
+    try:
+        return Evaluation(
+            model=ModelFacts(**content["model"]),
+            tasks={facts["task"]: _task_result(folder, facts) for facts in content["tasks"]},
+            conditions=content["conditions"],
+            held_out=tuple(HeldOutLoss(**line) for line in content["held_out"]),
+            training_rows=tuple(TrainingRows(**line) for line in content["training_rows"]),
+            training=tuple(content["training"]),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: is incomplete ({error!r}); write it again with `dae eval`") from error
+
+
+def _task_result(folder: Path, facts: Mapping[str, Any]) -> TaskResult:
+    known = {name: value for name, value in facts.items() if name not in ("file", "sha256", "n")}
+    path = folder / facts["file"]
+    documents = read_documents(path, facts["sha256"])
+    return TaskResult(**known, documents=documents)
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation, keys: Mapping[str, str] | None = None) -> None:
+    """Write an evaluation, its documents first and evaluation.json last; what is there already is left as it is.
+
+    keys: by task, what its file is named by: a digest of all that the scores depend on; `default_key` where not given.
+
+    Raises:
+        UserError: the folder may not be written.
+        MachineError: the disk is full.
+    """
+    names = {
+        task: documents_name(task, (keys or {}).get(task) or default_key(evaluation, result))
+        for task, result in evaluation.tasks.items()
+    }
+    contents = {names[task]: pack_documents(result.documents) for task, result in evaluation.tasks.items()}
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": asdict(evaluation.model),
+        "tasks": [_facts_of(result, names[task], contents[names[task]]) for task, result in evaluation.tasks.items()],
+        "conditions": evaluation.conditions,
+        "held_out": [asdict(line) for line in evaluation.held_out],
+        "training_rows": [asdict(line) for line in evaluation.training_rows],
+        "training": list(evaluation.training),
+    }
+    changed = {name: packed for name, packed in contents.items() if not _is(folder / name, packed)}
+    if changed:  # whoever reads in between must not take new documents for old ones
+        with disk_errors(folder):
+            (folder / DOCUMENTS).mkdir(parents=True, exist_ok=True)
+            (folder / EVALUATION).unlink(missing_ok=True)
+    for name, packed in changed.items():
+        write_bytes_durably(folder / name, packed)
+    text = json_text(plain(content))
+    if not _is(folder / EVALUATION, text.encode()):
+        write_text_durably(folder / EVALUATION, text)
+
+
+def _facts_of(result: TaskResult, name: str, packed: bytes) -> dict[str, Any]:
+    facts = {name: getattr(result, name) for name in TaskResult.__dataclass_fields__ if name != "documents"}
+    return {**facts, "n": len(result.documents), "file": name, "sha256": hashlib.sha256(packed).hexdigest()}
+
+
+def _is(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
+
+
+def default_key(evaluation: Evaluation, result: TaskResult) -> str:
+    """The key of a task's documents where its writer names none: model, task and settings."""
+    model = evaluation.model
+    facts = {"model": model.fingerprint, "base": model.base_fingerprint}
+    return digest({**facts, "task": result.task, "version": result.version, "metric": result.metric, **result.settings})
+
+
+def digest(facts: Mapping[str, Any]) -> str:
+    """SHA-256 over facts, whatever their order, as 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(plain(facts), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def documents_name(task: str, key: str) -> str:
+    """The file of a task's documents, relative to the folder."""
+    return f"{DOCUMENTS}/{_UNSAFE.sub('-', task)}-{key[:KEY_DIGITS]}.jsonl.gz"
+
+
+def pack_documents(documents: Iterable[Document]) -> bytes:
+    """One line of JSON a document, compressed; the same documents give the same bytes."""
+    lines = "".join(json.dumps(asdict(document), ensure_ascii=False) + "\n" for document in documents)
+    return gzip.compress(lines.encode("utf-8", "surrogatepass"), mtime=0)
+
+
+def read_documents(path: Path, sha256: str | None = None) -> tuple[Document, ...]:
+    """The documents of a file that `pack_documents` made.
+
+    Raises:
+        UserError: it is missing or damaged, or has not the SHA-256 that was asked for.
+    """
+    remedy = "remove it and give the `dae eval` command again"
+    try:
+        packed = path.read_bytes()
+        if sha256 is not None and hashlib.sha256(packed).hexdigest() != sha256:
+            raise UserError(f"{path}: is not the file that its {EVALUATION} was written with; {remedy}")
+        # Not splitlines(): what models write may hold other line separators, which JSON leaves as they are.
+        lines = gzip.decompress(packed).decode("utf-8", "surrogatepass").split("\n")
+        return tuple(Document(**json.loads(line)) for line in lines if line)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: is missing; give the `dae eval` command again") from error
+    except (OSError, EOFError, ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from error
+
+
+def refuse_foreign_files(folder: Path) -> None:
+    """Raise UserError unless `folder` is new, empty, or one that evaluations of tasks are written into."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: this is a file; --output names a folder")
+    own = {EVALUATION, DOCUMENTS, HELD_OUT, LOCK}
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in names if name not in own and not name.startswith(TEMPORARY_PREFIX)]
+    if foreign:
+        shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        raise UserError(f"{folder}: holds files of something else ({shown}); give --output an empty or a new folder")
+
+
+def refuse_other_model(folder: Path, model: ModelFacts) -> None:
+    """Raise UserError where `folder` holds the finished evaluation of another model."""
+    if not (folder / EVALUATION).is_file():
+        return
+    there = read_json(folder / EVALUATION).get("model")
+    there = there if isinstance(there, dict) else {}
+    known = (there.get("fingerprint"), there.get("base_fingerprint"))
+    if known != (model.fingerprint, model.base_fingerprint):
+        raise UserError(
+            f"{folder}: holds the evaluation of {there.get('path')} (fingerprint {str(known[0])[:12]}), and "
+            f"{model.path} is {model.fingerprint[:12]}; choose another --output, or remove the folder"
+        )

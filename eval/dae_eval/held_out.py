@@ -1,0 +1,67 @@
+"""Held-out loss and KL for the models of an evaluation: what is measured is dae_eval.drift's, here it is kept.
+
+Each measurement is written at once, under a key of the model, the rows and the teachers that it was measured against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dae_eval.drift import HeldOutRows, measure_held_out, read_held_out
+from dae_eval.folders import HELD_OUT, KEY_DIGITS, digest
+from dae_eval.models import Memory, Model
+from dae_eval.results import HeldOutLoss
+from dae_eval.suites import Suite
+from kd.config import DataRecipe
+from kd.files import disk_errors, json_text, plain, read_json, write_text_durably
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEACHERS = ("reference", "expert")
+
+
+def rows_of(suite: Suite, tokenizer: PreTrainedTokenizerBase, context: int) -> tuple[HeldOutRows, ...]:
+    """The suite's held-out rows, encoded as training would, none longer than `context` tokens. Raises UserError."""
+    if not suite.held_out:
+        return ()
+    template = suite.chat_template if isinstance(suite.chat_template, str) else None
+    return read_held_out(suite.held_out, tokenizer, DataRecipe(max_length=context, chat_template=template))
+
+
+def teachers_of(model: Model, models: Mapping[str, Model]) -> dict[str, Model]:
+    """Those of reference and expert that stand on the model's own backbone: only one backbone is ever in memory."""
+    return {role: models[role] for role in TEACHERS if role in models and models[role].backbone[1] == model.backbone[1]}
+
+
+def measured(
+    model: Model,
+    rows: tuple[HeldOutRows, ...],
+    teachers: Mapping[str, Model],
+    facts: Mapping[str, Any],
+    folder: Path,
+    memory: Memory,
+) -> tuple[HeldOutLoss, ...]:
+    """Loss and KL of a model on held-out rows, read from `folder` where they have been measured before.
+
+    facts: all that the figures depend on beside model, rows and teachers (tokenizer, dtype, versions, ...).
+    """
+    about = {
+        **facts,
+        "rows": [[held.route, held.sha256] for held in rows],
+        "teachers": {role: list(teacher.identity) for role, teacher in teachers.items()},
+    }
+    path = folder / HELD_OUT / f"{digest(about)[:KEY_DIGITS]}.json"
+    if not path.is_file():
+        roles = memory.roles({"model": model, **teachers})
+        own = roles.pop("model")
+        found = [asdict(line) for line in measure_held_out(own, rows, roles)]
+        with disk_errors(path):
+            path.parent.mkdir(exist_ok=True)
+        write_text_durably(path, json_text(plain({"held_out": found, "key": about})))
+    paths = {held.sha256: held.path for held in rows}
+    lines = [HeldOutLoss(**line) for line in read_json(path)["held_out"]]
+    return tuple(HeldOutLoss(**{**asdict(line), "path": paths[line.sha256]}) for line in lines)

@@ -1,0 +1,209 @@
+"""The models that are asked: where they lie, what they stand on, and how several share one backbone."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dae_eval.results import ModelFacts
+from kd.compatibility import check_adapter, is_adapter
+from kd.errors import UserError
+from kd.fingerprints import files_sha256, joint_sha256, model_fingerprint, resolve_model
+from kd.provenance import read_provenance
+from kd.roles import (
+    ADAPTER_CONFIG,
+    Backbone,
+    LoadSettings,
+    Role,
+    add_frozen_adapter,
+    load_model,
+    speaking_as,
+    unwrapped,
+)
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Model:
+    """A full checkpoint (base None), or an adapter on a base. Paths as typed, fingerprints as of kd.fingerprints."""
+
+    path: str
+    fingerprint: str
+    base: str | None = None
+    base_fingerprint: str | None = None
+
+    @property
+    def identity(self) -> tuple[str, str | None]:
+        """Two models with the same identity are the same weights."""
+        return self.fingerprint, self.base_fingerprint
+
+    @property
+    def backbone(self) -> tuple[str, str]:
+        """(path, fingerprint) of the full weights."""
+        if self.base is None or self.base_fingerprint is None:
+            return self.path, self.fingerprint
+        return self.base, self.base_fingerprint
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Its own folder where that holds a tokenizer, else its base's."""
+        own = resolve_model(self.path)
+        return own if tokenizer_files(own) or self.base is None else resolve_model(self.base)
+
+    def facts(self) -> ModelFacts:
+        """What a report says of the model."""
+        provenance = read_provenance(resolve_model(self.path)) or {}
+        inputs = dict(provenance.get("inputs", {}))
+        return ModelFacts(self.path, self.fingerprint, self.base, self.base_fingerprint, inputs)
+
+
+def locate(role: str, path: str, base: str | None, known: dict[str, str] | None = None) -> Model:
+    """Find a model and its fingerprints; no weights are loaded.
+
+    base: what an adapter stands on; None: what its adapter_config.json names. known: fingerprints found so far, by
+    path.
+
+    Raises:
+        UserError: there is no such model, its run has not finished, or the adapter does not belong to the base.
+    """
+    known = {} if known is None else known
+
+    def fingerprint(place: str) -> str:
+        if place not in known:
+            known[place] = model_fingerprint(place)
+        return known[place]
+
+    if not is_adapter(path):
+        return Model(path, fingerprint(path))
+    chosen = base if base is not None else base_of_adapter(path)
+    try:
+        base_is_adapter = is_adapter(chosen)
+    except UserError as error:
+        raise UserError(
+            f"{role} {path}: stands on a base that cannot be had; say where it is with --base. {error}"
+        ) from error
+    if base_is_adapter:
+        raise UserError(f"{role} {path}: its base {chosen} is an adapter itself; merge that into its base first")
+    check_adapter(role, path, chosen, fingerprint(chosen))
+    return Model(path, fingerprint(path), chosen, fingerprint(chosen))
+
+
+def base_of_adapter(path: str) -> str:
+    """The base that an adapter names. Raises UserError where it names none, or one that is not there."""
+    config = resolve_model(path) / ADAPTER_CONFIG
+    named = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise UserError(f"{config}: names no base (base_model_name_or_path); say where it is with --base")
+    return named
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of the files in `folder` that make up a tokenizer."""
+    names = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    return names if any(name in names for name in ("tokenizer.json", "tokenizer.model", "vocab.json")) else []
+
+
+def tokenizer_sha256(model: Model) -> str:
+    """Joint SHA-256 over the files of the model's tokenizer."""
+    folder = model.tokenizer_folder
+    return joint_sha256(files_sha256(folder, tokenizer_files(folder)))
+
+
+def open_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises UserError where there is none that transformers can open."""
+    folder = model.tokenizer_folder
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{model.path}: no tokenizer that transformers can open: {error}") from error
+    return tokenizer
+
+
+def load_settings() -> LoadSettings:
+    """bfloat16 on an accelerator that has it, else float32."""
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
+    return LoadSettings(dtype, device="cuda" if on_gpu else "cpu")
+
+
+class Memory:
+    """The one backbone that is in memory, with all adapters that were asked for on it."""
+
+    def __init__(self, settings: LoadSettings) -> None:
+        self.settings = settings
+        self._fingerprint: str | None = None
+        self._backbone: Backbone | None = None
+
+    @contextmanager
+    def speaking(self, model: Model) -> Iterator[PreTrainedModel]:
+        """The transformers model that answers as `model`; loads what is not there and frees another backbone first."""
+        (role,) = self.roles({model.path: model}).values()
+        with speaking_as(role) as speaking:
+            yield unwrapped(speaking)
+
+    def roles(self, models: Mapping[str, Model]) -> dict[str, Role]:
+        """Roles by name, of models that all stand on one backbone."""
+        backbone = self._backbone_of(next(iter(models.values())))
+        assert {model.backbone[1] for model in models.values()} == {self._fingerprint}, models
+        # Adapters first: the first one wraps the backbone, and every role must hold the wrapped one.
+        adapters = {
+            name: None if model.base is None else add_frozen_adapter(backbone, model.path)
+            for name, model in models.items()
+        }
+        return {name: Role(name, backbone.model, adapter) for name, adapter in adapters.items()}
+
+    def _backbone_of(self, model: Model) -> Backbone:
+        path, fingerprint = model.backbone
+        if self._backbone is None or self._fingerprint != fingerprint:
+            self.free()
+            self._backbone, self._fingerprint = Backbone(path, load_model(path, self.settings)), fingerprint
+        return self._backbone
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self._backbone = self._fingerprint = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def chat_template_of(model: Model, tokenizer: PreTrainedTokenizerBase, choice: Any) -> str | None:
+    """The chat template as text that `choice` (of the suite) means, set on the tokenizer; None: none is applied.
+
+    Raises:
+        UserError: the tokenizer has none of its own, or the file cannot be read.
+    """
+    if choice is False:
+        return None
+    if choice is True:
+        return own_chat_template(model, tokenizer)
+    try:
+        tokenizer.chat_template = Path(choice).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template: {choice}: cannot be read ({error}); name a .jinja file") from error
+    return str(tokenizer.chat_template)
+
+
+def own_chat_template(model: Model, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's own chat template. Raises UserError where it has none, or several and no default."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"chat_template: true: the tokenizer of {model.path} has none; set chat_template: false, or name a .jinja "
+            "file"
+        )
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise UserError(f"chat_template: true: {model.path}: {error}") from error

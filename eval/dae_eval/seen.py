@@ -1,0 +1,170 @@
+"""Which evaluation documents also stand in the rows that a model, or a teacher of its run, was trained on.
+
+A text counts as seen where it occurs word for word in a training row: letter case and the amount of white space aside,
+from the beginning of a word to the end of one. All parts of a row count (prompt, completion, messages, text), put
+together in their order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dae_eval.results import TrainingRows
+from kd.config import SourceRecipe
+from kd.fingerprints import data_sha256
+from kd.provenance import read_provenance
+from kd.records import HUB_ID, read_records
+
+ANCHOR = 8  # words by which a text is looked up before it is compared
+_WORDS = re.compile(r"\w+|[^\w\s]")
+_RECIPE = "recipe.yaml"
+
+
+class SeenTexts:
+    """Some texts, marked off as rows stream by: exact, in one pass, with memory for the texts only.
+
+    Each text is looked up by one run of up to `ANCHOR` words, the one that it shares with the fewest other texts
+    (beginnings such as "Question:" are shared by all), and compared as a whole where that run is found.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._seen: set[str] = set()
+        self._by_run: dict[tuple[str, ...], set[str]] = defaultdict(set)
+        self._lengths: dict[str, set[int]] = defaultdict(set)  # of the runs that begin with a word
+        words_of = {text: _WORDS.findall(text) for text in {normalised(text) for text in texts}}
+        shared = Counter(run for words in words_of.values() for run in set(_runs(words)))
+        for text, words in words_of.items():
+            if words:
+                run = min(_runs(words), key=lambda run: shared[run])
+                self._by_run[run].add(text)
+                self._lengths[run[0]].add(len(run))
+
+    def add_row(self, row: str) -> None:
+        """Mark the texts that stand in this row."""
+        whole = normalised(row)
+        words = _WORDS.findall(whole)
+        for start, word in enumerate(words):
+            for length in self._lengths.get(word, ()):
+                waiting = self._by_run.get(tuple(words[start : start + length]))
+                if waiting:
+                    found = {text for text in waiting if _stands_in(text, whole)}
+                    waiting -= found
+                    self._seen |= found
+
+    def __contains__(self, text: str) -> bool:
+        return normalised(text) in self._seen
+
+
+def normalised(text: str) -> str:
+    """The text with all white space as one space and without letter case."""
+    return " ".join(text.casefold().split())
+
+
+def _runs(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    length = min(ANCHOR, len(words))
+    return (tuple(words[start : start + length]) for start in range(len(words) - length + 1))
+
+
+def _stands_in(text: str, row: str) -> bool:
+    """Whether the text occurs in the row from the beginning of a word to the end of one; both are normalised."""
+    start = row.find(text)
+    while start >= 0:
+        end = start + len(text)
+        cut_before = start > 0 and _is_word(row[start - 1]) and _is_word(text[0])
+        cut_after = end < len(row) and _is_word(row[end]) and _is_word(text[-1])
+        if not cut_before and not cut_after:
+            return True
+        start = row.find(text, start + 1)
+    return False
+
+
+def _is_word(character: str) -> bool:
+    return character.isalnum() or character == "_"
+
+
+def row_text(record: Mapping[str, Any]) -> str:
+    """All words of a training row, in order."""
+    parts = []
+    for name in ("prompt", "completion", "messages", "text"):
+        value = record.get(name)
+        if isinstance(value, str):
+            parts.append(value)
+        elif isinstance(value, (list, tuple)):
+            parts += [str(message.get("content") or "") for message in value if isinstance(message, Mapping)]
+    return " ".join(parts)
+
+
+def training_rows(paths: Sequence[str]) -> list[tuple[TrainingRows, SourceRecipe | None]]:
+    """The sources of rows behind models: those of their runs, of the runs of their bases and teachers, and so on.
+
+    A source is given as a recipe's source where it can be read and is what it was, else None with the problem named. A
+    model that is no run folder of ours tells nothing: the list is empty.
+    """
+    found: dict[tuple[str, str, str], tuple[TrainingRows, SourceRecipe | None]] = {}
+    waiting, done = list(paths), set[Path]()
+    while waiting:
+        folder = Path(waiting.pop(0))
+        if not folder.is_dir() and _is_place(str(folder)):
+            problem = "a teacher or base that is not there, so nobody can tell what it was trained on"
+            found.setdefault((str(folder), "", ""), (TrainingRows(str(folder), "", problem), None))
+        if folder.resolve() in done or (provenance := read_provenance(folder)) is None:
+            continue
+        done.add(folder.resolve())
+        recipe = _recipe(folder)
+        for route, sources in provenance["data"].items():
+            if route.startswith("eval."):
+                continue
+            for place, source in enumerate(sources):
+                split = _split(recipe, route, place)
+                found.setdefault((source["path"], source["sha256"], split), _source(folder, source, split))
+        waiting += _model_paths(recipe)
+    return list(found.values())
+
+
+def _is_place(name: str) -> bool:
+    """Whether a name that is no folder was meant as one, and not as a hub id."""
+    return "/" in name and (not HUB_ID.fullmatch(name) or Path(name).parent.is_dir())
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    path = folder / _RECIPE
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def _split(recipe: Mapping[str, Any], route: str, place: int) -> str:
+    try:
+        return str(recipe["data"][route][place]["split"])
+    except (KeyError, IndexError, TypeError):
+        return "train"
+
+
+def _model_paths(recipe: Mapping[str, Any]) -> list[str]:
+    experts = recipe.get("expert")
+    teachers = experts.values() if isinstance(experts, Mapping) else ()
+    named = [recipe.get("base"), recipe.get("reference"), recipe.get("student_from"), *teachers]
+    return [name for name in named if isinstance(name, str)]
+
+
+def _source(folder: Path, source: Mapping[str, str], split: str) -> tuple[TrainingRows, SourceRecipe | None]:
+    path, sha256 = source["path"], source["sha256"]
+    problem = ""
+    if not Path(path).exists():  # a hub data set is not fetched for this
+        problem = f"{folder} was trained on it, and it is not there"
+    elif data_sha256(path) != sha256:
+        problem = f"{folder} was trained on it, and it has changed since"
+    return TrainingRows(path, sha256, problem), None if problem else SourceRecipe(path=path, split=split)
+
+
+def seen_texts(texts: Iterable[str], source: SourceRecipe) -> SeenTexts:
+    """Look for the texts in all rows of a source. Raises UserError where a row cannot be read."""
+    marked = SeenTexts(texts)
+    for _, record in read_records(source):
+        marked.add_row(row_text(record))
+    return marked
