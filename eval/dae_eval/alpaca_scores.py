@@ -1,0 +1,210 @@
+"""AlpacaEval's win rates from annotations: its own way, and length-controlled through its own package."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from kd.errors import UserError
+from kd.records import kind_of
+
+NOT_IN_FILE = "not in file"
+GAMED_FILE = "df_gamed.csv of the data set tatsu-lab/alpaca_eval"
+EXTRA = "pip install 'dae-align[alpaca]'"
+_TIE = 1.5
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """A judge's preference between the baseline's output (1) and the model's (2).
+
+    preference: from 1 (the baseline's is better) to 2 (the model's is), 1.5 a tie; None: the judge gave none. Texts are
+    None where the file does not hold them. row: the whole annotation as it stands in the file.
+    """
+
+    index: int
+    instruction: str | None
+    dataset: str
+    baseline: str
+    model: str
+    baseline_output: str | None
+    output: str | None
+    annotator: str
+    preference: float | None
+    row: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Percent. standard_error: None for a single preference. dropped: annotations without a preference.
+
+    Mean lengths in characters, None where the texts are not in the file.
+    """
+
+    win_rate: float
+    standard_error: float | None
+    preferences: int
+    wins: int
+    losses: int
+    ties: int
+    dropped: int
+    mean_length: float | None
+    baseline_mean_length: float | None
+
+
+@dataclass(frozen=True)
+class LengthControlled:
+    """Percent; or no number, and why."""
+
+    win_rate: float | None
+    standard_error: float | None
+    missing: str = ""
+
+
+def read_rows(path: Path, flag: str) -> list[dict[str, Any]]:
+    """A JSON file with a list of objects, the form of all of AlpacaEval's files. Raises UserError."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path}: cannot be read ({error}); give a JSON file") from error
+    except ValueError as error:
+        raise UserError(f"{flag} {path}: is no JSON ({error}); AlpacaEval's files are one list of objects") from error
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{flag} {path}: wants a list of at least one object, not {kind_of(rows)}")
+    return rows
+
+
+def text_of(row: Mapping[str, Any], key: str, location: str) -> str:
+    """A text that has to be there. Raises UserError."""
+    if not isinstance(row.get(key), str):
+        raise UserError(f"{location}: {key}: wants text, not {kind_of(row.get(key))}")
+    return str(row[key])
+
+
+def read_annotations(path: Path, flag: str = "--annotations") -> list[Annotation]:
+    """Annotations of one model against one baseline.
+
+    Raises:
+        UserError: an annotation has no valid preference or generators, or there are several models or baselines.
+    """
+    annotations = [_annotation(row, index, f"{path}: row {index}") for index, row in enumerate(read_rows(path, flag))]
+    for what, names in (
+        ("generator_2", {annotation.model for annotation in annotations}),
+        ("generator_1", {annotation.baseline for annotation in annotations}),
+    ):
+        if len(names) > 1:
+            raise UserError(f"{path}: {what}: several ({', '.join(sorted(names))}); give the annotations of one model")
+    return annotations
+
+
+def _annotation(row: Mapping[str, Any], index: int, location: str) -> Annotation:
+    preference = row.get("preference")
+    if preference is not None:
+        if isinstance(preference, bool) or not isinstance(preference, int | float):
+            raise UserError(f"{location}: preference: wants a number or null, not {kind_of(preference)}")
+        # NaN is how pandas writes a missing one, 0 how older files write a tie.
+        preference = None if math.isnan(preference) else _TIE if preference == 0 else float(preference)
+    if preference is not None and not 1 <= preference <= 2:
+        raise UserError(f"{location}: preference: {preference}: wants 1 (baseline) to 2 (model), or null")
+    return Annotation(
+        index=index,
+        instruction=_text_or_none(row.get("instruction")),
+        dataset=_text_or_none(row.get("dataset")) or "",
+        baseline=text_of(row, "generator_1", location),
+        model=text_of(row, "generator_2", location),
+        baseline_output=_text_or_none(row.get("output_1")),
+        output=_text_or_none(row.get("output_2")),
+        annotator=_text_or_none(row.get("annotator")) or "(unknown)",
+        preference=preference,
+        row=row,
+    )
+
+
+def _text_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def win_rate(annotations: Sequence[Annotation]) -> WinRate:
+    """100 x mean(preference - 1) and 100 x its standard error (n - 1 in the variance), as the package computes them.
+
+    Raises:
+        UserError: no annotation has a preference.
+    """
+    shares = [annotation.preference - 1 for annotation in annotations if annotation.preference is not None]
+    if not shares:
+        raise UserError("no annotation has a preference; look at what the judge wrote")
+    standard_error = 100 * statistics.stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else None
+    return WinRate(
+        win_rate=100 * math.fsum(shares) / len(shares),
+        standard_error=standard_error,
+        preferences=len(shares),
+        wins=sum(share > 0.5 for share in shares),
+        losses=sum(share < 0.5 for share in shares),
+        ties=sum(share == 0.5 for share in shares),
+        dropped=len(annotations) - len(shares),
+        mean_length=_mean_length([annotation.output for annotation in annotations]),
+        baseline_mean_length=_mean_length([annotation.baseline_output for annotation in annotations]),
+    )
+
+
+def _mean_length(texts: Sequence[str | None]) -> float | None:
+    lengths = [len(text) for text in texts if text is not None]
+    return math.fsum(lengths) / len(lengths) if len(lengths) == len(texts) else None
+
+
+def length_controlled(annotations: Sequence[Annotation], gamed_file: Path | None) -> LengthControlled:
+    """The length-controlled win rate by the package's own model (arXiv 2404.04475), or why there is none.
+
+    gamed_file: the package's df_gamed.csv, which it would fetch from the hub; annotations have to be in its order.
+
+    Raises:
+        UserError: the file cannot be used, or the package is not installed.
+    """
+    if gamed_file is None:
+        return LengthControlled(None, None, "needs the package's df_gamed.csv (--gamed-file)")
+    if not gamed_file.is_file():
+        raise UserError(f"--gamed-file {gamed_file}: there is no such file; it is {GAMED_FILE}")
+    if any(annotation.output is None or annotation.baseline_output is None for annotation in annotations):
+        return LengthControlled(None, None, f"the outputs (output_1, output_2) are {NOT_IN_FILE}")
+    with _package() as package:
+        # The place of the file is no argument: it is what this function answers.
+        fetch, package.hf_hub_download = package.hf_hub_download, lambda **_: str(gamed_file)
+        rows = [{**annotation.row, "preference": annotation.preference} for annotation in annotations]
+        try:
+            # Without save_weights_dir=None it writes into its own installation.
+            found = package.get_length_controlled_winrate(rows, save_weights_dir=None)
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise UserError(
+                f"--gamed-file {gamed_file}: the length-controlled rate cannot be computed ({error!r}); it needs "
+                f"{GAMED_FILE} and annotations of its instructions, in its order"
+            ) from error
+        finally:
+            package.hf_hub_download = fetch
+    return LengthControlled(float(found["length_controlled_winrate"]), float(found["lc_standard_error"]))
+
+
+@contextmanager
+def _package() -> Iterator[Any]:
+    """The package's module of length control; what it changes around it is put back.
+
+    On import it reads .env files into the environment, and its model switches scikit-learn's global configuration.
+    """
+    environment = dict(os.environ)
+    try:
+        glm_winrate = import_module("alpaca_eval.metrics.glm_winrate")
+        scikit_learn = import_module("sklearn")
+    except ImportError as error:
+        raise UserError(f"--gamed-file: the package alpaca_eval cannot be imported ({error}): {EXTRA}") from error
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+    with scikit_learn.config_context():
+        yield glm_winrate

@@ -1,0 +1,396 @@
+"""Judges behind an endpoint, against a real server process, and in process."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from benchmark_files import NO_SYSTEM_TEMPLATE, make_chat_checkpoint
+from dae_eval.asking import LENGTH, NO_ROOM, Reply, ReplyLog, Request, ask_all, unanswered
+from dae_eval.endpoints import Dialect, Endpoint, EndpointChoice, Pace, plain_url
+from dae_eval.fastchat_files import JudgePrompt
+from dae_eval.judges import JudgeChoice, cost_estimate, judge_request, refuse_crowded
+from dae_eval.local_chat import DrawPerRow, LocalChat, open_local_chat
+from dae_eval.models import locate
+from judge_server import JudgeServer, rating_of
+from peft import PeftModel
+from pico import make_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from worlds import make_adapter
+
+from kd.errors import MachineError, UserError
+
+KEY = "sk-very-secret-0123456789"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[JudgeServer]:
+    with JudgeServer() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def choice(server: JudgeServer, concurrency: int = 1) -> EndpointChoice:
+    return EndpointChoice(server.url, "some-judge", "--judge-url", "OPENAI_API_KEY", None, concurrency)
+
+
+def request(key: str, text: str = "", **settings: object) -> Request:
+    messages = ({"role": "system", "content": "Judge."}, {"role": "user", "content": text or f"prompt {key}"})
+    return Request(key, messages, **{"temperature": 0.0, "max_tokens": 12, **settings})  # type: ignore[arg-type]
+
+
+def answers_of(endpoint: Endpoint, *requests: Request) -> dict[str, str]:
+    return {key: reply.text for key, reply in endpoint.replies(requests, {r.key for r in requests})}
+
+
+# -- endpoints ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_what_was_asked_and_tells_nothing_of_the_machine(server: JudgeServer) -> None:
+    server.behave()
+    found = answers_of(Endpoint(choice(server)), request("1"))
+    assert found == {"1": f"A fair answer. Rating: [[{rating_of('prompt 1')}]]"}
+    (seen,) = server.requests()
+    assert seen["body"] == {
+        "model": "some-judge",
+        "messages": [{"role": "system", "content": "Judge."}, {"role": "user", "content": "prompt 1"}],
+        "temperature": 0.0,
+        "max_tokens": 12,
+    }
+    assert "authorization" not in seen["headers"]
+    assert not [name for name in seen["headers"] if "stainless" in name]
+
+
+def test_proxies_of_the_environment_are_not_used(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.behave()
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert len(answers_of(Endpoint(choice(server)), request("1"))) == 1
+
+
+def test_refusals_that_pass_are_asked_again(server: JudgeServer) -> None:
+    server.behave(script=["429", "500", "cut", "429", "good"])
+    assert answers_of(Endpoint(choice(server)), request("1"))["1"].endswith(f"[[{rating_of('prompt 1')}]]")
+    assert [one["step"] for one in server.requests()] == ["429", "500", "cut", "429", "good"]
+
+
+def test_a_slow_answer_is_given_up_and_asked_for_again(server: JudgeServer) -> None:
+    server.behave(script=["hold", "good"])
+    found = answers_of(Endpoint(choice(server), timeout=0.2), request("1"))
+    server.release()
+    assert list(found) == ["1"]
+    assert [one["step"] for one in server.requests()] == ["hold", "good"]
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        (["429"] * 3, "still refuses (429) after 3 tries"),
+        (["500"] * 3, "500 after 3 tries"),
+        (["cut"] * 3, "no whole answer after 3 tries"),
+    ],
+)
+def test_a_server_that_goes_on_refusing_is_the_machines(server: JudgeServer, script: list[str], says: str) -> None:
+    server.behave(script=script)
+    with pytest.raises(MachineError) as caught:
+        answers_of(Endpoint(choice(server), retries=2), request("1"))
+    assert says in str(caught.value)
+    assert "the same command goes on" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        ("401", "put its key into the variable OPENAI_API_KEY"),
+        ("404", "often ends in /v1"),
+        ("400", "temperature is out of range"),
+        ("html", "no chat completion"),
+        ("empty", "no chat completion"),
+    ],
+)
+def test_a_refusal_for_good_is_the_users_and_asked_once(server: JudgeServer, step: str, says: str) -> None:
+    server.behave(script=[step])
+    with pytest.raises(UserError, match=says):
+        answers_of(Endpoint(choice(server)), request("1"))
+    assert len(server.requests()) == 1
+
+
+def test_nobody_listening_shows_at_once() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+    with pytest.raises(MachineError, match="cannot be reached"):
+        answers_of(Endpoint(EndpointChoice(url, "m", "--judge-url", "OPENAI_API_KEY")), request("1"))
+
+
+@pytest.mark.parametrize("standing", [{"max_tokens": False}, {"system": False}, {"max_tokens": False, "system": False}])
+def test_a_judge_with_a_dialect_is_understood_after_one_refusal_each(
+    server: JudgeServer, standing: dict[str, bool]
+) -> None:
+    server.behave(**standing)
+    endpoint = Endpoint(choice(server))
+    requests = [request("1"), request("2")]
+    replies = dict(endpoint.replies(requests, {"1", "2"}))
+    steps = [one["step"] for one in server.requests()]
+    assert sorted(steps[:-2]) == sorted(f"no {name}" for name in standing)
+    assert steps[-2:] == ["good", "good"]
+    last = server.requests()[-1]["body"]
+    assert ("max_completion_tokens" in last) == ("max_tokens" in standing)
+    if "system" in standing:
+        assert last["messages"] == [{"role": "user", "content": "Judge.\n\nprompt 2"}]
+    spoken = Dialect("max_completion_tokens" if "max_tokens" in standing else "max_tokens", "system" not in standing)
+    assert {reply.how for reply in replies.values()} == {spoken.how}
+    assert spoken.how
+
+
+def test_the_key_goes_to_the_server_and_into_no_message(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
+    server.behave(needs_key=KEY, echo_key=True)
+    assert KEY not in answers_of(Endpoint(choice(server)), request("1"))["1"]
+    assert server.requests()[0]["headers"]["authorization"] == f"Bearer {KEY}"
+    server.behave(needs_key="another")
+    with pytest.raises(UserError, match="check the key in OPENAI_API_KEY") as caught:
+        answers_of(Endpoint(choice(server)), request("1"))
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://host/v1", "http://", "http://me:pw@host/v1", "http://host/v1?key=1", "http://h:x"]
+)
+def test_addresses_that_cannot_be_used_or_hold_secrets(url: str) -> None:
+    with pytest.raises(UserError, match="--judge-url"):
+        plain_url(EndpointChoice(url, "m", "--judge-url", "OPENAI_API_KEY"))
+
+
+def test_what_is_under_way_when_one_request_fails_is_still_had(server: JudgeServer) -> None:
+    server.behave(script=["hold", "400"])
+    endpoint = Endpoint(choice(server, concurrency=2))
+    requests = [request(str(number)) for number in range(20)]
+    server.release_when(["hold", "400"])
+    found = []
+    with pytest.raises(UserError, match="out of range"):  # noqa: PT012 - what came before the failure matters
+        for key, _ in endpoint.replies(requests, {r.key for r in requests}):
+            found.append(key)
+    answered = [one["body"]["messages"][-1]["content"] for one in server.requests() if one["step"] != "400"]
+    assert sorted(f"prompt {key}" for key in found) == sorted(answered)
+    assert len(answered) < 19, "no more is begun"
+
+
+def test_at_most_so_many_requests_at_a_time(server: JudgeServer) -> None:
+    server.behave(script=["hold"] * 8)
+    endpoint = Endpoint(choice(server, concurrency=3))
+    requests = [request(str(number)) for number in range(8)]
+    server.release_when(["hold"] * 3)
+    assert {key for key, _ in endpoint.replies(requests, {r.key for r in requests})} == {r.key for r in requests}
+    assert max(one["at_once"] for one in server.requests()) == 3
+    assert len(server.requests()) == 8
+
+
+def test_the_pace_spaces_requests_evenly() -> None:
+    now, slept = [100.0], []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    pace = Pace(30.0, clock=lambda: now[0], sleep=sleep)
+    for _ in range(3):
+        pace.wait()
+    now[0] += 10  # late: the next one need not wait, and nothing is caught up
+    pace.wait()
+    pace.wait()
+    assert slept == [2.0, 2.0, 2.0]
+
+
+# -- the log -----------------------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A model that counts what it is asked, and stops after `limit` answers."""
+
+    def __init__(self, limit: int = 1000) -> None:
+        self.asked: list[str] = []
+        self.limit = limit
+
+    def replies(self, requests: list[Request], wanted: set[str]) -> Iterator[tuple[str, Reply]]:
+        for one in requests:
+            if one.key in wanted:
+                if len(self.asked) == self.limit:
+                    raise MachineError("enough")
+                self.asked.append(one.key)
+                yield one.key, Reply(f"reply to {one.key}", "stop")
+
+
+def test_a_stop_loses_no_reply_and_nothing_is_asked_twice(tmp_path: Path) -> None:
+    path = tmp_path / "replies.jsonl"
+    requests = [request(str(number)) for number in range(6)]
+    first = Counting(limit=4)
+    with pytest.raises(MachineError):
+        ask_all(lambda: first, requests, ReplyLog(path), "replies")  # type: ignore[arg-type,return-value]
+    with path.open("a") as file:
+        file.write('{"key": "4", "reply": "torn')
+    second = Counting()
+    found = ask_all(lambda: second, requests, ReplyLog(path), "replies")  # type: ignore[arg-type,return-value]
+    assert (first.asked, second.asked) == (["0", "1", "2", "3"], ["4", "5"])
+    assert [found[str(number)].text for number in range(6)] == [f"reply to {number}" for number in range(6)]
+    assert len(path.read_text().splitlines()) == 6
+
+    def never() -> Counting:
+        raise AssertionError("everything is there: no model is opened")
+
+    assert ask_all(never, requests, ReplyLog(path), "replies") == found  # type: ignore[arg-type]
+
+
+def test_a_reply_counts_only_for_the_request_it_was_given_to(tmp_path: Path) -> None:
+    log = ReplyLog(tmp_path / "replies.jsonl")
+    log.add(request("1", "old"), Reply("x", "stop"))
+    assert unanswered([request("1", "new"), request("1", "old", temperature=0.5)], log, lambda _: True) != []
+    assert unanswered([request("1", "old")], log, lambda _: True) == []
+    assert unanswered([request("1", "old")], log, lambda reply: reply.text != "x") != []
+
+
+def test_a_broken_line_of_the_log_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "replies.jsonl"
+    path.write_text('{"key": "1"}\n')
+    with pytest.raises(UserError, match=r"replies\.jsonl:1"):
+        ReplyLog(path)
+
+
+# -- prompts and cost --------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_filled_in_and_faults_named() -> None:
+    judge = JudgeChoice(None, "somewhere")
+    prompt = JudgePrompt("p", "single", "sys", "{question} {{kept}}", "[[rating]]")
+    filled = judge_request(judge, prompt, "k", {"question": "why {x}?"}, "prompts.jsonl")
+    assert [message["content"] for message in filled.messages] == ["sys", "why {x}? {kept}"]
+    for template in ("{missing}", "{question", "{0}", "{question.no_such_thing}"):
+        with pytest.raises(UserError, match=r"prompts\.jsonl: prompt p"):
+            judge_request(judge, JudgePrompt("p", "single", "", template, ""), "k", {"question": "q"}, "prompts.jsonl")
+
+
+def test_the_estimate_counts_calls_tokens_and_only_given_prices() -> None:
+    requests = [request(str(number), "x" * 394) for number in range(10)]
+    estimate = cost_estimate(requests, (2.0, 10.0))
+    assert (estimate.calls, estimate.prompt_tokens, estimate.reply_tokens) == (10, 1000, 120)
+    assert estimate.price_range == pytest.approx((0.002, 0.002 + 0.0012))
+    assert "0.00" in estimate.told("judge", 3)
+    assert "3 are there already" in estimate.told("judge", 3)
+    assert "prices" not in cost_estimate(requests, None).told("judge", 0)
+    assert "nothing is asked" in cost_estimate([], None).told("judge", 8)
+
+
+# -- local checkpoints -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_chat_checkpoint(tmp_path_factory.mktemp("chat") / "base", max_position_embeddings=128)
+
+
+def opened(path: Path, batch_size: int = 4) -> LocalChat:
+    return open_local_chat(locate("--judge", str(path), None), None, batch_size)
+
+
+def test_answers_of_a_checkpoint_follow_from_their_seed_and_not_from_their_batch(checkpoint: Path) -> None:
+    requests = [request(str(n), "how big" * (n % 3), temperature=0.7 * (n % 2), seed=n) for n in range(5)]
+    keys = {r.key for r in requests}
+    together = dict(opened(checkpoint).replies(requests, keys))
+    one_by_one = dict(opened(checkpoint, batch_size=1).replies(requests, keys))
+    assert together == one_by_one
+    other_seed = [
+        request(r.key, r.messages[1]["content"], temperature=r.temperature, seed=r.seed + 9) for r in requests
+    ]
+    again = dict(opened(checkpoint).replies(other_seed, keys))
+    assert [again[r.key] == together[r.key] for r in requests] == [r.temperature == 0 for r in requests]
+
+
+def test_greedy_answers_are_those_of_plain_generation(checkpoint: Path) -> None:
+    asked = request("1", "how big is it?")
+    ((_, reply),) = opened(checkpoint).replies([asked], {"1"})
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenizer("system: Judge.\nuser: how big is it?\nassistant: ", return_tensors="pt").input_ids[0].tolist()
+    written: list[int] = []
+    with torch.no_grad():
+        while len(written) < 12 and (not written or written[-1] != 2):
+            written.append(int(model(torch.tensor([ids + written])).logits[0, -1].argmax()))
+    assert reply.text == tokenizer.decode(written, skip_special_tokens=True).strip().rstrip("\ufffd").strip()
+    assert reply.stop == ("stop" if written[-1] == 2 else LENGTH)
+
+
+def test_draws_have_the_models_distribution(checkpoint: Path) -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    draws = 4000
+    draw = DrawPerRow([0.5] * draws, list(range(draws)), torch.device("cpu"))
+    found = draw(torch.zeros(draws, 1, dtype=torch.long), logits.repeat(draws, 1)).argmax(-1)  # type: ignore[arg-type]
+    wanted = torch.softmax(logits / 0.5, 0)
+    shares = torch.bincount(found, minlength=4) / draws
+    assert ((shares - wanted).abs() < 4 * (wanted * (1 - wanted) / draws).sqrt() + 1e-3).all()
+
+
+def test_only_wanted_answers_come_from_the_same_batches(checkpoint: Path) -> None:
+    requests = [request(str(number), "cups " * number, temperature=0.7, seed=number) for number in range(6)]
+    whole = dict(opened(checkpoint, 3).replies(requests, {r.key for r in requests}))
+    rest = dict(opened(checkpoint, 3).replies(requests, {"4", "5"}))
+    assert rest == {key: whole[key] for key in ("4", "5")}
+
+
+def test_a_full_context_gives_an_empty_answer_and_little_room_a_short_one(checkpoint: Path) -> None:
+    chat = opened(checkpoint)
+    lengths = {key: len(chat.encode(request(key, text))[0]) for key, text in (("a", "x"), ("b", "x" * 300))}
+    assert lengths["b"] > 128
+    near = "x" * (128 - 5 - lengths["a"] + 1)
+    requests = [request("a", "x", max_tokens=30), request("b", "x" * 300), request("c", near, max_tokens=30)]
+    replies = dict(chat.replies(requests, {"a", "b", "c"}))
+    alone = dict(opened(checkpoint, 1).replies(requests, {"a"}))
+    assert replies["b"] == Reply("", NO_ROOM)
+    assert replies["a"] == alone["a"], "its neighbour with little room does not cut it short"
+    assert replies["c"].stop in (LENGTH, "stop")
+    with pytest.raises(UserError, match="1 of 3 prompts fill the judge's context"):
+        refuse_crowded(JudgeChoice(None, "here"), replies)
+
+
+def test_a_template_without_system_messages_gets_the_text_in_the_users(tmp_path: Path) -> None:
+    chat = opened(make_chat_checkpoint(tmp_path / "chat", template=NO_SYSTEM_TEMPLATE))
+    ids, how = chat.encode(request("1", "how big"))
+    assert chat.tokenizer.decode(ids) == "user: Judge.\n\nhow big\nassistant: "
+    assert "without a system message" in how
+    refusing = make_chat_checkpoint(tmp_path / "other", template="{{ raise_exception('never') }}")
+    with pytest.raises(UserError, match="refuses a conversation of 2 messages: never"):
+        opened(refusing).encode(request("1"))
+
+
+def test_an_adapter_answers_on_its_base(checkpoint: Path, tmp_path: Path) -> None:
+    adapter, merged = make_adapter(tmp_path / "adapter", checkpoint), tmp_path / "merged"
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), adapter)
+    model.merge_and_unload().save_pretrained(merged)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (checkpoint / name).exists():
+            (merged / name).write_bytes((checkpoint / name).read_bytes())
+    asked = [request("1", "how big is it?")]
+    texts = [dict(opened(path).replies(asked, {"1"}))["1"].text for path in (checkpoint, adapter, merged)]
+    assert texts[1] == texts[2] != texts[0]
+
+
+def test_a_checkpoint_without_a_template_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--chat-template"):
+        opened(make_checkpoint(tmp_path / "plain"))
+    chat = open_local_chat(locate("--model", str(tmp_path / "plain"), None), "plain", 1)
+    assert chat.tokenizer.decode(chat.encode(request("1", "hi"))[0]).endswith("User: hi\nAssistant:")
+    with pytest.raises(UserError, match="cannot be read"):
+        open_local_chat(locate("--model", str(tmp_path / "plain"), None), str(tmp_path / "none.jinja"), 1)
+
+
+def test_the_log_holds_how_the_judge_was_asked(tmp_path: Path) -> None:
+    log = ReplyLog(tmp_path / "log.jsonl")
+    log.add(request("1"), Reply("né\u2028x", "stop", "oddly", 3.0))
+    assert ReplyLog(tmp_path / "log.jsonl").find(request("1")) == Reply("né\u2028x", "stop", "oddly", 3.0)
+    assert json.loads((tmp_path / "log.jsonl").read_text())["how"] == "oddly"

@@ -1,0 +1,600 @@
+"""MT-Bench: FastChat's files, its prompts, its scores; runs against a real judge server that stop anywhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from benchmark_files import QUESTIONS, answer_row, make_chat_checkpoint, make_mt_bench, write_lines
+from dae_eval.authors import Author
+from dae_eval.endpoints import EndpointChoice
+from dae_eval.fastchat_files import (
+    NO_RATING,
+    Judgment,
+    PairJudgment,
+    Question,
+    answer_lines,
+    judgment_lines,
+    local_file,
+    read_answers,
+    read_judge_prompts,
+    read_judgments,
+    read_pair_judgments,
+    read_questions,
+)
+from dae_eval.folders import read_evaluation
+from dae_eval.judges import JudgeChoice
+from dae_eval.mt_bench import FinishedJudgments, MtBench, Side, run_mt_bench, score_judgments
+from dae_eval.mt_bench_results import Result, result_lines
+from dae_eval.mt_bench_scores import (
+    PairScores,
+    Scores,
+    compatible,
+    compatible_pairs,
+    pair_scores_of,
+    rating_in,
+    scores_of,
+    strict,
+    strict_pairs,
+    verdict_in,
+)
+from judge_server import JudgeServer, rating_of, verdict_of
+
+from kd.errors import MachineError, UserError
+from kd.fingerprints import file_sha256
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "mt-bench"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/mt-bench is not there")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[JudgeServer]:
+    with JudgeServer() as running:
+        yield running
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    return make_mt_bench(tmp_path / "bench")
+
+
+def job_of(world: Path, server: JudgeServer, output: str = "out", **settings: Any) -> MtBench:
+    endpoint = EndpointChoice(server.url, "some-judge", "--judge-url", "OPENAI_API_KEY", None, 1)
+    job = MtBench(
+        side=Side(None, world / "ours.jsonl"),
+        judge=JudgeChoice(endpoint),
+        questions=str(world / "question.jsonl"),
+        judge_prompts=str(world / "judge_prompts.jsonl"),
+        references=str(world / "reference.jsonl"),
+        output=world / output,
+    )
+    return replace(job, **settings)
+
+
+def run(job: MtBench) -> Result:
+    result = run_mt_bench(job)
+    assert result is not None
+    return result
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+@needs_shared
+@pytest.mark.parametrize("strictly", [True, False])
+def test_published_judgments_give_the_published_scores(tmp_path: Path, strictly: bool) -> None:
+    job = FinishedJudgments(
+        files=(str(SHARED / "model_judgment" / "gpt-4_single.jsonl"),),
+        questions=str(SHARED / "question.jsonl"),
+        output=tmp_path / "out",
+        model_id="vicuna-7b-v1.3",
+        strict=strictly,
+    )
+    result = score_judgments(job)
+    (scores,) = result.repeats
+    assert isinstance(scores, Scores)
+    assert f"{scores.turns[1]:.6f} {scores.turns[2]:.6f} {scores.average:.6f}" == "6.731250 5.475000 6.103125"
+    assert len(scores.categories) == 8
+    task = read_evaluation(tmp_path / "out").tasks["mt_bench"]
+    assert len(task.documents) == 160
+    assert 10 * task.mean == pytest.approx(6.103125, abs=1e-12)
+    assert "6.103125" in "\n".join(result_lines(result))
+
+
+def single(question_id: int, turn: int, score: float, model: str = "m", judge: str = "gpt") -> Judgment:
+    return Judgment(question_id, model, (judge, "single-v1"), turn, score)
+
+
+MESSY = [
+    single(1, 1, 7.5), single(1, 2, 3), single(2, 1, 9), single(2, 1, 4), single(2, 2, NO_RATING), single(3, 1, 10),
+    single(3, 2, 1), single(1, 2, NO_RATING), single(3, 2, 6),
+]  # fmt: skip
+THREE = [Question(number, "writing" if number < 3 else "stem", ("a", "b")) for number in (1, 2, 3)]
+
+
+def show_result(path: Path) -> tuple[dict[int, float], float]:
+    """What FastChat's script says of a file, from its description: drop -1, group, mean; nothing de-duplicated."""
+    table = pd.read_json(path, lines=True)
+    table = table[table["score"] != -1]
+    return table.groupby("turn")["score"].mean().to_dict(), float(table["score"].mean())
+
+
+def test_compatible_scores_are_fastchats_on_messy_judgments(tmp_path: Path) -> None:
+    path = tmp_path / "judgments.jsonl"
+    path.write_text(judgment_lines(MESSY))
+    kept, dropped = compatible(read_judgments(path))
+    scores = scores_of(kept, {1: "writing", 2: "writing", 3: "stem"}, dropped)
+    turns, average = show_result(path)
+    assert (scores.turns, scores.average) == (pytest.approx(turns), pytest.approx(average))
+    assert average != pytest.approx(sum(turns.values()) / 2), "pooled, not the mean of turn means"
+    assert dropped == ("2 without a rating: 2 turn 2, 1 turn 2",)
+    assert scores.categories == {"writing": pytest.approx((7.5 + 3 + 9 + 4) / 4), "stem": pytest.approx(17 / 3)}
+
+
+def test_strict_scores_want_every_turn_and_say_what_they_leave_out() -> None:
+    with pytest.raises(UserError, match=r"no rating on the scale for 1 of 6 \(question, turn\): 2 turn 2"):
+        strict(MESSY, THREE, "here")
+    whole = [*MESSY, single(2, 2, 5), single(99, 1, 5), single(1, 1, 11)]
+    kept, dropped = strict(whole, THREE, "here")
+    assert [(j.question_id, j.turn, j.score) for j in kept] == [
+        (1, 1, 7.5), (1, 2, 3), (2, 1, 4), (2, 2, 5), (3, 1, 10), (3, 2, 6)
+    ]  # fmt: skip
+    assert dropped == (
+        "3 without a rating from 1 to 10: 2 turn 2, 1 turn 2, 1 turn 1",
+        "2 earlier duplicates: 2 turn 1, 3 turn 2",
+        "1 of questions that are not in the question file: 99 turn 1",
+    )
+    with pytest.raises(UserError, match="judged by gpt, other"):
+        strict([*whole, single(1, 1, 5, judge="other")], THREE, "here")
+
+
+def test_nothing_rated_is_an_error_not_a_division_by_zero() -> None:
+    with pytest.raises(UserError, match="no judgment has a rating"):
+        scores_of(*compatible([single(1, 1, NO_RATING)])[:1], {}, ())
+    with pytest.raises(UserError, match="no pair has a verdict"):
+        pair_scores_of([], {}, ())
+
+
+@pytest.mark.parametrize(
+    ("text", "rating"),
+    [
+        ("Rating: [[8]]", 8),
+        ("[[7.5]] and then [[9]]", 7.5),
+        ("a list [3] first, then [[6]]", 6),
+        ("only [4]", 4),
+        ("Rating: 8", -1),
+        ("[[8/10]]", -1),
+        ("[[eight]] [ 8 ]", -1),
+        ("", -1),
+        ("[[10]]", 10),
+        ("[[0]]", 0),
+    ],
+)
+def test_ratings_are_read_as_fastchat_reads_them(text: str, rating: float) -> None:
+    assert rating_in(text) == rating
+
+
+@pytest.mark.parametrize(
+    ("text", "winner"),
+    [("[[A]]", "us"), ("[[B]]", "them"), ("[[C]]", "tie"), ("[[B]] or [[A]]", "us"), ("[A]", "error"), ("", "error")],
+)
+def test_verdicts_are_read_as_fastchat_reads_them(text: str, winner: str) -> None:
+    assert verdict_in(text, "us", "them") == winner  # type: ignore[arg-type]
+
+
+def pair(question_id: int, first: str, second: str, turn: int = 1) -> PairJudgment:
+    return PairJudgment(question_id, "m", "n", first, second, ("gpt", "pair-v2"), turn)
+
+
+def test_a_win_needs_both_orders() -> None:
+    pairs = [
+        pair(1, "model_1", "model_1"), pair(2, "model_1", "model_2"), pair(3, "model_2", "model_2"),
+        pair(4, "tie", "tie"), pair(5, "model_1", "tie"), pair(6, "error", "model_1"), pair(7, "model_1", "model_1"),
+    ]  # fmt: skip
+    kept, dropped = compatible_pairs(pairs)
+    scores = pair_scores_of(kept, {1: "stem"}, dropped)
+    assert (scores.wins, scores.losses, scores.ties, scores.judgments) == (2, 1, 3, 6)
+    assert scores.win_rate == pytest.approx(2 / 6)
+    assert scores.loss_rate == pytest.approx(1 / 6)
+    assert scores.win_rate_adjusted == pytest.approx(3.5 / 6)
+    assert dropped == ("1 without a verdict in both orders: 6 turn 1",)
+    with pytest.raises(UserError, match="6 turn 1"):
+        strict_pairs(pairs, [Question(number, "stem", ("a",)) for number in range(1, 8)], "here")
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@needs_shared
+def test_fastchats_own_files_come_out_as_they_went_in(tmp_path: Path) -> None:
+    assert len(read_questions(SHARED / "question.jsonl")) == 80
+    assert {"single-v1", "pair-math-v1-multi-turn"} <= set(read_judge_prompts(SHARED / "judge_prompts.jsonl"))
+    file = SHARED / "model_judgment" / "gpt-4_single.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    written = [json.loads(line) for line in judgment_lines(read_judgments(file)).splitlines()]
+    assert written == rows
+    assert [list(row) for row in written] == [list(row) for row in rows]
+    reference = SHARED / "reference_answer" / "gpt-4.jsonl"
+    answers = read_answers(reference)
+    again = [json.loads(line) for line in answer_lines(answers, dict.fromkeys(answers.turns, 0.0)).splitlines()]
+    for row, one in zip(map(json.loads, reference.read_text().splitlines()), again, strict=True):
+        assert list(one) == list(row)
+        assert {k: one[k] for k in ("question_id", "model_id", "choices")} == {
+            k: row[k] for k in ("question_id", "model_id", "choices")
+        }
+
+
+def test_pair_judgments_survive_the_file(tmp_path: Path) -> None:
+    pairs = [pair(1, "model_1", "tie"), replace(pair(2, "error", "model_2", 2), g2_judgment="né\u2028\n[[B]]")]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(judgment_lines(pairs))
+    assert read_pair_judgments(path) == pairs
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"question_id": "1", "category": "x", "turns": ["a"]}, "question_id: wants a whole number, not text"),
+        ({"question_id": 1, "category": "x", "turns": []}, "turns: wants one or two texts"),
+        ({"question_id": 1, "category": "x", "turns": ["a", "b", "c"]}, "turns: wants one or two texts"),
+        ({"question_id": 1, "turns": ["a"]}, "has no category"),
+        ([1], "wants an object, not a list"),
+    ],
+)
+def test_bad_questions_are_named(tmp_path: Path, row: Any, says: str) -> None:
+    path = write_lines(tmp_path / "q.jsonl", [{"question_id": 7, "category": "x", "turns": ["a"]}, row])
+    with pytest.raises(UserError, match=f"q.jsonl:2: {says}"):
+        read_questions(path)
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    question = {"question_id": 7, "category": "x", "turns": ["a"]}
+    with pytest.raises(UserError, match="question_id 7: more than once"):
+        read_questions(write_lines(tmp_path / "a.jsonl", [question, question]))
+    for reader in (read_questions, read_judge_prompts, read_answers, read_judgments, read_pair_judgments):
+        with pytest.raises(UserError, match=r"empty\.jsonl: has no"):
+            reader(write_lines(tmp_path / "empty.jsonl", []))
+    with pytest.raises(UserError, match="holds answers of a, b"):
+        read_answers(write_lines(tmp_path / "b.jsonl", [answer_row(1, "a", "x"), answer_row(2, "b", "x")]))
+    with pytest.raises(UserError, match=r"choices\[0\]\.turns"):
+        read_answers(write_lines(tmp_path / "c.jsonl", [answer_row(1, "a")]))
+    with pytest.raises(UserError, match="there is no such file"):
+        local_file(str(tmp_path / "nowhere.jsonl"), "--questions")
+    with pytest.raises(UserError, match="wants hub:OWNER/NAME/FILE"):
+        local_file("hub:owner/name", "--questions")
+    with pytest.raises(UserError, match="the hub does not give this file"):
+        local_file("hub:no-such-owner/no-such-name/question.jsonl", "--questions")
+
+
+# -- single mode -------------------------------------------------------------------------------------------------------
+
+
+def test_single_mode_judges_each_turn_by_its_prompt(world: Path, server: JudgeServer) -> None:
+    server.behave()
+    result = run(job_of(world, server))
+    bodies = {one["body"]["messages"][-1]["content"]: one["body"] for one in server.requests()}
+    assert len(bodies) == 8
+    assert {body["temperature"] for body in bodies.values()} == {0}
+    assert {body["max_tokens"] for body in bodies.values()} == {2048}
+    math = "Rate it.\nQ: How much are two and two cups?\nRight: four cups\nA: ours 2 one"
+    assert bodies[math]["messages"][0] == {"role": "system", "content": "Be a judge."}
+    second = "Q1: Why is the kettle blue?\nA1: ours 3 one\nQ2: How big is it?\nA2: ours 3 two"
+    assert bodies[second]["messages"][0] == {"role": "system", "content": "Be a judge. Rate the second."}
+
+    (scores,) = result.repeats
+    judgments = read_judgments(world / "out" / "judgments-1.jsonl")
+    assert [(j.question_id, j.turn) for j in judgments] == [(n, t) for n, *_ in QUESTIONS for t in (1, 2)]
+    assert all(j.score == rating_of(j.user_prompt) and j.model == "ours" for j in judgments)
+    assert judgments[2].judge == ("some-judge", "single-math-v1")
+    turns, average = show_result(world / "out" / "judgments-1.jsonl")
+    assert isinstance(scores, Scores)
+    assert (scores.turns, scores.average) == (pytest.approx(turns), pytest.approx(average))
+
+
+def test_the_evaluation_is_what_reports_read(world: Path, server: JudgeServer) -> None:
+    server.behave()
+    run(job_of(world, server, kind="domain", references_kind="corrected"))
+    evaluation = read_evaluation(world / "out")
+    task = evaluation.tasks["mt_bench"]
+    assert (task.group, task.kind, task.metric) == ("mt-bench", "domain", "rating / 10")
+    assert [document.id for document in task.documents] == [11, 12, 21, 22, 31, 32, 41, 42]
+    fourth = task.documents[3]
+    assert (fourth.prompt, fourth.target) == ("How much are two and two cups?\n\nAnd twice that?", "eight cups")
+    assert (fourth.answer, fourth.cluster, fourth.category) == ("ours 2 two", "2", "math")
+    ratings = {(j.question_id, j.turn): j.score for j in read_judgments(world / "out" / "judgments-1.jsonl")}
+    assert [10 * d.score for d in task.documents] == pytest.approx(
+        [ratings[d.id // 10, d.id % 10] for d in task.documents]
+    )
+    assert evaluation.model.fingerprint == file_sha256(world / "ours.jsonl")
+    assert task.settings["judge"] == "some-judge"
+    assert task.settings["references"] == "corrected"
+    assert task.settings["references' file"] == file_sha256(world / "reference.jsonl")
+    assert task.settings["judge prompts"] == file_sha256(world / "judge_prompts.jsonl")
+    assert (task.settings["repeats"], task.settings["mode"], task.settings["counted"]) == (1, "single", "strict")
+    assert server.url not in (world / "out" / "evaluation.json").read_text()
+
+
+def test_two_models_are_judged_under_equal_settings(world: Path, server: JudgeServer) -> None:
+    server.behave()
+    run(job_of(world, server))
+    run(job_of(world, server, "out2", side=Side(None, world / "theirs.jsonl")))
+    ours, theirs = (read_evaluation(world / name).tasks["mt_bench"] for name in ("out", "out2"))
+    assert ours.settings == theirs.settings
+    assert [(d.id, d.hash, d.prompt) for d in ours.documents] == [(d.id, d.hash, d.prompt) for d in theirs.documents]
+    assert ours.mean != theirs.mean
+
+
+def test_the_same_command_asks_nothing_again(world: Path, server: JudgeServer) -> None:
+    server.behave()
+    first = run(job_of(world, server))
+    before = {path.name: path.read_bytes() for path in (world / "out").iterdir() if path.is_file()}
+    assert run(job_of(world, server)) == first
+    assert {path.name: path.read_bytes() for path in (world / "out").iterdir() if path.is_file()} == before
+    assert len(server.requests()) == 8
+
+
+def test_a_judge_that_gives_up_leaves_what_it_said(world: Path, server: JudgeServer) -> None:
+    server.behave(script=["good"] * 3 + ["500"] * 11)
+    with pytest.raises(MachineError, match="what was answered is kept"):
+        run_mt_bench(job_of(world, server))
+    assert not (world / "out" / "evaluation.json").exists()
+    assert len(server.prompts()) == 3
+    result = run(job_of(world, server))
+    assert sorted(server.prompts()) == sorted(set(server.prompts()))
+    assert len(server.prompts()) == 8
+    server.behave()
+    whole = run(job_of(world, server, "undisturbed"))
+    assert result.repeats == whole.repeats
+    assert read_evaluation(world / "out").tasks == read_evaluation(world / "undisturbed").tasks
+
+
+def test_repeats_are_told_with_their_spread_and_can_be_added(world: Path, server: JudgeServer) -> None:
+    server.behave(fixed="[[8]]")
+    run(job_of(world, server))
+    server.behave(fixed="[[6]]")
+    result = run(job_of(world, server, repeat=2))
+    assert len(server.requests()) == 8, "the first judging is there already"
+    assert result.totals == (8, 6)
+    written = json.loads((world / "out" / "scores.json").read_text())
+    assert written["total"] == 7
+    assert written["spread"] == {"lowest": 6, "highest": 8, "standard deviation": pytest.approx(2**0.5)}
+    assert "over 2 judgings: mean 7.0000, from 6.0000 to 8.0000" in "\n".join(result_lines(result))
+    assert [d.score for d in read_evaluation(world / "out").tasks["mt_bench"].documents] == pytest.approx([0.7] * 8)
+    assert max(len(line) for line in result_lines(result)) <= 100
+
+
+def test_malformed_ratings_stop_strict_mode_and_are_asked_for_again(world: Path, server: JudgeServer) -> None:
+    server.behave(malformed="kettle blue")
+    with pytest.raises(UserError, match=r"2 of 8 \(question, turn\): 3 turn 1, 3 turn 2; .*--compatible"):
+        run_mt_bench(job_of(world, server))
+    result = run(job_of(world, server, strict=False))
+    (scores,) = result.repeats
+    assert scores.dropped == ("2 without a rating: 3 turn 1, 3 turn 2",)
+    assert len(server.requests()) == 8
+    assert len(read_evaluation(world / "out").tasks["mt_bench"].documents) == 6
+    assert [j.score for j in read_judgments(world / "out" / "judgments-1.jsonl")].count(NO_RATING) == 2
+    server.behave()
+    assert run(job_of(world, server)).repeats[0].judgments == 8
+    assert len(server.requests()) == 2
+
+
+def test_other_settings_are_refused_with_what_differs(world: Path, server: JudgeServer) -> None:
+    server.behave()
+    run(job_of(world, server))
+    with pytest.raises(UserError, match='references: "original" -> "corrected"'):
+        run_mt_bench(job_of(world, server, references_kind="corrected"))
+    with pytest.raises(UserError, match="answers: "):
+        run_mt_bench(job_of(world, server, side=Side(None, world / "theirs.jsonl")))
+    (world / "other").mkdir()
+    (world / "other" / "evaluation.json").write_text("{}")
+    with pytest.raises(UserError, match="holds another evaluation"):
+        run_mt_bench(job_of(world, server, "other"))
+
+
+def without_line(name: str, which: int) -> Callable[[Path], None]:
+    def change(world: Path) -> None:
+        lines = (world / name).read_text().splitlines(keepends=True)
+        (world / name).write_text("".join(lines[:which] + lines[which + 1 :]))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (without_line("ours.jsonl", 1), r"no answer to every turn of 1 of 4 questions \(2\)"),
+        (without_line("reference.jsonl", 0), "reference.jsonl: has no answers"),
+        (without_line("judge_prompts.jsonl", 3), "has no prompt single-math-v1-multi-turn"),
+    ],
+)
+def test_files_that_do_not_fit_together(
+    world: Path, server: JudgeServer, change: Callable[[Path], None], says: str
+) -> None:
+    server.behave()
+    change(world)
+    with pytest.raises(UserError, match=says):
+        run_mt_bench(job_of(world, server))
+    assert server.requests() == []
+
+
+def test_references_are_wanted_where_a_category_needs_them(world: Path, server: JudgeServer) -> None:
+    with pytest.raises(UserError, match=r"--references: 1 questions of math, reasoning, coding .*\(2\)"):
+        run_mt_bench(job_of(world, server, references=None))
+    kept = [
+        row for row in map(json.loads, (world / "question.jsonl").read_text().splitlines()) if row["question_id"] != 2
+    ]
+    write_lines(world / "question.jsonl", kept)
+    server.behave()
+    run(job_of(world, server, references=None))
+    assert read_evaluation(world / "out").tasks["mt_bench"].settings["references"] is None
+
+
+def test_reported_wrong_references_are_noted(world: Path, server: JudgeServer) -> None:
+    for name in ("question", "reference", "ours"):
+        path = world / f"{name}.jsonl"
+        path.write_text(path.read_text().replace('"question_id": 2', '"question_id": 104'))
+    server.behave()
+    run(job_of(world, server))
+    assert "reported to be wrong: [104]" in str(read_evaluation(world / "out").conditions["notes"])
+    run(job_of(world, server, "out2", references_kind="corrected"))
+    assert read_evaluation(world / "out2").conditions["notes"] == []
+
+
+def test_a_judges_dialect_is_noted_also_after_a_stop(world: Path, server: JudgeServer) -> None:
+    server.behave(system=False)
+    run(job_of(world, server))
+    note = "some-judge: asked without a system message: its text stands before the user's"
+    assert read_evaluation(world / "out").conditions["notes"] == [note]
+    run(job_of(world, server))
+    assert read_evaluation(world / "out").conditions["notes"] == [note]
+
+
+def test_the_estimate_asks_nothing(world: Path, server: JudgeServer, caplog: pytest.LogCaptureFixture) -> None:
+    server.behave()
+    with caplog.at_level("INFO", "dae"):
+        assert run_mt_bench(job_of(world, server, only_estimate=True, price=(1.0, 2.0))) is None
+    assert "8 calls" in caplog.text
+    assert "at the prices given" in caplog.text
+    assert server.requests() == []
+    run(job_of(world, server))
+    assert len(server.requests()) == 8
+
+
+# -- pairwise mode -----------------------------------------------------------------------------------------------------
+
+
+def test_pairwise_mode_asks_in_both_orders(world: Path, server: JudgeServer) -> None:
+    server.behave()
+    result = run(job_of(world, server, against=Side(None, world / "theirs.jsonl")))
+    assert len(set(server.prompts())) == 16
+    judgments = read_pair_judgments(world / "out" / "judgments-1.jsonl")
+    names = {"A": ("model_1", "model_2"), "B": ("model_2", "model_1"), "C": ("tie", "tie")}
+    for judgment in judgments:
+        assert judgment.g1_winner == names[verdict_of(judgment.g1_user_prompt)][0]
+        assert judgment.g2_winner == names[verdict_of(judgment.g2_user_prompt)][1]
+    first = judgments[0]
+    assert "Assistant A: ours 1 one\nAssistant B: theirs 1 one" in first.g1_user_prompt
+    assert "Assistant A: theirs 1 one\nAssistant B: ours 1 one" in first.g2_user_prompt
+    assert (first.model_1, first.model_2, judgments[2].judge[1]) == ("ours", "theirs", "pair-math-v1")
+    (scores,) = result.repeats
+    assert isinstance(scores, PairScores)
+    same = [j for j in judgments if j.g1_winner == j.g2_winner != "tie"]
+    assert scores.wins + scores.losses == len(same)
+    assert scores.wins == sum(j.g1_winner == "model_1" for j in same)
+    task = read_evaluation(world / "out").tasks["mt_bench_pairwise"]
+    assert task.mean == pytest.approx(scores.win_rate_adjusted)
+    assert task.settings["mode"] == "pairwise"
+
+
+def test_a_model_ties_with_itself(world: Path, server: JudgeServer) -> None:
+    server.behave(fixed="[[A]]")
+    result = run(job_of(world, server, against=Side(None, world / "ours.jsonl")))
+    (scores,) = result.repeats
+    assert isinstance(scores, PairScores)
+    assert (scores.wins, scores.losses, scores.ties) == (0, 0, 8)
+    assert read_pair_judgments(world / "out" / "judgments-1.jsonl")[0].model_2 == "ours-against"
+
+
+def test_finished_pairwise_judgments_are_scored_without_a_judge(world: Path, server: JudgeServer) -> None:
+    server.behave()
+    judged = run(job_of(world, server, against=Side(None, world / "theirs.jsonl")))
+    job = FinishedJudgments(
+        (str(world / "out" / "judgments-1.jsonl"),), str(world / "question.jsonl"), world / "again", "pairwise"
+    )
+    assert score_judgments(job).repeats == judged.repeats
+    assert len(server.requests()) == 16
+
+
+def test_judgments_of_several_models_want_a_name(world: Path) -> None:
+    rows = [single(number, turn, 5, model) for model in ("a", "b") for number in (1, 2, 3, 4) for turn in (1, 2)]
+    (world / "judgments.jsonl").write_text(judgment_lines(rows))
+    job = FinishedJudgments((str(world / "judgments.jsonl"),), str(world / "question.jsonl"), world / "out")
+    with pytest.raises(UserError, match="name one with --model-id; it holds a, b"):
+        score_judgments(job)
+    with pytest.raises(UserError, match="there is no c"):
+        score_judgments(replace(job, model_id="c"))
+    assert score_judgments(replace(job, model_id="b", side=Side(None, world / "ours.jsonl"))).totals == (5,)
+    document = read_evaluation(world / "out").tasks["mt_bench"].documents[0]
+    assert (document.answer, document.score) == ("ours 1 one", 0.5)
+
+
+# -- answers of a checkpoint -------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_answers_both_turns_and_a_stop_changes_nothing(
+    world: Path, server: JudgeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dae_eval.asking import ReplyLog
+
+    checkpoint = make_chat_checkpoint(world / "student")
+    author = Author(str(checkpoint), max_new_tokens=8, batch_size=2)
+    server.behave()
+    run(job_of(world, server, "whole", side=Side(author)))
+    whole = read_answers(world / "whole" / "answers.jsonl")
+    assert whole.model_id == "student"
+    assert {len(turns) for turns in whole.turns.values()} == {2}
+
+    add = ReplyLog.add
+    count = 0
+
+    def stopping(log: Any, *arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 6:
+            raise KeyboardInterrupt
+        add(log, *arguments)
+
+    monkeypatch.setattr(ReplyLog, "add", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run_mt_bench(job_of(world, server, "stopped", side=Side(author)))
+    monkeypatch.setattr(ReplyLog, "add", add)
+    run(job_of(world, server, "stopped", side=Side(author)))
+    assert read_answers(world / "stopped" / "answers.jsonl") == whole
+    stopped, undisturbed = (read_evaluation(world / name) for name in ("stopped", "whole"))
+    assert stopped.tasks == undisturbed.tasks
+    assert stopped.model == undisturbed.model
+    with pytest.raises(UserError, match="max new tokens: 8 -> 9"):
+        run_mt_bench(job_of(world, server, "whole", side=Side(replace(author, max_new_tokens=9))))
+
+
+def test_the_second_turn_follows_the_models_own_first(world: Path, server: JudgeServer) -> None:
+    server.behave()
+    served = EndpointChoice(server.url, "served", "--model-url", "MODEL_API_KEY", None, 1)
+    run(job_of(world, server, side=Side(Author("served", served, max_new_tokens=7))))
+    asked = [one["body"] for one in server.requests() if one["body"]["model"] == "served"]
+    assert len(asked) == 8
+    second = next(body for body in asked if body["messages"][-1]["content"] == "Now with nine coins.")
+    assert [message["role"] for message in second["messages"]] == ["user", "assistant", "user"]
+    assert second["messages"][1]["content"] == f"A fair answer. Rating: [[{rating_of(QUESTIONS[0][2][0])}]]"
+    wanted = {"writing": 0.7, "math": 0.0, "stem": 0.1, "extraction": 0.0}
+    for _, category, turns in QUESTIONS:
+        found = {body["temperature"] for body in asked if body["messages"][-1]["content"] in turns}
+        assert found == {wanted[category]}
+    assert {body["max_tokens"] for body in asked} == {7}
+    assert read_answers(world / "out" / "answers.jsonl").model_id == "served"
+
+
+def test_a_local_judge_needs_no_endpoint(world: Path) -> None:
+    checkpoint = make_chat_checkpoint(world / "judge", max_position_embeddings=512)
+    job = MtBench(
+        side=Side(None, world / "ours.jsonl"),
+        judge=JudgeChoice(None, str(checkpoint), max_tokens=6),
+        questions=str(world / "question.jsonl"),
+        judge_prompts=str(world / "judge_prompts.jsonl"),
+        references=str(world / "reference.jsonl"),
+        output=world / "out",
+        strict=False,
+    )
+    with pytest.raises(UserError, match="no judgment has a rating"):
+        run_mt_bench(job)
+    said = [json.loads(line) for line in (world / "out" / "replies" / "judgments.jsonl").read_text().splitlines()]
+    assert len(said) == 8
+    shutil.rmtree(world / "judge")
+    with pytest.raises(UserError, match="there is no such folder"):
+        run_mt_bench(job)
