@@ -17,7 +17,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from dae.demo import world
+
 MODELS = ("base", "expert", "next-token", "student")
+STUDENTS = ("student", "next-token")
 
 
 def main() -> None:
@@ -34,12 +37,17 @@ def main() -> None:
 
 
 def run_demo(folder: Path, seed: int) -> dict[str, Any]:
-    """results.json of one seed, made by the command a user types."""
-    if not (folder / "results.json").is_file():
+    """What the report of one seed says, made by the command a user types."""
+    path = folder / "report" / "report.json"
+    if not path.is_file():
         command = [sys.executable, "-m", "dae", "demo", "--output", str(folder), "--seed", str(seed)]
         subprocess.run(command, check=True)
-    results: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return results
+    report = json.loads(path.read_text(encoding="utf-8"))
+    students = {each["name"]: each for each in (report["student"], *report["others"])}
+    tasks = [
+        {key: task[key] for key in ("task", "group", "kind", "n", "scores", "difference")} for task in report["tasks"]
+    ]
+    return {"seed": seed, "world_sha256": world.SHA256, "word": report["word"], "students": students, "tasks": tasks}
 
 
 def spread(values: Sequence[float], factor: float = 100.0) -> str:
@@ -49,33 +57,68 @@ def spread(values: Sequence[float], factor: float = 100.0) -> str:
 
 
 def as_markdown(results: Sequence[dict[str, Any]]) -> str:
-    """Headlines by seed, then accuracy by skill over the seeds."""
-    seeds = ", ".join(str(result["seed"]) for result in results)
-    made = f"{date.today().isoformat()}, `python benchmarks/demo_seeds.py`, seeds {seeds}, world SHA-256 "
+    """Verdicts and their lines by seed, then groups and skills over the seeds."""
+    seeds = [str(result["seed"]) for result in results]
+    made = f"{date.today().isoformat()}, `python benchmarks/demo_seeds.py`, seeds {', '.join(seeds)}, world SHA-256 "
     lines = [
         "# The demo over seeds",
         "",
         f"{made}`{results[0]['world_sha256'][:12]}`.",
-        "In brackets: 95 % intervals over documents (first table), smallest and largest over seeds (second table).",
+        "On the skills and kinds of question that alignment rows ask. In brackets: 95 % intervals over documents.",
         "",
-        "| model | measure | on | " + " | ".join(f"seed {result['seed']}" for result in results) + " | mean |",
-        "|---|---|---|" + "---|" * (len(results) + 1),
+        f"| model | line | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |",
+        "|---|---|" + "---|" * (len(results) + 1),
+        f"| student | verdict | {' | '.join(result['word'] for result in results)} | |",
     ]
-    for place, line in enumerate(results[0]["headlines"]):
-        estimates = [result["headlines"][place]["estimate"] for result in results]
-        factor = 100 if line["measure"] == "gap closed" else 1
-        cells = [
-            f"{factor * e['value']:.1f} ({factor * e['low']:.1f}..{factor * e['high']:.1f})" if e else "undefined"
-            for e in estimates
+    for name in STUDENTS:
+        lines += [
+            verdict_row(name, "gap closed, %", [result["students"][name]["gap"]["closed"] for result in results], 100),
+            verdict_row(
+                name, "retention, %", [result["students"][name]["retention"]["ratio"] for result in results], 1
+            ),
+            verdict_row(
+                name,
+                "retention, points",
+                [result["students"][name]["retention"]["difference"] for result in results],
+                1,
+            ),
         ]
-        known = [factor * e["value"] for e in estimates if e]
-        mean = f"{sum(known) / len(known):.1f}" if len(known) == len(estimates) else "undefined"
-        lines.append(f"| {line['model']} | {line['measure']}, % | {line['group']} | {' | '.join(cells)} | {mean} |")
+    lines += [
+        "",
+        "Every group, smallest and largest over the seeds in brackets. Gap closed of shop groups, retention of general",
+        "ones, in per cent, from the groups' mean scores.",
+        "",
+    ]
+    lines += [f"| group | {' | '.join(STUDENTS)} |", "|---|" + "---|" * len(STUDENTS)]
+    for group in dict.fromkeys(task["group"] for task in results[0]["tasks"]):
+        values = [[share_of_group(result, group, name) for result in results] for name in STUDENTS]
+        lines.append(f"| {group} | {' | '.join(spread(each) for each in values)} |")
     lines += ["", "| held-out accuracy, % (chance 25) | " + " | ".join(MODELS) + " |", "|---|" + "---|" * len(MODELS)]
-    for task in results[0]["documents"]:
-        cells = [spread([result["scores"][model][task] for result in results]) for model in MODELS]
-        lines.append(f"| {task.removeprefix('world_')} | {' | '.join(cells)} |")
+    for task in results[0]["tasks"]:
+        same = [next(t for t in result["tasks"] if t["task"] == task["task"]) for result in results]
+        cells = [spread([each["scores"][model] for each in same]) for model in MODELS]
+        lines.append(f"| {task['task'].removeprefix('world_')} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def verdict_row(name: str, what: str, estimates: Sequence[dict[str, float] | None], factor: float) -> str:
+    """One line of the first table."""
+    cells = [
+        f"{factor * e['value']:.1f} ({factor * e['low']:.1f}..{factor * e['high']:.1f})" if e else "undefined"
+        for e in estimates
+    ]
+    known = [factor * e["value"] for e in estimates if e]
+    mean = f"{sum(known) / len(known):.1f}" if len(known) == len(estimates) else "undefined"
+    return f"| {name} | {what} | {' | '.join(cells)} | {mean} |"
+
+
+def share_of_group(result: dict[str, Any], group: str, name: str) -> float:
+    """Of a shop group the gap closed, of a general group the retention; 1 is all of it."""
+    scores = [task["scores"] for task in result["tasks"] if task["group"] == group]
+    if group.startswith("shop"):
+        gained = sum(score["expert"] - score["base"] for score in scores)
+        return float(sum(score[name] - score["base"] for score in scores) / gained)
+    return float(sum(score[name] / score["reference"] for score in scores) / len(scores))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import Abort, TyperException
 
+from dae.evaluation_cli import eval_app, report
+from dae.merge_cli import merge_app
+from dae.ranking_cli import rank_teachers
 from dae.recipe import UNNAMED, AlignRecipe, SampleRecipe
+from kd.choose_recipe import RankRecipe
 from kd.config import ROUTE_NAME, Frozen, SftRecipe, address, load_recipe
+from kd.distill_recipe import DistillRecipe
 from kd.errors import MachineError, Stopped, UserError
 from kd.layers import Layers
 
@@ -29,7 +34,13 @@ if TYPE_CHECKING:
     from kd.stage import RunResult
 
 USER, OURS, MACHINE, INTERRUPTED, BROKEN_PIPE = 2, 3, 4, 130, 141
-SCHEMAS: dict[str, type[Frozen]] = {"align": AlignRecipe, "sft": SftRecipe, "sample": SampleRecipe}
+SCHEMAS: dict[str, type[Frozen]] = {
+    "align": AlignRecipe,
+    "distill": DistillRecipe,
+    "sft": SftRecipe,
+    "sample": SampleRecipe,
+    "rank-teachers": RankRecipe,
+}
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 SMALLER_STEP = (
     "halve train.per_device_train_batch_size and double train.gradient_accumulation_steps (the result is the same), "
@@ -41,6 +52,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One student that matches an expert on its domain and the general model elsewhere.",
 )
+app.add_typer(merge_app, name="merge")
 
 Assignments = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="any key of the recipe; `dae keys` lists them")
@@ -105,6 +117,26 @@ def sft(
 
 
 @app.command()
+def distill(
+    assignments: Assignments = None,
+    base: Base = None,
+    teacher: Annotated[str | None, typer.Option(metavar="CKPT", help="checkpoint to learn from, of any size")] = None,
+    data: Annotated[list[str] | None, typer.Option(metavar="PATH", help="training rows; repeats")] = None,
+    output: Annotated[str | None, typer.Option(metavar="DIR", help="run folder (default: runs/distill)")] = None,
+    recipe: RecipeFile = None,
+    merge: Merge = False,
+) -> None:
+    """Make a student that matches a larger teacher: the stage before align."""
+    rows = list(data) if data else None
+    flags = {"base": base, "teacher": teacher, "data.train": rows, "output": output, "merge": merge or None}
+    loaded = load_recipe(DistillRecipe, recipe, flags, assignments or [], {"data.train": "--data"})
+
+    from kd.distill import distill as run
+
+    tell(run(loaded))
+
+
+@app.command()
 def sample(
     assignments: Assignments = None,
     model: Annotated[str | None, typer.Option(metavar="CKPT", help="the model that writes")] = None,
@@ -137,12 +169,12 @@ def sample(
 def check(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file")],
     assignments: Assignments = None,
-    stage: Annotated[str | None, typer.Option(help="sft or align (default: align if it names an expert)")] = None,
+    stage: Annotated[str | None, typer.Option(help="sft, distill or align (default: as the recipe tells)")] = None,
 ) -> None:
     """Load everything but the weights: show rows, shares, masks, steps, memory; refuse what would go wrong."""
     chosen = stage or stage_of(recipe, assignments or [])
-    if chosen not in ("align", "sft"):
-        raise UserError(f"--stage {chosen}: wants align or sft")
+    if chosen not in ("align", "distill", "sft"):
+        raise UserError(f"--stage {chosen}: wants align, distill or sft")
     loaded = load_recipe(SCHEMAS[chosen], recipe, {}, assignments or [])
 
     from dae.check import check as run
@@ -151,10 +183,10 @@ def check(
 
 
 @app.command()
-def keys(stage: Annotated[str, typer.Argument(metavar="[align|sft|sample]")] = "align") -> None:
+def keys(stage: Annotated[str, typer.Argument(metavar="[align|distill|sft|sample|rank-teachers]")] = "align") -> None:
     """List every key of a recipe with type, default and meaning."""
     if stage not in SCHEMAS:
-        raise UserError(f"dae keys {stage}: wants align, sft or sample")
+        raise UserError(f"dae keys {stage}: wants align, distill, sft, sample or rank-teachers")
     from rich.console import Console
     from rich.markup import escape
 
@@ -172,10 +204,15 @@ def demo(
     output: Annotated[Path, typer.Option(metavar="DIR", help="where its runs go")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="of weights and of the order of rows; the world stays the same")] = 0,
 ) -> None:
-    """The whole story on a small made-up world: base, expert, student, one table. No download, no GPU."""
+    """The whole story on a small made-up world: base, expert, student, report. No download, no GPU."""
     from dae.demo.story import demo as run
 
     run(output, seed, run_here)
+
+
+app.add_typer(eval_app, name="eval")
+app.command()(report)
+app.command("rank-teachers")(rank_teachers)
 
 
 def align_flags(experts: Sequence[str], domain_data: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -204,16 +241,26 @@ def named(text: str) -> tuple[str | None, str]:
 
 
 def stage_of(recipe: Path, assignments: Sequence[str]) -> str:
-    """The stage that a recipe is for: `align` if it names an expert, else `sft`."""
+    """The stage that a recipe is for: `align` if it names an expert, `distill` if it names a teacher, else `sft`."""
     layers = Layers(address)
     layers.read_yaml(recipe)
-    return "align" if "expert" in layers.raw or any(text.startswith("expert") for text in assignments) else "sft"
+    for key, stage in (("expert", "align"), ("teacher", "distill")):
+        if key in layers.raw or any(text.startswith(key) for text in assignments):
+            return stage
+    return "sft"
 
 
 def run_here(arguments: Sequence[str]) -> None:
-    """Run one command within another. typer answers Ctrl-C with a status; the outer command ends there, too."""
-    if app(list(arguments), prog_name="dae", standalone_mode=False):
-        raise KeyboardInterrupt
+    """Run one command within another, as if it were typed: what is written down of it is its own command line.
+
+    typer answers Ctrl-C with a status; the outer command ends there, too.
+    """
+    typed, sys.argv = sys.argv, ["dae", *arguments]
+    try:
+        if app(list(arguments), prog_name="dae", standalone_mode=False) == INTERRUPTED:
+            raise KeyboardInterrupt
+    finally:
+        sys.argv = typed
 
 
 def tell(result: RunResult) -> None:
