@@ -32,10 +32,19 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
-from dae_eval.harness import Document, TaskScores, score_tasks
-from dae_eval.scores import Estimate, Scores, gain, gap_closed, paired, retention
 from numpy.typing import NDArray
 
+from benchmarks.real_pair_scores import (
+    Document,
+    Estimate,
+    Scores,
+    TaskScores,
+    gain,
+    gap_closed,
+    paired,
+    retention,
+    score_tasks,
+)
 from benchmarks.real_pair_tables import BIT_TASKS, ENDINGS, STORIES, markdown
 from kd.files import write_text_durably
 from kd.fingerprints import model_fingerprint

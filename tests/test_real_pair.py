@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dae_eval.harness import Document, TaskScores
 
 from benchmarks import real_pair
 from benchmarks.real_pair import SETS, Job, Plan, jobs
+from benchmarks.real_pair_scores import Document, TaskScores
 from benchmarks.real_pair_tables import ENDINGS, STORIES, markdown
 from dae.recipe import AlignRecipe, SampleRecipe
 from kd.config import Frozen, SftRecipe, load_recipe

@@ -12,7 +12,6 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,11 +28,8 @@ from lm_eval.models.utils import resolve_max_length
 from lm_eval.tasks import TaskManager
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from dae_eval.suites import TASKS
 from kd.errors import UserError
 from kd.problems import suggestion
-
-__all__ = ["TASKS", "Document", "Harness", "TaskScores", "load_tasks", "run_task", "score_tasks"]
 
 # lm-eval's own defaults, so that its command line draws the same shots and, where a task samples, the same answers.
 SHOTS_SEED = 1234
@@ -44,30 +40,6 @@ _NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_t
 _TOO_LONG = re.compile("Combined length of context|Left truncation applied")
 
 Tell = Callable[[int, int], None]  # requests answered, of how many
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document's value of any metric, on 0..1 or not. (`id`, `hash`) is what two models are joined on."""
-
-    id: int
-    hash: str
-    score: float
-
-
-@dataclass(frozen=True)
-class TaskScores:
-    """A model's values on one task, document by document, in the task's order."""
-
-    task: str
-    version: str
-    metric: str
-    documents: tuple[Document, ...]
-
-    @property
-    def mean(self) -> float:
-        """The task's score, in the metric's unit."""
-        return sum(document.score for document in self.documents) / len(self.documents)
 
 
 class Harness(HFLM):
@@ -216,37 +188,6 @@ def run_task(harness: Harness, task: Any, limit: int | None, with_chat: bool) ->
             fewshot_as_multiturn=with_chat,
         )
     return sorted(results["samples"][name_of(task)], key=lambda sample: int(sample["doc_id"]))
-
-
-def score_tasks(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    *,
-    include_path: Path = TASKS,
-    metadata: Mapping[str, Any] | None = None,
-    metric: str = "acc",
-    batch_size: int = 64,
-    limit: int | None = None,
-) -> dict[str, TaskScores]:
-    """Score `model` as it stands (active adapter, weights) by any metric, also one that is not on 0..1 (bits).
-
-    `metadata` reaches the tasks' loading functions, `limit` takes only the first documents of each task. No chat
-    template; global random state and the modules' training modes stay as they were.
-
-    Raises:
-        UserError: a task that is not there, or that has no such metric.
-    """
-    loaded = load_tasks(tasks, include_path, metadata or {})
-    harness = Harness(model, tokenizer, batch_size=batch_size)
-    return {name: _task_scores(task, metric, run_task(harness, task, limit, False)) for name, task in loaded.items()}
-
-
-def _task_scores(task: Any, metric: str, samples: Sequence[Mapping[str, Any]]) -> TaskScores:
-    if metric not in samples[0]:
-        raise UserError(f"task {name_of(task)}: no metric {metric!r}; it has {', '.join(samples[0]['metrics'])}")
-    documents = tuple(Document(int(s["doc_id"]), str(s["doc_hash"]), float(s[metric])) for s in samples)
-    return TaskScores(name_of(task), version_of(task), metric, documents)
 
 
 def name_of(task: Any) -> str:

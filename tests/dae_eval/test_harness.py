@@ -20,7 +20,6 @@ from dae_eval.harness import (
     load_tasks,
     refuse_unfit_length,
     run_task,
-    score_tasks,
     set_shots,
 )
 from dae_eval.results import Document
@@ -30,6 +29,7 @@ from pico import make_model, make_tokenizer
 from pico_tasks import TASKS, make_tasks
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from benchmarks.real_pair_scores import score_tasks
 from dae.demo import world
 from dae.demo.tokenizer import build_tokenizer
 from kd.errors import UserError
@@ -86,7 +86,7 @@ def test_scores_equal_the_definition(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     tasks = ["world_sorting", "world_category", "world_compatibility"]
-    results = score_tasks(model, tokenizer, tasks, metadata={"world": str(folder)}, batch_size=7)
+    results = score_tasks(model, tokenizer, tasks, include_path=SHIPPED, metadata={"world": str(folder)}, batch_size=7)
     printed = capfd.readouterr()
     assert (printed.out, printed.err) == ("", "")
     model.eval()
@@ -110,7 +110,9 @@ def test_nothing_is_left_changed(model: LlamaForCausalLM, tokenizer: PreTrainedT
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
     states = global_random_states()
-    limited = score_tasks(model, tokenizer, ["world_sorting"], metadata={"world": str(folder)}, limit=5)
+    limited = score_tasks(
+        model, tokenizer, ["world_sorting"], include_path=SHIPPED, metadata={"world": str(folder)}, limit=5
+    )
     assert [module.training for module in model.modules()] == modes
     assert global_random_states() == states
     assert len(limited["world_sorting"].documents) == 5
@@ -125,7 +127,15 @@ def test_a_metric_that_is_not_there_is_told(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     with pytest.raises(UserError, match=r"world_sorting: no metric 'f1'; it has acc"):
-        score_tasks(model, tokenizer, ["world_sorting"], metadata={"world": str(folder)}, metric="f1", limit=2)
+        score_tasks(
+            model,
+            tokenizer,
+            ["world_sorting"],
+            include_path=SHIPPED,
+            metadata={"world": str(folder)},
+            metric="f1",
+            limit=2,
+        )
 
 
 # -- what lm-eval and the model's own settings must not do -------------------------------------------------------------

@@ -1,20 +1,49 @@
-"""Two numbers on documents that all models answered: how much of the expert's gain was taken, how much was retained.
+"""Scores of any metric, bits too, and two numbers on documents that all models answered.
 
-Scores are on 0..1, one per document: D documents of a task, M models, R resamples. Intervals are two-sided 95 %
-percentile intervals of a paired bootstrap: the same documents are drawn, with replacement within each task, for all
-models at once.
+`dae report` takes scores on 0..1 only. One value per document: D documents of a task, M models, R resamples.
+Intervals are two-sided 95 % percentile intervals of a paired bootstrap: the same documents are drawn, with replacement
+within each task, for all models at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from dae_eval.harness import Harness, load_tasks, name_of, run_task, version_of
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
-from dae_eval.harness import TaskScores
 from kd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document's value of any metric, on 0..1 or not. (`id`, `hash`) is what two models are joined on."""
+
+    id: int
+    hash: str
+    score: float
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """A model's values on one task, document by document, in the task's order."""
+
+    task: str
+    version: str
+    metric: str
+    documents: tuple[Document, ...]
+
+    @property
+    def mean(self) -> float:
+        """The task's score, in the metric's unit."""
+        return sum(document.score for document in self.documents) / len(self.documents)
+
 
 Scores = Mapping[str, NDArray[np.float64]]  # task -> [D]
 RESAMPLES = 2000
@@ -93,3 +122,34 @@ def _task_means(models: Sequence[Scores], seed: int) -> tuple[NDArray[np.float64
 def _estimate(value: NDArray[np.float64], resampled: NDArray[np.float64]) -> Estimate:
     low, high = np.nanquantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(value[0]), float(low), float(high))
+
+
+def score_tasks(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    include_path: Path,
+    metadata: Mapping[str, Any] | None = None,
+    metric: str = "acc",
+    batch_size: int = 64,
+    limit: int | None = None,
+) -> dict[str, TaskScores]:
+    """Score `model` as it stands (active adapter, weights) by any metric, also one that is not on 0..1 (bits).
+
+    `metadata` reaches the tasks' loading functions, `limit` takes only the first documents of each task. No chat
+    template; global random state and the modules' training modes stay as they were.
+
+    Raises:
+        UserError: a task that is not there, or that has no such metric.
+    """
+    loaded = load_tasks(tasks, include_path, metadata or {})
+    harness = Harness(model, tokenizer, batch_size=batch_size)
+    return {name: _task_scores(task, metric, run_task(harness, task, limit, False)) for name, task in loaded.items()}
+
+
+def _task_scores(task: Any, metric: str, samples: Sequence[Mapping[str, Any]]) -> TaskScores:
+    if metric not in samples[0]:
+        raise UserError(f"task {name_of(task)}: no metric {metric!r}; it has {', '.join(samples[0]['metrics'])}")
+    documents = tuple(Document(int(s["doc_id"]), str(s["doc_hash"]), float(s[metric])) for s in samples)
+    return TaskScores(name_of(task), version_of(task), metric, documents)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from dae_eval.harness import Document, TaskScores
-from dae_eval.scores import gain, gap_closed, paired, retention
 
+from benchmarks.real_pair_scores import Document, TaskScores, gain, gap_closed, paired, retention
 from kd.errors import UserError
 
 
