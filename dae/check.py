@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,16 @@ from dae.overlap import overlaps
 from dae.recipe import AlignRecipe
 from dae.routing import GENERAL, default_route_shares
 from kd import distill
-from kd.config import SftRecipe, SourceRecipe
+from kd.config import SftRecipe, SourceRecipe, resolved_yaml
 from kd.data import TokenRows, marked_text, read_records
 from kd.distill_recipe import DistillRecipe
 from kd.errors import UserError
 from kd.fingerprints import model_fingerprint
 from kd.mixing import Mixture
+from kd.provenance import read_provenance
 from kd.roles import LoadSettings, head_of, learned_positions, refuse_unknown_forward
 from kd.router import refuse_useless_router_loss
+from kd.runs import RunFolder
 from kd.sft import ROUTE
 from kd.stage import load_settings, planned_steps, rows_per_step, training_arguments
 from kd.stage_data import StageData, load_stage_data, refuse_unfit_rows
@@ -42,6 +44,7 @@ from kd.stage_data import StageData, load_stage_data, refuse_unfit_rows
 SMALL_SHARE = 0.05  # of the loss: below it a route is hardly learnt
 ROWS_SHOWN = 2  # of each route
 CHARACTERS_SHOWN = 240  # of each segment of a row
+STAGES = {SftRecipe: "sft", DistillRecipe: "distill", AlignRecipe: "align"}
 
 Result = TypeVar("Result")
 
@@ -114,6 +117,8 @@ def make_plan(recipe: SftRecipe | DistillRecipe | AlignRecipe) -> Plan:
         steps = found.of(lambda: planned_steps(mixture, args))
     if data is not None and models is not None:
         found.of(lambda: check_fit(recipe, data, models))
+    if data is not None and inputs is not None:
+        found.of(lambda: look_at_output(recipe, inputs, data))
     found.tell()
     assert data is not None
     assert args is not None
@@ -162,6 +167,19 @@ def check_output(output: str) -> None:
     existing = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"output: {output}: {existing} may not be written; name a place that you may use")
+
+
+def look_at_output(recipe: SftRecipe | DistillRecipe | AlignRecipe, inputs: Mapping[str, str], data: StageData) -> None:
+    """Raise UserError where the run folder holds another run, or a live process holds it."""
+    begun = read_provenance(recipe.output) or {}
+    RunFolder(recipe.output).look(
+        STAGES[type(recipe)],
+        resolved_yaml(recipe),
+        inputs,
+        base=recipe.base,
+        data=data.inputs,
+        processes=begun.get("processes", 1),  # how many a launcher will start is not known here
+    )
 
 
 def check_fit(recipe: SftRecipe | DistillRecipe | AlignRecipe, data: StageData, models: Models) -> None:

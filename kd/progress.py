@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +20,17 @@ def one_line(logs: Mapping[str, Any]) -> str:
         if what == "kl" or (what == "ntp" and f"{route}/kl" not in logs):
             parts.append(f"{route} {what} {value:.4f}")
     return "  ".join(parts)
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Say in a terminal what takes a while and has no steps to count; nothing elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with console.status(what):
+        yield
 
 
 class TrainingProgress(TrainerCallback):

@@ -83,6 +83,19 @@ _STEP = re.compile(r"step-(\d{6,})")
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 
+def _provenance(
+    stage: str, inputs: Mapping[str, str], base: str, data: Mapping[str, Sequence[DataInput]], processes: int
+) -> dict[str, Any]:
+    return {
+        "toolkit": TOOLKIT,
+        "stage": stage,
+        "processes": processes,
+        "base": {"path": base, "fingerprint": inputs["base"]},
+        "inputs": dict(inputs),
+        "data": {route: [asdict(source) for source in sources] for route, sources in data.items()},
+    }
+
+
 class RunFolder:
     """One run's folder. Only the main process of a run claims it and writes into it."""
 
@@ -140,14 +153,7 @@ class RunFolder:
                 command can use the folder.
             MachineError: the disk is full.
         """
-        provenance = {
-            "toolkit": TOOLKIT,
-            "stage": stage,
-            "processes": processes,
-            "base": {"path": base, "fingerprint": inputs["base"]},
-            "inputs": dict(inputs),
-            "data": {route: [asdict(source) for source in sources] for route, sources in data.items()},
-        }
+        provenance = _provenance(stage, inputs, base, data, processes)
         self._refuse_foreign_files()
         with disk_errors(self.path):
             made = self._make_folders()
@@ -170,6 +176,26 @@ class RunFolder:
                 with suppress(OSError):
                     folder.rmdir()
             raise
+
+    def look(
+        self,
+        stage: str,
+        resolved_recipe: str,
+        inputs: Mapping[str, str],
+        *,
+        base: str,
+        data: Mapping[str, Sequence[DataInput]],
+        processes: int = 1,
+    ) -> State:
+        """What `claim` would find, with nothing touched. Raises UserError where `claim` would refuse."""
+        self._refuse_foreign_files()
+        if not self.path.exists():
+            return "new"
+        provenance = _provenance(stage, inputs, base, data, processes)
+        if not (self.path / LOCK).exists():
+            return self._state(provenance, resolved_recipe)
+        with hold(self.path / LOCK, str(self.path)):
+            return self._state(provenance, resolved_recipe)
 
     def _make_folders(self) -> list[Path]:
         """Make the folder and its parents; those that were made, deepest first."""

@@ -26,7 +26,7 @@ from kd.errors import MachineError, Stopped, UserError
 from kd.mixing import MixedRows, Mixture, StepBatchSampler, collate
 from kd.model_card import CardFacts, write_model_card
 from kd.objective import Batch, Objective
-from kd.progress import TrainingProgress
+from kd.progress import TrainingProgress, doing
 from kd.roles import (
     STUDENT_ADAPTER,
     LoadSettings,
@@ -211,9 +211,11 @@ def run_stage(
         set_seed(recipe.seed)
         torch.set_flush_denormal(True)  # denormals slow a CPU run several times over
         args = training_arguments(recipe, settings)
-        trainer, stop = prepare(recipe, args, settings, data, build_roles, run, make_callbacks)
+        with doing("loading the models"):
+            trainer, stop = prepare(recipe, args, settings, data, build_roles, run, make_callbacks)
         resume_from = run.latest_checkpoint() if state == "resume" else None
-        first_kl = start_metrics(trainer, data, run, resume_from)
+        with doing("measuring before the first step"):
+            first_kl = start_metrics(trainer, data, run, resume_from)
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
         if stop.received is not None:
             raise Stopped(
@@ -223,7 +225,8 @@ def run_stage(
             )
         summary = summarise(trainer, data, first_kl)
         if processes().is_main_process:
-            publish(stage, recipe, run, trainer, data, settings, inputs, summary)
+            with doing("writing the result, and loading it in a fresh process"):
+                publish(stage, recipe, run, trainer, data, settings, inputs, summary)
         processes().wait_for_everyone()
         return RunResult(run.path, summary)
 

@@ -13,12 +13,14 @@ from peft import LoraConfig, get_peft_model
 from pico import make_checkpoint, make_model
 from transformers import AutoModelForCausalLM
 
+from dae.alignment import fingerprints
 from dae.check import check, in_words, make_plan, marked_row, shortened
 from dae.estimates import disk, loss_shares, memory, tokens_of_run
 from dae.overlap import normalised, overlaps, parts
 from dae.recipe import AlignRecipe
-from kd.config import DataRecipe, SftRecipe
+from kd.config import DataRecipe, SftRecipe, resolved_yaml
 from kd.errors import UserError
+from kd.runs import RunFolder
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -273,3 +275,21 @@ def test_an_sft_recipe_is_checked_too(world: Path, tmp_path: Path, capsys: Any) 
     check(SftRecipe(base=world / "base", output=tmp_path / "o", data={"train": world / "domain.jsonl"}))  # type: ignore[arg-type]
     shown = capsys.readouterr().out
     assert "0 through teachers" in shown
+
+
+# -- the run folder ----------------------------------------------------------------------------------------------------
+
+
+def test_an_output_that_holds_another_run_or_a_living_one_is_refused(world: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(world, tmp_path / "o")
+    plan = make_plan(recipe)
+    run = RunFolder(recipe.output)
+    begun: dict[str, Any] = {"base": recipe.base, "data": plan.data.inputs, "processes": 8}
+    with run.claim("align", resolved_yaml(recipe), fingerprints(recipe), **begun):
+        assert "held by a live process" in message(recipe)
+        (run.checkpoints_dir / "step-000001").mkdir()
+        before = sorted(path.name for path in run.path.rglob("*"))
+    make_plan(recipe)  # the same run, however many processes began it
+    other = recipe_of(world, tmp_path / "o", temperature=2.0)
+    assert "temperature: 1.0 -> 2.0" in message(other)
+    assert sorted(path.name for path in run.path.rglob("*")) == before
