@@ -143,8 +143,8 @@ def _curves(evaluations: Mapping[str, Evaluation], others: Sequence[str]) -> lis
 def _radars(tasks: Sequence[PairedTask]) -> list[Radar]:
     """Tasks on axes, by kind; and the categories of each task whose documents have one."""
     found = []
-    for title, kinds in (("General tasks", ("general", "shown")), ("Domain tasks", ("domain",))):
-        shown = sorted((task for task in tasks if task.result.kind in kinds), key=lambda task: task.result.group)
+    for title, kind in (("General tasks", "general"), ("Domain tasks", "domain"), ("Tasks in neither line", "shown")):
+        shown = sorted((task for task in tasks if task.result.kind == kind), key=lambda task: task.result.group)
         if shown:
             means = {role: tuple(float(task.scores[role].mean()) for task in shown) for role in shown[0].scores}
             found.append(Radar(title, tuple(task.result.task for task in shown), means))

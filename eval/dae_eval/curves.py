@@ -69,7 +69,8 @@ def still_falling(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     logged = [c for c in curves if c.name.startswith("training") and len(c.steps) >= _FEWEST_LOGGED]
     falls = {c.name: _last_tenth(c) for c in held_out} or {c.name: _last_tenth_of_noisy(c) for c in logged}
     return [
-        f"{name} still fell by {100 * fall:.1f} % in the last tenth of training: training longer may teach more."
+        f"{name.replace(', ', ' on ')} still fell by {100 * fall:.1f} % in the last tenth of training: "
+        "training longer may teach more."
         for name, fall in falls.items()
         if fall > STILL_FALLING
     ]

@@ -20,7 +20,7 @@ def test_still_falling_is_not_said_of_noise_or_of_a_curve_that_levelled_off() ->
     assert still_falling(lines(4 - 0.03 * steps[:15])) == []  # too few to tell
     held_out = lines(np.linspace(3, 1, 10), "eval_shop_ntp")
     (sentence,) = still_falling([*lines(np.full(100, 2.0)), *held_out])
-    assert sentence.startswith("held-out loss, shop rows still fell by 18")
+    assert sentence.startswith("held-out loss on shop rows still fell by 18")
 
 
 def test_curves_come_from_the_best_measurement_there_is() -> None:

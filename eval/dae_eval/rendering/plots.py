@@ -243,7 +243,8 @@ def radar_plot(radar: Radar, report: Report, styles: Mapping[str, Mapping[str, A
     axes.set_yticks([25, 50, 75, 100], ["25", "50", "75", outermost], fontsize=7, color=INK)
     axes.set_rlabel_position(180 / len(radar.axes))
     axes.set_xticks(angles, [""] * len(angles))
-    _label_spokes(axes, [one_line(axis) for axis in radar.axes], angles)
+    names = [one_line(axis) for axis in radar.axes]
+    _label_spokes(axes, [name.removeprefix(common_start(names)) for name in names], angles)
     axes.spines["polar"].set_color(FAINT)
     handles, names = axes.get_legend_handles_labels()
     figure.legend(
