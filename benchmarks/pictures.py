@@ -40,8 +40,8 @@ def terminal(report: Path, picture: Path) -> None:
     console = Console(width=80, record=True, file=io.StringIO(), force_terminal=True, highlight=False)
     show(load_report(report), console)
     # A fixed id: else every run writes another file. Rich names fonts to be fetched from elsewhere; any will do.
-    drawn = re.sub(r"@font-face \{.*?\}", "", console.export_svg(title="dae report", unique_id=picture.stem), flags=re.S)
-    picture.write_text(drawn, encoding="utf-8")
+    drawn = console.export_svg(title="dae report", unique_id=picture.stem)
+    picture.write_text(re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL), encoding="utf-8")
 
 
 def page(report: Path, picture: Path, height: int) -> None:

@@ -1,0 +1,253 @@
+"""The tables of benchmarks/trade_off.py, from its record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Line = Mapping[str, Any]
+
+PAIRS = {"world": "The embedded world", "real": "stories260k with product questions"}
+COLUMNS: Mapping[str, Mapping[str, str]] = {
+    "world": {
+        "domain": "domain, %",
+        "general": "general, %",
+        "domain, not aligned": "domain without rows, %",
+        "general, not aligned": "general without rows, %",
+    },
+    "real": {
+        "domain": "domain, bits per byte",
+        "general": "stories, bits per byte",
+        "hetPQA": "hetPQA",
+        "ePQA": "ePQA",
+        "story endings": "story endings, accuracy",
+    },
+}
+PERCENT = {"world"}
+ENDS = ("base", "expert")
+DIFFERENCES = {  # (one way, minus another)
+    "alignment": (("dae", "ntp"),),
+    "distillation": (("small_kd", "small_sft"), ("small_attention", "small_kd")),
+    "mixture": (("moe", "dense"), ("moe", "dae")),
+}
+
+NOTES = """## How it was done
+
+- **Sides.** `DAE`: `dae align`. `Same mixed rows`: the same command with `lambda=0`. `Domain rows alone`: `dae sft`
+  from the base, as many rows and steps. `expert`: the teacher; on the world a longer list of rows (also the kinds of
+  question that no student's rows ask), on the real pair 543 steps of 16 rows. Merges are between base (= reference) and
+  expert, by `dae merge weights` at its default densities (TIES 0.2, DARE-TIES 0.5). With the base as reference, task
+  arithmetic at a coefficient up to 1 is the linear merge at the same one, by its formula; it was run once to see so.
+- **Rows and steps.** World: 900 steps of 64 rows, LoRA of rank 32 (recipes/demo/align.yaml). Real pair: 600 steps of 8
+  domain and 4 general rows (12 domain rows where there are no others), all weights. On the world the setting is the
+  share of domain rows, both routes at equal weight in the loss; on the real pair it is the weight of the domain route.
+- **Distillation.** World: a Llama of 2 layers of width 64 from random weights, the demo's base (3 layers of width 128)
+  as its teacher, 600 steps of 64 general rows. Real pair: layers 0, 2 and 4 of stories260k as the student, all five as
+  its teacher (../shared has no larger model of this tokenizer), 250 steps of 8 of its own samples, so next-token loss
+  on these rows is itself a distillation by samples. `lambda=1`; the attention loss has weight 1, layers mapped evenly,
+  which was not tuned.
+- **Mixture.** `dae merge moe` of base and expert, gate `hidden`, both experts for every token. World: all weights, 300
+  steps of 64 rows, share 0.7, for the mixture and the dense base alike. Real pair: as the dense student above. Equal
+  rows and steps: the mixture has more weights and takes longer.
+- **Learning rates.** Every side that trains has its own, the best of one grid by one score on validation documents,
+  with the first seed at the first setting; it is kept for other seeds and settings. At the edge of the grid a better
+  one may lie beyond. `Not chosen yet`: its grid has not been run. Nothing else was tuned; all settings are shown.
+- **Documents.** World, test: the demo's. Validation: of shop questions, the same facts in the phrasing that the test
+  does not use; of skills, new instances (sums and differences also stand in training rows, there are too few); towns
+  have none. Real pair: of the first documents of each task (see `--limit`), every third of hetPQA and of stories is for
+  validation, the rest and ePQA for the test; hetPQA without questions whose evidence is that of a training row.
+  `Domain` is the mean of hetPQA and ePQA.
+- **Seeds.** Mean, and in parentheses the lowest and the highest seed. World: another base, expert, order of rows and
+  adapter. Real pair: one base and one expert; seeds differ in the order of rows (DARE-TIES: in what is kept; other
+  merges have nothing to vary). Differences are by seed. `Front`: no other line's mean is better in both domain and
+  general; it knows nothing of the spread."""
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """All tables, how it was done, and commands."""
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    parts = ["# The trade-off: ways to a student, in miniature"]
+    parts.append(f"{record['date']}, CPU, {versions}. Written by `benchmarks/trade_off.py`.")
+    if record["trial_steps"] is not None:
+        parts.append(f"**A trial of the script with {record['trial_steps']} steps: no result.**")
+    parts += [completeness(record), "![domain against general](trade_off.svg)"]
+    parts.append("Means over seeds, joined over the settings that stand beside them; faint: the seeds.")
+    for part, title in (
+        ("alignment", "Alignment: domain against general"),
+        ("distillation", "Distillation: a larger teacher, attention loss"),
+        ("mixture", "Mixture of base and expert as the student"),
+    ):
+        tables = [part_tables(record["results"], part, pair) for pair in PAIRS]
+        if any(tables):
+            parts += [f"## {title}", *filter(None, tables)]
+    parts += [tuning_table(record), NOTES]
+    parts += ["## Commands", "One of each kind, with the first seed and default folders.", ""]
+    return "\n\n".join(filter(None, parts)) + "\n".join(["\n\n```", *record["commands"], "```"]) + "\n"
+
+
+def completeness(record: Mapping[str, Any]) -> str:
+    """How many models have been scored, and by part and pair which are missing."""
+    planned, seeds = record["planned"], ", ".join(map(str, record["seeds"]))
+    done = sum(model["scored"] for model in planned)
+    if done == len(planned):
+        return f"Complete: all {done} planned models are scored, seeds {seeds}."
+    lines = [f"**Partial: {done} of {len(planned)} planned models are scored (seeds {seeds}).** Missing:", ""]
+    for part, pair in dict.fromkeys((model["part"], model["pair"]) for model in planned):
+        own = [model for model in planned if (model["part"], model["pair"]) == (part, pair)]
+        missing = [model for model in own if not model["scored"]]
+        if missing:
+            by_name: dict[str, list[str]] = {}
+            for model in missing:
+                by_name.setdefault(model["name"], []).append(str(model["seed"]))
+            names = ", ".join(f"`{name}` ({', '.join(of)})" for name, of in by_name.items())
+            lines.append(f"- {part}, {pair}: {len(missing)} of {len(own)} (seeds in parentheses): {names}")
+    return "\n".join(lines)
+
+
+# -- one part on one pair ----------------------------------------------------------------------------------------------
+
+
+def part_tables(results: Sequence[Line], part: str, pair: str) -> str:
+    """The lines of one part on one pair, and the differences that the part is about; empty without any."""
+    own = [line for line in results if line["pair"] == pair and line["part"] == part and line["way"] not in ENDS]
+    if not own:
+        return ""
+    lines = [line for line in results if line in own or is_compared(line, part, pair)]
+    differences = [row for one, other in DIFFERENCES[part] for row in difference_rows(lines, one, other)]
+    parts = [f"### {PAIRS[pair]}", figures_table(lines, part, pair)]
+    if differences:
+        names = shown_figures(lines, pair)
+        head = ["by seed", "setting", "seeds", *(COLUMNS[pair][name] for name in names)]
+        rows = [
+            [title, at, str(len(values[names[0]])), *(difference_cell(pair, values[name]) for name in names)]
+            for title, at, values in differences
+        ]
+        parts.append(table([head, *rows]))
+    return "\n\n".join(parts)
+
+
+def is_compared(line: Line, part: str, pair: str) -> bool:
+    """Lines of another part that belong beside this one: base and expert, and the real pair's dense student."""
+    if line["pair"] != pair:
+        return False
+    if part == "distillation":
+        return bool(line["way"] == "base")
+    is_dense = part == "mixture" and pair == "real" and line["way"] == "dae" and line["at"] == 1.0
+    return line["way"] in ENDS or is_dense
+
+
+def figures_table(lines: Sequence[Line], part: str, pair: str) -> str:
+    names = shown_figures([line for line in lines if line["way"] not in ENDS], pair)
+    best = front(lines, pair) if part == "alignment" else set()
+    head = ["way", "setting", "learning rate", "seeds", *(COLUMNS[pair][name] for name in names)]
+    rows = [head + (["front"] if best else [])]
+    for place, line in enumerate(lines):
+        seeds = len(line["figures"])
+        count = str(seeds) if seeds == line["planned_seeds"] else f"{seeds} of {line['planned_seeds']}"
+        rate = "" if line["learning_rate"] is None else f"{line['learning_rate']:g}"
+        rate += "" if line["is_rate_chosen"] or not rate else ", not chosen yet"
+        cells = [title_of(line, part), setting_of(line), rate, count]
+        cells += [cell(pair, values_of(line, name)) for name in names]
+        rows.append(cells + (["yes" if place in best else ""] if best else []))
+    return table(rows)
+
+
+def shown_figures(lines: Sequence[Line], pair: str) -> list[str]:
+    """The figures that all lines have, in the order of the columns."""
+    known = [set(figures) for line in lines for figures in line["figures"].values()]
+    return [name for name in COLUMNS[pair] if all(name in names for names in known)]
+
+
+def title_of(line: Line, part: str) -> str:
+    if line["way"] == "base":
+        return "teacher" if part == "distillation" else "base = reference"
+    return str(line["title"])
+
+
+def setting_of(line: Line) -> str:
+    return "" if line["at"] is None else f"{line['setting']} {line['at']:g}"
+
+
+def values_of(line: Line, name: str) -> list[float]:
+    """A figure over the seeds; empty where the line does not have it."""
+    return [figures[name] for figures in line["figures"].values() if name in figures]
+
+
+def front(lines: Sequence[Line], pair: str) -> set[int]:
+    """Places of the lines whose means no other line betters in both domain and general."""
+    sign = 1 if pair in PERCENT else -1
+    means = [[sign * mean(values_of(line, name)) for name in ("domain", "general")] for line in lines]
+
+    def is_beaten(place: int) -> bool:
+        here = means[place]
+        return any(other != here and all(a >= b for a, b in zip(other, here, strict=True)) for other in means)
+
+    return {place for place in range(len(lines)) if not is_beaten(place)}
+
+
+def difference_rows(lines: Sequence[Line], one: str, other: str) -> list[tuple[str, str, dict[str, list[float]]]]:
+    """(title, setting, figure -> differences by seed) of two ways at equal settings, over the seeds that both have."""
+    found = []
+    for first in (line for line in lines if line["way"] == one):
+        for second in (line for line in lines if line["way"] == other):
+            seeds = [seed for seed in first["figures"] if seed in second["figures"]]
+            if not seeds or (first["at"] != second["at"] and None not in (first["at"], second["at"])):
+                continue
+            names = set(first["figures"][seeds[0]]) & set(second["figures"][seeds[0]])
+            values = {n: [first["figures"][s][n] - second["figures"][s][n] for s in seeds] for n in names}
+            found.append((f"{first['title']} minus {second['title']}", setting_of(first), values))
+    return found
+
+
+# -- cells -------------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body])
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def cell(pair: str, values: Sequence[float]) -> str:
+    """`93.1 (91.0 to 95.2)`: mean, lowest and highest."""
+    factor, digits = (100, 1) if pair in PERCENT else (1, 3)
+    shown = [f"{factor * value:.{digits}f}" for value in (mean(values), min(values), max(values))]
+    return shown[0] if len(values) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
+
+
+def difference_cell(pair: str, values: Sequence[float]) -> str:
+    """The same with signs."""
+    factor, digits = (100, 1) if pair in PERCENT else (1, 3)
+    shown = [f"{factor * value:+.{digits}f}" for value in (mean(values), min(values), max(values))]
+    return shown[0] if len(values) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
+
+
+# -- learning rates ----------------------------------------------------------------------------------------------------
+
+
+def tuning_table(record: Mapping[str, Any]) -> str:
+    """Validation scores over the grid; what stands at its edge is said."""
+    rates = [f"{rate:g}" for rate in record["grid"]]
+    rows = [["pair", "way", *rates, "chosen"]]
+    for line in record["tuning"]:
+        if all(score is None for score in line["scores"].values()):
+            continue
+        scores = [line["scores"][rate] for rate in rates]
+        shown = ["" if score is None else validation_cell(line["pair"], score) for score in scores]
+        chosen = "" if line["chosen"] is None else f"{line['chosen']:g}"
+        edge = " (edge)" if line["chosen"] in (record["grid"][0], record["grid"][-1]) else ""
+        rows.append([line["pair"], f"`{line['way']}`", *shown, chosen + edge])
+    if len(rows) == 1:
+        return ""
+    what = (
+        "On validation documents, first seed. World: accuracy in %, mean of domain and general (distillation: general)."
+    )
+    what += " Real pair: bits per byte, mean of hetPQA and stories (distillation: stories)."
+    return "\n\n".join(["## Learning rates", what, table(rows)])
+
+
+def validation_cell(pair: str, score: float) -> str:
+    return f"{100 * score:.1f}" if pair in PERCENT else f"{-score:.3f}"
