@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from dae_eval.suites import Suite
 from typer.exceptions import Abort, TyperException
 
 from dae.evaluation_cli import eval_app, report
 from dae.merge_cli import merge_app
+from dae.merge_recipe import MoeRecipe, ToLoraRecipe, WeightsRecipe
+from dae.pipeline_cli import run_recipe
 from dae.ranking_cli import rank_teachers
 from dae.recipe import UNNAMED, AlignRecipe, SampleRecipe
 from kd.choose_recipe import RankRecipe
@@ -29,6 +32,7 @@ from kd.config import ROUTE_NAME, Frozen, SftRecipe, address, load_recipe
 from kd.distill_recipe import DistillRecipe
 from kd.errors import MachineError, Stopped, UserError
 from kd.layers import Layers
+from kd.problems import one_of
 
 if TYPE_CHECKING:
     from kd.stage import RunResult
@@ -40,6 +44,10 @@ SCHEMAS: dict[str, type[Frozen]] = {
     "sft": SftRecipe,
     "sample": SampleRecipe,
     "rank-teachers": RankRecipe,
+    "merge-moe": MoeRecipe,
+    "merge-weights": WeightsRecipe,
+    "merge-to-lora": ToLoraRecipe,
+    "suite": Suite,
 }
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 SMALLER_STEP = (
@@ -183,10 +191,10 @@ def check(
 
 
 @app.command()
-def keys(stage: Annotated[str, typer.Argument(metavar="[align|distill|sft|sample|rank-teachers]")] = "align") -> None:
+def keys(stage: Annotated[str, typer.Argument(metavar=f"[{'|'.join(SCHEMAS)}]")] = "align") -> None:
     """List every key of a recipe with type, default and meaning."""
     if stage not in SCHEMAS:
-        raise UserError(f"dae keys {stage}: wants align, distill, sft, sample or rank-teachers")
+        raise UserError(f"dae keys {stage}: wants {one_of(list(SCHEMAS))}")
     from rich.console import Console
     from rich.markup import escape
 
@@ -213,6 +221,7 @@ def demo(
 app.add_typer(eval_app, name="eval")
 app.command()(report)
 app.command("rank-teachers")(rank_teachers)
+app.command("run")(run_recipe)
 
 
 def align_flags(experts: Sequence[str], domain_data: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -354,7 +363,8 @@ def prepare_process(environment: Mapping[str, str]) -> None:
         if name not in environment:
             os.environ[name] = value
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|peft|accelerate)\.")
+    for category in (UserWarning, RuntimeWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(torch|transformers|peft|accelerate)\.")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     for name in ("dae", "kd"):

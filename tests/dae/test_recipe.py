@@ -15,9 +15,10 @@ from kd.errors import UserError
 from kd.fingerprints import file_sha256
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
-# eval*.yaml: tests/dae_eval/test_suites.py; rank_teachers.yaml: tests/dae/test_ranking_cli.py
-RECIPES = sorted(path for path in SHIPPED.glob("*.yaml") if not path.name.startswith(("eval", "rank_teachers")))
-DEMO_RECIPES = sorted(path for path in (SHIPPED / "demo").glob("*.yaml") if not path.name.startswith("eval"))
+# eval*.yaml: tests/dae_eval/test_suites.py; rank_teachers.yaml: test_ranking_cli.py; paths: test_pipeline_recipe.py
+ELSEWHERE = ("eval", "rank_teachers", "paper_path", "path")
+RECIPES = sorted(path for path in SHIPPED.glob("*.yaml") if not path.name.startswith(ELSEWHERE))
+DEMO_RECIPES = sorted(path for path in (SHIPPED / "demo").glob("*.yaml") if not path.name.startswith(ELSEWHERE))
 FULL = {"base": "b", "expert": "e", "data.domain": "d.jsonl", "data.general": "g.jsonl"}
 
 
