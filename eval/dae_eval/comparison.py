@@ -110,6 +110,12 @@ def _notes(evaluations: Mapping[str, Evaluation], student: StudentSummary) -> li
         for route, hashes in files.items()
         if len(hashes) > 1
     ]
+    apart = [role for role, one in evaluations.items() if any("reference" not in loss.kl for loss in one.held_out)]
+    if apart and "reference" in evaluations:
+        notes.append(
+            f"KL(reference || model) is missing for {', '.join(apart)}: `dae report` measures it where both stand on "
+            "one backbone (adapters); training with `data.eval` logs it for every student."
+        )
     if "expert" in evaluations:
         notes += [f"The expert's {sentence}" for sentence in still_falling(evaluations["expert"].training)]
     return notes

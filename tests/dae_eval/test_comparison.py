@@ -227,6 +227,7 @@ def test_curves_held_out_losses_and_notes() -> None:
     told = " ".join(report.notes)
     assert "rows.jsonl could not be compared with the documents: the file is gone" in told
     assert "route general are of different files" in told
+    assert "KL(reference || model) is missing" not in told
     assert "The expert's training loss on train rows still fell by" in told
 
 
@@ -272,3 +273,11 @@ def test_no_evaluation_makes_warnings_or_numbers_that_json_refuses() -> None:
             report = compare(found, seed=seed, margin=float(rng.choice([1, 5, 50])))
             json.dumps(asdict(report), allow_nan=False)
             assert all(one.difference.low <= one.difference.value <= one.difference.high for one in report.tasks)
+
+
+def test_a_missing_kl_is_explained() -> None:
+    found = models()
+    loss = HeldOutLoss("general", "held.jsonl", "sha-held", 100, 1.5, {"reference": 0.0})
+    found["reference"] = replace(found["reference"], held_out=(loss,))
+    found["student"] = replace(found["student"], held_out=(replace(loss, kl={}),))
+    assert any("KL(reference || model) is missing for student:" in note for note in compare(found).notes)
