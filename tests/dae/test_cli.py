@@ -245,7 +245,7 @@ def test_a_mistake_ends_the_process_with_2_and_writes_nothing(tmp_path: Path) ->
 
 def test_a_closed_pipe_is_no_fault(tmp_path: Path) -> None:
     command = f"set -o pipefail; {sys.executable} -m dae keys | head -1"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "eval")])}
     ran = subprocess.run(
         ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
