@@ -16,7 +16,10 @@ LIBRARIES = (
     "huggingface_hub", "numpy", "mergekit",
 )  # fmt: skip
 
-_SECRET_KEY = re.compile(r"token$|secret|password|passwd|credential|api[-_]?key|access[-_]?key", re.IGNORECASE)
+# next-token is what this field calls a loss, and so a fair name for a model.
+_SECRET_KEY = re.compile(
+    r"(?<!next[-_])token$|secret|password|passwd|credential|api[-_]?key|access[-_]?key", re.IGNORECASE
+)
 _SECRET_VALUE = re.compile(r"\b(hf_\w{8,}|sk-[\w-]{8,}|gh[pousr]_\w{8,}|AKIA\w{12,})")
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -189,7 +190,9 @@ def _provenance(evaluations: Mapping[str, Evaluation], asked: Mapping[str, Any],
     held_out = {(loss.route, loss.path, loss.sha256) for one in evaluations.values() for loss in one.held_out}
     lines += [(f"held-out rows of {route}", f"{path}, SHA-256 {sha256}") for route, path, sha256 in sorted(held_out)]
     lines += [(key.replace("_", " "), json.dumps(value)) for key, value in asked.items()]
-    return [*lines, ("command", command)] if command else lines
+    if command and ("command", command) not in lines:  # evaluations that this command made tell it already
+        lines.append(("command of the report", command))
+    return lines
 
 
 def _by_value(values: Mapping[str, str], what: str) -> list[tuple[str, str]]:
@@ -212,8 +215,14 @@ def _flat(conditions: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             found |= _flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+            found[f"{prefix}{key}"] = _as_text(key, value)
     return found
+
+
+def _as_text(key: str, value: Any) -> str:
+    if key == "command" and isinstance(value, list):
+        return shlex.join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
 def merge(evaluations: Sequence[Evaluation]) -> Evaluation:

@@ -243,7 +243,13 @@ def test_provenance_names_every_condition() -> None:
     assert said["libraries.torch: base, expert, reference"] == "2.13.0"
     assert said["libraries.torch: student"] == "2.14.0"
     assert said["margin"] == "2.0"
-    assert told[-1] == ("command", "dae report --output x")
+    assert told[-1] == ("command of the report", "dae report --output x")
+
+    made_here = {
+        name: replace(one, conditions={"command": ["dae", "report", "--output", "a b"]}) for name, one in found.items()
+    }
+    told = compare(made_here, margin=2.0, command="dae report --output 'a b'").provenance
+    assert [line for line in told if "command" in line[0]] == [("command", "dae report --output 'a b'")]
 
 
 def test_no_evaluation_makes_warnings_or_numbers_that_json_refuses() -> None:

@@ -192,7 +192,9 @@ def test_markdown_reads_as_what_was_meant(report: Report) -> None:
     rows = {row[0]: row for table in tables for row in table}
     for task in report.tasks:
         row = rows[wording.one_line(task.task)]
-        assert row[1] == f"{task.n:,}" and f"{100 * task.scores['student']:.1f}" in row
+        assert row[1] == wording.documents(task) and f"{100 * task.scores['student']:.1f}" in row
+        assert row[2:4] == [wording.score(task.chance), wording.score(task.majority)]
+        assert {wording.p_value(task.p), f"{task.wins} / {task.losses}", wording.score(task.detectable)} <= set(row)
     for line in report.models:
         assert wording.one_line(line.path) in rows[line.role]
     for what, value in report.provenance:
@@ -571,3 +573,16 @@ def test_the_terminal_needs_no_matplotlib() -> None:
     ran = subprocess.run([sys.executable, "-c", code], cwd=root / "eval", env={"PYTHONPATH": f"{root}:{root / 'eval'}"},
                          capture_output=True, text=True, check=True)  # fmt: skip
     assert ran.stdout == "False\n"
+
+
+def test_every_format_tells_all_of_a_task() -> None:
+    """What a signature needs: majority beside chance, the test by name, and scores without the documents seen."""
+    shown = demo_report()
+    shown = replace(shown, tasks=tuple(replace(task, majority=0.333) for task in shown.tasks))
+    seen = next(task for task in shown.tasks if task.unseen_scores is not None)
+    without = rf"without them .*student {100 * (seen.unseen_scores or {})['student']:.1f}"
+    for text in (markdown.render(shown), html.render(shown, ()), " ".join(printed(shown, 220).split())):
+        assert "33.3" in text
+        assert re.search(without, text)
+    for text in (markdown.render(shown), html.render(shown, ())):
+        assert seen.test in text

@@ -684,10 +684,12 @@ def test_secrets_of_the_command_line_are_masked() -> None:
     command = [
         "dae", "align", "--hub-token", "hf_abcdefghijk", "train.hub_token=abc", "--seed", "7", "--api-key=xyz",
         "https://me:pw@host/x", "--note", "sk-abcdefghijklm", "train.max_new_tokens=5",
+        "--compare", "next-token=runs/ntp",
     ]  # fmt: skip
     assert masked(command) == [
         "dae", "align", "--hub-token", "***", "train.hub_token=***", "--seed", "7", "--api-key=***",
         "https://***@host/x", "--note", "***", "train.max_new_tokens=5",
+        "--compare", "next-token=runs/ntp",
     ]  # fmt: skip
 
 

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from dae_eval.rendering.wording import (
     MARK,
+    Column,
     against,
     clipped,
     clipped_start,
     columns,
     count,
+    documents,
     groups,
     headlines,
     is_significant,
@@ -21,6 +23,8 @@ from dae_eval.rendering.wording import (
     points,
     score,
     teachers,
+    tests_used,
+    without_seen,
 )
 from dae_eval.report import Flip, Report, TaskLine
 
@@ -85,38 +89,55 @@ def _models(report: Report) -> str:
 
 def _tasks(report: Report) -> str:
     shown = columns(report)
-    head = ("task", "n", "chance", *(escape(column.label) for column in shown), "difference (95 %)", "p (Holm)")
+    models = [escape(column.label) for column in shown]
+    head = (
+        "task",
+        "n",
+        "chance",
+        "majority",
+        *models,
+        "difference (95 %)",
+        "p",
+        "p (Holm)",
+        "won / lost",
+        "detectable",
+    )
     parts = []
     for group, tasks in groups(report).items():
         rows = [
             (
                 escape(task.task),
-                count(task.n),
+                documents(task),
                 score(task.chance),
+                score(task.majority),
                 *(score(column.value(task.scores)) for column in shown),
                 points(task.difference) + (f" \\{MARK}" if is_significant(task) else ""),
+                p_value(task.p),
                 p_value(task.p_holm),
+                f"{count(task.wins)} / {count(task.losses)}",
+                score(task.detectable),
             )
             for task in tasks
         ]
         title = f"**{escape(group)}** ({kinds(tasks, report)}; student - {escape(against(tasks))})"
-        remarks = "".join(f"\n- {remark}" for remark in _remarks(tasks))
+        remarks = "".join(f"\n- {remark}" for remark in _remarks(tasks, shown))
         parts.append(f"{title}\n\n{_table(head, rows, left=1)}" + (f"\n{remarks}" if remarks else ""))
     if parts:
         parts.append(
-            "Scores in per cent, differences in points with 95 % intervals. "
-            f"\\{MARK}: p < 0.05 after Holm's correction over all tasks."
+            "Scores in per cent, differences in points with 95 % intervals. n: documents, in so many sources where "
+            f"they share some. p: {escape(tests_used(report))}. \\{MARK}: p < 0.05 after Holm's correction over all "
+            "tasks. detectable: the smallest true difference that n would have found with 80 % power."
         )
     return "\n\n".join(parts)
 
 
-def _remarks(tasks: Sequence[TaskLine]) -> Iterator[str]:
+def _remarks(tasks: Sequence[TaskLine], shown: Sequence[Column]) -> Iterator[str]:
     for task in tasks:
         if task.unpaired:
             yield f"{escape(task.task)}: {count(task.unpaired)} documents that only some models answered are left out"
         if task.seen:
-            without = "" if task.unseen_difference is None else f"; without them {points(task.unseen_difference)}"
-            yield f"{escape(task.task)}: {count(task.seen)} of {count(task.n)} also in training rows{without}"
+            without = escape(without_seen(task, shown))
+            yield f"{escape(task.task)}: {count(task.seen)} of {count(task.n)} also in training rows; {without}"
 
 
 def _held_out(report: Report) -> str:

@@ -30,10 +30,10 @@ from dae_eval.rendering.wording import (
     kinds,
     one_line,
     p_value,
-    points,
     score,
     signed,
     teachers,
+    without_seen,
 )
 from dae_eval.report import Flip, Report, TaskLine
 
@@ -140,7 +140,8 @@ def task_table(report: Report, width: int) -> RenderableType | None:
         lines += [Text(), title]
         for task in tasks:
             lines += _row(task, one_line(task.task).removeprefix(start), fields, widths, name_width)
-        lines += [Padding(Text(remark, style="dim"), (0, 0, 0, 2)) for remark in _remarks(tasks, start)]
+        remarks = _remarks(tasks, start, columns(report))
+        lines += [Padding(Text(remark, style="dim"), (0, 0, 0, 2)) for remark in remarks]
     return Group(*lines, Text(), Text(" ".join(_legend(start, left_out)), style="dim"))
 
 
@@ -153,6 +154,7 @@ def _fields(report: Report) -> list[Field]:
         *scores,
         Field("difference", ("diff.",), 0, lambda task: signed(100 * task.difference.value)),
         Field("interval", ("95 % interval ",), 10, _interval),
+        Field("p", ("p",), 44, lambda task: p_value(task.p)),
         Field("p after Holm", ("p", "(Holm)"), 40, lambda task: p_value(task.p_holm)),
         Field("wins and losses", ("won/", "lost"), 41, lambda task: f"{task.wins}/{task.losses}"),
         Field("detectable difference", ("detect-", "able"), 42, _detectable),
@@ -246,15 +248,14 @@ def _folded(name: str, width: int) -> list[str]:
     return [*lines, rest]
 
 
-def _remarks(tasks: Sequence[TaskLine], start: str) -> Iterator[str]:
+def _remarks(tasks: Sequence[TaskLine], start: str, shown: Sequence[Column]) -> Iterator[str]:
     """What has to be said of the documents of a group: not paired, or seen in training."""
     unpaired = [f"{one_line(t.task).removeprefix(start)} {count(t.unpaired)}" for t in tasks if t.unpaired]
     if unpaired:
         yield f"documents that only some models answered, left out: {', '.join(unpaired)}"
     for task in (task for task in tasks if task.seen):
         name = one_line(task.task).removeprefix(start)
-        without = "" if task.unseen_difference is None else f"; without them {points(task.unseen_difference)}"
-        yield f"{name}: {count(task.seen)} of {count(task.n)} also in training rows{without}"
+        yield f"{name}: {count(task.seen)} of {count(task.n)} also in training rows; {without_seen(task, shown)}"
 
 
 def _legend(start: str, left_out: Sequence[str]) -> Iterator[str]:

@@ -126,6 +126,24 @@ def p_value(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def documents(task: TaskLine) -> str:
+    """`240`, or `240 in 57` where documents share sources (57 clusters)."""
+    return count(task.n) if task.clusters == task.n else f"{count(task.n)} in {count(task.clusters)}"
+
+
+def without_seen(task: TaskLine, shown: Sequence[Column]) -> str:
+    """Every model's score, and the difference, on the documents that stand in no training rows."""
+    if task.unseen_scores is None or task.unseen_difference is None:
+        return "nothing is left without them"
+    scores = ", ".join(f"{column.label} {score(column.value(task.unseen_scores))}" for column in shown)
+    return f"without them {scores}; difference {points(task.unseen_difference)}"
+
+
+def tests_used(report: Report) -> str:
+    """The tests behind the p values, by name."""
+    return ", ".join(dict.fromkeys(task.test for task in report.tasks))
+
+
 def is_significant(task: TaskLine) -> bool:
     """Whether the task's difference stands after correction over all tasks (Holm)."""
     return task.p_holm < SIGNIFICANT
