@@ -21,13 +21,13 @@ import typer
 from dae_eval.suites import Suite
 from typer.exceptions import Abort, TyperException
 
-from dae.evaluation_cli import eval_app, report
-from dae.merge_cli import merge_app
-from dae.merge_recipe import MoeRecipe, ToLoraRecipe, WeightsRecipe
-from dae.pipeline_cli import run_recipe
-from dae.ranking_cli import rank_teachers
+from dae.commands.evaluation import eval_app, report
+from dae.commands.merge import merge_app
+from dae.commands.pipeline import run_recipe
+from dae.commands.ranking import rank_teachers
+from dae.merging.recipe import MoeRecipe, ToLoraRecipe, WeightsRecipe
 from dae.recipe import UNNAMED, AlignRecipe, SampleRecipe
-from kd.choose_recipe import RankRecipe
+from kd.choose.recipe import RankRecipe
 from kd.config import ROUTE_NAME, Frozen, SftRecipe, address, load_recipe
 from kd.distill_recipe import DistillRecipe
 from kd.errors import MachineError, Stopped, UserError

@@ -9,15 +9,15 @@ from pathlib import Path
 from dae.generation import base_of, open_writer
 from dae.recipe import SampleRecipe
 from dae.sampling import IDLE_BATCHES, Batch, Draw, Prompt, SampleFile, answer, read_prompts, settings_of
-from kd.car import Ranking
 from kd.chat import chat_format
-from kd.choose import measure_and_rank, read_candidates
-from kd.choose import settings_of as ranking_settings
-from kd.choose_folder import RankFolder
-from kd.choose_recipe import RankRecipe, answers
+from kd.choose.car import Ranking
+from kd.choose.folder import RankFolder
+from kd.choose.ranking import measure_and_rank, read_candidates
+from kd.choose.ranking import settings_of as ranking_settings
+from kd.choose.recipe import RankRecipe, answers
+from kd.choose.responses import prompt_key
 from kd.errors import UserError
 from kd.fingerprints import data_sha256, model_fingerprint
-from kd.responses import prompt_key
 
 
 def rank_teachers(recipe: RankRecipe) -> Ranking:

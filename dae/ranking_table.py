@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kd.car import AtBeta, Estimate, Facts, Ranking
+from kd.choose.car import AtBeta, Estimate, Facts, Ranking
 
 BETAS_PER_TABLE = 6  # more do not fit beside a name into 80 columns
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+from dae_eval.comparing.statistics import Estimate
 from dae_eval.report import (
     Curve,
     Flip,
@@ -18,7 +19,6 @@ from dae_eval.report import (
     TaskLine,
 )
 from dae_eval.results import Kind
-from dae_eval.statistics import Estimate
 
 MODELS = ("base", "expert", "student", "next-token")
 GROUPS: dict[str, tuple[Kind, tuple[str, ...]]] = {

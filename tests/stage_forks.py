@@ -1,6 +1,7 @@
 """Stages of `dae run` as forks of a process that has imported everything, where real ones import for seconds each.
 
-All else is as in dae/stage_process.py: a process group, pipes and a lifeline of their own, the command line, a status.
+All else is as in dae/pipeline/stage_process.py: a process group, pipes and a lifeline of their own, the command line,
+a status.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from processes import Signal
 
 @dataclass
 class Fork:
-    """A forked stage, as dae.stage_process.Child."""
+    """A forked stage, as dae.pipeline.stage_process.Child."""
 
     pid: int
     code: int | None = None
@@ -53,7 +54,7 @@ class Forks:
     to_pipeline: Mapping[str, Signal] = field(default_factory=dict)
 
     def arm(self) -> None:
-        from dae import stage_process
+        from dae.pipeline import stage_process
 
         setattr(stage_process, "start", self.start)  # noqa: B010
 
@@ -80,7 +81,8 @@ class Forks:
                         continue  # that of the listing
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
             os.environ["COLUMNS"] = str(width)
-            from dae import cli, stage_process
+            from dae import cli
+            from dae.pipeline import stage_process
 
             stage_process.end_with(lifeline)
             cli.prepare_process(os.environ)

@@ -26,7 +26,7 @@ from benchmarks import (
 from benchmarks.trade_off_commands import Job, jobs, making
 from benchmarks.trade_off_plan import BLOCKS, GRID, WAYS, Plan, Run, grid_runs, planned_runs, tuned_ways
 from dae.demo import story, world
-from dae.merge_recipe import MoeRecipe, WeightsRecipe
+from dae.merging.recipe import MoeRecipe, WeightsRecipe
 from dae.recipe import AlignRecipe
 from kd.config import Frozen, SftRecipe, load_recipe
 from kd.distill_recipe import DistillRecipe

@@ -1,12 +1,12 @@
-"""The report as data: what every format (terminal, Markdown, JSON, HTML) shows. Built by dae_eval.comparison."""
+"""The report as data: what every format (terminal, Markdown, JSON, HTML) shows. Built by dae_eval.comparing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dae_eval.comparing.statistics import Estimate, Word
 from dae_eval.results import Kind
-from dae_eval.statistics import Estimate, Word
 
 SCHEMA_VERSION = 1
 

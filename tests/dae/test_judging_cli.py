@@ -19,7 +19,7 @@ from dae import cli
 from kd.fingerprints import model_fingerprint
 
 KEY = "sk-very-secret-0123456789"
-APPEND = "dae_eval.asking:append_lines"
+APPEND = "dae_eval.judging.asking:append_lines"
 
 
 @pytest.fixture(scope="module")

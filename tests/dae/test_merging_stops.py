@@ -21,9 +21,9 @@ COMMANDS = {
     "to-lora": ["merge", "to-lora", "--reference", "base", "--expert", "expert", "--rank", "4", "min_energy=0"],
 }
 MOMENTS = {
-    "with the adapter merged": Signal("dae.merging:whole_checkpoint", 2, after=True),
-    "with the weights written": Signal("dae.mergekit_calls:mix", after=True),
-    "with half the result written": Signal("dae.merging:write_merge_card"),
+    "with the adapter merged": Signal("dae.merging.checkpoints:whole_checkpoint", 2, after=True),
+    "with the weights written": Signal("dae.merging.mergekit_calls:mix", after=True),
+    "with half the result written": Signal("dae.merging.checkpoints:write_merge_card"),
     "with half the result in place": Signal("os:replace", name="model.safetensors", after=True),
     "just before it is called finished": Signal("kd.runs:RunFolder.mark_finished"),
 }
@@ -93,7 +93,7 @@ def test_a_full_disk_is_the_machine_s(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dae.mergekit_calls.merge", full)
+    monkeypatch.setattr("dae.merging.mergekit_calls.merge", full)
     assert cli.run([*COMMANDS["weights"], "--output", "out"]) == 4
     assert "the disk is full" in capsys.readouterr().err
     assert not list((world / "out").glob(".tmp*"))  # the adapter's merged copy went with it

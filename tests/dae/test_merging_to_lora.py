@@ -19,8 +19,8 @@ from worlds import make_adapter, make_rows
 import dae.alignment
 import kd.stage
 from dae import cli
-from dae.merge_recipe import ToLoraRecipe
-from dae.to_lora import low_rank, what_is_kept
+from dae.merging.recipe import ToLoraRecipe
+from dae.merging.to_lora import low_rank, what_is_kept
 from kd.fingerprints import model_fingerprint
 from kd.provenance import base_fingerprint_of
 from kd.roles import LoadSettings

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from worlds import make_adapter
 
 from dae import cli
-from dae.merge_recipe import MoeRecipe, ToLoraRecipe, WeightsRecipe
+from dae.merging.recipe import MoeRecipe, ToLoraRecipe, WeightsRecipe
 from kd.config import Frozen, load_recipe, resolved_yaml
 from kd.provenance import read_provenance
 from kd.runs import model_fingerprint
@@ -331,6 +331,6 @@ def test_shipped_recipes_load_and_read_back_the_same(name: str, schema: type[Fro
 
 
 def test_the_command_line_stays_light() -> None:
-    code = "import sys, dae.merge_cli; print({'torch', 'transformers', 'mergekit', 'numpy'} & set(sys.modules))"
+    code = "import sys, dae.commands.merge; print({'torch', 'transformers', 'mergekit', 'numpy'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, check=True)
     assert ran.stdout == b"set()\n"

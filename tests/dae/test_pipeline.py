@@ -261,12 +261,12 @@ def test_a_moved_pipeline_is_still_done(ran: Path) -> None:
 
 # -- stops -------------------------------------------------------------------------------------------------------------
 
-FOLDER = "dae.pipeline_state:PipelineFolder"
+FOLDER = "dae.pipeline.state:PipelineFolder"
 # One after the other in the same folder. A status below 0: the pipeline itself was killed.
 KILLS: dict[str, dict[str, Any]] = {
     "before anything is begun": {"signals": [Signal(f"{FOLDER}.begin")]},
     "in the middle of the first note": {"signals": [Signal("os:replace", name="pipeline.json")]},
-    "with the stage begun and not started": {"signals": [Signal("dae.pipeline:write_recipe")]},
+    "with the stage begun and not started": {"signals": [Signal("dae.pipeline.stages:write_recipe")]},
     "while the expert trains": {"forks": Forks(to_pipeline={"sft": Signal(STEP, 3)})},
     "the expert alone": {"forks": Forks(to_stage={"sft": Signal(STEP, 2)})},
     "while the expert is called finished": {
@@ -329,7 +329,7 @@ def test_a_failing_stage_ends_the_pipeline_with_its_status_and_words(world: Path
 
 def test_a_folder_in_use_or_somebody_else_s_is_refused(world: Path) -> None:
     write_path(world, {"expert": EXPERT})
-    stop = Signal("dae.pipeline:write_recipe", 1, signal.SIGSTOP)
+    stop = Signal("dae.pipeline.stages:write_recipe", 1, signal.SIGSTOP)
     first = Running(["run", "path.yaml"], world, signals=[Forks(), stop], proof=False)  # type: ignore[list-item]
     while not first.is_stopped():
         time.sleep(0.02)

@@ -14,11 +14,11 @@ from pico_tasks import make_suite, make_tasks
 from rich.console import Console
 from worlds import make_rows
 
-from dae.pipeline import command_of, run_pipeline
-from dae.pipeline_kinds import KINDS, ReportStage
-from dae.pipeline_recipe import Pipeline, Stage, read_pipeline, recipe_text
-from dae.pipeline_state import Fingerprints, PipelineFolder
-from dae.pipeline_view import View, duration
+from dae.pipeline.kinds import KINDS, ReportStage
+from dae.pipeline.recipe import Pipeline, Stage, read_pipeline, recipe_text
+from dae.pipeline.stages import command_of, run_pipeline
+from dae.pipeline.state import Fingerprints, PipelineFolder
+from dae.pipeline.view import View, duration
 from dae.recipe import AlignRecipe
 from kd.config import load_recipe
 from kd.errors import UserError

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 from benchmark_files import make_alpaca, make_mt_bench
-from dae_eval.alpaca import AlpacaEval, AlpacaResult, Annotating, result_lines, run_alpaca_eval, shown_first
-from dae_eval.alpaca_scores import length_controlled, read_annotations, win_rate
-from dae_eval.endpoints import EndpointChoice
 from dae_eval.folders import read_evaluation
-from dae_eval.judges import JudgeChoice
+from dae_eval.judging.alpaca import AlpacaEval, AlpacaResult, Annotating, result_lines, run_alpaca_eval, shown_first
+from dae_eval.judging.alpaca_scores import length_controlled, read_annotations, win_rate
+from dae_eval.judging.endpoints import EndpointChoice
+from dae_eval.judging.judges import JudgeChoice
 from judge_server import JudgeServer, verdict_of
 
 from kd.errors import UserError

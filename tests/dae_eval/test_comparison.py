@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from dae_eval.comparison import compare
+from dae_eval.comparing.comparison import compare
+from dae_eval.comparing.statistics import Estimate
 from dae_eval.results import Evaluation, HeldOutLoss, ModelFacts, TaskResult, TrainingRows
-from dae_eval.statistics import Estimate
 from evaluations import KINDS, N, evaluation, line, models, right, task, without
 
 from kd.errors import UserError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from dae_eval.curves import still_falling, training_curves
+from dae_eval.comparing.curves import still_falling, training_curves
 
 
 def test_still_falling_is_not_said_of_noise_or_of_a_curve_that_levelled_off() -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from benchmark_files import NO_SYSTEM_TEMPLATE, make_chat_checkpoint
-from dae_eval.asking import LENGTH, NO_ROOM, Reply, ReplyLog, Request, ask_all, unanswered
-from dae_eval.endpoints import Dialect, Endpoint, EndpointChoice, Pace, plain_url
-from dae_eval.fastchat_files import JudgePrompt
-from dae_eval.judges import JudgeChoice, cost_estimate, judge_request, refuse_crowded
-from dae_eval.local_chat import DrawPerRow, LocalChat, open_local_chat
+from dae_eval.judging.asking import LENGTH, NO_ROOM, Reply, ReplyLog, Request, ask_all, unanswered
+from dae_eval.judging.endpoints import Dialect, Endpoint, EndpointChoice, Pace, plain_url
+from dae_eval.judging.fastchat_files import JudgePrompt
+from dae_eval.judging.judges import JudgeChoice, cost_estimate, judge_request, refuse_crowded
+from dae_eval.judging.local_chat import DrawPerRow, LocalChat, open_local_chat
 from dae_eval.models import locate
 from judge_server import JudgeServer, rating_of
 from peft import PeftModel

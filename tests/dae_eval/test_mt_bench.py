@@ -12,9 +12,10 @@ from typing import Any
 import pandas as pd
 import pytest
 from benchmark_files import QUESTIONS, answer_row, make_chat_checkpoint, make_mt_bench, write_lines
-from dae_eval.authors import Author
-from dae_eval.endpoints import EndpointChoice
-from dae_eval.fastchat_files import (
+from dae_eval.folders import read_evaluation
+from dae_eval.judging.authors import Author
+from dae_eval.judging.endpoints import EndpointChoice
+from dae_eval.judging.fastchat_files import (
     NO_RATING,
     Judgment,
     PairJudgment,
@@ -28,11 +29,10 @@ from dae_eval.fastchat_files import (
     read_pair_judgments,
     read_questions,
 )
-from dae_eval.folders import read_evaluation
-from dae_eval.judges import JudgeChoice
-from dae_eval.mt_bench import FinishedJudgments, MtBench, Side, run_mt_bench, score_judgments
-from dae_eval.mt_bench_results import Result, result_lines
-from dae_eval.mt_bench_scores import (
+from dae_eval.judging.judges import JudgeChoice
+from dae_eval.judging.mt_bench import FinishedJudgments, MtBench, Side, run_mt_bench, score_judgments
+from dae_eval.judging.mt_bench_results import Result, result_lines
+from dae_eval.judging.mt_bench_scores import (
     PairScores,
     Scores,
     compatible,
@@ -530,7 +530,7 @@ def test_judgments_of_several_models_want_a_name(world: Path) -> None:
 def test_a_checkpoint_answers_both_turns_and_a_stop_changes_nothing(
     world: Path, server: JudgeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dae_eval.asking import ReplyLog
+    from dae_eval.judging.asking import ReplyLog
 
     checkpoint = make_chat_checkpoint(world / "student")
     author = Author(str(checkpoint), max_new_tokens=8, batch_size=2)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from dae_eval.comparison import compare
+from dae_eval.comparing.comparison import compare
 from dae_eval.results import Evaluation
 from evaluations import N, line, models, right, task, without
 

@@ -20,9 +20,9 @@ from xml.etree import ElementTree as ET
 import matplotlib as mpl
 import numpy as np
 import pytest
+from dae_eval.comparing.statistics import Estimate
 from dae_eval.rendering import as_json, html, markdown, plots, terminal, wording, write_report
 from dae_eval.report import Report
-from dae_eval.statistics import Estimate
 from markdown_it import MarkdownIt
 from reports import HOSTILE, bare_report, demo_report, failing_report, hostile_report, wide_report
 from rich.console import Console

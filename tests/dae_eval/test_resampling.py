@@ -6,8 +6,8 @@ import warnings
 
 import numpy as np
 import pytest
-from dae_eval.resampling import Answers, gain, gap_closed, gap_documents_needed, gap_word, retention_ratio
-from dae_eval.statistics import Estimate
+from dae_eval.comparing.resampling import Answers, gain, gap_closed, gap_documents_needed, gap_word, retention_ratio
+from dae_eval.comparing.statistics import Estimate
 
 BASE, EXPERT, STUDENT = 0, 1, 2
 
@@ -111,7 +111,7 @@ def test_documents_of_a_cluster_are_drawn_together() -> None:
 def test_coverage_of_gain_and_gap_closed(
     tasks: int, n: int, base: float, expert: float, closed: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dae_eval.resampling.RESAMPLES", 600)
+    monkeypatch.setattr("dae_eval.comparing.resampling.RESAMPLES", 600)
     rng = np.random.default_rng(3)
     levels = (base, expert, base + closed * (expert - base))
     gains, gaps = [], []
@@ -136,7 +136,7 @@ def test_retention_is_a_mean_of_ratios() -> None:
 
 
 def test_coverage_of_the_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dae_eval.resampling.RESAMPLES", 600)
+    monkeypatch.setattr("dae_eval.comparing.resampling.RESAMPLES", 600)
     rng = np.random.default_rng(4)
     found = [retention_ratio([simulated(rng, 80, (0.6, 0.55)) for _ in range(3)], 0, 1, seed=i) for i in range(200)]
     assert np.mean([r is not None and r.low <= 100 * 0.55 / 0.6 <= r.high for r in found]) > 0.9

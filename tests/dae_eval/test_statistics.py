@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from dae_eval.statistics import (
+from dae_eval.comparing.statistics import (
     Estimate,
     Spread,
     bootstrap_p,

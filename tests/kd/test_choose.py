@@ -22,16 +22,23 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from kd.car import RESAMPLES, Measured, Ranking, compatibility_adjusted_reward, rank, resampled_means
-from kd.choose_folder import RankFolder
-from kd.choose_recipe import RankRecipe, answers
+from kd.choose.car import RESAMPLES, Measured, Ranking, compatibility_adjusted_reward, rank, resampled_means
+from kd.choose.folder import RankFolder
+from kd.choose.recipe import RankRecipe, answers
+from kd.choose.responses import Response, prompt_key, read_responses, response_of, same_prompts
+from kd.choose.rewards import (
+    encode_conversations,
+    open_reward_model,
+    open_tokenizer,
+    padding_id,
+    reward_config,
+    rewards_of,
+)
+from kd.choose.student_losses import encode_responses, losses_of, open_student, tokenizer_folder, without_prompt
 from kd.config import load_recipe
 from kd.data import TokenRow
 from kd.errors import UserError
-from kd.responses import Response, prompt_key, read_responses, response_of, same_prompts
-from kd.rewards import encode_conversations, open_reward_model, open_tokenizer, padding_id, reward_config, rewards_of
 from kd.roles import LoadSettings, Role
-from kd.student_losses import encode_responses, losses_of, open_student, tokenizer_folder, without_prompt
 
 F64 = LoadSettings(torch.float64)
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"

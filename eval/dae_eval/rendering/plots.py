@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
 from matplotlib.ticker import MaxNLocator
 
+from dae_eval.comparing.statistics import Estimate
 from dae_eval.rendering.wording import against, clipped, columns, common_start, groups, is_significant, one_line
 from dae_eval.report import Curve, Radar, Report, TaskLine
 from dae_eval.results import Kind
-from dae_eval.statistics import Estimate
 
 INK, FAINT, PAPER, GREY = "#1b1f24", "#8a929c", "#ffffff", "#6e7781"
 # After Okabe and Ito, for colour-blind readers; the paler ones darkened, so that thin lines have contrast. Each comes

@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dae_eval.comparing.statistics import Estimate
 from dae_eval.report import GapLine, Report, RetentionLine, StudentSummary, TaskLine
 from dae_eval.results import Kind
-from dae_eval.statistics import Estimate
 
 SIGNIFICANT = 0.05  # p_holm below which a difference gets a mark
 MARK = "*"

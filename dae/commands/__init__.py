@@ -1,0 +1,1 @@
+"""The commands beside `dae align`: parse, call one function, print."""

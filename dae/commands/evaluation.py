@@ -1,0 +1,257 @@
+"""`dae eval tasks` and `dae report`: parse, call, print."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dae.commands.judging import register as register_judging
+from kd.config import ROUTE_NAME
+from kd.errors import Stopped, UserError
+
+if TYPE_CHECKING:
+    from dae_eval.results import Evaluation
+
+ROLES = ("base", "expert", "reference", "student")
+PASSED, NOT_PASSED = 0, 1
+
+eval_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Ask a model, and keep its answers.")
+register_judging(eval_app)
+
+SuiteFile = Annotated[Path | None, typer.Option("--suite", metavar="FILE", help="YAML: which tasks, in which groups")]
+Assignments = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="any key of the suite, such as batch_size=8")
+]
+
+
+@eval_app.callback()
+def evaluations() -> None:
+    """Ask a model, and keep its answers."""
+
+
+@eval_app.command()
+def tasks(
+    assignments: Assignments = None,
+    model: Annotated[str, typer.Option(metavar="CKPT", help="checkpoint, adapter or run folder")] = "",
+    suite: SuiteFile = None,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="where the answers go")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="CKPT", help="what an adapter stands on (default: what it names itself)")
+    ] = None,
+) -> None:
+    """Score a model on the tasks of a suite; the same command goes on after a stop."""
+    missing = [flag for flag, value in (("--model", model), ("--suite", suite), ("--output", output)) if not value]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: needed: dae eval tasks --model CKPT --suite FILE --output DIR")
+    assert suite is not None and output is not None
+    from dae_eval.suites import load_suite
+
+    loaded = load_suite(suite, assignments or [])
+
+    from dae_eval.evaluation import evaluate
+    from dae_eval.models import locate
+
+    with going_on(output):
+        found = evaluate({"model": locate("--model", model, base)}, loaded, {"model": output}, typed_command())
+    show_scores(found["model"], output)
+
+
+def report(
+    assignments: Assignments = None,
+    base: Annotated[str | None, typer.Option(metavar="CKPT", help="where the expert started from")] = None,
+    expert: Annotated[str | None, typer.Option(metavar="CKPT", help="whose gain on the domain is wanted")] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="CKPT", help="whose general skills are to be kept (default: the base)")
+    ] = None,
+    student: Annotated[str | None, typer.Option(metavar="CKPT", help="the model that the verdict is about")] = None,
+    compare: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=CKPT", help="another student to show beside it; repeats")
+    ] = None,
+    finished: Annotated[
+        list[str] | None,
+        typer.Option("--from", metavar="[ROLE=]DIR", help="a finished evaluation, instead of models; repeats"),
+    ] = None,
+    suite: SuiteFile = None,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="where the report goes")] = None,
+    margin: Annotated[float, typer.Option(help="largest loss in general tasks that passes, in points")] = 1.0,
+    min_gap: Annotated[float, typer.Option(help="least part of the expert's gain, 0 to 1, that passes")] = 0.0,
+    retention_only: Annotated[bool, typer.Option("--retention-only", help="without an expert")] = False,
+) -> int:
+    """Compare base, expert, reference and student. Exit status 0 for PASS, 1 for FAIL and INCONCLUSIVE."""
+    roles = {"base": base, "expert": expert, "reference": reference, "student": student}
+    given = {role: path for role, path in roles.items() if path is not None}
+    refuse_mixed_usage(given, compare or [], finished or [], suite, output, assignments or [], retention_only)
+    if not margin > 0:
+        raise UserError(f"--margin {margin:g}: wants points above 0, such as 1")
+    assert output is not None
+    if finished:
+        evaluations = read_finished(finished)
+    else:
+        assert suite is not None
+        evaluations = ask_models(with_defaults(given, compare or []), suite, assignments or [], output)
+
+    from dae_eval.comparing.comparison import compare as compare_evaluations
+    from dae_eval.rendering import terminal, write_report
+    from rich.console import Console
+
+    from kd.environment import masked
+
+    others = [name for name in evaluations if name not in ROLES]
+    result = compare_evaluations(
+        evaluations,
+        margin=margin,
+        min_gap=min_gap,
+        retention_only=retention_only,
+        others=others,
+        command=shlex.join(masked(typed_command())),
+    )
+    write_report(result, output)
+    terminal.show(result, Console(highlight=False))
+    typer.echo(f"The report is in {output / 'report.html'}")
+    return PASSED if result.word == "PASS" else NOT_PASSED
+
+
+def refuse_mixed_usage(
+    given: Mapping[str, str],
+    compare: Sequence[str],
+    finished: Sequence[str],
+    suite: Path | None,
+    output: Path | None,
+    assignments: Sequence[str],
+    retention_only: bool,
+) -> None:
+    """Raise UserError, with everything that is wrong, where the flags do not belong together."""
+    problems = [] if output else ["--output is needed: where the report goes"]
+    if finished:
+        flags = [f"--{role}" for role in given]
+        flags += [name for name, value in (("--compare", compare), ("--suite", suite)) if value]
+        flags += [*assignments[:1]]
+        if flags:
+            problems.append(
+                f"{', '.join(flags)} beside --from: a report is made from models (with --suite) or from finished "
+                "evaluations (--from [ROLE=]DIR), not from both"
+            )
+    else:
+        needed = ["student", *([] if retention_only else ["base", "expert"])]
+        missing = [f"--{role}" for role in needed if role not in given]
+        if retention_only and not {"base", "reference"} & given.keys():
+            missing.append("--reference")
+        if suite is None:
+            missing.append("--suite")
+        if missing:
+            problems.append(
+                f"{', '.join(missing)}: needed where models are asked; without an expert: --retention-only; from "
+                "finished evaluations: --from [ROLE=]DIR"
+            )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def with_defaults(given: Mapping[str, str], compare: Sequence[str]) -> dict[str, str]:
+    """Model by role, and by name for others; the reference is the base unless told."""
+    models = dict(given)
+    if "base" in models:
+        models.setdefault("reference", models["base"])
+    for text in compare:
+        name, path = named(text)
+        if name is None or name in ROLES:
+            raise UserError(f"--compare {text}: wants NAME=CKPT, with a name that is no role ({', '.join(ROLES)})")
+        if name in models:
+            raise UserError(f"--compare {text}: the name {name} stands twice")
+        models[name] = path
+    return models
+
+
+def named(text: str) -> tuple[str | None, str]:
+    """NAME=PATH -> (NAME, PATH); a text whose first part cannot be a name is a path."""
+    name, equals, path = text.partition("=")
+    return (name, path) if equals and ROUTE_NAME.fullmatch(name) else (None, text)
+
+
+def ask_models(
+    paths: Mapping[str, str], suite: Path, assignments: Sequence[str], output: Path
+) -> dict[str, Evaluation]:
+    """Evaluate every model into OUTPUT/evaluations/ROLE."""
+    from dae_eval.suites import load_suite
+
+    loaded = load_suite(suite, assignments)
+
+    from dae_eval.evaluation import evaluate
+    from dae_eval.models import locate
+
+    from kd.compatibility import is_adapter
+
+    base = paths.get("base", paths.get("reference"))
+    shared = base if base is not None and not is_adapter(base) else None
+    known: dict[str, str] = {}
+    with going_on(output):
+        models = {role: locate(f"--{role}", path, shared, known) for role, path in paths.items()}
+        return evaluate(models, loaded, {role: output / "evaluations" / role for role in models}, typed_command())
+
+
+def read_finished(finished: Sequence[str]) -> dict[str, Evaluation]:
+    """The evaluations of `--from`, by role."""
+    from dae_eval.comparing.comparison import assign_roles
+    from dae_eval.folders import read_evaluation
+
+    return assign_roles([(role, read_evaluation(Path(path))) for role, path in map(named, finished)])
+
+
+def typed_command() -> list[str]:
+    """The command line, without the place of the program."""
+    return ["dae", *sys.argv[1:]]
+
+
+@contextmanager
+def going_on(output: Path) -> Iterator[None]:
+    """Ctrl-C is told with what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(
+            signal.SIGINT, f"stopped; finished tasks are kept in {output}. The same command goes on from there."
+        ) from None
+
+
+def show_scores(evaluation: Evaluation, output: Path) -> None:
+    """A small table: task, documents, score in per cent."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for title in ("n", "score", "chance"):
+        table.add_column(title, justify="right")
+    group = None
+    for task in evaluation.tasks.values():
+        if task.group != group:
+            group = task.group
+            table.add_row(Text(group, style="bold"))
+        chance = "" if task.chance is None else f"{100 * task.chance:.1f}"
+        table.add_row(Text(f"  {task.task}"), str(len(task.documents)), f"{100 * task.mean:.1f}", chance)
+    console = Console(highlight=False)
+    console.print(table)
+    for line in notes(evaluation):
+        console.print(Text(line), soft_wrap=True)
+    console.print(Text(f"All answers are in {output}"), soft_wrap=True)
+
+
+def notes(evaluation: Evaluation) -> Iterator[str]:
+    """What one should know of an evaluation beside its scores."""
+    seen = sum(document.seen for task in evaluation.tasks.values() for document in task.documents)
+    if seen:
+        yield f"{seen} documents also stand in training rows"
+    for rows in evaluation.training_rows:
+        if rows.problem:
+            yield f"{rows.path}: not compared with the documents: {rows.problem}"
+    truncated: Any = evaluation.conditions.get("truncated", {})
+    for task, count in truncated.items():
+        yield f"{task}: {count} requests were longer than the model's context and were cut at the left"

@@ -1,0 +1,1 @@
+"""`dae merge`: mixtures of experts, merges of weights, and a full expert as an adapter."""

@@ -1,0 +1,180 @@
+"""`dae merge moe`: dense checkpoints as the experts of one mixture (the 2x7B student of arXiv 2406.19112), by mergekit.
+
+Every layer keeps the base's attention and norms; its MLP becomes a router and one MLP of each expert. What an expert
+learnt outside its MLPs is not carried over: how much that is stands in the summary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig
+
+from dae.merging import mergekit_calls
+from dae.merging.checkpoints import (
+    Checkpoints,
+    check_opens,
+    check_same_architecture,
+    foundation,
+    read_checkpoints,
+    refuse_adapter,
+    run_merge,
+    stored_dtype,
+    whole_checkpoint,
+    write_companions,
+)
+from dae.merging.recipe import MoeRecipe
+from kd.compatibility import check_tokenizers, empty_model, is_adapter
+from kd.errors import UserError
+from kd.fingerprints import resolve_model, weight_files
+from kd.stage import RunResult
+
+logger = logging.getLogger("dae")
+
+# Dense model type -> the mixture that mergekit makes of it, by the beginning of mergekit's name for it.
+MIXTURES = {"llama": "mixtral", "mistral": "mixtral", "qwen3": "qwen3"}
+# mergekit's own `random` draws the router at unit variance: at usual widths its logits are in the tens, the softmax is
+# one-hot and hardly learns. Its `uniform_random` is how a linear layer starts.
+GATES = {"hidden": "hidden", "cheap_embed": "cheap_embed", "random": "uniform_random"}
+MUCH_LEFT_OUT = 0.5
+
+
+def merge_moe(recipe: MoeRecipe) -> RunResult:
+    """Make a mixture of experts from dense checkpoints. LoRA experts are merged into the base first.
+
+    Raises UserError (recipe, checkpoints, an architecture that has no mixture), MachineError (disk).
+    """
+    refuse_adapter("base", recipe.base)
+    paths = {f"expert.{name}": expert.path for name, expert in recipe.experts.items()}
+    checkpoints = read_checkpoints(recipe.base, paths)
+
+    def make(folder: Path, scratch: Path) -> Mapping[str, Any]:
+        base = resolve_model(recipe.base)
+        whole = {
+            name: whole_checkpoint(f"expert.{name}", checkpoints, foundations(checkpoints), scratch)
+            for name in recipe.experts
+        }
+        carried = {name: mlp_share(base, expert) for name, expert in whole.items()}
+        tell_what_is_left_out(recipe, carried)
+        dtype = stored_dtype(base)
+        mergekit_calls.mix(moe_configuration(recipe, base, whole, dtype), folder, recipe.seed)
+        write_config(base, folder, dtype)
+        write_companions(recipe.base, folder)
+        return {
+            "gate": recipe.gate,
+            "experts": len(recipe.experts),
+            "experts_per_token": recipe.experts_per_token,
+            "parameters": check_opens(folder, recipe.base),
+            "carried": carried,
+        }
+
+    return run_merge(recipe, checkpoints, lambda: check_experts(recipe, checkpoints), make)
+
+
+def check_experts(recipe: MoeRecipe, checkpoints: Checkpoints) -> None:
+    """Raise UserError where the experts do not fit the base, or there is no mixture of its architecture."""
+    config = AutoConfig.from_pretrained(str(resolve_model(recipe.base)))
+    if config.model_type not in MIXTURES:
+        raise UserError(
+            f"base {recipe.base}: mixtures are made of {', '.join(MIXTURES)} models, this is a "
+            f"{config.model_type} model"
+        )
+    biases = [name for name, _ in empty_model(recipe.base).named_parameters() if name.endswith(".bias")]
+    if biases:
+        raise UserError(f"base {recipe.base}: has biases ({biases[0]}, ...), which a mixture of it has no place for")
+    for role, path in checkpoints.paths.items():
+        if is_adapter(path):
+            foundation(role, checkpoints, foundations(checkpoints))
+        elif path != recipe.base:
+            check_same_architecture(role, path, recipe.base)
+    check_tokenizers(recipe.base, checkpoints.paths)
+    if checkpoints.same(*checkpoints.paths):
+        logger.warning("experts: all are one model, so the mixture says what that model says until it is trained")
+    if recipe.gate == "random" and any(e.prompts or e.negative_prompts for e in recipe.experts.values()):
+        logger.warning("experts: prompts are not read with gate: random")
+
+
+def foundations(checkpoints: Checkpoints) -> list[str]:
+    """What an expert's adapter may stand on: the base, or another expert."""
+    return [checkpoints.base, *(path for path in checkpoints.paths.values() if not is_adapter(path))]
+
+
+def moe_configuration(recipe: MoeRecipe, base: Path, whole: Mapping[str, Path], dtype: torch.dtype) -> dict[str, Any]:
+    """The recipe in mergekit's terms."""
+    model_type = AutoConfig.from_pretrained(str(base)).model_type
+    return {
+        "base_model": mergekit_calls.model(base),
+        "architecture": MIXTURES[model_type],
+        "gate_mode": GATES[recipe.gate],
+        "experts_per_token": recipe.experts_per_token,
+        "dtype": str(dtype).removeprefix("torch."),
+        "experts": [
+            {
+                "source_model": mergekit_calls.model(whole[name]),
+                "positive_prompts": list(expert.prompts) or [name],  # mergekit wants some where it reads none
+                "negative_prompts": list(expert.negative_prompts),
+            }
+            for name, expert in recipe.experts.items()
+        ],
+    }
+
+
+def write_config(base: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Put right in the mixture's config what mergekit changes of the base's: sliding window, padding, dtype."""
+    ours, config = AutoConfig.from_pretrained(str(base)), AutoConfig.from_pretrained(str(folder))
+    config.sliding_window = getattr(ours, "sliding_window", None)
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, key, getattr(ours, key, None))
+    config.dtype = dtype
+    config.save_pretrained(str(folder))
+
+
+def mlp_share(base: Path, expert: Path) -> float | None:
+    """Of the squared difference between expert and base, the share that lies in MLPs: what a mixture carries.
+
+    None where the expert is the base.
+    """
+    ours, theirs = tensor_files(base), tensor_files(expert)
+    inside = outside = 0.0
+    for name in ours.keys() & theirs.keys():
+        energy = float((read_tensor(theirs, name) - read_tensor(ours, name)).square().sum(dtype=torch.float64))
+        if ".mlp." in name:
+            inside += energy
+        else:
+            outside += energy
+    return inside / (inside + outside) if inside + outside > 0 else None
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file of a checkpoint that holds it."""
+    files: dict[str, Path] = {}
+    for file_name in weight_files(folder):
+        if file_name.endswith(".safetensors"):
+            with safe_open(folder / file_name, framework="pt") as file:
+                files |= dict.fromkeys(file.keys(), folder / file_name)
+    return files
+
+
+def read_tensor(files: Mapping[str, Path], name: str) -> torch.Tensor:
+    """One tensor of a checkpoint, in float32."""
+    with safe_open(files[name], framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name).float()
+    return tensor
+
+
+def tell_what_is_left_out(recipe: MoeRecipe, carried: Mapping[str, float | None]) -> None:
+    """Warn of experts that learnt most of what they know where a mixture has no room for it."""
+    for name, share in carried.items():
+        if share is not None and 1 - share > MUCH_LEFT_OUT:
+            logger.warning(
+                "experts.%s: %s: %.0f %% of its squared difference to the base lies outside its MLPs (attention, "
+                "norms, embeddings) and stays behind; take this expert as --base, or train the mixture on its rows.",
+                name,
+                recipe.experts[name].path,
+                100 * (1 - share),
+            )

@@ -1,0 +1,261 @@
+"""`dae merge to-lora`: what a fully fine-tuned expert learnt, as a LoRA adapter on the reference.
+
+Of each weight matrix W of a linear layer the difference D = W_expert - W_reference is cut to rank r by its singular
+value decomposition D = U S V^T (Eckart, Young 1936: no matrix of rank r is nearer to D):
+
+    B = U_r sqrt(S_r),  A = sqrt(S_r) V_r^T,  energy kept = sum_{i<=r} s_i^2 / ||D||^2
+
+Embeddings, output layer, norms and biases are not carried: their difference is told, and too much of it refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from dae.merging.checkpoints import (
+    Checkpoints,
+    check_same_architecture,
+    read_checkpoints,
+    refuse_adapter,
+    run_merge,
+    stored_dtype,
+)
+from dae.merging.recipe import ToLoraRecipe
+from kd.compatibility import check_tokenizers, empty_model, is_adapter
+from kd.errors import UserError
+from kd.files import json_text, read_json
+from kd.fingerprints import resolve_model
+from kd.roles import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoadSettings, load_model
+from kd.stage import RunResult
+
+logger = logging.getLogger("dae")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One matrix's update B A: a_RI [rank, inputs], b_OR [outputs, rank], float32; squared norms of D and of B A."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    whole: float
+    kept: float
+
+
+def to_lora(recipe: ToLoraRecipe) -> RunResult:
+    """Make a PEFT adapter on the reference from a fully fine-tuned expert.
+
+    Raises UserError where the checkpoints do not fit, or more would be lost than the recipe allows; MachineError.
+    """
+    refuse_adapter("reference", recipe.reference)
+    if is_adapter(recipe.expert):
+        raise UserError(f"expert: {recipe.expert}: is an adapter already; give it to `dae align --expert` as it is")
+    checkpoints = read_checkpoints(recipe.reference, {"expert": recipe.expert})
+
+    def make(folder: Path, _scratch: Path) -> Mapping[str, Any]:
+        reference, expert = (
+            load_model(path, LoadSettings(stored_dtype(resolve_model(path))))
+            for path in (recipe.reference, recipe.expert)
+        )
+        left_out = left_out_energies(reference, expert)
+        factors = factorise(reference, expert, recipe)
+        del expert
+        summary = what_is_kept(factors, left_out)
+        refuse_large_loss(recipe, summary)
+        write_adapter(folder, recipe.reference, reference, factors)
+        AutoTokenizer.from_pretrained(str(resolve_model(recipe.reference))).save_pretrained(str(folder))
+        check_loads(folder, reference, factors)
+        return summary
+
+    return run_merge(recipe, checkpoints, lambda: check_pair(recipe, checkpoints), make)
+
+
+def check_pair(recipe: ToLoraRecipe, checkpoints: Checkpoints) -> None:
+    """Raise UserError where the expert is no fine-tune of the reference, or LoRA cannot carry it."""
+    if checkpoints.same("base", "expert"):
+        raise UserError(f"expert {recipe.expert}: is the reference itself, so there is nothing to carry")
+    check_same_architecture("expert", recipe.expert, recipe.reference)
+    check_tokenizers(recipe.reference, {"expert": recipe.expert})
+    for name, parameter in empty_model(recipe.reference).named_parameters():
+        if parameter.dim() > 2:
+            raise UserError(
+                f"reference {recipe.reference}: {name} is {list(parameter.shape)}: the experts of a mixture are not "
+                "carried into a LoRA; align with the full checkpoint as --expert"
+            )
+
+
+# -- the difference ----------------------------------------------------------------------------------------------------
+
+
+def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every linear layer but the output layer: what a LoRA can sit on."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
+            yield name, module
+
+
+def kind_of_rest(model: nn.Module, parameter: str) -> str:
+    """What a parameter that no LoRA carries is, in a word."""
+    owner = model.get_submodule(parameter.rpartition(".")[0])
+    if parameter.endswith(".bias"):
+        return "biases"
+    if isinstance(owner, nn.Embedding):
+        return "embeddings"
+    if owner is model.get_output_embeddings():  # type: ignore[operator]
+        return "output layer"
+    return "norms"
+
+
+def left_out_energies(reference: nn.Module, expert: nn.Module) -> dict[str, float]:
+    """Squared norm of expert - reference for each kind of parameter that is not carried."""
+    carried = {f"{name}.weight" for name, _ in matrices(reference)}
+    theirs = dict(expert.named_parameters())
+    energies: dict[str, float] = defaultdict(float)
+    for name, ours in reference.named_parameters():
+        if name not in carried:
+            difference = theirs[name].detach().float() - ours.detach().float()
+            energies[kind_of_rest(reference, name)] += float(difference.square().sum(dtype=torch.float64))
+    return dict(energies)
+
+
+def factorise(reference: nn.Module, expert: nn.Module, recipe: ToLoraRecipe) -> dict[str, Factors]:
+    """The update of each linear layer by name. Layers that did not change have none.
+
+    Decomposed on the accelerator where there is one: it is the only long part.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    factors = {}
+    layers = list(matrices(reference))
+    console = Console(stderr=True)
+    for name, module in track(layers, "decomposing", console=console, transient=True, disable=not console.is_terminal):
+        difference_OI = expert.get_submodule(name).weight.detach().to(device).float()  # type: ignore[operator]
+        difference_OI = difference_OI - module.weight.detach().to(device).float()  # type: ignore[operator]
+        if isinstance(module, Conv1D):  # keeps its weights the other way round
+            difference_OI = difference_OI.T
+        if bool(difference_OI.any()):
+            factors[name] = low_rank(difference_OI, recipe.rank, recipe.energy)
+    return factors
+
+
+def low_rank(difference_OI: Tensor, rank: int | None, energy: float | None) -> Factors:
+    """The nearest update of this rank, or of the lowest rank that keeps this share of the squared norm.
+
+    difference_OI: [outputs, inputs] float32. Exactly one of rank and energy is given.
+    """
+    u_OK, s_K, v_KI = torch.linalg.svd(difference_OI, full_matrices=False)
+    energies_K = s_K.double().square()
+    if rank is None:
+        assert energy is not None
+        share_K = energies_K.cumsum(0) / energies_K.sum()
+        rank = int((share_K < energy).sum()) + 1
+    rank = min(rank, len(s_K))
+    root_R = s_K[:rank].sqrt()
+    a_RI = (root_R[:, None] * v_KI[:rank]).contiguous().cpu()
+    b_OR = (u_OK[:, :rank] * root_R).contiguous().cpu()
+    return Factors(a_RI, b_OR, float(energies_K.sum()), float(energies_K[:rank].sum()))
+
+
+# -- what is lost ------------------------------------------------------------------------------------------------------
+
+
+def what_is_kept(factors: Mapping[str, Factors], left_out: Mapping[str, float]) -> dict[str, Any]:
+    """Summary: energy kept in all matrices and by kind (the layer's name in its block), ranks, and what is left out.
+
+    left_out: squared norms by kind. In the summary they are norms, and their share of the whole squared difference.
+    """
+    by_kind: dict[str, list[Factors]] = defaultdict(list)
+    for name, factor in factors.items():
+        by_kind[name.rpartition(".")[2]].append(factor)
+    whole, kept = (sum(getattr(factor, part) for factor in factors.values()) for part in ("whole", "kept"))
+    lost = sum(left_out.values())
+    ranks = [len(factor.a_RI) for factor in factors.values()]
+    return {
+        "energy_kept": kept / whole if whole else 0.0,
+        "by_kind": {
+            kind: sum(factor.kept for factor in members) / sum(factor.whole for factor in members)
+            for kind, members in sorted(by_kind.items())
+        },
+        "matrices": len(factors),
+        "rank": {"lowest": min(ranks, default=0), "highest": max(ranks, default=0)},
+        "left_out": {kind: energy**0.5 for kind, energy in sorted(left_out.items())},
+        "left_out_share": lost / (whole + lost) if whole + lost else 0.0,
+    }
+
+
+def refuse_large_loss(recipe: ToLoraRecipe, summary: Mapping[str, Any]) -> None:
+    """Raise UserError where the adapter would not be the expert any more, by the recipe's thresholds."""
+    if summary["left_out_share"] > recipe.max_left_out:
+        norms = ", ".join(f"{kind} {norm:.3g}" for kind, norm in summary["left_out"].items())
+        raise UserError(
+            f"expert {recipe.expert}: {summary['left_out_share']:.1%} of its squared difference to {recipe.reference} "
+            f"lies where no LoRA goes (norms of the differences: {norms}), over max_left_out = {recipe.max_left_out:g};"
+            " align with the full checkpoint as --expert, or allow it: max_left_out=..."
+        )
+    if summary["energy_kept"] < recipe.min_energy:
+        kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in summary["by_kind"].items())
+        asked = f"rank {recipe.rank}" if recipe.rank is not None else f"energy {recipe.energy}"
+        raise UserError(
+            f"expert {recipe.expert}: {asked} keeps {summary['energy_kept']:.1%} of its matrices' squared difference "
+            f"to {recipe.reference} ({kinds}), below min_energy = {recipe.min_energy:g}; give a higher --rank or "
+            "--energy, or allow it: min_energy=..."
+        )
+
+
+# -- the adapter -------------------------------------------------------------------------------------------------------
+
+
+def write_adapter(folder: Path, reference: str, model: nn.Module, factors: Mapping[str, Factors]) -> None:
+    """Write a plain PEFT adapter: adapter_config.json and adapter_model.safetensors, scaled by 1."""
+    ranks = {name: len(factor.a_RI) for name, factor in factors.items()}
+    highest = max(ranks.values())
+    differing = {name: rank for name, rank in ranks.items() if rank != highest}
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(Path(reference).resolve()) if Path(reference).exists() else reference,
+        r=highest,
+        lora_alpha=highest,
+        rank_pattern=differing,
+        alpha_pattern=dict(differing),
+        target_modules=list(factors),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for _, module in matrices(model)),
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    written = read_json(folder / ADAPTER_CONFIG)  # peft keeps the names as a set, whose order changes from run to run
+    written["target_modules"] = sorted(written["target_modules"])
+    (folder / ADAPTER_CONFIG).write_text(json_text(written), encoding="utf-8")
+    tensors = {}
+    for name, factor in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = factor.a_RI
+        tensors[f"base_model.model.{name}.lora_B.weight"] = factor.b_OR
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def check_loads(folder: Path, reference: nn.Module, factors: Mapping[str, Factors]) -> None:
+    """Open the adapter with plain peft on the reference: every update must be the one that was computed.
+
+    peft leaves an update at zero, in silence, where a tensor's name is not what it expects. Raises RuntimeError.
+    """
+    model = PeftModel.from_pretrained(reference, str(folder))
+    for name, factor in factors.items():
+        layer: Any = model.get_base_model().get_submodule(name)
+        update = layer.get_delta_weight("default").detach().float()
+        expected = factor.b_OR @ factor.a_RI
+        if layer.fan_in_fan_out:
+            expected = expected.T
+        if not torch.allclose(update.cpu(), expected, rtol=0, atol=1e-5 * float(expected.abs().max())):
+            raise RuntimeError(f"{folder}: the update of {name} is not the one that was written")

@@ -1,0 +1,102 @@
+"""`dae merge weights`: the baselines of every quality table, made by mergekit from two or three checkpoints.
+
+    linear            (1 - w) reference + w expert                               arXiv 2203.05482
+    slerp             the arc from reference to expert, tensor by tensor, at w   Shoemake 1985
+    task_arithmetic   base + w (tau_reference + tau_expert)                      arXiv 2212.04089, section 2
+    ties              base + w merge(trim(tau_reference), trim(tau_expert))      arXiv 2306.01708, algorithm 1
+    dare_ties         the same; instead of trimmed, tau is thinned at random
+                      and divided by the density                                 arXiv 2311.03099, section 3
+
+tau_x = x - base is a task vector; a reference that is the base itself has none. merge() elects each entry's sign by the
+sum of the vectors and takes the mean of those that have it. Trimming is by tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from dae.merging import mergekit_calls
+from dae.merging.checkpoints import (
+    Checkpoints,
+    check_opens,
+    check_same_architecture,
+    foundation,
+    read_checkpoints,
+    refuse_adapter,
+    run_merge,
+    stored_dtype,
+    whole_checkpoint,
+    write_companions,
+)
+from dae.merging.recipe import BETWEEN, WeightsRecipe
+from kd.compatibility import check_tokenizers, is_adapter
+from kd.errors import UserError
+from kd.fingerprints import resolve_model
+from kd.stage import RunResult
+
+
+def merge_weights(recipe: WeightsRecipe) -> RunResult:
+    """Merge reference and expert by arithmetic on their weights. Adapters are merged into their base first.
+
+    Raises UserError (recipe, checkpoints), MachineError (disk).
+    """
+    refuse_adapter("base", recipe.base)
+    reference = recipe.reference or recipe.base
+    checkpoints = read_checkpoints(recipe.base, {"reference": reference, "expert": recipe.expert})
+    # Whose config, tokenizer and dtype the result has; adapters stand on it or on the base.
+    home = recipe.base if is_adapter(reference) else reference
+    candidates = list(dict.fromkeys([recipe.base, home]))
+
+    def make(folder: Path, scratch: Path) -> Mapping[str, Any]:
+        whole = {role: whole_checkpoint(role, checkpoints, candidates, scratch) for role in checkpoints.paths}
+        whole["base"] = resolve_model(recipe.base)
+        dtype = stored_dtype(resolve_model(home))
+        configuration = merge_configuration(recipe, whole, not checkpoints.same("base", "reference"))
+        mergekit_calls.merge({**configuration, "out_dtype": str(dtype).removeprefix("torch.")}, folder, recipe.seed)
+        config = AutoConfig.from_pretrained(str(resolve_model(home)))
+        config.dtype = dtype
+        config.save_pretrained(str(folder))
+        write_companions(home, folder)
+        return {"method": recipe.method, "weight": recipe.weight, "parameters": check_opens(folder, home)}
+
+    return run_merge(recipe, checkpoints, lambda: check_roles(recipe, checkpoints, candidates), make)
+
+
+def check_roles(recipe: WeightsRecipe, checkpoints: Checkpoints, candidates: Sequence[str]) -> None:
+    """Raise UserError where reference and expert cannot be laid over the base, or there is nothing between them."""
+    for role, path in checkpoints.paths.items():
+        if is_adapter(path):
+            foundation(role, checkpoints, candidates)
+        elif path != recipe.base:
+            check_same_architecture(role, path, recipe.base)
+    check_tokenizers(recipe.base, checkpoints.paths)
+    other = "reference" if recipe.method in BETWEEN else "base"
+    if checkpoints.same("expert", other):
+        raise UserError(f"expert {recipe.expert}: is the {other} itself, so there is nothing to merge")
+
+
+def merge_configuration(recipe: WeightsRecipe, whole: Mapping[str, Path], reference_has_vector: bool) -> dict[str, Any]:
+    """The recipe in mergekit's terms, computed in float32.
+
+    whole: folder of the full checkpoint of each role (base, reference, expert).
+    """
+    models = {role: mergekit_calls.model(folder) for role, folder in whole.items()}
+    common: dict[str, Any] = {"merge_method": recipe.method, "dtype": "float32"}
+    if recipe.method in BETWEEN:
+        weights = {"reference": 1.0 - recipe.weight, "expert": recipe.weight}
+        inputs = [{"model": models[role], "parameters": {"weight": weight}} for role, weight in weights.items()]
+        if recipe.method == "slerp":
+            common |= {"base_model": models["reference"], "parameters": {"t": recipe.weight}}
+            inputs = [{"model": models[role]} for role in weights]
+        return {**common, "models": inputs}
+    density = recipe.density if recipe.density is not None else 1.0
+    vectors = ["reference", "expert"] if reference_has_vector else ["expert"]
+    # mergekit's own rescaling keeps each tensor's l1 norm; DARE divides by the density, which commutes with the rest.
+    scale = recipe.weight / density if recipe.method == "dare_ties" else recipe.weight
+    settings = {"normalize": recipe.method != "task_arithmetic", "rescale": False, "lambda": scale}
+    inputs = [{"model": models[role], "parameters": {"weight": 1.0, "density": density}} for role in vectors]
+    return {**common, "base_model": models["base"], "models": inputs, "parameters": settings}

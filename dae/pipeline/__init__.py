@@ -1,0 +1,1 @@
+"""`dae run`: stages in a row, each a command of its own."""

@@ -1,0 +1,201 @@
+"""The kinds of stages that `dae run` knows: what each is told, what it reads, what it gives, and its command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import Field
+
+from dae.merging.recipe import MoeRecipe, ToLoraRecipe, WeightsRecipe
+from dae.recipe import AlignRecipe, SampleRecipe
+from kd.config import ROUTE_NAME, Frozen, SftRecipe
+from kd.distill_recipe import DistillRecipe
+from kd.layers import RecipeDumper
+from kd.problems import NO_VALUE, Key, Problem
+
+Wanted = Literal["checkpoint", "full checkpoint", "rows", "evaluation", "suite", "template"]
+Gives = Literal["checkpoint", "rows", "evaluation", "report"]
+ROLES = ("base", "expert", "reference", "student")
+
+
+class SuiteChoice(Frozen):
+    """A suite, and what is laid over it."""
+
+    verbatim: ClassVar[frozenset[str]] = frozenset({"set"})
+
+    file: str = Field(min_length=1, description="YAML: which tasks, in which groups")
+    set: dict[str, Any] = Field(default_factory=dict, description="keys of the suite that are changed here")
+
+    def assignments(self) -> list[str]:
+        """What is laid over the suite, as `key=value`."""
+        return [f"{key}={in_one_line(value)}" for key, value in dotted(self.set)]
+
+
+class EvalStage(Frozen):
+    """`dae eval tasks`: one model scored on the tasks of a suite."""
+
+    model: str = Field(min_length=1, description="checkpoint, adapter or run folder")
+    base: str | None = Field(default=None, min_length=1, description="what an adapter stands on; null: what it names")
+    suite: SuiteChoice = Field(description="a file, or {file, set: {key: value}}")
+    output: str = Field(min_length=1, description="where the answers go")
+
+    @classmethod
+    def expand(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        return with_suite_written_out(raw)
+
+
+class ReportStage(Frozen):
+    """`dae report`: base, expert, reference and student compared; from models, or from finished evaluations."""
+
+    base: str | None = Field(default=None, min_length=1, description="where the expert started from")
+    expert: str | None = Field(default=None, min_length=1, description="whose gain on the domain is wanted")
+    reference: str | None = Field(default=None, min_length=1, description="whose skills are to be kept; null: the base")
+    student: str | None = Field(default=None, min_length=1, description="the model that the verdict is about")
+    compare: dict[str, str] = Field(default_factory=dict, description="other students to show beside it: {name: path}")
+    from_: dict[str, str] = Field(
+        default_factory=dict, alias="from", description="finished evaluations instead of models: {role: folder}"
+    )
+    suite: SuiteChoice | None = Field(default=None, description="a file, or {file, set: {key: value}}")
+    margin: float = Field(default=1.0, gt=0, description="largest loss in general tasks that passes, in points")
+    min_gap: float = Field(default=0.0, ge=0, le=1, description="least part of the expert's gain that passes")
+    retention_only: bool = Field(default=False, description="without an expert")
+    output: str = Field(min_length=1, description="where the report goes")
+
+    @classmethod
+    def expand(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        return with_suite_written_out(raw)
+
+    @classmethod
+    def cross_checks(cls, raw: Mapping[str, Any]) -> list[Problem]:
+        if raw.get("from"):
+            words = "beside `from`: a report is made from models or from finished evaluations: remove one"
+            return [Problem((key,), NO_VALUE, words) for key in (*ROLES, "compare", "suite") if raw.get(key)]
+        needed = ["student", "suite"]
+        if raw.get("retention_only") is not True:
+            needed += ["base", "expert"]
+        elif not raw.get("base"):
+            needed.append("reference")
+        words = "is missing: a report of models needs it (or `from`: finished evaluations)"
+        problems = [Problem((key,), NO_VALUE, words) for key in needed if not raw.get(key)]
+        others = raw.get("compare")
+        for name in others if isinstance(others, Mapping) else ():
+            if name in ROLES or not ROUTE_NAME.fullmatch(str(name)):
+                words = f"wants a name of letters, digits, - and _ that is no role ({', '.join(ROLES)})"
+                problems.append(Problem(("compare", str(name)), NO_VALUE, words))
+        return problems
+
+
+def with_suite_written_out(raw: dict[str, Any]) -> dict[str, Any]:
+    """A bare path of a suite as {file: path}."""
+    return {**raw, "suite": {"file": raw["suite"]}} if isinstance(raw.get("suite"), str) else raw
+
+
+def dotted(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested keys as dotted ones, each with its value."""
+    for key, part in value.items():
+        if isinstance(part, Mapping) and part:
+            yield from dotted(part, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", part
+
+
+def in_one_line(value: Any) -> str:
+    """A value as it stands behind `key=`."""
+    text = yaml.dump(value, Dumper=RecipeDumper, default_flow_style=True, allow_unicode=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of stage.
+
+    inputs: dotted key inside the section (`*` for any one part) -> what is to be found there.
+    """
+
+    command: tuple[str, ...]
+    schema: type[Frozen]
+    inputs: Mapping[str, Wanted]
+    gives: Gives = "checkpoint"
+
+
+_ROWS: dict[str, Wanted] = {
+    "data.routes.*.*.path": "rows",
+    "data.eval.*.*.path": "rows",
+    "data.chat_template": "template",
+}
+_ROLES: dict[str, Wanted] = dict.fromkeys(ROLES, "checkpoint")
+
+KINDS: dict[str, Kind] = {
+    "sft": Kind(("sft",), SftRecipe, {"base": "full checkpoint", **_ROWS}),
+    "sample": Kind(("sample",), SampleRecipe, {"model": "checkpoint", "prompts": "rows"}, "rows"),
+    "distill": Kind(("distill",), DistillRecipe, {"base": "full checkpoint", "teacher": "full checkpoint", **_ROWS}),
+    "merge moe": Kind(("merge", "moe"), MoeRecipe, {"base": "full checkpoint", "experts.*.path": "checkpoint"}),
+    "merge weights": Kind(
+        ("merge", "weights"),
+        WeightsRecipe,
+        {"base": "full checkpoint", "reference": "checkpoint", "expert": "checkpoint"},
+    ),
+    "merge to-lora": Kind(
+        ("merge", "to-lora"), ToLoraRecipe, {"reference": "full checkpoint", "expert": "full checkpoint"}
+    ),
+    "align": Kind(
+        ("align",),
+        AlignRecipe,
+        {
+            "base": "full checkpoint",
+            "expert.*": "checkpoint",
+            "reference": "checkpoint",
+            "student_from": "checkpoint",
+            **_ROWS,
+        },
+    ),
+    "eval": Kind(
+        ("eval", "tasks"),
+        EvalStage,
+        {"model": "checkpoint", "base": "full checkpoint", "suite.file": "suite"},
+        "evaluation",
+    ),
+    "report": Kind(
+        ("report",),
+        ReportStage,
+        {**_ROLES, "compare.*": "checkpoint", "from.*": "evaluation", "suite.file": "suite"},
+        "report",
+    ),
+}
+
+
+def found_at(raw: Any, pattern: str) -> Iterator[tuple[Key, str]]:
+    """Every text that stands under a dotted pattern, with its key; `raw` may be wrong anywhere."""
+    first, _, rest = pattern.partition(".")
+    if isinstance(raw, Mapping):
+        parts: list[tuple[Any, Any]] = [(k, v) for k, v in raw.items() if isinstance(k, str) and first in ("*", k)]
+    elif isinstance(raw, (list, tuple)) and first == "*":
+        parts = list(enumerate(raw))
+    else:
+        return
+    for part, value in parts:
+        if rest:
+            yield from (((part, *below), text) for below, text in found_at(value, rest))
+        elif isinstance(value, str) and value:
+            yield (part,), value
+
+
+def flags_of(recipe: EvalStage | ReportStage) -> list[str]:
+    """What stands behind `dae eval tasks` or `dae report`, which read no recipe."""
+    if isinstance(recipe, EvalStage):
+        given = [("model", recipe.model), ("base", recipe.base)]
+    else:
+        given = [(role, getattr(recipe, role)) for role in ROLES]
+        given += [("compare", f"{name}={path}") for name, path in recipe.compare.items()]
+        given += [("from", f"{role}={folder}") for role, folder in recipe.from_.items()]
+        given += [("margin", f"{recipe.margin!r}" if recipe.margin != 1.0 else None)]
+        given += [("min-gap", f"{recipe.min_gap!r}" if recipe.min_gap else None)]
+    flags = [word for flag, value in given if value is not None for word in (f"--{flag}", value)]
+    if isinstance(recipe, ReportStage) and recipe.retention_only:
+        flags.append("--retention-only")
+    if recipe.suite is not None:
+        flags += ["--suite", recipe.suite.file, *recipe.suite.assignments()]
+    return [*flags, "--output", recipe.output]

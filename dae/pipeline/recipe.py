@@ -1,0 +1,341 @@
+"""The recipe of `dae run`: named stages in a row, each with a section of its own.
+
+    output: runs/path
+    stages:
+      expert:  {stage: sft, base: BASE, data: {train: shop.jsonl}}
+      aligned: {stage: align, base: BASE, expert: {shop: "@expert"}, data: {general: general.jsonl}}
+
+`stage` may be left out where the name is a kind of stage. "@expert" is what the stage `expert` writes, "@expert/merged"
+its merged weights. A stage writes into OUTPUT/NAME unless its section says otherwise. All that is wrong with any
+section is told in one message.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field, ValidationError
+
+from dae.pipeline.kinds import KINDS, found_at
+from dae.pipeline.references import Input, misfits, parse
+from dae.recipe import AlignRecipe
+from dae.routing import GENERAL
+from kd.config import ROUTE_NAME, Frozen, address, resolved_yaml
+from kd.errors import UserError
+from kd.layers import Layers
+from kd.problems import NO_VALUE, Key, Problem, as_written, one_of, report, suggestion
+
+RECIPES = "recipes"  # folder of the pipeline, for the stages' resolved recipes
+
+
+class PipelineRecipe(Frozen):
+    """`dae run`: the outermost keys."""
+
+    verbatim: ClassVar[frozenset[str]] = frozenset({"stages"})
+
+    output: str = Field(min_length=1, description="the folder of the pipeline; stages write into folders inside it")
+    stages: dict[str, Any] = Field(description="{name: {stage: KIND, ...}}, in the order they run in")
+
+    @classmethod
+    def cross_checks(cls, raw: Mapping[str, Any]) -> list[Problem]:
+        stages = raw.get("stages")
+        return [Problem(("stages",), stages, "names no stage: add one")] if stages == {} else []
+
+    @classmethod
+    def key_elsewhere(cls, name: str) -> str | None:
+        return f"stages.{name}" if name in KINDS else None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, ready to run. `recipe` has paths for references; `inputs` says which of them were references."""
+
+    name: str
+    kind: str
+    recipe: Frozen
+    inputs: tuple[Input, ...]
+
+    @property
+    def output(self) -> Path:
+        """The folder that it writes; the file, where it writes rows."""
+        output: str = self.recipe.output  # type: ignore[attr-defined]
+        return Path(output)
+
+    @property
+    def upstream(self) -> frozenset[str]:
+        """Names of the stages whose outputs it reads."""
+        return frozenset(one.stage for one in self.inputs if one.stage is not None)
+
+    def settings(self) -> dict[str, Any]:
+        """The resolved section, with references as written and without `output`: what a change is noticed by."""
+        values = self.recipe.model_dump(mode="json", by_alias=True, exclude={"output"})
+        for one in self.inputs:
+            if one.reference is not None:
+                values = replaced(values, one.key, one.reference)
+        return values
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Stages in the order in which they run."""
+
+    output: Path
+    stages: tuple[Stage, ...]
+
+
+@dataclass
+class Draft:
+    """A section on its way to a stage: its raw values, its inputs, and its recipe if it has no mistake."""
+
+    name: str
+    kind: str
+    raw: dict[str, Any]
+    inputs: list[Input] = field(default_factory=list)
+    recipe: Frozen | None = None
+
+    def key(self, key: Key) -> Key:
+        """A key of the section as it stands in the file."""
+        return ("stages", self.name, *as_written(key))
+
+
+@dataclass
+class Loaded:
+    """What was read: sections that are in order, and everything that is wrong so far."""
+
+    path: Path
+    layers: Layers
+    output: Path | None
+    drafts: dict[str, Draft]
+    problems: list[Problem]
+
+    def pipeline(self) -> Pipeline:
+        """The pipeline. Raises UserError with all problems, in the order of the file."""
+        if self.problems:
+            order = ["", "output", *(f"stages.{name}" for name in self.layers.raw.get("stages") or ())]
+            places = [".".join(str(part) for part in problem.key[:2]) for problem in self.problems]
+            ranked = sorted(zip(places, self.problems, strict=True), key=lambda one: position(order, one[0]))
+            raise report([problem for _, problem in ranked], self.layers.origins, str(self.path))
+        assert self.output is not None
+        stages = [Stage(d.name, d.kind, d.recipe, tuple(d.inputs)) for d in self.drafts.values() if d.recipe]
+        return Pipeline(self.output, tuple(stages))
+
+
+def position(order: Sequence[str], place: str) -> int:
+    """Where a key stands among those of the file; unknown ones first."""
+    return order.index(place) if place in order else 0
+
+
+def pipeline_address(key: Key) -> Key:
+    """Where a dotted key lies: inside a section as in the stage's own recipe."""
+    return (*key[:2], *address(key[2:])) if key[0] == "stages" else key
+
+
+def read_pipeline(path: Path, assignments: Sequence[str] = ()) -> Loaded:
+    """Put a pipeline's recipe together, YAML < key=value, and look at every section. Nothing outside is looked at.
+
+    Raises:
+        UserError: the file is no YAML mapping. Other mistakes are in the answer's `problems`.
+    """
+    layers = Layers(pipeline_address)
+    try:
+        layers.read_yaml(path)
+    except UserError as error:
+        hint = ' (a reference stands in quotes: "@NAME")' if "character '@'" in str(error) else ""
+        raise UserError(f"{error}{hint}") from error
+    # An alias of YAML is one and the same object in two sections: a key=value for one must not reach the other.
+    sections = layers.raw.get("stages")
+    if isinstance(sections, Mapping):
+        layers.raw["stages"] = {str(name): expanded(str(name), copy.deepcopy(s)) for name, s in sections.items()}
+    for assignment in assignments:
+        layers.put_assignment(assignment)
+    problems = list(layers.problems)
+    try:
+        PipelineRecipe.model_validate(layers.raw)
+    except ValidationError as error:
+        problems += [Problem(line["loc"], line["input"], line["msg"]) for line in error.errors()]
+    place, sections = layers.raw.get("output"), layers.raw.get("stages")
+    output = Path(place) if isinstance(place, str) and place else None
+    loaded = Loaded(path, layers, output, {}, problems)
+    names = [str(name) for name in sections] if isinstance(sections, Mapping) else []
+    for name in names:
+        read_section(loaded, name, layers.raw["stages"][name], names)
+    loaded.problems += same_outputs(loaded)
+    return loaded
+
+
+def kind_of(name: str, section: Mapping[str, Any]) -> Any:
+    """What kind of stage a section says that it is: by `stage`, or by its name."""
+    return section.get("stage", name if name in (*KINDS, "merge") else None)
+
+
+def expanded(name: str, section: Any) -> Any:
+    """A section with its short forms written out; left as it is where its kind is not known."""
+    kind = kind_of(name, section) if isinstance(section, Mapping) else None
+    if not isinstance(kind, str) or kind not in KINDS:
+        return section
+    return KINDS[kind].schema.expand({str(key): value for key, value in section.items()})
+
+
+def read_section(loaded: Loaded, name: str, section: Any, names: Sequence[str]) -> None:
+    """Validate one section and add it to `loaded.drafts`; what is wrong goes to `loaded.problems`."""
+    found = section_problems(name, section)
+    if found:
+        loaded.problems += found
+        return
+    kind = str(kind_of(name, section))
+    raw = {key: value for key, value in expanded(name, section).items() if key != "stage"}
+    draft = Draft(name, kind, raw)
+    if not raw.get("output"):
+        ending = ".jsonl" if KINDS[kind].gives == "rows" else ""
+        raw["output"] = str((loaded.output or Path()) / f"{name}{ending}")
+    elif str(raw["output"]).startswith("@"):
+        words = "is a place to write to, not another stage's output: give a folder, or leave it out"
+        loaded.problems.append(Problem(("stages", name, "output"), raw["output"], words))
+    if kind == "align":
+        draft.raw = with_rows_of_stages(raw, loaded.drafts)
+    wrong = resolve(loaded, draft, names)
+    schema = KINDS[kind].schema
+    completed = schema.complete(draft.raw)
+    known = {one.key for one in draft.inputs}
+    draft.inputs += [one for one in external_inputs(kind, completed) if one.key not in known]
+    try:
+        draft.recipe = schema.model_validate(completed)
+    except ValidationError as error:
+        found = [Problem(draft.key(line["loc"]), line["input"], line["msg"]) for line in error.errors()]
+        told = {problem.key for problem in [*loaded.problems, *wrong]}
+        wrong += [problem for problem in found if problem.key not in told]
+    loaded.problems += wrong
+    loaded.drafts[name] = draft
+
+
+def section_problems(name: str, section: Any) -> list[Problem]:
+    """What keeps a section from being read at all."""
+    key: Key = ("stages", name)
+    if not ROUTE_NAME.fullmatch(name) and name not in KINDS:
+        return [Problem(key, NO_VALUE, "a name starts with a letter and has letters, digits, - and _ only")]
+    if name == RECIPES:
+        return [Problem(key, NO_VALUE, "the stages' recipes are kept under this name: give the stage another")]
+    if not isinstance(section, Mapping):
+        return [Problem(key, section, "wants `key: value` pairs, `stage` among them")]
+    kind = kind_of(name, section)
+    if kind == "merge":
+        ways = one_of([kind for kind in KINDS if kind.startswith("merge ")])
+        return [Problem((*key, "stage"), kind, f"there are three ways to merge: write {ways}")]
+    if kind is None:
+        return [Problem((*key, "stage"), NO_VALUE, f"is missing: write {one_of(list(KINDS))}")]
+    if not isinstance(kind, str) or kind not in KINDS:
+        near = suggestion(kind, KINDS) if isinstance(kind, str) else ""
+        return [Problem((*key, "stage"), kind, f"wants {one_of(list(KINDS))}{near}")]
+    return []
+
+
+def external_inputs(kind: str, raw: Mapping[str, Any]) -> list[Input]:
+    """All inputs that a section names, as if none were a reference."""
+    return [
+        Input(as_written(key), wanted, text, None)
+        for pattern, wanted in KINDS[kind].inputs.items()
+        for key, text in found_at(raw, pattern)
+    ]
+
+
+def resolve(loaded: Loaded, draft: Draft, names: Sequence[str]) -> list[Problem]:
+    """Find a section's inputs and put paths for its references; what is wrong with these."""
+    problems: list[Problem] = []
+    outputs = {os.path.normpath(other.raw["output"]): other.name for other in loaded.drafts.values()}
+    for pattern, wanted in KINDS[draft.kind].inputs.items():
+        for key, text in list(found_at(draft.raw, pattern)):
+            if not text.startswith("@"):
+                problems += spelled_out(draft, key, text, outputs)
+                draft.inputs.append(Input(as_written(key), wanted, text, None))
+                continue
+            reference = parse(text)
+            upstream = loaded.drafts.get(reference.stage)
+            if upstream is None:
+                words = why_not(reference.stage, draft.name, loaded.drafts, names)
+                problems.append(Problem(draft.key(key), text, words))
+                path = text
+            else:
+                path = str(Path(upstream.raw["output"]) / reference.part)
+            draft.raw = replaced(draft.raw, key, path)
+            draft.inputs.append(Input(as_written(key), wanted, path, text))
+    unfit = misfits(draft.kind, draft.inputs, loaded.drafts)
+    return problems + [Problem(draft.key(key), text, words) for key, text, words in unfit]
+
+
+def why_not(wanted: str, here: str, earlier: Mapping[str, Draft], names: Sequence[str]) -> str:
+    """Why a reference does not lead to an earlier stage."""
+    if wanted == here:
+        return "is this stage itself; it can read what an earlier one writes"
+    if wanted in names[names.index(here) :]:
+        return f"comes later: put `{wanted}` before `{here}`"
+    if wanted in names:
+        return f"the section of `{wanted}` has mistakes of its own"
+    return f"there is no stage of this name{suggestion(wanted, earlier)}"
+
+
+def spelled_out(draft: Draft, key: Key, text: str, outputs: Mapping[str, str]) -> list[Problem]:
+    """An earlier stage's output under its path: the stages' order and state would not follow it."""
+    place = Path(os.path.normpath(text))
+    for folder in (place, *place.parents):
+        if str(folder) in outputs:
+            part = place.relative_to(folder).as_posix()
+            written = f"@{outputs[str(folder)]}" + ("" if part == "." else f"/{part}")
+            return [Problem(draft.key(key), text, f'is what an earlier stage writes: write "{written}"')]
+    return []
+
+
+def replaced(values: Any, key: Key, value: str) -> Any:
+    """Nested mappings and lists, with another value under one key."""
+    if not key:
+        return value
+    part: Any = key[0]
+    changed = dict(values) if isinstance(values, Mapping) else list(values)
+    changed[part] = replaced(changed[part], key[1:], value)
+    return changed
+
+
+def with_rows_of_stages(raw: dict[str, Any], earlier: Mapping[str, Draft]) -> dict[str, Any]:
+    """Rows that an align section leaves out, from the sections of the stages that its checkpoints come from.
+
+    As `dae align` takes them from run folders, which are not there yet (dae/recipe.py).
+    """
+    experts, data = raw.get("expert"), raw.get("data")
+    if not isinstance(experts, Mapping) or not isinstance(data, Mapping):
+        return raw
+    routes = dict(data["routes"])
+    for name, path in {**experts, GENERAL: raw.get("reference") or raw.get("base")}.items():
+        upstream = earlier.get(parse(path).stage) if isinstance(path, str) and path.startswith("@") else None
+        if name in routes or upstream is None:
+            continue
+        theirs = upstream.raw.get("data")
+        known = theirs.get("routes", {}) if isinstance(theirs, Mapping) else {}
+        sources = known.get(name, known.get("train"))
+        if isinstance(sources, (list, tuple)):
+            kept = [{k: v for k, v in s.items() if k in ("path", "split")} for s in sources if isinstance(s, Mapping)]
+            routes[name] = kept
+    return AlignRecipe.expand({**raw, "data": {**data, "routes": routes}})
+
+
+def same_outputs(loaded: Loaded) -> list[Problem]:
+    """Two stages that write to one place, or one that writes over the pipeline's own files."""
+    problems, owners = [], dict[str, str]()
+    for draft in loaded.drafts.values():
+        place = os.path.normpath(str(draft.raw["output"]))
+        if place in owners:
+            words = f"is where `{owners[place]}` writes, too: give each a place of its own"
+            problems.append(Problem(draft.key(("output",)), draft.raw["output"], words))
+        elif loaded.output is not None and Path(place) == Path(os.path.normpath(loaded.output)):
+            words = "is the folder of the whole pipeline: give a folder inside it, or leave it out"
+            problems.append(Problem(draft.key(("output",)), draft.raw["output"], words))
+        owners.setdefault(place, draft.name)
+    return problems
+
+
+def recipe_text(stage: Stage) -> str:
+    """A stage's resolved recipe, as its own command reads it."""
+    return resolved_yaml(stage.recipe)

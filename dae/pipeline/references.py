@@ -1,0 +1,130 @@
+"""References between stages ("@student", "@student/merged"), and whether what they lead to is what is wanted there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dae.pipeline.kinds import KINDS, Wanted
+from kd.problems import Key
+
+if TYPE_CHECKING:
+    from dae.pipeline.recipe import Draft
+
+MERGED = "merged"
+EVALUATIONS = "evaluations"
+TRAINING = ("sft", "distill", "align")
+_GIVEN = {"checkpoint": "a checkpoint", "rows": "rows", "evaluation": "an evaluation", "report": "a report"}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`@STAGE` or `@STAGE/PART`."""
+
+    stage: str
+    part: str
+
+
+@dataclass(frozen=True)
+class Input:
+    """One model, file or folder that a stage reads.
+
+    key: inside the section; path: as the stage's command gets it; reference: as written, where it is one.
+    """
+
+    key: Key
+    wanted: Wanted
+    path: str
+    reference: str | None
+
+    @property
+    def stage(self) -> str | None:
+        """The stage that writes it."""
+        return None if self.reference is None else parse(self.reference).stage
+
+    @property
+    def name(self) -> str:
+        """The key, dotted."""
+        return ".".join(str(part) for part in self.key)
+
+
+def parse(text: str) -> Reference:
+    """A text that begins with @ as a reference."""
+    stage, _, part = text.removeprefix("@").partition("/")
+    return Reference(stage, part)
+
+
+def misfits(kind: str, inputs: Sequence[Input], earlier: Mapping[str, Draft]) -> Iterator[tuple[Key, str, str]]:
+    """(key, reference, words) for every reference that leads to something else than is wanted there."""
+    for one in inputs:
+        if one.reference is None:
+            continue
+        reference = parse(one.reference)
+        upstream, part = earlier.get(reference.stage), reference.part
+        if upstream is None:
+            continue
+        words = misfit(one.wanted, upstream, part) or ("" if part else other_base(kind, one, inputs, upstream))
+        if words:
+            yield one.key, one.reference, words
+
+
+def misfit(wanted: Wanted, upstream: Draft, part: str) -> str:
+    """What is wrong with an output or a part of it; empty where it is what is wanted."""
+    gives = KINDS[upstream.kind].gives
+    if wanted in ("suite", "template"):
+        return "stages write no such files: give a path"
+    if gives == "report" and wanted == "evaluation" and part.startswith(f"{EVALUATIONS}/"):
+        return ""
+    if gives != wanted.removeprefix("full "):
+        more = f' (one of its evaluations is "@{upstream.name}/{EVALUATIONS}/ROLE")' if wanted == "evaluation" else ""
+        return f"`{upstream.name}` ({upstream.kind}) gives {_GIVEN[gives]}, {a(wanted)} wanted here{more}"
+    if part == MERGED and gives == "checkpoint":
+        return "" if has_merged(upstream) else f"`{upstream.name}` writes no merged weights: {remedy(upstream)}"
+    if part:
+        return f'`{upstream.name}` has no part `{part}`: write "@{upstream.name}"'
+    if wanted == "full checkpoint" and gives_adapter(upstream):
+        return f"is an adapter, here a full checkpoint is wanted: {remedy(upstream)}"
+    return ""
+
+
+def a(wanted: str) -> str:
+    """With its article and verb."""
+    return "rows are" if wanted == "rows" else f"{'an' if wanted == 'evaluation' else 'a'} {wanted} is"
+
+
+def gives_adapter(upstream: Draft) -> bool:
+    """Whether a stage writes a LoRA adapter."""
+    trains_adapter = upstream.kind in TRAINING and upstream.raw.get("lora", True) is not None
+    return trains_adapter or upstream.kind == "merge to-lora"
+
+
+def has_merged(upstream: Draft) -> bool:
+    """Whether a stage also writes merged weights."""
+    return upstream.kind in TRAINING and upstream.raw.get("merge") is True and gives_adapter(upstream)
+
+
+def remedy(upstream: Draft) -> str:
+    """How to come to full weights of a stage."""
+    if not gives_adapter(upstream):
+        return f'its weights are full: write "@{upstream.name}"'
+    if upstream.kind not in TRAINING:
+        return "give the checkpoint that it was made from"
+    merge = "" if has_merged(upstream) else f"give `{upstream.name}` the key `merge: true` and "
+    return f'{merge}write "@{upstream.name}/{MERGED}"'
+
+
+def other_base(kind: str, one: Input, inputs: Sequence[Input], upstream: Draft) -> str:
+    """An adapter beside a base that it was not trained on, as far as that is certain before anything has run."""
+    if kind not in ("align", "report") or upstream.kind not in TRAINING or not gives_adapter(upstream):
+        return ""
+    theirs = next((other for other in upstream.inputs if other.key == ("base",)), None)
+    ours = next((other for key in ("base", "reference") for other in inputs if other.key == (key,)), None)
+    if theirs is None or ours is None or ours is one:
+        return ""
+    same = os.path.normpath(theirs.path) == os.path.normpath(ours.path)
+    if same or (theirs.reference is None and ours.reference is None):  # two paths may hold the same weights
+        return ""
+    on, here = theirs.reference or theirs.path, ours.reference or ours.path
+    return f"is an adapter on {on}, and the {ours.name} here is {here}: train it on that one, or {remedy(upstream)}"

@@ -1,0 +1,173 @@
+"""A stage of a pipeline as a process of its own, so that its memory is free when it ends, however it ends.
+
+It is the very command that is printed. Signals that reach the pipeline reach it, too; when the pipeline's process is
+killed it ends at once, because nobody would be there to go on.
+
+Run as a module this is the stage's process: LIFELINE (a pipe that nobody writes to) and the command.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+Stream = Literal["out", "err"]
+Tell = Callable[[Stream, str], None]
+_STREAMS: tuple[Stream, Stream] = ("out", "err")
+_LOOK_AGAIN = 0.5  # seconds: a grandchild may keep the pipes open after the stage has ended
+
+
+class Child(Protocol):
+    """A process that was started."""
+
+    def poll(self) -> int | None:
+        """Its return code if it has ended."""
+
+    def wait(self) -> int:
+        """Its return code, when it has ended; below 0 the signal that ended it."""
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it has not ended."""
+
+
+class Signals:
+    """Ctrl-C and SIGTERM of the pipeline, noted and passed on to the stage that runs."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.child: Child | None = None
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.received = number
+        if self.child is not None:
+            self.child.send_signal(number)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """While the context lasts, signals do nothing else."""
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run_command(command: Sequence[str], tell: Tell, signals: Signals, width: int) -> int:
+    """Run one command of `dae` (without that word) to its end; its exit status, 128 + n where signal n ended it.
+
+    tell: gets every line that the command says; width: of the terminal that they are for.
+    """
+    lifeline, ours = os.pipe()
+    pipes = {name: os.pipe() for name in _STREAMS}
+    try:
+        try:
+            child = start(command, lifeline, pipes["out"][1], pipes["err"][1], width)
+        finally:
+            for descriptor in (lifeline, pipes["out"][1], pipes["err"][1]):
+                os.close(descriptor)
+        signals.child = child
+        if signals.received is not None:  # it came while the process was being started
+            child.send_signal(signals.received)
+        pass_on(child, {name: pipes[name][0] for name in _STREAMS}, tell)
+        code = child.wait()
+    finally:
+        signals.child = None
+        for descriptor in (ours, pipes["out"][0], pipes["err"][0]):
+            os.close(descriptor)
+    return code if code >= 0 else 128 - code
+
+
+def start(command: Sequence[str], lifeline: int, out: int, err: int, width: int) -> Child:
+    """Start the process. It has a process group of its own: what a terminal sends comes through the pipeline, once."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "dae.pipeline.stage_process", str(lifeline), *command],
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=err,
+        pass_fds=[lifeline],
+        process_group=0,
+        env={**environment, "COLUMNS": str(width), "PYTHONUNBUFFERED": "1"},
+    )
+
+
+def pass_on(child: Child, descriptors: dict[Stream, int], tell: Tell) -> None:
+    """Tell every line that the child says, until it has ended and nothing more comes."""
+    with selectors.DefaultSelector() as selector:
+        lines: dict[int, Lines] = {}
+        for stream, descriptor in descriptors.items():
+            lines[descriptor] = Lines(stream, tell)
+            selector.register(descriptor, selectors.EVENT_READ)
+        while selector.get_map():
+            ready = selector.select(_LOOK_AGAIN)
+            if not ready and child.poll() is not None:
+                break
+            for key, _ in ready:
+                data = os.read(key.fd, 65536)
+                lines[key.fd].add(data)
+                if not data:
+                    selector.unregister(key.fd)
+        for rest in lines.values():
+            rest.end()
+
+
+class Lines:
+    """Bytes of one stream as lines."""
+
+    def __init__(self, stream: Stream, tell: Tell) -> None:
+        self.stream = stream
+        self.tell = tell
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._rest = ""
+
+    def add(self, data: bytes) -> None:
+        """More of the stream."""
+        *whole, self._rest = (self._rest + self._decode(data)).split("\n")
+        for line in whole:
+            self.tell(self.stream, line)
+
+    def end(self) -> None:
+        """No more comes."""
+        if self._rest:
+            self.tell(self.stream, self._rest)
+        self._rest = ""
+
+
+# -- in the stage's process --------------------------------------------------------------------------------------------
+
+
+def end_with(lifeline: int) -> None:
+    """End this process as soon as nobody holds the other end of the pipe any more."""
+
+    def wait() -> None:
+        os.read(lifeline, 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main(arguments: Sequence[str]) -> Any:
+    """Be the command, as if it had been typed."""
+    lifeline, *command = arguments
+    end_with(int(lifeline))
+    try:
+        from dae import cli
+
+        sys.argv = ["dae", *command]
+        cli.main()
+    except KeyboardInterrupt:  # before the command line could take it
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""MT-Bench and AlpacaEval: answers of a model, judged by another."""

@@ -1,0 +1,277 @@
+"""From MT-Bench judgments to scores with their spread, and to an evaluation folder that reports can read."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dae_eval.folders import write_evaluation
+from dae_eval.judging.fastchat_files import (
+    Answers,
+    Judgment,
+    PairJudgment,
+    Question,
+    read_judgments,
+    read_pair_judgments,
+)
+from dae_eval.judging.mt_bench_scores import (
+    HIGHEST,
+    PairScores,
+    Place,
+    Scores,
+    compatible,
+    compatible_pairs,
+    has_rating,
+    mean,
+    outcome,
+    pair_scores_of,
+    scores_of,
+    strict,
+    strict_pairs,
+)
+from dae_eval.results import Document, Evaluation, Kind, ModelFacts, TaskResult
+from kd.environment import environment
+from kd.errors import UserError
+from kd.files import json_text, write_text_durably
+
+GROUP = "mt-bench"
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Who was judged, and how. settings: what has to be equal for two models to be compared.
+
+    answers: None where only the judgments are there. against: the name of the other model in pairwise mode.
+    """
+
+    facts: ModelFacts
+    questions: tuple[Question, ...]
+    references: Mapping[int, tuple[str, ...]]
+    answers: Answers | None
+    settings: Mapping[str, Any]
+    conditions: Mapping[str, Any]
+    against: str | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The judgments of each repeat: `singles` or `pairs`. sources: where each repeat's lie, for messages."""
+
+    sources: tuple[str, ...]
+    singles: tuple[list[Judgment], ...] = ()
+    pairs: tuple[list[PairJudgment], ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """The scores of each repeat, and the folder that holds everything."""
+
+    output: Path
+    repeats: tuple[Scores | PairScores, ...]
+
+    @property
+    def totals(self) -> tuple[float, ...]:
+        """Each repeat's average rating, or its adjusted win rate."""
+        return tuple(s.average if isinstance(s, Scores) else s.win_rate_adjusted for s in self.repeats)
+
+
+def finish(output: Path, asked: Asked, judged: Judged, *, strictly: bool, kind: Kind) -> Result:
+    """Score each repeat's judgments; write scores.json and the evaluation.
+
+    Raises:
+        UserError: in strict mode, a question's turn has no judgment; nothing has one.
+    """
+    categories = {question.id: question.category for question in asked.questions}
+    if asked.against is None:
+        counted = [
+            strict(repeat, asked.questions, source) if strictly else compatible(repeat)
+            for source, repeat in zip(judged.sources, judged.singles, strict=True)
+        ]
+        values = single_values([kept for kept, _ in counted])
+        result = Result(output, tuple(scores_of(kept, categories, dropped) for kept, dropped in counted))
+    else:
+        counted_pairs = [
+            strict_pairs(repeat, asked.questions, source) if strictly else compatible_pairs(repeat)
+            for source, repeat in zip(judged.sources, judged.pairs, strict=True)
+        ]
+        values = pair_values([kept for kept, _ in counted_pairs])
+        result = Result(output, tuple(pair_scores_of(kept, categories, dropped) for kept, dropped in counted_pairs))
+    write_text_durably(output / SCORES, json_text(scores_file(result, strictly)))
+    write_evaluation(output, evaluation_of(asked, values, strictly, kind))
+    return result
+
+
+def single_values(repeats: Sequence[Sequence[Judgment]]) -> dict[Place, list[float]]:
+    """Ratings on 0..1 of each question and turn, over the repeats. Ratings off the scale have no place there."""
+    values: dict[Place, list[float]] = {}
+    for judgment in (judgment for repeat in repeats for judgment in repeat if has_rating(judgment)):
+        values.setdefault((judgment.question_id, judgment.turn), []).append(judgment.score / HIGHEST)
+    return values
+
+
+def pair_values(repeats: Sequence[Sequence[PairJudgment]]) -> dict[Place, list[float]]:
+    """1, 0.5 or 0 for a win, tie or loss of each question and turn, over the repeats."""
+    values: dict[Place, list[float]] = {}
+    for judgment in (judgment for repeat in repeats for judgment in repeat):
+        values.setdefault((judgment.question_id, judgment.turn), []).append(outcome(judgment))
+    return values
+
+
+def evaluation_of(asked: Asked, values: Mapping[Place, Sequence[float]], strictly: bool, kind: Kind) -> Evaluation:
+    """The evaluation: one document for each question and turn, its score the mean over the repeats."""
+    documents = [
+        _document(asked, question, turn, mean(values[question.id, turn]))
+        for question in asked.questions
+        for turn in range(1, len(question.turns) + 1)
+        if (question.id, turn) in values
+    ]
+    if not documents:
+        raise UserError("the judgments are of none of the questions in the question file; give the file they belong to")
+    counted = "strict" if strictly else "compatible"
+    task = TaskResult(
+        task="mt_bench" if asked.against is None else "mt_bench_pairwise",
+        group=GROUP,
+        kind=kind,
+        metric="rating / 10" if asked.against is None else f"win rate against {asked.against}",
+        version="1",
+        settings={**asked.settings, "counted": counted},
+        documents=tuple(documents),
+    )
+    around = environment()
+    conditions = {**asked.conditions, "counted": counted}
+    conditions |= {key: around[key] for key in ("libraries", "python", "commit")}
+    return Evaluation(asked.facts, {task.task: task}, conditions)
+
+
+def _document(asked: Asked, question: Question, turn: int, score: float) -> Document:
+    prompt = "\n\n".join(question.turns[:turn])
+    reference = asked.references.get(question.id, ())
+    answer = "(not in file)" if asked.answers is None else asked.answers.turns[question.id][turn - 1]
+    return Document(
+        id=question.id * 10 + turn,
+        hash=hashlib.sha256(prompt.encode()).hexdigest(),
+        score=score,
+        prompt=prompt,
+        target=reference[turn - 1] if len(reference) >= turn else "",
+        answer=answer,
+        cluster=str(question.id),
+        category=question.category,
+    )
+
+
+# -- existing judgments ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OneModel:
+    """A file's judgments of one model, or of one model against one other."""
+
+    model: str
+    against: str | None
+    judges: tuple[str, ...]
+    prompts: tuple[str, ...]
+    singles: list[Judgment]
+    pairs: list[PairJudgment]
+
+
+def judgments_of(path: Path, model_id: str | None) -> OneModel:
+    """A file's judgments of one model.
+
+    Raises:
+        UserError: the file does not hold that model, or holds several and none was named.
+    """
+    judgments = read_judgments(path)
+    chosen = _chosen(path, model_id, sorted({judgment.model for judgment in judgments}))
+    ours = [judgment for judgment in judgments if judgment.model == chosen]
+    return OneModel(chosen, None, *_judged_by(ours), ours, [])
+
+
+def pair_judgments_of(path: Path, model_id: str | None) -> OneModel:
+    """A file's judgments of one model against one other, as model_1 and model_2.
+
+    Raises:
+        UserError: the file does not hold that model, or more than one pair.
+    """
+    judgments = read_pair_judgments(path)
+    chosen = _chosen(path, model_id, sorted({judgment.model_1 for judgment in judgments}))
+    ours = [judgment for judgment in judgments if judgment.model_1 == chosen]
+    others = sorted({judgment.model_2 for judgment in ours})
+    if len(others) != 1:
+        raise UserError(f"{path}: compares {chosen} with {', '.join(others)}; give a file with one of them")
+    return OneModel(chosen, others[0], *_judged_by(ours), [], ours)
+
+
+def _judged_by(judgments: Sequence[Judgment] | Sequence[PairJudgment]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    names = [judgment.judge for judgment in judgments]
+    return tuple(sorted({judge for judge, _ in names})), tuple(sorted({prompt for _, prompt in names}))
+
+
+def _chosen(path: Path, model_id: str | None, models: Sequence[str]) -> str:
+    chosen = models[0] if model_id is None and len(models) == 1 else model_id
+    if chosen is None or chosen not in models:
+        wanted = "name one with --model-id" if model_id is None else f"there is no {model_id}"
+        raise UserError(f"{path}: {wanted}; it holds {', '.join(models)}")
+    return chosen
+
+
+# -- what is told ------------------------------------------------------------------------------------------------------
+
+
+def scores_file(result: Result, strictly: bool) -> dict[str, Any]:
+    """scores.json: every repeat, and the spread of the totals."""
+    repeats = [asdict(one) for one in result.repeats]
+    for one, row in zip(result.repeats, repeats, strict=True):
+        if isinstance(one, PairScores):
+            row |= {name: getattr(one, name) for name in ("win_rate", "loss_rate", "win_rate_adjusted")}
+    return {
+        "counted": "strict" if strictly else "compatible",
+        "total": mean(result.totals),
+        "spread": spread(result.totals),
+        "repeats": repeats,
+    }
+
+
+def spread(totals: Sequence[float]) -> dict[str, float] | None:
+    """Lowest and highest total and the standard deviation, where the judging was repeated."""
+    if len(totals) < 2:
+        return None
+    return {"lowest": min(totals), "highest": max(totals), "standard deviation": statistics.stdev(totals)}
+
+
+def result_lines(result: Result) -> list[str]:
+    """The result for a terminal of 80 columns."""
+    lines = []
+    for number, one in enumerate(result.repeats, 1):
+        if len(result.repeats) > 1:
+            lines.append(f"judging {number} of {len(result.repeats)}")
+        lines += _single_lines(one) if isinstance(one, Scores) else _pair_lines(one)
+        lines += [f"  left out: {dropped}" for dropped in one.dropped]
+    measured = spread(result.totals)
+    if measured is not None:
+        lines.append(
+            f"over {len(result.totals)} judgings: mean {mean(result.totals):.4f}, from "
+            f"{measured['lowest']:.4f} to {measured['highest']:.4f}, standard deviation "
+            f"{measured['standard deviation']:.4f}"
+        )
+    return lines
+
+
+def _single_lines(scores: Scores) -> list[str]:
+    lines = [f"  turn {turn:<13} {value:9.6f}" for turn, value in scores.turns.items()]
+    lines += [f"  {name:<18} {value:9.6f}" for name, value in scores.categories.items()]
+    return [*lines, f"  {'average':<18} {scores.average:9.6f}  ({scores.judgments} judgments)"]
+
+
+def _pair_lines(scores: PairScores) -> list[str]:
+    lines = [f"  {name:<18} {value:9.6f}" for name, value in scores.categories.items()]
+    return [
+        *lines,
+        f"  wins {scores.wins}, losses {scores.losses}, ties {scores.ties}",
+        f"  {'win rate':<18} {scores.win_rate:9.6f}",
+        f"  {'ties as half':<18} {scores.win_rate_adjusted:9.6f}  ({scores.judgments} pairs)",
+    ]

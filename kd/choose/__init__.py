@@ -1,0 +1,1 @@
+"""`dae rank-teachers`: which teacher suits this student."""
