@@ -108,29 +108,9 @@ def write_validation(folder: Path) -> None:
 
 def save_small_world(folder: Path, seed: int) -> None:
     """A Llama of 0.1 million random weights with the world's tokenizer: a sixth of the demo's base."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from dae.demo.model import save_untrained
 
-    from dae.demo.tokenizer import CONTEXT, build_tokenizer
-
-    tokenizer = build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        initializer_range=0.12,  # about 1 / sqrt(width), as in the demo's base
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(seed)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_untrained(folder, seed, width=64, layers=2, initializer_range=0.12)
 
 
 def save_small_real(base: Path, folder: Path) -> None:

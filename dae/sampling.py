@@ -29,6 +29,7 @@ from kd.errors import UserError
 from kd.files import append_lines, cut_torn_line, disk_errors, fsync_path, json_text, read_json, write_text_durably
 from kd.fingerprints import file_sha256, model_fingerprint
 from kd.lock import hold
+from kd.provenance import changed_settings
 from kd.records import check_messages, read_jsonl
 
 if TYPE_CHECKING:
@@ -175,14 +176,8 @@ class SampleFile:
         return []
 
     def _refuse_other_settings(self, before: Mapping[str, Any]) -> None:
-        keys = dict.fromkeys([*before, *self._settings])
-        lines = [
-            f"  {key}: {json.dumps(before.get(key))} -> {json.dumps(self._settings.get(key))}"
-            for key in keys
-            if before.get(key) != self._settings.get(key)
-        ]
-        if lines:
-            shown = "\n".join(lines)
+        shown = changed_settings(before, self._settings)
+        if shown:
             raise UserError(
                 f"{self.path}: was begun with other settings (there -> now):\n{shown}\n"
                 f"Give the same command to go on with it, choose another --output, or remove it."

@@ -69,8 +69,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], recipe_before
     return [f"{key}: {_shown(old)} -> {_shown(new)}" for key, (old, new) in pairs.items() if old != new]
 
 
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The same for flat settings, one indented line each; empty where nothing differs."""
+    return "\n".join(f"  {key}: {_shown(a)} -> {_shown(b)}" for key, (a, b) in _pairs(before, now).items() if a != b)
+
+
 def _pairs(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {key: (old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in [*old, *(new.keys() - old.keys())]}
+    return {key: (old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in dict.fromkeys([*old, *new])}
 
 
 def _shown(value: Any) -> str:

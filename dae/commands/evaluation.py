@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dae.commands.judging import register as register_judging
+from dae.commands.stopping import going_on
 from kd.config import ROUTE_NAME
-from kd.errors import Stopped, UserError
+from kd.errors import UserError
 
 if TYPE_CHECKING:
     from dae_eval.results import Evaluation
@@ -58,7 +57,7 @@ def tasks(
     from dae_eval.evaluation import evaluate
     from dae_eval.models import locate
 
-    with going_on(output):
+    with going_on(output, "finished tasks are kept"):
         found = evaluate({"model": locate("--model", model, base)}, loaded, {"model": output}, typed_command())
     show_scores(found["model"], output)
 
@@ -191,7 +190,7 @@ def ask_models(
     base = paths.get("base", paths.get("reference"))
     shared = base if base is not None and not is_adapter(base) else None
     known: dict[str, str] = {}
-    with going_on(output):
+    with going_on(output, "finished tasks are kept"):
         models = {role: locate(f"--{role}", path, shared, known) for role, path in paths.items()}
         return evaluate(models, loaded, {role: output / "evaluations" / role for role in models}, typed_command())
 
@@ -207,17 +206,6 @@ def read_finished(finished: Sequence[str]) -> dict[str, Evaluation]:
 def typed_command() -> list[str]:
     """The command line, without the place of the program."""
     return ["dae", *sys.argv[1:]]
-
-
-@contextmanager
-def going_on(output: Path) -> Iterator[None]:
-    """Ctrl-C is told with what is kept."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Stopped(
-            signal.SIGINT, f"stopped; finished tasks are kept in {output}. The same command goes on from there."
-        ) from None
 
 
 def show_scores(evaluation: Evaluation, output: Path) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from kd.errors import Stopped, UserError
+from dae.commands.stopping import going_on
+from kd.errors import UserError
 
 if TYPE_CHECKING:
     from dae_eval.judging.authors import Author
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from dae_eval.judging.mt_bench import Side
 
 MODEL_KEY, JUDGE_KEY = "MODEL_API_KEY", "OPENAI_API_KEY"
+KEPT = "what was answered is kept"
 MOST_AT_ONCE = 64  # requests under way at a time
 
 
@@ -137,58 +137,48 @@ def mt_bench(
     from dae_eval.judging.mt_bench import FinishedJudgments, MtBench, run_mt_bench, score_judgments
     from dae_eval.judging.mt_bench_results import result_lines
 
-    author = None
-    if model is not None:
-        served = endpoint(model_url, model, "--model-url", MODEL_KEY, requests_per_minute, concurrency)
-        author = Author(model, served, max_new_tokens, seed, batch_size, chat_template)
-    elif model_url is not None:
-        raise UserError("--model-url: say with --model NAME which model there")
+    served = endpoint(model_url, model, "--model-url", MODEL_KEY, requests_per_minute, concurrency)
+    author = None if model is None else Author(model, served, max_new_tokens, seed, batch_size, chat_template)
     side = side_of(author, answers)
     if judgments:
-        finished = FinishedJudgments(
-            tuple(judgments),
-            questions,
-            output,
-            "pairwise" if pairwise else "single",
-            model_id,
-            side,
-            strict,
-            kind.value,
-        )
-        with going_on(output):
+        way: Literal["pairwise", "single"] = "pairwise" if pairwise else "single"
+        finished = FinishedJudgments(tuple(judgments), questions, output, way, model_id, side, strict, kind.value)
+        with going_on(output, KEPT):
             result = score_judgments(finished)
-    else:
-        if side is None:
-            raise UserError("mt-bench: give --model CKPT, --answers FILE or --judgments FILE")
-        if model_id is not None:
-            raise UserError("--model-id: goes with --judgments")
-        if pairwise != (against is not None):
-            raise UserError("--mode pairwise and --against go together: name whom to compare with, or leave both out")
-        refuse_missing("mt-bench", ("--judge-prompts", judge_prompts))
-        assert judge_prompts is not None
-        job = MtBench(
-            side=side,
-            judge=judge_of(
-                judge_url, judge_model, judge, judge_max_tokens, batch_size, requests_per_minute, concurrency
-            ),
-            questions=questions,
-            judge_prompts=judge_prompts,
-            output=output,
-            references=references,
-            references_kind=references_kind.value,
-            against=None if against is None else opponent(against, author, max_new_tokens, seed, batch_size),
-            repeat=repeat,
-            strict=strict,
-            kind=kind.value,
-            price=price_of(price_per_million_tokens),
-            only_estimate=estimate,
-        )
-        with going_on(output):
-            judged = run_mt_bench(job)
-        if judged is None:
-            return
-        result = judged
-    typer.echo("\n".join([str(output), *result_lines(result)]))
+        tell(output, result_lines(result))
+        return
+    refuse_misfits(side, model_id, pairwise, against)
+    refuse_missing("mt-bench", ("--judge-prompts", judge_prompts))
+    assert side is not None and judge_prompts is not None
+    job = MtBench(
+        side=side,
+        judge=judge_of(judge_url, judge_model, judge, judge_max_tokens, batch_size, requests_per_minute, concurrency),
+        questions=questions,
+        judge_prompts=judge_prompts,
+        output=output,
+        references=references,
+        references_kind=references_kind.value,
+        against=None if against is None else opponent(against, author, max_new_tokens, seed, batch_size),
+        repeat=repeat,
+        strict=strict,
+        kind=kind.value,
+        price=price_of(price_per_million_tokens),
+        only_estimate=estimate,
+    )
+    with going_on(output, KEPT):
+        judged = run_mt_bench(job)
+    if judged is not None:
+        tell(output, result_lines(judged))
+
+
+def refuse_misfits(side: Side | None, model_id: str | None, pairwise: bool, against: str | None) -> None:
+    """Raise UserError for flags of mt-bench that do not go together where a judge is to be asked."""
+    if side is None:
+        raise UserError("mt-bench: give --model CKPT, --answers FILE or --judgments FILE")
+    if model_id is not None:
+        raise UserError("--model-id: goes with --judgments")
+    if pairwise != (against is not None):
+        raise UserError("--mode pairwise and --against go together: name whom to compare with, or leave both out")
 
 
 def alpaca_eval(
@@ -233,12 +223,8 @@ def alpaca_eval(
     from dae_eval.judging.alpaca import AlpacaEval, Annotating, result_lines, run_alpaca_eval
     from dae_eval.judging.authors import Author
 
-    author = None
-    if model is not None:
-        served = endpoint(model_url, model, "--model-url", MODEL_KEY, requests_per_minute, concurrency)
-        author = Author(model, served, max_new_tokens, seed, batch_size, chat_template)
-    elif model_url is not None:
-        raise UserError("--model-url: say with --model NAME which model there")
+    served = endpoint(model_url, model, "--model-url", MODEL_KEY, requests_per_minute, concurrency)
+    author = None if model is None else Author(model, served, max_new_tokens, seed, batch_size, chat_template)
     annotating = None
     if baseline is not None:
         refuse_missing("alpaca-eval --baseline", ("--judge-prompts", judge_prompts))
@@ -249,10 +235,15 @@ def alpaca_eval(
     elif judge_url is not None or judge is not None:
         raise UserError("--judge-url, --judge: want --baseline FILE, the outputs to compare with")
     job = AlpacaEval(output, author, instructions, outputs, annotations, annotating, gamed_file, kind.value)
-    with going_on(output):
+    with going_on(output, KEPT):
         result = run_alpaca_eval(job)
     if result is not None:
-        typer.echo("\n".join([str(output), *result_lines(result)]))
+        tell(output, result_lines(result))
+
+
+def tell(output: Path, lines: Iterable[str]) -> None:
+    """Print where the result lies, and the result."""
+    typer.echo("\n".join([str(output), *lines]))
 
 
 def register(app: typer.Typer) -> None:
@@ -269,11 +260,13 @@ def refuse_missing(command: str, *flags: tuple[str, object]) -> None:
 
 
 def endpoint(
-    url: str | None, model: str, flag: str, key_name: str, requests_per_minute: float | None, concurrency: int
+    url: str | None, model: str | None, flag: str, key_name: str, requests_per_minute: float | None, concurrency: int
 ) -> EndpointChoice | None:
-    """The endpoint that the flags name, or None. Raises UserError where its address cannot be used."""
+    """The endpoint that the flags name, or None. Raises UserError without a model's name or with a bad address."""
     if url is None:
         return None
+    if model is None:
+        raise UserError(f"{flag}: say with {flag.removesuffix('-url')} NAME which model there")
     from dae_eval.judging.endpoints import EndpointChoice, plain_url
 
     choice = EndpointChoice(url, model, flag, key_name, requests_per_minute, concurrency)
@@ -295,7 +288,7 @@ def judge_of(
 
     if (url is None) == (checkpoint is None) or (url is None) != (name is None):
         raise UserError("the judge: give --judge-url URL with --judge-model NAME, or --judge CKPT for a local one")
-    served = endpoint(url, name or "", "--judge-url", JUDGE_KEY, requests_per_minute, concurrency)
+    served = endpoint(url, name, "--judge-url", JUDGE_KEY, requests_per_minute, concurrency)
     return JudgeChoice(served, checkpoint or "", max_tokens, batch_size)
 
 
@@ -335,14 +328,3 @@ def price_of(text: str | None) -> tuple[float, float] | None:
     if len(prices) != 2 or not all(0 <= price < float("inf") for price in prices):
         raise UserError(f"--price-per-million-tokens {text}: wants two numbers, such as 2.5,10")
     return prices[0], prices[1]
-
-
-@contextmanager
-def going_on(output: Path) -> Iterator[None]:
-    """Ctrl-C is told with what is kept."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Stopped(
-            signal.SIGINT, f"stopped; what was answered is kept in {output}. The same command goes on from there."
-        ) from None

@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def save_untrained(folder: Path, seed: int) -> None:
-    """Write a Llama of 0.6 million random fp32 weights and the tokenizer of the embedded world to `folder`."""
+def save_untrained(
+    folder: Path, seed: int, *, width: int = 128, layers: int = 3, initializer_range: float = 0.08
+) -> None:
+    """Write a Llama of random fp32 weights (0.6 million) and the tokenizer of the embedded world to `folder`.
+
+    initializer_range: about 1 / sqrt(width). At the usual 0.02 the names' embeddings hardly differ, and an adapter, for
+    which they are frozen, cannot learn facts about them.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -15,16 +21,14 @@ def save_untrained(folder: Path, seed: int) -> None:
     tokenizer = build_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
-        # About 1 / sqrt(width). At the usual 0.02 the names' embeddings hardly differ, and an adapter, for which they
-        # are frozen, cannot learn facts about them.
-        initializer_range=0.08,
+        initializer_range=initializer_range,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

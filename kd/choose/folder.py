@@ -24,6 +24,7 @@ from typing import Any
 from kd.errors import UserError
 from kd.files import TEMPORARY_PREFIX, disk_errors, json_text, plain, read_json, write_text_durably
 from kd.lock import hold
+from kd.provenance import changed_settings
 
 logger = logging.getLogger("dae")
 
@@ -87,15 +88,8 @@ class RankFolder:
     def _refuse_other_settings(self) -> None:
         if not (self.path / SETTINGS).exists():
             return
-        before = read_json(self.path / SETTINGS)
-        keys = dict.fromkeys([*before, *self._settings])
-        lines = [
-            f"  {key}: {json.dumps(before.get(key))} -> {json.dumps(self._settings.get(key))}"
-            for key in keys
-            if before.get(key) != self._settings.get(key)
-        ]
-        if lines:
-            shown = "\n".join(lines)
+        shown = changed_settings(read_json(self.path / SETTINGS), self._settings)
+        if shown:
             raise UserError(
                 f"{self.path}: was begun with other settings (there -> now):\n{shown}\n"
                 "Give the same command to go on with it (betas and shift may change), choose another --output, or "

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from dae_eval.judging.fastchat_files import ERROR, NO_RATING, Judgment, PairJudgment, Question, Winner
 from kd.errors import UserError
@@ -18,6 +19,7 @@ _RATING_IN_SINGLE_BRACKETS = re.compile(r"\[(\d+\.?\d*)\]")
 _SHOWN_IDS = 12  # (question, turn) pairs that a message names before it counts the rest
 
 Place = tuple[int, int]  # question id and turn
+OneJudgment = TypeVar("OneJudgment", Judgment, PairJudgment)
 
 
 @dataclass(frozen=True)
@@ -118,28 +120,36 @@ def strict(
     Raises:
         UserError: a question's turn has none, or they are by several judges.
     """
-    _refuse_several_judges({judgment.judge[0] for judgment in judgments}, source)
     rated = [judgment for judgment in judgments if has_rating(judgment)]
+    kept, dropped = _strictly(judgments, rated, questions, "no rating on the scale", source)
     unrated = [(j.question_id, j.turn) for j in judgments if not has_rating(j)]
-    kept = {(judgment.question_id, judgment.turn): judgment for judgment in rated}
-    places = _places(questions)
-    dropped = _strictly_dropped([(j.question_id, j.turn) for j in rated], places)
-    _refuse_gaps([place for place in places if place not in kept], len(places), "no rating on the scale", source)
-    return [kept[place] for place in places], _told(("without a rating from 1 to 10", unrated), *dropped)
+    return kept, _told(("without a rating from 1 to 10", unrated), *dropped)
 
 
 def strict_pairs(
     judgments: Sequence[PairJudgment], questions: Sequence[Question], source: str
 ) -> tuple[list[PairJudgment], tuple[str, ...]]:
     """One pair with a verdict in both orders for every question and turn. Raises UserError as `strict` does."""
-    _refuse_several_judges({judgment.judge[0] for judgment in judgments}, source)
     decided = [judgment for judgment in judgments if has_verdict(judgment)]
+    kept, dropped = _strictly(judgments, decided, questions, "no verdict in both orders", source)
     undecided = [(j.question_id, j.turn) for j in judgments if not has_verdict(j)]
-    kept = {(judgment.question_id, judgment.turn): judgment for judgment in decided}
+    return kept, _told(("without a verdict in both orders", undecided), *dropped)
+
+
+def _strictly(
+    judgments: Sequence[OneJudgment],
+    usable: Sequence[OneJudgment],
+    questions: Sequence[Question],
+    missing: str,
+    source: str,
+) -> tuple[list[OneJudgment], list[tuple[str, list[Place]]]]:
+    """(the last usable judgment of each question and turn, what else was left out and why)."""
+    _refuse_several_judges({judgment.judge[0] for judgment in judgments}, source)
+    kept = {(judgment.question_id, judgment.turn): judgment for judgment in usable}
     places = _places(questions)
-    dropped = _strictly_dropped([(j.question_id, j.turn) for j in decided], places)
-    _refuse_gaps([place for place in places if place not in kept], len(places), "no verdict in both orders", source)
-    return [kept[place] for place in places], _told(("without a verdict in both orders", undecided), *dropped)
+    dropped = _strictly_dropped([(j.question_id, j.turn) for j in usable], places)
+    _refuse_gaps([place for place in places if place not in kept], len(places), missing, source)
+    return [kept[place] for place in places], dropped
 
 
 def scores_of(judgments: Sequence[Judgment], categories: Mapping[int, str], dropped: tuple[str, ...]) -> Scores:
