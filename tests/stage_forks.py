@@ -82,9 +82,9 @@ class Forks:
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
             os.environ["COLUMNS"] = str(width)
             from dae import cli
-            from dae.pipeline import stage_process
+            from dae.pipeline.stage_command import end_with
 
-            stage_process.end_with(lifeline)
+            end_with(lifeline)
             cli.prepare_process(os.environ)
             if command[0] in self.to_stage:
                 self.to_stage[command[0]].arm()

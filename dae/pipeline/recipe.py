@@ -15,14 +15,14 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, ValidationError
 
 from dae.pipeline.kinds import KINDS, found_at
-from dae.pipeline.references import Input, misfits, parse
+from dae.pipeline.references import Draft, Input, misfits, parse
 from dae.recipe import AlignRecipe
 from dae.routing import GENERAL
 from kd.config import ROUTE_NAME, Frozen, address, resolved_yaml
@@ -86,21 +86,6 @@ class Pipeline:
 
     output: Path
     stages: tuple[Stage, ...]
-
-
-@dataclass
-class Draft:
-    """A section on its way to a stage: its raw values, its inputs, and its recipe if it has no mistake."""
-
-    name: str
-    kind: str
-    raw: dict[str, Any]
-    inputs: list[Input] = field(default_factory=list)
-    recipe: Frozen | None = None
-
-    def key(self, key: Key) -> Key:
-        """A key of the section as it stands in the file."""
-        return ("stages", self.name, *as_written(key))
 
 
 @dataclass

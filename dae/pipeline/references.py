@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import Any
 
 from dae.pipeline.kinds import KINDS, Wanted
-from kd.problems import Key
-
-if TYPE_CHECKING:
-    from dae.pipeline.recipe import Draft
+from kd.config import Frozen
+from kd.problems import Key, as_written
 
 MERGED = "merged"
 EVALUATIONS = "evaluations"
@@ -50,6 +48,21 @@ class Input:
         return ".".join(str(part) for part in self.key)
 
 
+@dataclass
+class Draft:
+    """A section on its way to a stage: its raw values, its inputs, and its recipe if it has no mistake."""
+
+    name: str
+    kind: str
+    raw: dict[str, Any]
+    inputs: list[Input] = field(default_factory=list)
+    recipe: Frozen | None = None
+
+    def key(self, key: Key) -> Key:
+        """A key of the section as it stands in the file."""
+        return ("stages", self.name, *as_written(key))
+
+
 def parse(text: str) -> Reference:
     """A text that begins with @ as a reference."""
     stage, _, part = text.removeprefix("@").partition("/")
@@ -79,7 +92,7 @@ def misfit(wanted: Wanted, upstream: Draft, part: str) -> str:
         return ""
     if gives != wanted.removeprefix("full "):
         more = f' (one of its evaluations is "@{upstream.name}/{EVALUATIONS}/ROLE")' if wanted == "evaluation" else ""
-        return f"`{upstream.name}` ({upstream.kind}) gives {_GIVEN[gives]}, {a(wanted)} wanted here{more}"
+        return f"`{upstream.name}` ({upstream.kind}) gives {_GIVEN[gives]}, {subject(wanted)} wanted here{more}"
     if part == MERGED and gives == "checkpoint":
         return "" if has_merged(upstream) else f"`{upstream.name}` writes no merged weights: {remedy(upstream)}"
     if part:
@@ -89,7 +102,7 @@ def misfit(wanted: Wanted, upstream: Draft, part: str) -> str:
     return ""
 
 
-def a(wanted: str) -> str:
+def subject(wanted: str) -> str:
     """With its article and verb."""
     return "rows are" if wanted == "rows" else f"{'an' if wanted == 'evaluation' else 'a'} {wanted} is"
 

@@ -2,8 +2,6 @@
 
 It is the very command that is printed. Signals that reach the pipeline reach it, too; when the pipeline's process is
 killed it ends at once, because nobody would be there to go on.
-
-Run as a module this is the stage's process: LIFELINE (a pipe that nobody writes to) and the command.
 """
 
 from __future__ import annotations
@@ -14,11 +12,10 @@ import selectors
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 Stream = Literal["out", "err"]
 Tell = Callable[[Stream, str], None]
@@ -91,7 +88,7 @@ def start(command: Sequence[str], lifeline: int, out: int, err: int, width: int)
     """Start the process. It has a process group of its own: what a terminal sends comes through the pipeline, once."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     return subprocess.Popen(
-        [sys.executable, "-m", "dae.pipeline.stage_process", str(lifeline), *command],
+        [sys.executable, "-m", "dae.pipeline.stage_command", str(lifeline), *command],
         stdin=subprocess.DEVNULL,
         stdout=out,
         stderr=err,
@@ -141,33 +138,3 @@ class Lines:
         if self._rest:
             self.tell(self.stream, self._rest)
         self._rest = ""
-
-
-# -- in the stage's process --------------------------------------------------------------------------------------------
-
-
-def end_with(lifeline: int) -> None:
-    """End this process as soon as nobody holds the other end of the pipe any more."""
-
-    def wait() -> None:
-        os.read(lifeline, 1)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def main(arguments: Sequence[str]) -> Any:
-    """Be the command, as if it had been typed."""
-    lifeline, *command = arguments
-    end_with(int(lifeline))
-    try:
-        from dae import cli
-
-        sys.argv = ["dae", *command]
-        cli.main()
-    except KeyboardInterrupt:  # before the command line could take it
-        sys.exit(128 + signal.SIGINT)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
