@@ -11,7 +11,7 @@
 - mixture: the mixture of base and expert against the dense base, as the student of `dae align`.
 
 On the embedded world and on stories260k with product questions. Both sides of every comparison have equal rows and
-steps; each has its learning rate chosen from the same grid on validation documents, with the first seed. Finished runs
+steps; each has its learning rate chosen by the same search on validation documents, with the first seed. Finished runs
 of `dae demo` and real_pair.py are used where they lie. Every run is a job; what is finished is passed over, so the same
 call goes on after a stop, and results are written anew after every run from what is there. Ctrl-C or SIGTERM stop it.
 """
@@ -36,7 +36,7 @@ from pathlib import Path
 from benchmarks.trade_off_commands import Command, Job, jobs, making
 from benchmarks.trade_off_plan import BLOCKS, ENDS, GRID, Plan, Rates, grid_runs, planned_runs, tuned_ways
 from benchmarks.trade_off_plot import write_picture
-from benchmarks.trade_off_scores import chosen_rates, collect, tuning
+from benchmarks.trade_off_scores import chosen_rates, collect, grids, tuning
 from benchmarks.trade_off_tables import markdown
 from kd.files import write_text_durably
 
@@ -76,7 +76,7 @@ def run_all(plan: Plan, workers: int, output: Path) -> list[str]:
     except KeyboardInterrupt:
         stop(progress, threads)
         raise
-    planned = jobs(plan, chosen_rates(tuning(plan)))
+    planned = jobs_now(plan)
     return [job.name for job in planned if job.name not in progress.done]
 
 
@@ -117,7 +117,7 @@ def work(plan: Plan, output: Path, progress: Progress) -> None:
 
 def take(plan: Plan, progress: Progress) -> Job | None:
     """The first job of the plan that is not finished, not running, and whose inputs are there."""
-    for job in jobs(plan, chosen_rates(tuning(plan))):
+    for job in jobs_now(plan):
         if job.name in progress.done | progress.running | progress.failed:
             continue
         if is_finished(plan, job):
@@ -125,6 +125,12 @@ def take(plan: Plan, progress: Progress) -> Job | None:
         elif progress.done.issuperset(job.after):
             return job
     return None
+
+
+def jobs_now(plan: Plan) -> list[Job]:
+    """The jobs that can be named with the scores that are there."""
+    tuned = tuning(plan)
+    return jobs(plan, chosen_rates(tuned), grids(tuned))
 
 
 def is_finished(plan: Plan, job: Job) -> bool:
@@ -204,7 +210,7 @@ def example_commands(plan: Plan, rates: Rates) -> list[str]:
     places = {"shared": usual.shared, "work": usual.work, "demo_runs": usual.demo_runs, "real_runs": usual.real_runs}
     first = replace(plan, seeds=plan.seeds[:1], **places)
     known = dict.fromkeys(tuned_ways(first), GRID[1]) | dict(rates)
-    planned = jobs(first, known)
+    planned = jobs(first, known, {})
     runs = [run for run in planned_runs(first, known) if run.way not in ENDS]
     made = {run.name for pair, way in tuned_ways(first) for run in grid_runs(first, pair, way)} | {r.name for r in runs}
     scoring = [job for job in planned if job.name.startswith(RESULTS_AFTER)]

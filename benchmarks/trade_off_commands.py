@@ -9,10 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.trade_off_inputs import KEPT_LAYERS
 from benchmarks.trade_off_plan import (
     ENDS,
+    GRID,
     MERGES,
     WAYS,
+    Grids,
     Pair,
     Part,
     Plan,
@@ -23,6 +26,7 @@ from benchmarks.trade_off_plan import (
     checkpoint,
     ends,
     grid_runs,
+    merged_start,
     runs_at,
     test_scores,
     validation_scores,
@@ -62,14 +66,17 @@ class Job:
     made: tuple[Path, ...] = ()
 
 
-def jobs(plan: Plan, rates: Rates) -> list[Job]:
-    """All jobs that can be named while these learning rates are known, the most wanted first, each once."""
+def jobs(plan: Plan, rates: Rates, grids: Grids) -> list[Job]:
+    """All jobs that can be named while these learning rates are known, the most wanted first, each once.
+
+    grids: the rates to try, of the ways for which that is more than GRID.
+    """
     found: list[Job] = []
     for part, pair, last in blocks_of(plan):
         found += preparation(plan, part, pair)
         scored = [*block_runs(plan, rates, part, pair, last)]
         tuned = [name for name, way in WAYS[pair].items() if way.part == part and way.trains]
-        tuning = [run for name in tuned for run in grid_runs(plan, pair, name)]
+        tuning = [run for name in tuned for run in grid_runs(plan, pair, name, grids.get((pair, name), GRID))]
         # Merges before trainings, and a grid before what waits for it.
         for run in sorted(dict.fromkeys([*tuning, *scored]), key=lambda run: run.rate is not None):
             found += run_jobs(plan, run, validate=run in tuning, test=run in scored)
@@ -102,6 +109,8 @@ def starts_from(run: Run) -> tuple[str, ...]:
     if run.part == "distillation":
         return ("real-small",) if run.pair == "real" else (f"demo-{run.seed}", f"world-small-{run.seed}")
     first = "real-pair" if run.pair == "real" else f"demo-{run.seed}"
+    if run.way == "merged":
+        return (first, merged_start(run.pair, run.seed).name, f"{run.pair}-mixture-{mixture_seed(run)}")
     if run.part == "mixture":
         return (first, f"{run.pair}-mixture-{mixture_seed(run)}")
     return (first,)
@@ -117,7 +126,7 @@ def preparation(plan: Plan, part: Part, pair: Pair) -> list[Job]:
     if pair == "real":
         if part == "distillation":
             return [Job("real-small", (made_input("small-real", plan.work / "real-small", "--base", plan.stories),))]
-        mixture = [mixture_job(plan, pair, 0)] if part == "mixture" else []
+        mixture = [merged_job(plan, pair, 0), mixture_job(plan, pair, 0)] if part == "mixture" else []
         return [real_pair_job(plan), *mixture]
     found = [demo_job(plan, seed) for seed in plan.seeds]
     found.append(Job("validation", (made_input("validation", plan.validation),)))
@@ -126,8 +135,13 @@ def preparation(plan: Plan, part: Part, pair: Pair) -> list[Job]:
             start = plan.work / f"world-small-{seed}"
             found.append(Job(start.name, (made_input("small-world", start, "--seed", seed),)))
         if part == "mixture":
-            found.append(mixture_job(plan, pair, seed))
+            found += [merged_job(plan, pair, seed), mixture_job(plan, pair, seed)]
     return found
+
+
+def merged_job(plan: Plan, pair: Pair, seed: int) -> Job:
+    run = merged_start(pair, seed)
+    return Job(run.name, (making(plan, run),), starts_from(run))
 
 
 def demo_job(plan: Plan, seed: int) -> Job:
@@ -199,12 +213,21 @@ def world_alignment(plan: Plan, run: Run) -> Command:
     expert, start, keys = demo / "expert", base, []
     if run.part == "mixture":
         expert, keys = whole_expert(plan, run.seed), ["lora=null", f"train.max_steps={MIXTURE_STEPS}"]
-        start = str(plan.work / f"world-mixture-{run.seed}") if run.way == "moe" else base
+        start = mixture_start(plan, run)
     share = 0.7 if run.at is None else run.at
     shares = (f"data.shop.0.share={share:g}", f"data.general.0.share={1 - share:g}")
     data = ("--domain-data", f"shop={rows / 'shop_align.jsonl'}", "--general-data", str(rows / "general_align.jsonl"))
     teachers = ("--expert", f"shop={expert}", "--reference", base)
     return ("align", *recipe, "--base", start, *teachers, *data, *shares, *keys)
+
+
+def mixture_start(plan: Plan, run: Run) -> str:
+    """Where a student starts: the base, or for two ways what base and expert come to together."""
+    if run.way == "moe":
+        return str(plan.work / f"{run.pair}-mixture-{mixture_seed(run)}")
+    if run.way == "merged":
+        return str(checkpoint(plan, merged_start(run.pair, run.seed)))
+    return ends(plan, run.pair, run.seed)[0]
 
 
 def real_alignment(plan: Plan, run: Run) -> Command:
@@ -222,8 +245,7 @@ def real_alignment(plan: Plan, run: Run) -> Command:
     )
     if run.at not in (None, 1.0):
         keys += (f"weights={{domain: {run.at!r}, general: 1.0}}",)
-    start = str(plan.work / "real-mixture-0") if run.way == "moe" else base
-    return ("align", "--base", start, "--expert", expert, "--reference", base, *keys)
+    return ("align", "--base", mixture_start(plan, run), "--expert", expert, "--reference", base, *keys)
 
 
 def distillation(plan: Plan, run: Run) -> Command:
@@ -238,7 +260,10 @@ def distillation(plan: Plan, run: Run) -> Command:
     common = (*recipe, "--base", str(base), "--data", str(rows), *keys)
     if run.way == "small_sft":
         return ("sft", *common)
-    attention = ("attention.weight=1.0",) if run.way == "small_attention" else ()
+    attention: Command = ("attention.weight=1.0",) if run.way == "small_attention" else ()
+    if attention and run.pair == "real":  # each layer beside the one that it was cut from
+        pairs = [list(pair) for pair in enumerate(KEPT_LAYERS)]
+        attention += (f"attention.layers={pairs}",)
     return ("distill", "--teacher", ends(plan, run.pair, run.seed)[0], *common, *attention)
 
 

@@ -14,8 +14,10 @@ from typing import Literal
 Pair = Literal["world", "real"]
 Part = Literal["alignment", "distillation", "mixture"]
 Rates = Mapping[tuple[Pair, str], float]  # of (pair, way): the learning rate chosen on validation documents
+Grids = Mapping[tuple[Pair, str], Sequence[float]]  # the learning rates that are tried; GRID where not said
 
-GRID = (1.5e-3, 3e-3, 6e-3)  # of every way that trains, on both pairs
+GRID = (1.5e-3, 3e-3, 6e-3)  # where every way that trains begins, on both pairs
+LOWEST_RATE, HIGHEST_RATE = GRID[0] / 8, GRID[-1] * 8
 FINISHED_RATE = 3e-3  # of the students that `dae demo` and real_pair.py leave behind
 ENDS = ("base", "expert")
 
@@ -57,6 +59,7 @@ def trained_ways(setting: str, settings: tuple[float, ...]) -> dict[str, Way]:
         "small_kd": Way("KD", "distillation"),
         "small_attention": Way("KD and attention loss", "distillation"),
         "moe": Way("DAE, mixture of base and expert", "mixture"),
+        "merged": Way("DAE, dense, from their linear merge at 0.5", "mixture"),
     }
 
 
@@ -157,9 +160,22 @@ def seeds_of(plan: Plan, pair: Pair, way: str) -> tuple[int, ...]:
     return plan.seeds[:1] if is_single else plan.seeds
 
 
-def grid_runs(plan: Plan, pair: Pair, way: str) -> list[Run]:
+def grid_runs(plan: Plan, pair: Pair, way: str, rates: Sequence[float] = GRID) -> list[Run]:
     """The runs that a way's learning rate is chosen from: the first seed's, at its first setting."""
-    return [Run(pair, way, first_setting(pair, way), plan.seeds[0], rate) for rate in GRID]
+    return [Run(pair, way, first_setting(pair, way), plan.seeds[0], rate) for rate in rates]
+
+
+def widened(rates: Sequence[float], best: float) -> tuple[float, ...]:
+    """The grid with one rate more where the best stands at an end, half or twice it; else, or at the limits, as it is.
+
+    So every way's grid goes on until its best rate lies between two worse ones.
+    """
+    lower, higher = rates[0] / 2, rates[-1] * 2
+    if best == rates[0] and lower >= LOWEST_RATE:
+        return (lower, *rates)
+    if best == rates[-1] and higher <= HIGHEST_RATE:
+        return (*rates, higher)
+    return tuple(rates)
 
 
 def tuned_ways(plan: Plan) -> list[tuple[Pair, str]]:
@@ -176,6 +192,11 @@ def runs_at(plan: Plan, pair: Pair, way: str, at: float | None, rate: float | No
 
 def blocks_of(plan: Plan) -> list[tuple[Part, Pair, bool]]:
     return [block for block in BLOCKS if block[0] in plan.parts and block[1] in plan.pairs]
+
+
+def merged_start(pair: Pair, seed: int) -> Run:
+    """The linear merge that the way `merged` starts from; the real pair has one base and one expert."""
+    return Run(pair, "linear", 0.5, seed if pair == "world" else 0, None)
 
 
 def block_runs(plan: Plan, rates: Rates, part: Part, pair: Pair, last: bool) -> Iterator[Run]:

@@ -30,6 +30,7 @@ from benchmarks.trade_off_plan import (
     test_scores,
     tuned_ways,
     validation_scores,
+    widened,
 )
 from dae.demo.world import ALIGNED_KINDS, ALIGNED_SKILLS, GENERAL_SKILLS, UNALIGNED_KINDS, UNALIGNED_SKILLS
 
@@ -126,17 +127,35 @@ def kept_documents(shared: Path, task: str, is_validation: bool) -> NDArray[np.b
 
 def tuning(plan: Plan) -> list[dict[str, Any]]:
     """For every way that trains: its score on validation documents by learning rate, None where that run is missing,
-    and the one chosen: the best once all are there, the lower one of equals.
+    and the one chosen: the best once it lies between two worse ones (or at the limits), the lower one of equals.
     """
     found = []
     for pair, way in tuned_ways(plan):
-        scores = {run.rate: validation_score(plan, run) for run in grid_runs(plan, pair, way)}
-        known = [score for score in scores.values() if score is not None]
-        chosen = next(rate for rate in GRID if scores[rate] == max(known)) if len(known) == len(GRID) else None
+        scores, chosen = search(plan, pair, way)
         found.append(
-            {"pair": pair, "way": way, "scores": {f"{rate:g}": scores[rate] for rate in GRID}, "chosen": chosen}
+            {"pair": pair, "way": way, "scores": {str(rate): scores[rate] for rate in scores}, "chosen": chosen}
         )
     return found
+
+
+def search(plan: Plan, pair: Pair, way: str) -> tuple[dict[float, float | None], float | None]:
+    """(score by learning rate over the grid as far as it is known to go, the rate chosen or None)."""
+    rates: tuple[float, ...] = GRID
+    while True:
+        runs = grid_runs(plan, pair, way, rates)
+        scores = {rate: validation_score(plan, run) for rate, run in zip(rates, runs, strict=True)}
+        known = {rate: score for rate, score in scores.items() if score is not None}
+        if len(known) < len(scores):
+            return scores, None
+        best = max(known, key=lambda rate: known[rate])  # the first, so the lowest of equals
+        if widened(rates, best) == rates:
+            return scores, best
+        rates = widened(rates, best)
+
+
+def grids(tuned: list[dict[str, Any]]) -> dict[tuple[Pair, str], tuple[float, ...]]:
+    """The learning rates that are to be tried, as far as they are known."""
+    return {(line["pair"], line["way"]): tuple(map(float, line["scores"])) for line in tuned}
 
 
 def chosen_rates(tuned: list[dict[str, Any]]) -> dict[tuple[Pair, str], float]:

@@ -86,7 +86,7 @@ def recipe_of_run(plan: Plan, run: Run) -> Any:
 def test_every_command_is_a_valid_recipe_and_waits_for_what_it_reads(plan: Plan) -> None:
     before: set[str] = set()
     stages: set[str] = set()
-    for job in jobs(plan, all_rates(plan)):
+    for job in jobs(plan, all_rates(plan), {}):
         assert set(job.after) <= before, job.name
         assert job.name not in before
         before.add(job.name)
@@ -104,11 +104,11 @@ def test_every_command_is_a_valid_recipe_and_waits_for_what_it_reads(plan: Plan)
 
 
 def test_grids_come_before_what_waits_for_them_and_blocks_in_their_order(plan: Plan) -> None:
-    names = [job.name for job in jobs(plan, {})]
+    names = [job.name for job in jobs(plan, {}, {})]
     assert not any(job.startswith("score-world-dae") for job in names), "no test score before the rate is chosen"
     grid = [run for pair, way in tuned_ways(plan) for run in grid_runs(plan, pair, way)]
     assert {f"validate-{run.name}" for run in grid if run.pair == "world"} <= set(names)
-    known = [job.name for job in jobs(plan, all_rates(plan))]
+    known = [job.name for job in jobs(plan, all_rates(plan), {})]
     places = [
         known.index(name)
         for name in ("score-world-linear-0.3-0", "world-sft-lr0.0015-0", "world-dae-0.3-lr0.0015-0", "real-pair")
@@ -143,9 +143,13 @@ def test_sides_differ_in_what_is_compared_alone(plan: Plan, pair: trade_off_plan
     assert kd.lambda_ == 1.0
     same_but(kd, attention, attention=attention.attention)
     assert attention.attention.weight == 1.0
+    assert attention.attention.layers == ("even" if pair == "world" else ((0, 0), (1, 2), (2, 4)))
     dense = recipe_of_run(plan, Run(pair, *(("dense", None) if pair == "world" else ("dae", 1.0)), 1, 3e-3))
     moe = recipe_of_run(plan, Run(pair, "moe", None, 1, 3e-3))
-    same_but(dense, moe, base=str(plan.work / f"{pair}-mixture-{1 if pair == 'world' else 0}"))
+    made_for = 1 if pair == "world" else 0
+    same_but(dense, moe, base=str(plan.work / f"{pair}-mixture-{made_for}"))
+    merged = recipe_of_run(plan, Run(pair, "merged", None, 1, 3e-3))
+    same_but(dense, merged, base=str(plan.work / f"{pair}-linear-0.5-{made_for}"))
     assert moe.lora is None
     domain = recipe_of_run(plan, Run(pair, "sft", None, 1, 3e-3))
     dae = recipe_of_run(plan, Run(pair, "dae", WAYS[pair]["dae"].settings[0], 1, 3e-3))
@@ -193,7 +197,7 @@ def test_runs_finished_elsewhere_are_those_that_would_be_made_here(plan: Plan) -
 # -- figures and learning rates ----------------------------------------------------------------------------------------
 
 
-def test_the_best_rate_on_validation_documents_is_chosen_once_all_are_there(
+def test_the_search_for_a_rate_ends_with_the_best_between_two_worse_ones(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores: dict[str, float] = {
@@ -204,10 +208,23 @@ def test_the_best_rate_on_validation_documents_is_chosen_once_all_are_there(
         "real-sft-lr0.003-0": -1.2,  # and one is missing
     }
     monkeypatch.setattr(trade_off_scores, "validation_score", lambda _, run: scores.get(run.name))
-    tuned = trade_off_scores.tuning(plan)
-    assert trade_off_scores.chosen_rates(tuned) == {("world", "dae"): 3e-3}
-    scores["real-sft-lr0.006-0"] = -0.9
-    assert trade_off_scores.chosen_rates(trade_off_scores.tuning(plan))["real", "sft"] == 6e-3
+
+    def found() -> tuple[dict[Any, float], tuple[float, ...]]:
+        tuned = trade_off_scores.tuning(plan)
+        assert trade_off_scores.grids(tuned)["world", "dae"] == GRID
+        return trade_off_scores.chosen_rates(tuned), trade_off_scores.grids(tuned)["real", "sft"]
+
+    assert found() == ({("world", "dae"): 3e-3}, GRID)
+    scores["real-sft-lr0.006-0"] = -1.3
+    assert found() == ({("world", "dae"): 3e-3}, (0.75e-3, *GRID)), "the best stands at an end: beyond it"
+    scores["real-sft-lr0.00075-0"] = -1.1
+    assert found() == ({("world", "dae"): 3e-3, ("real", "sft"): 1.5e-3}, (0.75e-3, *GRID))
+    scores["real-sft-lr0.00075-0"], scores["real-sft-lr0.000375-0"] = -0.9, -0.8
+    scores["real-sft-lr0.0001875-0"] = -0.7
+    rates, tried = found()
+    assert rates["real", "sft"] == tried[0] == GRID[0] / 8, "no further than that"
+    scores["real-sft-lr0.006-0"] = -0.1
+    assert found()[1] == (*GRID, 12e-3)
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
@@ -288,7 +305,7 @@ def touch(path: Path, text: str = "x") -> tuple[str, ...]:
 
 
 def run_jobs(plan: Plan, planned: list[Job], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(trade_off, "jobs", lambda _plan, _rates: planned)
+    monkeypatch.setattr(trade_off, "jobs", lambda *_: planned)
     monkeypatch.setattr(trade_off, "write_results", lambda _plan, _output: None)
     return trade_off.run_all(plan, 2, plan.work / "results")
 
