@@ -14,6 +14,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,8 +28,9 @@ from dae.commands.pipeline import run_recipe
 from dae.commands.ranking import rank_teachers
 from dae.merging.recipe import MoeRecipe, ToLoraRecipe, WeightsRecipe
 from dae.recipe import UNNAMED, AlignRecipe, SampleRecipe
+from dae.routing import GENERAL
 from kd.choose.recipe import RankRecipe
-from kd.config import ROUTE_NAME, Frozen, SftRecipe, address, load_recipe
+from kd.config import LARGEST_SEED, ROUTE_NAME, Frozen, SftRecipe, address, load_recipe
 from kd.distill_recipe import DistillRecipe
 from kd.errors import MachineError, Stopped, UserError
 from kd.layers import Layers
@@ -49,6 +51,7 @@ SCHEMAS: dict[str, type[Frozen]] = {
     "merge-to-lora": ToLoraRecipe,
     "suite": Suite,
 }
+CHECKED = ("align", "distill", "sft")  # the stages that `dae check` looks at
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 SMALLER_STEP = (
     "halve train.per_device_train_batch_size and double train.gradient_accumulation_steps (the result is the same), "
@@ -181,8 +184,8 @@ def check(
 ) -> None:
     """Load everything but the weights: show rows, shares, masks, steps, memory; refuse what would go wrong."""
     chosen = stage or stage_of(recipe, assignments or [])
-    if chosen not in ("align", "distill", "sft"):
-        raise UserError(f"--stage {chosen}: wants align, distill or sft")
+    if chosen not in CHECKED:
+        raise UserError(f"--stage {chosen}: wants {one_of(CHECKED)}")
     loaded = load_recipe(SCHEMAS[chosen], recipe, {}, assignments or [])
 
     from dae.check import check as run
@@ -210,7 +213,9 @@ def keys(stage: Annotated[str, typer.Argument(metavar=f"[{'|'.join(SCHEMAS)}]")]
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(metavar="DIR", help="where its runs go")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="of weights and of the order of rows; the world stays the same")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="of weights and of the order of rows; the world stays the same")
+    ] = 0,
 ) -> None:
     """The whole story on a small made-up world: base, expert, student, report. No download, no GPU."""
     from dae.demo.story import demo as run
@@ -237,6 +242,8 @@ def align_flags(experts: Sequence[str], domain_data: Sequence[str]) -> tuple[dic
     if "expert" in flags and len(flags) > 1:
         raise UserError(f"--expert {flags['expert']}: has no name beside named ones: write --expert NAME=PATH")
     for name, path in map(named, domain_data):
+        if name == GENERAL:
+            raise UserError(f"--domain-data {name}={path}: `{GENERAL}` is the reference's route: --general-data {path}")
         key = f"data.{name or UNNAMED}"
         flags.setdefault(key, []).append(path)
         names[key] = "--domain-data"
@@ -250,13 +257,36 @@ def named(text: str) -> tuple[str | None, str]:
 
 
 def stage_of(recipe: Path, assignments: Sequence[str]) -> str:
-    """The stage that a recipe is for: `align` if it names an expert, `distill` if it names a teacher, else `sft`."""
+    """The stage that a recipe is for: `align` if it names an expert, `distill` if it names a teacher, else `sft`.
+
+    Raises UserError where it is a recipe of a command that is none of these stages.
+    """
     layers = Layers(address)
     layers.read_yaml(recipe)
+    command = other_command(set(layers.raw))
+    if command is not None:
+        raise UserError(
+            f"{recipe}: is a recipe of `dae {command}`, which tells all its mistakes itself before anything runs; "
+            f"`dae check` looks at recipes of {one_of(CHECKED)}"
+        )
     for key, stage in (("expert", "align"), ("teacher", "distill")):
         if key in layers.raw or any(text.startswith(key) for text in assignments):
             return stage
     return "sft"
+
+
+def other_command(keys: AbstractSet[str]) -> str | None:
+    """The command whose recipe knows more of these outermost keys than those of the stages that are checked do."""
+    from dae.pipeline.recipe import PipelineRecipe
+
+    def known(schema: type[Frozen]) -> int:
+        return len(keys & {field.alias or name for name, field in schema.model_fields.items()})
+
+    others = {"run": PipelineRecipe, **{name: schema for name, schema in SCHEMAS.items() if name not in CHECKED}}
+    best = max(others, key=lambda name: known(others[name]))
+    if known(others[best]) <= max(known(SCHEMAS[stage]) for stage in CHECKED):
+        return None
+    return "eval tasks --suite" if best == "suite" else best.replace("merge-", "merge ")
 
 
 def run_here(arguments: Sequence[str]) -> None:
@@ -281,14 +311,20 @@ def tell(result: RunResult) -> None:
     for route in summary["rows"]:
         last = summary["last"]
         if f"{route}/kl" in last:
-            line = f"KL to its teacher {summary['initial_kl'].get(route, 0.0):.3f} -> {last[f'{route}/kl']:.3f}"
+            first = summary["initial_kl"].get(route, 0.0)
+            line = f"KL to its teacher {nats(first)} -> {nats(last[f'{route}/kl'])}"
         elif f"{route}/ntp" in last:
-            line = f"next-token loss {last[f'{route}/ntp']:.3f}"
+            line = f"next-token loss {nats(last[f'{route}/ntp'])}"
         else:
             continue
         held_out = summary["held_out"]
         measured = held_out.get(f"eval_{route}_kl", held_out.get(f"eval_{route}_ntp"))
-        typer.echo(f"  {route:<12} {line}" + ("" if measured is None else f"; held out {measured:.3f}"))
+        typer.echo(f"  {route:<12} {line}" + ("" if measured is None else f"; held out {nats(measured)}"))
+
+
+def nats(value: float) -> str:
+    """Three digits; what rounds to 0 has no sign."""
+    return f"{round(value, 3) + 0.0:.3f}"
 
 
 def is_first_rank() -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from dae.routing import GENERAL
-from kd.config import DATA_SETTINGS, ROUTE_NAME, Frozen, StageRecipe, route_problems
+from kd.config import DATA_SETTINGS, LARGEST_SEED, ROUTE_NAME, Frozen, StageRecipe, route_problems
 from kd.errors import UserError
 from kd.fingerprints import data_sha256
 from kd.problems import NO_VALUE, Problem
@@ -134,17 +134,46 @@ def complete_from_run_folders(raw: dict[str, Any]) -> dict[str, Any]:
     """Rows that a recipe does not name, as the run folders of its checkpoints tell them.
 
     An expert's rows are those that it was trained on; general rows are those of the reference (or the base). A file is
-    used only if its content still is what it was then.
+    used only if its content still is what it was then. Settings of single sources, such as `data.domain.0.share=0.2`,
+    go over them.
     """
     experts, data = raw.get("expert"), raw.get("data")
     if not isinstance(experts, Mapping) or not isinstance(data, Mapping):
         return raw
     routes = dict(data["routes"])
     for name, path in {**experts, GENERAL: raw.get("reference") or raw.get("base")}.items():
-        found = recorded_sources(path, name) if isinstance(path, str) and name not in routes else ""
+        settings = settings_by_place(routes.get(name, ()))
+        if not isinstance(path, str) or settings is None:
+            continue
+        routes.pop(name, None)
+        found = recorded_sources(path, name)
         if not isinstance(found, str):
-            routes[name] = found
+            routes[name] = with_settings(found, settings, name, path)
     return {**raw, "data": {**data, "routes": routes}}
+
+
+def settings_by_place(route: Any) -> Mapping[str, Any] | None:
+    """{"0": {"share": 0.2}} where that is all that is written of a route; None where it names rows of its own.
+
+    `data.domain.0.share=0.2` leaves this behind where nothing stands at `data.domain`, read as a single source.
+    """
+    if not isinstance(route, Sequence) or len(route) > 1:
+        return None
+    written = route[0] if route else {}
+    return written if isinstance(written, Mapping) and all(str(place).isdigit() for place in written) else None
+
+
+def with_settings(
+    sources: Sequence[Mapping[str, Any]], settings: Mapping[Any, Any], route: str, folder: str
+) -> list[dict[str, Any]]:
+    """Sources with settings over them, by place. Raises UserError for a place that none of them has."""
+    found = [dict(source) for source in sources]
+    for place, values in settings.items():
+        if int(place) >= len(found):
+            last = f"only 0 to {len(found) - 1}" if len(found) > 1 else "only 0"
+            raise UserError(f"data.{route}.{place}: {folder} was trained on no such source for it: {last}")
+        found[int(place)] |= values
+    return found
 
 
 def recorded_sources(folder: str, route: str) -> list[dict[str, Any]] | str:
@@ -166,7 +195,8 @@ def recorded_sources(folder: str, route: str) -> list[dict[str, Any]] | str:
         try:
             unchanged = data_sha256(source["path"]) == source["sha256"]
         except UserError:
-            return f"{folder} was trained on {source['path']}, which is not there"
+            from_here = "" if Path(source["path"]).is_absolute() else " from this folder"
+            return f"{folder} was trained on {source['path']}, which is not there{from_here}"
         if not unchanged:
             return f"{folder} was trained on {source['path']}, which has changed since"
         sources.append({"path": source["path"], "split": splits[place] if place < len(splits) else "train"})
@@ -190,7 +220,7 @@ class SampleRecipe(Frozen):
     max_new_tokens: int = Field(default=256, ge=1, description="longest row in tokens; the model's context caps it")
     temperature: float = Field(default=1.0, gt=0, description="of the sampling; 1 is the model's own distribution")
     batch_size: int = Field(default=16, ge=1, description="rows written at a time")
-    seed: int = Field(default=0, ge=0, description="the same seed gives the same rows")
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="the same seed gives the same rows")
     prompts: str | None = Field(
         default=None,
         min_length=1,

@@ -125,9 +125,11 @@ class Layers:
             return
         try:
             value = yaml.load(text, Loader=RecipeLoader)  # noqa: S506 - derived from SafeLoader
-        except yaml.YAMLError:
+            places = list(walk(yaml.compose(text, Loader=RecipeLoader), key))
+        except (yaml.YAMLError, RecursionError):
             self.problems.append(Problem(key, text, "cannot be read as a YAML value: put it in quotes", assignment))
             return
+        self.problems += [Problem(inner, NO_VALUE, words, assignment) for inner, _, words in places if words]
         self.put(key, value, assignment)
 
 
@@ -178,7 +180,8 @@ def walk(node: yaml.Node, key: Key) -> Iterator[tuple[Key, yaml.Mark, str]]:
             name = str(name_node.value)
             words = "" if name_node.tag.endswith(":str") else "a key is text: put it in quotes"
             if name in seen:
-                words = f"stands twice, on lines {seen[name]} and {name_node.start_mark.line + 1}: remove one"
+                first, again = seen[name], name_node.start_mark.line + 1
+                words = f"stands twice{f', on lines {first} and {again}' if first != again else ''}: remove one"
             seen.setdefault(name, name_node.start_mark.line + 1)
             yield (*key, name), name_node.start_mark, words
             yield from walk(item, (*key, name))

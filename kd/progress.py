@@ -18,7 +18,7 @@ def one_line(logs: Mapping[str, Any]) -> str:
     for key, value in logs.items():
         route, _, what = key.partition("/")
         if what == "kl" or (what == "ntp" and f"{route}/kl" not in logs):
-            parts.append(f"{route} {what} {value:.4f}")
+            parts.append(f"{route} {what} {round(value, 4) + 0.0:.4f}")  # what rounds to 0 has no sign
     return "  ".join(parts)
 
 

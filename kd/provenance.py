@@ -57,12 +57,14 @@ def base_fingerprint_of(adapter_folder: str | Path) -> str | None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], recipe_before: str, recipe_now: str) -> list[str]:
-    """One line, with the old and the new value, for each recipe key and input that differs.
+    """One line, with the old and the new value, for each recipe key and input that differs; for another stage, that.
 
     The number of processes counts among them: it decides how many rows make an optimizer step.
     """
+    if before.get("stage") != now["stage"]:
+        return [f"stage: {_shown(before.get('stage'))} -> {_shown(now['stage'])}"]
     pairs = (
-        {"stage": (before.get("stage"), now["stage"]), "processes": (before.get("processes", 1), now["processes"])}
+        {"processes": (before.get("processes", 1), now["processes"])}
         | _pairs(_flat(_yaml_of_recipe(recipe_before)), _flat(_yaml_of_recipe(recipe_now)))
         | _pairs(_input_hashes(before), _input_hashes(now))
     )

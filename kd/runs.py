@@ -6,6 +6,7 @@
       environment.json   versions, devices, command line
       recipe.yaml        the resolved recipe
       metrics.jsonl      one line of JSON per logged step
+      trackers/          event files of a tracker that keeps files here (train.report_to)
       checkpoints/step-000123/   whatever the trainer saved, and manifest.json with the SHA-256 of each file
       ...                published files: adapter or weights, tokenizer, model card
       run.json           summary and SHA-256 of the published files; written last, so its presence means finished
@@ -74,10 +75,11 @@ RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+TRACKERS = "trackers"
 LOCK = ".lock"
 MANIFEST = "manifest.json"
 _PUBLISHING = ".publishing"
-_OWN_NAMES = {PROVENANCE, ENVIRONMENT, RECIPE, METRICS, CHECKPOINTS, LOCK, FINISHED}
+_OWN_NAMES = {PROVENANCE, ENVIRONMENT, RECIPE, METRICS, CHECKPOINTS, TRACKERS, LOCK, FINISHED}
 _LEFTOVER = re.compile(r"\.(tmp|drop)-.*|\.staging|\.publishing")
 _STEP = re.compile(r"step-(\d{6,})")
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
@@ -118,6 +120,11 @@ class RunFolder:
     def metrics_path(self) -> Path:
         """The file of metrics, one line of JSON per logged step."""
         return self.path / METRICS
+
+    @property
+    def trackers_dir(self) -> Path:
+        """Where a tracker may keep files of its own."""
+        return self.path / TRACKERS
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import math
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback
 
 from kd.errors import UserError
 from kd.files import disk_errors
@@ -79,6 +81,10 @@ class RoutedTrainer(Trainer):
             data_collator=collate,
             callbacks=callbacks,
         )
+        for callback in self.callback_handler.callbacks:
+            # TensorBoard's files would go with the staging folder; its own environment variable comes first.
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(run.trackers_dir)
         self.pop_callback(PrinterCallback)  # it prints dictionaries; progress is shown by a callback of ours
         self.objective = objective
         self.collate = collate
@@ -101,8 +107,8 @@ class RoutedTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """[R] response tokens of each route in the optimizer step, over all micro-batches and ranks."""
         routes = len(self.objective.routes)
-        tokens_R = sum((response_token_counts(b, routes) for b in batch_samples), torch.zeros(routes, dtype=torch.long))
-        tokens_R = tokens_R.to(device)
+        counts = (response_token_counts(batch, routes).to(device) for batch in batch_samples)
+        tokens_R = sum(counts, torch.zeros(routes, dtype=torch.long, device=device))
         if self.args.world_size > 1:
             tokens_R = self.accelerator.reduce(tokens_R, "sum")
         return tokens_R
@@ -328,7 +334,10 @@ class EarlyStopping(EarlyStoppingCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the optimizer step, write a checkpoint, stop. A second Ctrl-C stops at once."""
+    """Ctrl-C or SIGTERM: finish the optimizer step, write a checkpoint, stop. A second Ctrl-C stops at once.
+
+    Python hands signals to the main thread alone: a run in another one leaves them to whoever started it.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -340,6 +349,8 @@ class StopOnSignal(TrainerCallback):
         self.received = number
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._note)
 

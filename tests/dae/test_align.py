@@ -12,7 +12,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -639,6 +641,46 @@ def test_trackers_get_what_metrics_jsonl_gets(world: Path, monkeypatch: pytest.M
     assert [line["domain/kl"] for line in logged if "domain/kl" in line] == [
         line["domain/kl"] for line in trained_steps(folder)
     ]
+
+
+class WriterToDisk:
+    """What transformers' callback asks of a SummaryWriter: scalars by name, in a file of its folder."""
+
+    def __init__(self, log_dir: str) -> None:
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        self.file = Path(log_dir) / "events"
+
+    def add_text(self, *_: Any) -> None:
+        pass
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(f"{name} {step}\n")
+
+    def flush(self) -> None:
+        pass
+
+    close = flush
+
+
+def test_the_files_of_a_tracker_stay_in_the_run_folder(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=WriterToDisk))
+    folder = run("train.report_to=tensorboard", "train.max_steps=2", "train.logging_steps=1")
+    assert "train/domain/kl 2" in (folder / "trackers" / "events").read_text().splitlines()
+    assert cli.run(align_command("train.report_to=tensorboard", "train.max_steps=2", "train.logging_steps=1")) == 0
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
+    run("train.report_to=tensorboard", "train.max_steps=2", "train.logging_steps=1", output="other")
+    assert Path("elsewhere/events").is_file()
+    assert not Path("other/trackers").exists()
+
+
+def test_align_runs_in_a_thread(world: Path) -> None:
+    """From a notebook's or a server's thread, where Python lets nobody take signals."""
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(cli.run, align_command("train.max_steps=1")).result() == 0
 
 
 def test_a_tracker_that_is_not_there_is_told(world: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -276,6 +276,11 @@ COMMANDS = {
         ("add --general-data PATH",),
         arguments=("align", "--base", "base", "--expert", "expert", "--domain-data", "shop.jsonl"),
     ),
+    "general rows by the flag of domains": Case(
+        nothing,
+        ("--domain-data general=x.jsonl: `general` is the reference's route",),
+        ("--domain-data", "general=x.jsonl"),
+    ),
     "no such recipe": Case(nothing, ("no.yaml: there is no such recipe file",), ("--recipe", "no.yaml")),
     "a recipe that is no YAML": Case(
         lambda w: (w / "r.yaml").write_text("base: [\n"), ("r.yaml:",), ("--recipe", "r.yaml")

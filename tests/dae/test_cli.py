@@ -15,7 +15,7 @@ import torch
 
 from dae import cli
 from dae.recipe import AlignRecipe
-from kd.config import SftRecipe
+from kd.config import SftRecipe, load_recipe
 from kd.errors import MachineError, Stopped, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -142,6 +142,45 @@ def test_check_knows_the_stage(
     assert [type(recipe) for recipe in checked] == [schema]
 
 
+@pytest.mark.parametrize(
+    ("text", "command"),
+    [
+        ("stages: {expert: {stage: sft}}", "run"),
+        ("base: b\nexperts: [{path: a, prompts: [x]}]\noutput: o", "merge moe"),
+        ("method: ties\nbase: b\nexpert: e\nweight: 0.5\noutput: o", "merge weights"),
+        ("reference: r\nexpert: e\nrank: 4\noutput: o", "merge to-lora"),
+        ("model: m\nrows: 10\noutput: o.jsonl", "sample"),
+    ],
+)
+def test_check_names_the_command_of_another_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, command: str
+) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    assert cli.run(["check", str(tmp_path / "r.yaml")]) == 2
+    told = capsys.readouterr().err
+    assert f"r.yaml: is a recipe of `dae {command}`, which tells all its mistakes itself before anything runs" in told
+    assert len(told.splitlines()) == 1
+
+
+def test_an_align_recipe_with_a_key_of_another_stays_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.yaml").write_text("base: b\nexpert: e\noutput: o\nrank: 4")
+    assert cli.run(["check", str(tmp_path / "r.yaml")]) == 2
+    assert "rank = 4: stands in another place: write `lora.rank`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [n for n, schema in cli.SCHEMAS.items() if "seed" in schema.model_fields])
+def test_a_seed_that_no_library_takes_is_told(command: str) -> None:
+    with pytest.raises(UserError, match="seed=4294967296: must be at most 4294967295"):
+        load_recipe(cli.SCHEMAS[command], None, {}, ["seed=4294967296"])
+
+
+@pytest.mark.parametrize("command", [["demo"], ["eval", "mt-bench"], ["eval", "alpaca-eval"]])
+def test_a_seed_is_a_flag_with_the_same_bounds(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([*command, "--seed", "4294967296"]) == 2
+    told = capsys.readouterr().err
+    assert "--seed" in told and "4294967295" in told
+
+
 # -- exit statuses -----------------------------------------------------------------------------------------------------
 
 
@@ -257,7 +296,7 @@ def test_what_is_told_of_a_finished_run(capsys: pytest.CaptureFixture[str]) -> N
     summary = {
         "steps": 3,
         "rows": {"general": 9, "shop": 4, "silent": 1},
-        "initial_kl": {"general": 0.0, "shop": 1.5},
+        "initial_kl": {"general": -1e-9, "shop": 1.5},
         "last": {"loss": 0.2, "general/kl": 0.01, "shop/kl": 0.25, "shop/ntp": 0.4},
         "held_out": {"eval_shop_kl": 0.3, "eval_shop_ntp": 0.5},
     }

@@ -151,6 +151,21 @@ def test_rows_are_taken_from_the_run_folders_of_expert_and_reference(tmp_path: P
     assert [s.path for s in told.data.routes["domain"]] == ["mine.jsonl"]
 
 
+def test_settings_go_over_the_rows_that_run_folders_tell(tmp_path: Path) -> None:
+    domain, general = tmp_path / "domain.jsonl", tmp_path / "general.jsonl"
+    domain.write_text("{}\n")
+    general.write_text("{}{}\n")
+    flags = {"base": str(run_folder(tmp_path / "b", general)), "expert": str(run_folder(tmp_path / "e", domain))}
+    recipe = load(flags, "data.domain.0.share=0.2", "data.general.0.share=0.8", "data.general.0.repeat=true")
+    assert [(s.path, s.share, s.repeat) for s in recipe.data.routes["domain"]] == [(str(domain), 0.2, False)]
+    assert [(s.path, s.share, s.repeat) for s in recipe.data.routes["general"]] == [(str(general), 0.8, True)]
+    told = message(flags, "data.domain.1.share=0.2")
+    assert told == f"data.domain.1: {tmp_path / 'e'} was trained on no such source for it: only 0"
+    assert "no training rows for `domain`: add --domain-data PATH" in message(
+        {**flags, "expert": "x"}, "data.domain.0.share=0.2"
+    )
+
+
 def test_the_reference_tells_general_rows_before_the_base(tmp_path: Path) -> None:
     of_base, of_reference = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     of_base.write_text("1")

@@ -249,6 +249,7 @@ def test_provenance_says_what_a_later_stage_needs(tmp_path: Path) -> None:
             f'content of data.ecom[0]: "{"2" * 64}" -> "{"3" * 64}"',
         ),
         ({"stage": "sft"}, 'stage: "align" -> "sft"'),
+        ({"stage": "sft", "recipe": RECIPE + "more: 1\n"}, 'stage: "align" -> "sft"'),  # the rest follows from it
     ],
 )
 def test_another_recipe_or_input_is_refused_by_its_name_alone(tmp_path: Path, change: Any, line: str) -> None:
