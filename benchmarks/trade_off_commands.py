@@ -126,7 +126,7 @@ def preparation(plan: Plan, part: Part, pair: Pair) -> list[Job]:
     if pair == "real":
         if part == "distillation":
             return [Job("real-small", (made_input("small-real", plan.work / "real-small", "--base", plan.stories),))]
-        mixture = [merged_job(plan, pair, 0), mixture_job(plan, pair, 0)] if part == "mixture" else []
+        mixture = [mixture_job(plan, pair, 0)] if part == "mixture" else []
         return [real_pair_job(plan), *mixture]
     found = [demo_job(plan, seed) for seed in plan.seeds]
     found.append(Job("validation", (made_input("validation", plan.validation),)))

@@ -59,7 +59,6 @@ def trained_ways(setting: str, settings: tuple[float, ...]) -> dict[str, Way]:
         "small_kd": Way("KD", "distillation"),
         "small_attention": Way("KD and attention loss", "distillation"),
         "moe": Way("DAE, mixture of base and expert", "mixture"),
-        "merged": Way("DAE, dense, from their linear merge at 0.5", "mixture"),
     }
 
 
@@ -67,6 +66,7 @@ WAYS: Mapping[Pair, Mapping[str, Way]] = {
     "world": {
         **trained_ways("share of domain rows", (0.7, 0.3, 0.1)),
         "dense": Way("DAE, dense", "mixture"),
+        "merged": Way("DAE, dense, from their linear merge at 0.5", "mixture"),
         **MERGES,
     },
     "real": {**trained_ways("weight of domain rows", (1.0, 0.25, 4.0)), **MERGES},
@@ -80,8 +80,8 @@ BLOCKS: tuple[tuple[Part, Pair, bool], ...] = (
     ("distillation", "real", False),
     ("mixture", "world", False),
     ("alignment", "world", True),
-    ("alignment", "real", True),
     ("mixture", "real", False),
+    ("alignment", "real", True),
 )
 EARLY_SETTINGS = 2
 
@@ -195,8 +195,8 @@ def blocks_of(plan: Plan) -> list[tuple[Part, Pair, bool]]:
 
 
 def merged_start(pair: Pair, seed: int) -> Run:
-    """The linear merge that the way `merged` starts from; the real pair has one base and one expert."""
-    return Run(pair, "linear", 0.5, seed if pair == "world" else 0, None)
+    """The linear merge that the way `merged` starts from."""
+    return Run(pair, "linear", 0.5, seed, None)
 
 
 def block_runs(plan: Plan, rates: Rates, part: Part, pair: Pair, last: bool) -> Iterator[Run]:

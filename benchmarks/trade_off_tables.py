@@ -49,7 +49,7 @@ NOTES = """## How it was done
 - **Mixture.** `dae merge moe` of base and expert, gate `hidden`, both experts for every token. World: all weights, 300
   steps of 64 rows, share 0.7, for the mixture and the dense base alike. Real pair: as the dense student above. Equal
   rows and steps: the mixture has more weights and takes longer. It also starts with the expert's weights in it, which
-  the dense base does not; the dense student from their linear merge starts from both, too.
+  the dense base does not; on the world a dense student from their linear merge starts from both, too.
 - **Learning rates.** Every side that trains has its own, the best on validation documents by one score, with the first
   seed at the first setting; it is kept for other seeds and settings. All begin with the same three rates, and go on by
   factors of two until the best lies between two worse ones, or an eighth of the lowest or eight times the highest is

@@ -146,10 +146,10 @@ def test_sides_differ_in_what_is_compared_alone(plan: Plan, pair: trade_off_plan
     assert attention.attention.layers == ("even" if pair == "world" else ((0, 0), (1, 2), (2, 4)))
     dense = recipe_of_run(plan, Run(pair, *(("dense", None) if pair == "world" else ("dae", 1.0)), 1, 3e-3))
     moe = recipe_of_run(plan, Run(pair, "moe", None, 1, 3e-3))
-    made_for = 1 if pair == "world" else 0
-    same_but(dense, moe, base=str(plan.work / f"{pair}-mixture-{made_for}"))
-    merged = recipe_of_run(plan, Run(pair, "merged", None, 1, 3e-3))
-    same_but(dense, merged, base=str(plan.work / f"{pair}-linear-0.5-{made_for}"))
+    same_but(dense, moe, base=str(plan.work / f"{pair}-mixture-{1 if pair == 'world' else 0}"))
+    if pair == "world":
+        merged = recipe_of_run(plan, Run(pair, "merged", None, 1, 3e-3))
+        same_but(dense, merged, base=str(plan.work / "world-linear-0.5-1"))
     assert moe.lora is None
     domain = recipe_of_run(plan, Run(pair, "sft", None, 1, 3e-3))
     dae = recipe_of_run(plan, Run(pair, "dae", WAYS[pair]["dae"].settings[0], 1, 3e-3))
