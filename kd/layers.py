@@ -125,7 +125,8 @@ class Layers:
             return
         try:
             value = yaml.load(text, Loader=RecipeLoader)  # noqa: S506 - derived from SafeLoader
-            places = list(walk(yaml.compose(text, Loader=RecipeLoader), key))
+            node = yaml.compose(text, Loader=RecipeLoader)
+            places = [] if node is None else list(walk(node, key))
         except (yaml.YAMLError, RecursionError):
             self.problems.append(Problem(key, text, "cannot be read as a YAML value: put it in quotes", assignment))
             return
