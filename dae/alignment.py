@@ -16,9 +16,10 @@ from collections.abc import Mapping
 
 from dae_eval.drift import DriftCallback
 
+from dae.continuing import with_lora_of_student
 from dae.recipe import AlignRecipe
 from dae.routing import GENERAL, default_route_shares, teachers_by_route
-from kd.compatibility import check_adapter, check_tokenizers, empty_model, is_adapter
+from kd.compatibility import check_adapter, check_complete, check_tokenizers, is_adapter, refuse_adapter_as_base
 from kd.errors import UserError
 from kd.fingerprints import model_fingerprint
 from kd.losses import TokenLoss
@@ -47,6 +48,7 @@ def align(recipe: AlignRecipe) -> RunResult:
     """
     inputs = fingerprints(recipe)
     check_checkpoints(recipe, inputs)
+    recipe = with_lora_of_student(recipe)
     data = load_stage_data(recipe, [GENERAL, *recipe.expert], default_route_shares(recipe.expert))
     return run_stage(
         "align",
@@ -79,14 +81,13 @@ def fingerprints(recipe: AlignRecipe) -> dict[str, str]:
 def check_checkpoints(recipe: AlignRecipe, inputs: Mapping[str, str]) -> None:
     """Raise UserError where a checkpoint does not belong to the others; reads no weights."""
     paths = role_paths(recipe)
-    if is_adapter(recipe.base):
-        raise UserError(f"base: {recipe.base}: is an adapter; pass the full checkpoint it was trained on, or merge it.")
+    refuse_adapter_as_base(recipe.base)
     check_tokenizers(recipe.base, paths, recipe.trust_remote_code)
     for role, path in paths.items():
         if is_adapter(path):
             check_adapter(role, path, recipe.base, inputs["base"], recipe.trust_remote_code)
     for path in {inputs[role]: path for role, path in paths.items() if not is_adapter(path)}.values():
-        empty_model(path, recipe.trust_remote_code)
+        check_complete(path, recipe.trust_remote_code)
     if recipe.student_from is not None and is_adapter(recipe.student_from) != (recipe.lora is not None):
         kind, remedy = ("an adapter", "merge it") if recipe.lora is None else ("a full checkpoint", "set `lora: null`")
         raise UserError(
@@ -109,14 +110,18 @@ def build_roles(recipe: AlignRecipe, inputs: Mapping[str, str], settings: LoadSe
         start = recipe.student_from or recipe.base
         student = Role("student", trainable_model(start, settings, student_dtype(recipe)), None)
     teachers = teachers_by_route(*load_teachers(recipe, inputs, settings, shared))
+    roles = (student, *teachers.values())
+    return StageRoles(student.model, objective_of(recipe, teachers), roles, vocabulary_rows(roles))
+
+
+def objective_of(recipe: AlignRecipe, teachers: Mapping[str, Role | None]) -> Objective:
+    """What is minimised, with each route's teacher (None: only the routes' weights are of interest)."""
     factors = recipe.weights if isinstance(recipe.weights, Mapping) else {}
-    objective = Objective(
+    return Objective(
         tuple(Route(name, teacher, factors.get(name, 1.0)) for name, teacher in teachers.items()),
         TokenLoss(recipe.lambda_, recipe.temperature, recipe.divergence, recipe.beta),
         pooled=recipe.weights == "tokens",
     )
-    roles = (student, *teachers.values())
-    return StageRoles(student.model, objective, roles, vocabulary_rows(roles))
 
 
 def needs_base(recipe: AlignRecipe, inputs: Mapping[str, str]) -> bool:

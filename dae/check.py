@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,26 +22,29 @@ from rich.text import Text
 from transformers import TrainingArguments
 
 from dae.alignment import check_checkpoints, fingerprints
-from dae.estimates import Item, Models, disk, loss_shares, memory, models_of, tokens_of_run
+from dae.continuing import with_lora_of_student
+from dae.empty_roles import check_roles, fewest_positions
+from dae.estimates import Item, Models, disk, memory, models_of, tokens_of_run
+from dae.loss_shares import LossShare, loss_shares
 from dae.overlap import overlaps
 from dae.recipe import AlignRecipe
 from dae.routing import GENERAL, default_route_shares
 from kd import distill
 from kd.config import SftRecipe, SourceRecipe, resolved_yaml
-from kd.data import TokenRows, marked_text, read_records
+from kd.data import SourceReport, TokenRows, marked_text, read_records
 from kd.distill_recipe import DistillRecipe
 from kd.errors import UserError
 from kd.fingerprints import model_fingerprint
 from kd.mixing import Mixture
-from kd.provenance import read_provenance
-from kd.roles import LoadSettings, head_of, learned_positions, refuse_unknown_forward
-from kd.router import refuse_useless_router_loss
+from kd.provenance import HELD_OUT, read_provenance
+from kd.roles import LoadSettings
 from kd.runs import RunFolder
-from kd.sft import ROUTE
+from kd.sft import ROUTE, check_checkpoint
 from kd.stage import load_settings, planned_steps, rows_per_step, training_arguments
 from kd.stage_data import StageData, load_stage_data, refuse_unfit_rows
 
 SMALL_SHARE = 0.05  # of the loss: below it a route is hardly learnt
+MANY_STEPS = 0.1  # of the run: a route that is missing from more has noticeably less of the loss than it was given
 ROWS_SHOWN = 2  # of each route
 CHARACTERS_SHOWN = 240  # of each segment of a row
 STAGES = {SftRecipe: "sft", DistillRecipe: "distill", AlignRecipe: "align"}
@@ -89,7 +92,7 @@ def check(recipe: SftRecipe | DistillRecipe | AlignRecipe) -> None:
     console = Console(highlight=False)
     show_routes(console, recipe, plan)
     show_rows(console, plan)
-    show_overlap(console, recipe)
+    show_held_out(console, recipe, plan.data)
     show_effort(console, recipe, plan)
 
 
@@ -102,9 +105,13 @@ def make_plan(recipe: SftRecipe | DistillRecipe | AlignRecipe) -> Plan:
     models = None
     if inputs is not None:
         if isinstance(recipe, AlignRecipe):
-            found.of(lambda: check_checkpoints(recipe, inputs))
+            found.of(partial(check_checkpoints, recipe, inputs))
         if isinstance(recipe, DistillRecipe):
-            found.of(lambda: distill.check_checkpoints(recipe))
+            found.of(partial(distill.check_checkpoints, recipe))
+        if isinstance(recipe, SftRecipe):
+            found.of(partial(check_checkpoint, recipe))
+        if isinstance(recipe, AlignRecipe) and not found.problems:
+            recipe = found.of(partial(with_lora_of_student, recipe)) or recipe
         # What does not belong together cannot be laid out either.
         models = found.of(lambda: models_of(recipe, inputs, settings)) if not found.problems else None
     args = found.of(lambda: training_arguments(recipe, settings))
@@ -115,8 +122,11 @@ def make_plan(recipe: SftRecipe | DistillRecipe | AlignRecipe) -> Plan:
         mixture = found.of(lambda: Mixture(data.sources, rows_per_step(args), recipe.seed))
     if mixture is not None and args is not None:
         steps = found.of(lambda: planned_steps(mixture, args))
+    if models is not None:
+        found.of(lambda: check_roles(recipe, models.roles))
     if data is not None and models is not None:
-        found.of(lambda: check_fit(recipe, data, models))
+        positions = fewest_positions(models.roles)
+        found.of(lambda: refuse_unfit_rows(recipe, data, models.vocabulary_rows, positions))
     if data is not None and inputs is not None:
         found.of(lambda: look_at_output(recipe, inputs, data))
     found.tell()
@@ -182,49 +192,55 @@ def look_at_output(recipe: SftRecipe | DistillRecipe | AlignRecipe, inputs: Mapp
     )
 
 
-def check_fit(recipe: SftRecipe | DistillRecipe | AlignRecipe, data: StageData, models: Models) -> None:
-    """Raise UserError where the models cannot take these rows."""
-    base = models.base
-    refuse_unknown_forward(base, recipe.base)  # type: ignore[arg-type]
-    head_of(base)
-    refuse_useless_router_loss(base, recipe.router_aux_loss)
-    refuse_unfit_rows(recipe, data, models.vocabulary_rows, learned_positions(base))
-
-
 def show_routes(console: Console, recipe: SftRecipe | DistillRecipe | AlignRecipe, plan: Plan) -> None:
     """Rows, tokens and shares of each route; then what was cut or dropped and why; then what to worry about."""
     data = plan.data
     table = plain_table("route", "rows", "tokens", "response", "% rows", "% loss", "cut", "dropped", "passes")
-    shares = loss_shares(recipe, data)
+    shares = loss_shares(recipe, data, plan.mixture, plan.steps)
     for name in data.route_names:
         reports = data.reports[name]
         share = sum(source.share for source in data.sources if source.route == name)
-        kept = sum(report.kept for report in reports)
-        table.add_row(
-            name,
-            f"{kept:,}",
-            f"{sum(report.tokens for report in reports):,}",
-            f"{sum(report.response_tokens for report in reports):,}",
-            f"{100 * share:.1f}",
-            f"{100 * shares[name]:.1f}",
-            f"{sum(report.truncated for report in reports):,}",
-            f"{sum(sum(report.dropped.values()) for report in reports):,}",
-            f"{share * plan.steps * plan.mixture.rows_per_step / kept:.2g}",
-        )
+        passes = share * plan.steps * plan.mixture.rows_per_step / sum(report.kept for report in reports)
+        kept, tokens, response, cut, dropped = row_counts(reports)
+        part = f"{100 * shares[name].mean:.1f}"
+        table.add_row(name, kept, tokens, response, f"{100 * share:.1f}", part, cut, dropped, f"{passes:.2g}")
     console.print(table)
-    console.print(
-        "response: response tokens; cut: truncated to data.max_length; passes: how often the run sees each row"
+    console.print("response: response tokens; % loss: mean over the steps;")
+    console.print("cut: truncated to data.max_length; passes: how often the run sees each row")
+    for report in (report for name in data.route_names for report in data.reports[name]):
+        tell_report(console, report)
+    for name, loss_share in shares.items():
+        for words in share_warnings(name, loss_share, recipe, plan.mixture):
+            console.print(f"[bold]warning:[/] {words}", soft_wrap=True)
+
+
+def row_counts(reports: Sequence[SourceReport]) -> tuple[str, str, str, str, str]:
+    """Rows kept, their tokens and response tokens, rows cut and rows dropped, of several sources together."""
+    kept, tokens, response, cut = (
+        f"{sum(getattr(report, name) for report in reports):,}"
+        for name in ("kept", "tokens", "response_tokens", "truncated")
     )
-    for report in (report for reports in data.reports.values() for report in reports):
-        for words in [*(f"{count} rows dropped: {reason}" for reason, count in report.dropped.items()), *report.notes]:
-            console.print(f"{report.path}: {words}", soft_wrap=True)
-    for name, share in shares.items():
-        if share < SMALL_SHARE:
-            console.print(
-                f"[bold]warning:[/] route {name} has {100 * share:.2g} % of the loss: it will hardly be learnt. "
-                "weights=routes gives each route the same say, a larger share of rows gives it more.",
-                soft_wrap=True,
-            )
+    return kept, tokens, response, cut, f"{sum(sum(report.dropped.values()) for report in reports):,}"
+
+
+def share_warnings(
+    route: str, share: LossShare, recipe: SftRecipe | DistillRecipe | AlignRecipe, mixture: Mixture
+) -> Iterator[str]:
+    """What to say of a route that has little of the loss, or none of it in many steps."""
+    pooled = isinstance(recipe, AlignRecipe) and recipe.weights == "tokens"
+    if share.mean < SMALL_SHARE:
+        remedy = "weights=routes gives each route the same say, a" if pooled else "A"
+        yield (
+            f"route {route} has {100 * share.mean:.2g} % of the loss: it will hardly be learnt. "
+            f"{remedy} larger share of rows gives it more."
+        )
+    if share.absent > MANY_STEPS and not pooled:
+        rows = math.ceil(1 / sum(source.share for source in mixture.sources if source.route == route))
+        yield (
+            f"route {route} has no row in {100 * share.absent:.0f} % of the steps, and there the other routes have all "
+            f"of the loss. A step of at least {rows} rows (train.gradient_accumulation_steps) has one of it each time; "
+            "or give each token the same say, whichever step it comes in: weights=tokens."
+        )
 
 
 def show_rows(console: Console, plan: Plan) -> None:
@@ -259,18 +275,28 @@ def shortened(text: str) -> str:
     return text if len(text) <= CHARACTERS_SHOWN else f"{text[:half]} ... {text[-half:]}"
 
 
-def show_overlap(console: Console, recipe: SftRecipe | DistillRecipe | AlignRecipe) -> None:
-    """Held-out rows that also stand in training."""
+def tell_report(console: Console, report: SourceReport) -> None:
+    """Why rows of a source were dropped, and what is particular about those that were not."""
+    for words in [*(f"{count} rows dropped: {reason}" for reason, count in report.dropped.items()), *report.notes]:
+        console.print(f"{report.path}: {words}", soft_wrap=True)
+
+
+def show_held_out(console: Console, recipe: SftRecipe | DistillRecipe | AlignRecipe, data: StageData) -> None:
+    """Held-out rows, what became of them, and how many of them also stand in training."""
     if not recipe.data.eval:
         console.print(
             "\nno held-out rows (data.eval): the last checkpoint is the result, whether or not it is the best"
         )
         return
-    table = plain_table("held-out route", "rows", "also in training", "same prompt")
-    for name, overlap in overlaps(recipe.data).items():
-        table.add_row(name, f"{overlap.rows:,}", f"{overlap.same_row:,}", f"{overlap.same_prompt:,}")
+    table = plain_table("held out", "rows", "tokens", "response", "cut", "dropped", "in training", "same prompt")
+    for name, overlap in overlaps(recipe.data, data.reports).items():
+        reports = data.reports[f"{HELD_OUT}{name}"]
+        table.add_row(name, *row_counts(reports), f"{overlap.same_row:,}", f"{overlap.same_prompt:,}")
     console.print()
     console.print(table)
+    for name in recipe.data.eval:
+        for report in data.reports[f"{HELD_OUT}{name}"]:
+            tell_report(console, report)
 
 
 def show_effort(console: Console, recipe: SftRecipe | DistillRecipe | AlignRecipe, plan: Plan) -> None:
@@ -289,7 +315,7 @@ def show_effort(console: Console, recipe: SftRecipe | DistillRecipe | AlignRecip
     console.print(
         f"tokens    {trained:,} through the student (forward, backward), {taught:,} through teachers (forward)"
     )
-    needed = memory(plan.models, args, plan.data, plan.settings)
+    needed = memory(recipe, plan.models, args, plan.data, plan.settings)
     show_items(console, f"memory, on {place} in {dtype}, estimated", needed)
     written = disk(recipe, plan.models, args)
     show_items(console, "disk, at most", written)

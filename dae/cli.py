@@ -282,7 +282,8 @@ def other_command(keys: AbstractSet[str]) -> str | None:
     def known(schema: type[Frozen]) -> int:
         return len(keys & {field.alias or name for name, field in schema.model_fields.items()})
 
-    others = {"run": PipelineRecipe, **{name: schema for name, schema in SCHEMAS.items() if name not in CHECKED}}
+    others: dict[str, type[Frozen]] = {name: schema for name, schema in SCHEMAS.items() if name not in CHECKED}
+    others["run"] = PipelineRecipe
     best = max(others, key=lambda name: known(others[name]))
     if known(others[best]) <= max(known(SCHEMAS[stage]) for stage in CHECKED):
         return None

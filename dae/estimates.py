@@ -12,14 +12,16 @@ from torch import nn
 from transformers import TrainingArguments
 
 from dae.alignment import needs_base, role_paths
+from dae.empty_roles import empty_roles
 from dae.recipe import AlignRecipe
+from kd.adapters import ADAPTER_WEIGHTS
 from kd.compatibility import empty_model, is_adapter
 from kd.config import SftRecipe, StageRecipe
-from kd.distill import projection_parameters
-from kd.distill_recipe import DistillRecipe
+from kd.distill import pairs_of, projection_parameters, text_config
+from kd.distill_recipe import AttentionRecipe, DistillRecipe
 from kd.fingerprints import resolve_model
 from kd.losses import ACCELERATOR_CHUNK_ELEMENTS, CPU_CHUNK_ELEMENTS
-from kd.roles import ADAPTER_WEIGHTS, Backbone, LoadSettings, add_student_adapter
+from kd.roles import LoadSettings, Role, vocabulary_rows
 from kd.stage import student_dtype
 from kd.stage_data import StageData
 
@@ -30,6 +32,8 @@ GRADIENT_BYTES = 4
 # with LoRA on all linear layers and SDPA.
 KEPT_BYTES = {torch.float32: (40, 16), torch.bfloat16: (42, 10)}
 LIVE_CHUNKS = 6  # student's and teacher's logits, log-probabilities, gradient, one temporary; in float32
+# Student's and teacher's scores, logarithms of their maps, the teacher's map, their ratio, the student's map, gradient.
+LIVE_MAP_CHUNKS = 8
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a run without their weights: the base's architecture, the student's, and what each copy takes."""
+    """The models of a run without their weights: the base, every role (the student first), and what each copy takes."""
 
     base: nn.Module
+    roles: tuple[Role, ...]
     trainable: int
     weights: tuple[Item, ...]
     vocabulary_rows: int
@@ -57,7 +62,7 @@ def models_of(recipe: StageRecipe, inputs: Mapping[str, str], settings: LoadSett
     """
     element = settings.dtype.itemsize
     base = empty_model(recipe.base, recipe.trust_remote_code)
-    size, vocabulary_rows = parameters(base), head_rows(base)
+    size, roles = parameters(base), empty_roles(recipe)
     weights: list[Item] = []
     if isinstance(recipe, SftRecipe):
         on_base, own = ["student"] if recipe.lora else [], {}
@@ -66,11 +71,9 @@ def models_of(recipe: StageRecipe, inputs: Mapping[str, str], settings: LoadSett
     else:
         assert isinstance(recipe, AlignRecipe)
         on_base, own = split_roles(recipe, inputs)
-    for path, roles in own.items():
+    for path, names in own.items():
         model = empty_model(path, recipe.trust_remote_code)
-        if not (isinstance(recipe, DistillRecipe) and recipe.cross_tokenizer):
-            vocabulary_rows = min(vocabulary_rows, head_rows(model))
-        weights.append(Item(", ".join(roles), parameters(model) * element))
+        weights.append(Item(", ".join(names), parameters(model) * element))
     if on_base:
         weights.insert(0, Item(f"base: {', '.join(on_base)}", size * element))
     if isinstance(recipe, AlignRecipe):
@@ -81,10 +84,10 @@ def models_of(recipe: StageRecipe, inputs: Mapping[str, str], settings: LoadSett
         trainable = size
         weights.append(Item("student, all weights", size * student_dtype(recipe).itemsize))
     else:
-        adapted = add_student_adapter(Backbone(recipe.base, base), recipe.lora, None)  # type: ignore[arg-type]
-        trainable = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+        trainable = sum(weight.numel() for weight in roles[0].model.parameters() if weight.requires_grad)
         weights.append(Item("student adapter", trainable * ADAPTER_BYTES))
-    return Models(base, trainable, tuple(weights), vocabulary_rows)
+    speakers = roles[:1] if isinstance(recipe, DistillRecipe) and recipe.cross_tokenizer else roles
+    return Models(base, roles, trainable, tuple(weights), vocabulary_rows(speakers))
 
 
 def split_roles(recipe: AlignRecipe, inputs: Mapping[str, str]) -> tuple[list[str], dict[str, list[str]]]:
@@ -119,13 +122,9 @@ def parameters(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def head_rows(model: nn.Module) -> int:
-    """Rows of the output layer."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    return int(head.weight.shape[0])
-
-
-def memory(models: Models, args: TrainingArguments, data: StageData, settings: LoadSettings) -> list[Item]:
+def memory(
+    recipe: StageRecipe, models: Models, args: TrainingArguments, data: StageData, settings: LoadSettings
+) -> list[Item]:
     """Peak memory of one process, by part: weights of each role, training state, activations, the loss's chunk."""
     config = models.base.config.get_text_config()  # type: ignore[union-attr,operator]
     width, layers = config.hidden_size, config.num_hidden_layers
@@ -140,12 +139,42 @@ def memory(models: Models, args: TrainingArguments, data: StageData, settings: L
     else:
         kept, name = layers * layer, "activations (train.gradient_checkpointing=true needs less)"
     chunk = CPU_CHUNK_ELEMENTS if settings.device == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
+    logits, maps = LIVE_CHUNKS * 4 * max(chunk, 16 * models.vocabulary_rows), 0
+    terms = []
+    if isinstance(recipe, DistillRecipe) and recipe.attention is not None:
+        held = tokens * held_for_maps(recipe.attention, models.roles, dtype, bool(args.gradient_checkpointing))
+        terms.append(Item("attention: queries and keys until the loss, and their gradients", held))
+        maps = LIVE_MAP_CHUNKS * 4 * chunk
     return [
         *models.weights,
         Item("gradients and AdamW", models.trainable * (GRADIENT_BYTES + ADAMW_BYTES)),
         Item(f"{name}, {args.per_device_train_batch_size} x {longest} tokens", kept),
-        Item("logits, one chunk at a time", LIVE_CHUNKS * 4 * max(chunk, 16 * models.vocabulary_rows)),
+        *terms,
+        # Not both at once: one loss is worked out after the other.
+        Item(f"logits{' or attention maps' if maps else ''}, one chunk at a time", max(logits, maps)),
     ]
+
+
+def held_for_maps(attention: AttentionRecipe, roles: Sequence[Role], dtype: torch.dtype, checkpointed: bool) -> int:
+    """Bytes that the loss between attention maps holds per token (kd/attention.py): of the chosen layers' queries and
+    keys, the teacher's until the loss, and the student's gradients in float32 from there to their layer's backward.
+
+    The student's own are among its kept activations, unless those are checkpointed.
+    """
+    student, teacher = roles[0].model, roles[1].model
+    pairs = pairs_of("attention", attention.layers, student, teacher)
+    ours, theirs = query_and_key_width(student), query_and_key_width(teacher)
+    own = len({layer for layer, _ in pairs}) * ours * dtype.itemsize if checkpointed else 0
+    return own + len({layer for _, layer in pairs}) * theirs * dtype.itemsize + len(pairs) * ours * GRADIENT_BYTES
+
+
+def query_and_key_width(model: nn.Module) -> int:
+    """Entries of the queries and keys of one token in one layer, all heads together."""
+    config = text_config(model)
+    heads = int(config.num_attention_heads)
+    key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return (heads + key_heads) * width
 
 
 def disk(recipe: StageRecipe, models: Models, args: TrainingArguments) -> list[Item]:
@@ -167,19 +196,3 @@ def tokens_of_run(data: StageData, rows: int, routes: Sequence[str]) -> int:
     return round(
         rows * sum(source.share * float(part.lengths.mean()) for source, part in means if source.route in routes)
     )
-
-
-def loss_shares(recipe: StageRecipe, data: StageData) -> dict[str, float]:
-    """Each route's share of the loss, in expectation over a run (sum 1).
-
-    With `weights: routes` each route has 1, with factors its factor; pooled over tokens, its share of response tokens.
-    """
-    weights = recipe.weights if isinstance(recipe, AlignRecipe) else "tokens"
-    if weights == "tokens":
-        says = dict.fromkeys(data.route_names, 0.0)
-        for source, rows in zip(data.sources, data.rows, strict=True):
-            says[source.route] += source.share * float(rows.response_counts.mean())
-    else:
-        says = {name: weights[name] if isinstance(weights, Mapping) else 1.0 for name in data.route_names}
-    total = sum(says.values())
-    return {name: say / total for name, say in says.items()}

@@ -6,20 +6,20 @@ Shape legend: B rows, T positions.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from kd.adapters import TOKENIZER_FILES, base_of, has_tokenizer, put_adapter, tokenizer_home
 from kd.chat import chat_format
+from kd.compatibility import check_adapter
+from kd.completeness import first_line
 from kd.errors import UserError
-from kd.fingerprints import resolve_model
-from kd.roles import LoadSettings, load_model
+from kd.fingerprints import model_fingerprint
+from kd.roles import STUDENT_ADAPTER, LoadSettings, load_model, refuse_bad_weights
 
 END_TOKEN, SPECIAL_TOKEN, LENGTH = "end token", "other special token", "length"
 
@@ -151,20 +151,15 @@ def open_writer(path: str, trust_remote_code: bool) -> Writer:
     """Open a checkpoint, or an adapter on the base that it names, with its tokenizer: bfloat16 on a GPU, else float32.
 
     Raises:
-        UserError: model or tokenizer cannot be opened, or the tokenizer has no end token.
+        UserError: model or tokenizer cannot be opened, the adapter does not belong to its base, or the tokenizer has no
+            end token.
     """
     torch.set_flush_denormal(True)  # numbers too small to matter, which slow some CPUs several times over
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
     settings = LoadSettings(dtype, None, trust_remote_code, "cuda" if on_gpu else "cpu")
-    base = base_of(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{path}: no tokenizer that transformers can open: {error}") from error
-    model: Any = load_model(base or path, settings)
-    if base is not None:
-        model = PeftModel.from_pretrained(model, path).eval()
+    tokenizer = open_tokenizer(path, trust_remote_code)
+    model = open_model(path, settings)
     ends = model.generation_config.eos_token_id
     end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     if tokenizer.chat_template:
@@ -184,12 +179,24 @@ def open_writer(path: str, trust_remote_code: bool) -> Writer:
     return Writer(model, tokenizer, frozenset(end_ids), frozenset(special_ids), context)
 
 
-def base_of(path: str) -> str | None:
-    """The base that an adapter names, or None for a full checkpoint."""
-    config = Path(resolve_model(path)) / "adapter_config.json"
-    if not config.is_file():
-        return None
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not isinstance(base, str):
-        raise UserError(f"{config}: names no base (base_model_name_or_path)")
-    return base
+def open_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, else that of an adapter's base. Raises UserError where neither can be opened."""
+    home = tokenizer_home(path)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(home, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        where = "" if home == path else f", nor one in its base {home}"
+        reason = first_line(error) if has_tokenizer(home) else f"none of {', '.join(TOKENIZER_FILES)} is there"
+        raise UserError(f"{path}: no tokenizer that transformers can open{where}: {reason}") from error
+    return tokenizer
+
+
+def open_model(path: str, settings: LoadSettings) -> Any:
+    """A checkpoint, or an adapter on the base that it names, in eval mode. Raises UserError where it is not whole."""
+    base = base_of(path)
+    if base is None:
+        return load_model(path, settings)
+    check_adapter("model", path, base, model_fingerprint(base), settings.trust_remote_code)
+    model = put_adapter(load_model(base, settings), path, STUDENT_ADAPTER).eval()
+    refuse_bad_weights(model, path, STUDENT_ADAPTER)
+    return model

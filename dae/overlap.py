@@ -7,40 +7,46 @@ from dataclasses import dataclass
 from typing import Any
 
 from kd.config import DataRecipe, SourceRecipe
-from kd.data import read_records
+from kd.data import SourceReport, read_records
+from kd.provenance import HELD_OUT
 
 
 @dataclass(frozen=True)
 class Overlap:
     """Of a route's held-out rows: how many stand in training whole, and how many with the same prompt."""
 
-    rows: int
     same_row: int
     same_prompt: int
 
 
-def overlaps(data: DataRecipe) -> dict[str, Overlap]:
-    """Route -> overlap of its held-out rows with the training rows of all routes, by normalised text."""
+def overlaps(data: DataRecipe, reports: Mapping[str, Sequence[SourceReport]]) -> dict[str, Overlap]:
+    """Route -> overlap of its held-out rows with the training rows of all routes, by normalised text.
+
+    reports: those of the sources, as kd.stage_data has them; rows that were dropped are in neither.
+    """
     whole: set[str] = set()
     prompts: set[str] = set()
-    for sources in data.routes.values():
-        for prompt, text in texts(sources):
+    for name, sources in data.routes.items():
+        for prompt, text in texts(sources, reports[name]):
             whole.add(text)
             prompts.add(prompt)
     prompts.discard("")
     found = {}
     for name, sources in data.eval.items():
-        held_out = list(texts(sources))
+        held_out = list(texts(sources, reports[f"{HELD_OUT}{name}"]))
         same_row = sum(text in whole for _, text in held_out)
         same_prompt = sum(prompt in prompts for prompt, _ in held_out)
-        found[name] = Overlap(len(held_out), same_row, same_prompt)
+        found[name] = Overlap(same_row, same_prompt)
     return found
 
 
-def texts(sources: Sequence[SourceRecipe]) -> Iterable[tuple[str, str]]:
-    """(prompt, whole row) of each record, normalised; the prompt is empty where there is none."""
-    for source in sources:
-        for _, record in read_records(source):
+def texts(sources: Sequence[SourceRecipe], reports: Sequence[SourceReport]) -> Iterable[tuple[str, str]]:
+    """(prompt, whole row) of each record that was kept, normalised; the prompt is empty where there is none."""
+    for source, report in zip(sources, reports, strict=True):
+        dropped = frozenset(report.dropped_at)
+        for place, (_, record) in enumerate(read_records(source)):
+            if place in dropped:
+                continue
             prompt, response = parts(record)
             yield normalised(prompt), normalised(f"{prompt}\n{response}")
 

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from dae.generation import base_of, open_writer
+from dae.generation import open_writer
 from dae.recipe import SampleRecipe
 from dae.sampling import IDLE_BATCHES, Batch, Draw, Prompt, SampleFile, answer, read_prompts, settings_of
+from kd.adapters import base_of
 from kd.chat import chat_format
 from kd.choose.car import Ranking
 from kd.choose.folder import RankFolder

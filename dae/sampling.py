@@ -5,8 +5,9 @@ Three ways to begin, by what there is:
     a chat template     the model writes the user's turn, then its answer (as in Magpie, arXiv 2406.08464)
     neither             the model starts from its first token
 
-Rows are collected batch by batch in OUTPUT.partial, one line for each batch behind a line with the settings. A batch
-follows from (seed, number of the batch) alone, so a stop anywhere costs at most one batch and changes no row.
+Rows are collected batch by batch in OUTPUT.partial, one line for each batch behind a line with the settings (which
+comes with the first batch). A batch follows from (seed, number of the batch) alone, so a stop anywhere costs at most
+one batch and changes no row.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress
 
-from dae.generation import LENGTH, Continuation, Writer, base_of, derived_seed, open_writer
+from dae.generation import LENGTH, Continuation, Writer, derived_seed, open_writer
+from kd.adapters import base_of
 from kd.chat import ChatFormat, UnrenderableError, chat_format
 from kd.errors import UserError
 from kd.files import append_lines, cut_torn_line, disk_errors, fsync_path, json_text, read_json, write_text_durably
@@ -145,15 +147,24 @@ class SampleFile:
             UserError: see `sample`.
         """
         self._refuse_foreign_file()
+        missing = [folder for folder in self.path.parents if not folder.exists()]
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        with hold(self._lock, str(self.path)):
-            try:
-                yield self._batches_so_far()
-            finally:
-                self._lock.unlink(missing_ok=True)
+        try:
+            with hold(self._lock, str(self.path)):
+                try:
+                    yield self._batches_so_far()
+                finally:
+                    self._lock.unlink(missing_ok=True)
+        finally:
+            for folder in missing:  # only what is empty goes
+                with suppress(OSError):
+                    folder.rmdir()
 
     def _refuse_foreign_file(self) -> None:
+        nearest = next(place for place in self.path.parents if place.exists())
+        if not nearest.is_dir():
+            raise UserError(f"{self.path}: {nearest} is a file, and no file can lie in it; choose another --output")
         if self.path.exists() and not self.partial.exists() and not self.meta.exists():
             raise UserError(f"{self.path}: is there and was not written by dae sample; choose another --output")
 
@@ -161,9 +172,12 @@ class SampleFile:
         if self.partial.exists():
             cut_torn_line(self.partial)
             lines = self.partial.read_text(encoding="utf-8").splitlines()
-            if lines:
-                self._refuse_other_settings(json.loads(lines[0]))
-                return [_batch_from(line) for line in lines[1:]]
+            before, batches = json.loads(lines[0]) if lines else {}, [_batch_from(line) for line in lines[1:]]
+            if any(batch.rows for batch in batches):
+                self._refuse_other_settings(before)
+            if batches and not changed_settings(before, self._settings):
+                return batches
+            self.partial.unlink()  # not a row is lost
         elif self.meta.exists():
             written = read_json(self.meta)
             self._refuse_other_settings(written["settings"])
@@ -171,8 +185,6 @@ class SampleFile:
                 fate = "has changed" if self.path.exists() else "is gone"
                 raise UserError(f"{self.path}: {fate} since it was written; remove {self.meta} to write it again")
             return None
-        append_lines(self.partial, json.dumps(self._settings, ensure_ascii=False) + "\n")
-        fsync_path(self.path.parent)
         return []
 
     def _refuse_other_settings(self, before: Mapping[str, Any]) -> None:
@@ -184,9 +196,13 @@ class SampleFile:
             )
 
     def append(self, batch: Batch) -> None:
-        """Add one batch."""
+        """Add one batch, and before the first one the settings."""
         line = {"rows": batch.rows, "stops": batch.stops, "tokens": batch.tokens, "dropped": batch.dropped}
-        append_lines(self.partial, json.dumps(line, ensure_ascii=False) + "\n")
+        is_first = not self.partial.exists()
+        lines = [self._settings, line] if is_first else [line]
+        append_lines(self.partial, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in lines))
+        if is_first:
+            fsync_path(self.path.parent)
 
     def finish(self, batches: Sequence[Batch], rows: int) -> None:
         """Put the first `rows` rows in place, then what is to be said of them."""

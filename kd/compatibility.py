@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,20 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
 
+from kd.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    has_tokenizer,
+    put_adapter,
+    read_adapter_config,
+    refuse_adapter,
+)
+from kd.completeness import opened_whole
 from kd.errors import UserError
-from kd.fingerprints import resolve_model
+from kd.fingerprints import resolve_model, weight_files
 from kd.provenance import base_fingerprint_of
-from kd.roles import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 logger = logging.getLogger("dae")
 
@@ -36,6 +46,12 @@ _NESTED = re.compile(r"(\.base_layer)+$")
 def is_adapter(path: str) -> bool:
     """True when the folder or hub id holds a peft adapter."""
     return (resolve_model(path) / ADAPTER_CONFIG).is_file()
+
+
+def refuse_adapter_as_base(path: str) -> None:
+    """Raise UserError where the base that training starts from is an adapter: it would be left out in silence."""
+    if is_adapter(path):
+        raise UserError(f"base: {path}: is an adapter; pass the full checkpoint it was trained on, or merge it.")
 
 
 def check_tokenizers(base: str, others: Mapping[str, str], trust_remote_code: bool = False) -> None:
@@ -66,15 +82,11 @@ def check_tokenizers(base: str, others: Mapping[str, str], trust_remote_code: bo
 
 
 def _tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    folder = resolve_model(path)
-    if not any(
-        (folder / name).is_file()
-        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    ):
+    if not has_tokenizer(path):
         return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code
+            str(resolve_model(path)), trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: its tokenizer cannot be opened: {str(error).splitlines()[0]}") from error
@@ -95,13 +107,13 @@ def _difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) 
 
 
 def check_adapter(role: str, path: str, base: str, base_fingerprint: str, trust_remote_code: bool = False) -> None:
-    """An adapter must be LoRA (or DoRA) and made for these base weights.
+    """An adapter must be LoRA (or DoRA), complete, and made for these base weights.
 
     With a recorded base fingerprint (runs of this toolkit) that decides; without, its tensors must fit the base's
-    modules, and another recorded base name gives a warning. Raises UserError naming what does not fit.
+    modules, and another recorded base name gives a warning. Raises UserError naming what does not fit or is missing.
     """
     folder = resolve_model(path)
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_adapter_config(path)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(
@@ -114,14 +126,16 @@ def check_adapter(role: str, path: str, base: str, base_fingerprint: str, trust_
             f"{role} {path}: this adapter was trained on another base (fingerprint {recorded[:12]}, but {base} is "
             f"{base_fingerprint[:12]}). Pass its own base as --base, or merge it and pass the full checkpoint."
         )
-    _check_shapes(role, path, folder, base, trust_remote_code)
+    empty = empty_model(base, trust_remote_code)
+    _check_shapes(role, path, folder, base, empty)
+    put_adapter(empty, path, "checked")
     name = config.get("base_model_name_or_path")
     if recorded is None and name and Path(str(name)).name != Path(base).name:
         logger.warning("%s %s: was trained on %s by its own account, and is used on %s", role, path, name, base)
 
 
-def _check_shapes(role: str, path: str, folder: Path, base: str, trust_remote_code: bool) -> None:
-    modules = dict(empty_model(base, trust_remote_code).named_modules())
+def _check_shapes(role: str, path: str, folder: Path, base: str, empty: nn.Module) -> None:
+    modules = dict(empty.named_modules())
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - not a dict
             name = key.removeprefix("base_model.model.")
@@ -175,7 +189,11 @@ def _expected_fused_shape(module: nn.Module, part: str, shape: list[int]) -> lis
 
 
 def empty_model(path: str, trust_remote_code: bool = False) -> nn.Module:
-    """The checkpoint's architecture without memory for its weights. Raises UserError where it is no causal LM."""
+    """The checkpoint's architecture without memory for its weights.
+
+    Raises UserError where it is no causal language model, or an adapter.
+    """
+    refuse_adapter(path)
     try:
         config: Any = AutoConfig.from_pretrained(str(resolve_model(path)), trust_remote_code=trust_remote_code)
         with torch.device("meta"):
@@ -183,3 +201,59 @@ def empty_model(path: str, trust_remote_code: bool = False) -> nn.Module:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: cannot be read as a causal language model: {str(error).splitlines()[0]}") from error
     return model
+
+
+def check_complete(path: str, trust_remote_code: bool = False) -> None:
+    """See from the headers of its files that a full checkpoint holds the weights of its architecture.
+
+    Raises UserError naming what is missing, unknown or of another shape, or where it is no causal LM.
+    """
+    model: Any = empty_model(path, trust_remote_code)
+    if getattr(model.config, "quantization_config", None) is not None:
+        return  # its files hold more than its architecture says; opening it tells
+    open_model = partial(
+        type(model).from_pretrained, None, config=model.config, state_dict=_empty_tensors(path), device_map="meta"
+    )
+    with _no_progress_bar():
+        opened_whole(path, open_model)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from saying that it loads weights."""
+    if not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+def _empty_tensors(path: str) -> dict[str, torch.Tensor]:
+    """What the files of a checkpoint hold, by name, without memory."""
+    folder = resolve_model(path)
+    tensors = {}
+    for name in weight_files(folder):
+        if name.endswith(".safetensors"):
+            with safe_open(folder / name, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - not a dict
+                    tensors[key] = torch.empty(file.get_slice(key).get_shape(), device="meta")
+    return tensors
+
+
+def refuse_unusable_attention(model: nn.Module, path: str, attn_implementation: str | None) -> None:
+    """Raise UserError where this model, on this machine, cannot be run with this attention (as transformers names it).
+
+    model: as `empty_model` gives it; from here on it has this attention.
+    """
+    if attn_implementation is None:
+        return
+    try:
+        model.set_attn_implementation(attn_implementation)  # type: ignore[operator]
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"attn_implementation: {attn_implementation}: {path} cannot be run with it: {str(error).splitlines()[0]} "
+            "Leave it out, or write `sdpa` or `eager`."
+        ) from error

@@ -30,6 +30,7 @@ from kd.problems import NO_VALUE, Key, Problem, in_plain_words, report, suggesti
 from kd.training_arguments import argument_types, training_argument_problems
 
 SHARE_TOLERANCE = 1e-6
+LARGEST_SEED = 2**32 - 1  # numpy, which transformers seeds along with torch, takes none above
 ROUTE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 Recipe = TypeVar("Recipe", bound="Frozen")
 
@@ -270,7 +271,9 @@ class StageRecipe(Frozen):
 
     base: str = Field(min_length=1, description="checkpoint that training starts from: folder or hub id")
     output: str = Field(min_length=1, description="the run folder to write")
-    seed: int = Field(default=0, ge=0, description="decides the order of rows, the adapter's start and dropout")
+    seed: int = Field(
+        default=0, ge=0, le=LARGEST_SEED, description="decides the order of rows, the adapter's start and dropout"
+    )
     data: DataRecipe = Field(description="rows and how they are read")
     lora: LoraRecipe | None = Field(
         default=LoraRecipe(), description="the adapter that trains; null: all weights train"

@@ -67,13 +67,17 @@ class Dropped:
 
 @dataclass
 class SourceReport:
-    """What became of one source's records. `truncated` rows are among `kept`; notes begin with the rows they are on."""
+    """What became of one source's records. `truncated` rows are among `kept`; notes begin with the rows they are on.
+
+    dropped_at: the places of the dropped ones among the records, from 0.
+    """
 
     path: str
     records: int = 0
     kept: int = 0
     truncated: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    dropped_at: list[int] = field(default_factory=list)
     tokens: int = 0
     response_tokens: int = 0
     notes: list[str] = field(default_factory=list)
@@ -248,14 +252,15 @@ def encode_source(
     dropped: Counter[str] = Counter()
     records = read_records(source)
     while batch := list(itertools.islice(records, BATCH_RECORDS)):
-        report.records += len(batch)
-        for encoded in encode_records(batch, tokenizer, settings):
+        for place, encoded in enumerate(encode_records(batch, tokenizer, settings), start=report.records):
             if isinstance(encoded, Dropped):
                 dropped[encoded.reason] += 1
+                report.dropped_at.append(place)
                 continue
             report.truncated += encoded.truncated
             notes.update(encoded.notes)
             yield encoded.input_ids, encoded.response_mask
+        report.records += len(batch)
     report.dropped = dict(dropped)
     report.notes = [f"{count} rows: {note}" for note, count in notes.items()]
 

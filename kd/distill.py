@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from kd.attention import attention_loss, head_groups
-from kd.compatibility import check_tokenizers, empty_model, is_adapter
+from kd.compatibility import check_complete, check_tokenizers, empty_model, is_adapter
 from kd.cross_tokenizer import CrossTokenizerLoss, PairedRows, load_paired_rows
 from kd.data import load_tokenizer
 from kd.distill_recipe import ROUTE, DistillRecipe
@@ -27,6 +27,7 @@ from kd.hidden_states import hidden_state_loss
 from kd.layer_pairs import LayerPairs, layer_pairs
 from kd.losses import TokenLoss
 from kd.objective import Objective, Route, Term
+from kd.reach import refuse_useless_terms
 from kd.roles import LoadSettings, Role, learned_positions, load_model, unwrapped, vocabulary_rows
 from kd.sft import student_role
 from kd.stage import RunResult, StageRoles, run_stage
@@ -77,6 +78,8 @@ def check_checkpoints(recipe: DistillRecipe) -> None:
             raise UserError(f"{role}: {path}: is an adapter; merge it into its base and pass the full checkpoint.")
     if recipe.cross_tokenizer is None:
         check_same_tokenizer(recipe)
+    for path in (recipe.base, recipe.teacher):
+        check_complete(path, recipe.trust_remote_code)
     models = [empty_model(path, recipe.trust_remote_code) for path in (recipe.base, recipe.teacher)]
     if recipe.attention is not None:
         pairs_of("attention", recipe.attention.layers, *models)
@@ -142,4 +145,5 @@ def terms_of(recipe: DistillRecipe, student: Role, teacher: Role) -> tuple[Term,
         if term.projections is not None:
             student.model.add_module(TRAINING_ONLY, term.projections.to(student.model.device))
         terms.append(term)
+    refuse_useless_terms(recipe, student)
     return tuple(terms)

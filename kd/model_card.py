@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from kd.config import resolved_yaml
 from kd.environment import library_versions
 from kd.fingerprints import resolve_model
-from kd.provenance import DataInput
+from kd.provenance import HELD_OUT, DataInput
 from kd.records import FILE_ENDINGS, HUB_ID
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class CardFacts:
     """What a card is made of.
 
     inputs: fingerprint of each model by role; data: the sources of each route, held-out ones under `eval.NAME`;
-    reports: what became of the training sources, in the same order; summary: as in run.json.
+    reports: what became of these sources, in the same order; summary: as in run.json.
     """
 
     stage: str
@@ -74,7 +74,7 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
     sections = {
         "Models": _models(facts),
         "Data": _data(facts),
-        "Results": table(("measure", "value"), result_rows(facts.summary)),
+        "Results": table(("measure", "value"), result_rows(_results(facts.summary))),
         "How to load it": _loading_code(facts.recipe),
         "Recipe": f"```yaml\n{resolved_yaml(facts.recipe).rstrip()}\n```",
         "Made with": ", ".join(f"{name} {version}" for name, version in library_versions().items()),
@@ -138,28 +138,38 @@ def _path_of(role: str, recipe: StageRecipe) -> str:
 
 
 def _data(facts: CardFacts) -> str:
-    trained = [
+    trained = {route: sources for route, sources in facts.data.items() if not route.startswith(HELD_OUT)}
+    held_out = {route: sources for route, sources in facts.data.items() if route.startswith(HELD_OUT)}
+    text = _sources(trained, facts)
+    if held_out:
+        text += f"\n\nHeld out for evaluation during training:\n\n{_sources(held_out, facts)}"
+    longest = facts.recipe.data.max_length
+    return f"{text}\n\nCut: rows longer than {longest} tokens. Dropped: rows that gave no response token."
+
+
+def _sources(routes: Mapping[str, Sequence[DataInput]], facts: CardFacts) -> str:
+    """The sources of some routes, and what became of their rows."""
+    head = ("route", "source", "rows", "cut", "dropped", "share of rows", "response tokens", "SHA-256")
+    rows = [
         (
-            route,
+            route.removeprefix(HELD_OUT),
             f"`{source.path}`",
             f"{report.kept:,}",
+            f"{report.truncated:,}",
+            f"{sum(report.dropped.values()):,}",
             "" if source.share is None else f"{source.share:.1%}",
             f"{report.response_tokens:,}",
             f"`{source.sha256}`",
         )
-        for route, reports in facts.reports.items()
-        for source, report in zip(facts.data[route], reports, strict=True)
+        for route, sources in routes.items()
+        for source, report in zip(sources, facts.reports[route], strict=True)
     ]
-    text = table(("route", "source", "rows", "share of rows", "response tokens", "SHA-256"), trained)
-    held_out = [
-        (route.removeprefix("eval."), f"`{source.path}`", f"`{source.sha256}`")
-        for route, sources in facts.data.items()
-        for source in sources
-        if route not in facts.reports
-    ]
-    if held_out:
-        text += "\n\nHeld out for evaluation during training:\n\n" + table(("route", "source", "SHA-256"), held_out)
-    return text
+    return table(head, rows)
+
+
+def _results(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary without what the table of the data says of each source."""
+    return {key: value for key, value in summary.items() if key not in ("rows", "dropped", "truncated")}
 
 
 def result_rows(summary: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -77,7 +77,8 @@ def in_plain_words(error: Mapping[str, Any], known: Iterable[str]) -> str:
         return str(context["error"])
     if kind in BOUNDS:
         bound, words = BOUNDS[kind]
-        return f"{words} {context[bound]:g}"
+        limit = context[bound]
+        return f"{words} {limit:g}" if isinstance(limit, float) else f"{words} {limit}"
     if kind == "literal_error":
         names = [name.strip(" '") for name in context["expected"].replace(" or ", ",").split(",")]
         return f"wants {one_of(names)}{suggestion(value, names) if isinstance(value, str) else ''}"

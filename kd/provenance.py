@@ -15,6 +15,7 @@ from kd.errors import UserError
 PROVENANCE = "provenance.json"
 FINISHED = "run.json"
 TOOLKIT = "dae-align"
+HELD_OUT = "eval."  # before a route's name: its held-out rows
 _ABSENT = object()
 
 

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +25,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from kd.adapters import ADAPTER_WEIGHTS, put_adapter, read_adapter_config, refuse_adapter
+from kd.completeness import first_line, opened_whole
 from kd.config import LoraRecipe
 from kd.errors import UserError
 from kd.fingerprints import resolve_model
 from kd.losses import Head
 
-logger = logging.getLogger(__name__)
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 STUDENT_ADAPTER = "default"  # the name under which peft saves an adapter so that plain loading finds it
 
 Model = PreTrainedModel | PeftModel
@@ -89,18 +85,18 @@ class Backbone:
 def load_model(path: str, settings: LoadSettings, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Open a full checkpoint (safetensors only) in eval mode with all weights frozen.
 
-    Raises UserError for an unreadable checkpoint and for weights that are not finite, naming the tensor.
+    Raises UserError for an unreadable or incomplete checkpoint and for weights that are not finite, naming the tensor.
     """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype or settings.dtype,
-            attn_implementation=settings.attn_implementation,
-            trust_remote_code=settings.trust_remote_code,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{path}: cannot be opened as a causal language model: {_first_line(error)}") from error
+    refuse_adapter(path)
+    open_model = partial(
+        AutoModelForCausalLM.from_pretrained,
+        path,
+        dtype=dtype or settings.dtype,
+        attn_implementation=settings.attn_implementation,
+        trust_remote_code=settings.trust_remote_code,
+        use_safetensors=True,
+    )
+    model = opened_whole(path, open_model)
     model.to(settings.device)  # type: ignore[arg-type]
     model.requires_grad_(False)
     model.eval()
@@ -142,7 +138,7 @@ def add_student_adapter(backbone: Backbone, lora: LoraRecipe, student_from: str 
     Changes `backbone.model` to the PeftModel and returns it.
     """
     if student_from is not None:
-        model = PeftModel.from_pretrained(backbone.model, student_from, STUDENT_ADAPTER, is_trainable=True)
+        model = put_adapter(backbone.model, student_from, STUDENT_ADAPTER, trainable=True)
         refuse_bad_weights(model, student_from, STUDENT_ADAPTER)
     else:
         config = LoraConfig(
@@ -155,7 +151,7 @@ def add_student_adapter(backbone: Backbone, lora: LoraRecipe, student_from: str 
         try:
             model = get_peft_model(backbone.model, config, STUDENT_ADAPTER)
         except ValueError as error:
-            raise UserError(f"lora.target_modules: {lora.target_modules}: {_first_line(error)}") from error
+            raise UserError(f"lora.target_modules: {lora.target_modules}: {first_line(error)}") from error
     # A relative path would only work from the folder this was run in.
     base = Path(backbone.path)
     model.peft_config[STUDENT_ADAPTER].base_model_name_or_path = str(base.resolve()) if base.exists() else backbone.path
@@ -169,11 +165,7 @@ def add_frozen_adapter(backbone: Backbone, path: str) -> str:
         return backbone.adapters[path]
     refuse_own_base_weights(backbone, path)
     name = f"frozen_{len(backbone.adapters)}"
-    if isinstance(backbone.model, PeftModel):
-        backbone.model.load_adapter(path, adapter_name=name, is_trainable=False)
-    else:
-        backbone.model = PeftModel.from_pretrained(backbone.model, path, name, is_trainable=False)
-        backbone.model.eval()
+    backbone.model = put_adapter(backbone.model, path, name)
     refuse_bad_weights(backbone.model, path, name)
     backbone.adapters[path] = name
     return name
@@ -185,7 +177,7 @@ def refuse_own_base_weights(backbone: Backbone, path: str) -> None:
     Loading it would write them over the weights that all roles share.
     """
     folder = resolve_model(path)
-    saved_whole = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("modules_to_save") or []
+    saved_whole = read_adapter_config(path).get("modules_to_save") or []
     base = unwrapped(backbone.model)
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - not a dict
@@ -283,10 +275,17 @@ def _output_weights(layer: nn.Module | None, architecture: str) -> tuple[Tensor,
         for name in [] if layer.disable_adapters else layer.active_adapters:
             if name not in layer.lora_A:
                 continue
-            if layer.use_dora[name] or not isinstance(layer.lora_dropout[name], nn.Identity):
+            if layer.use_dora[name]:
                 raise UserError(
-                    f"{architecture}: an adapter on the output layer must be plain LoRA without dropout; "
-                    "leave the output layer out of target_modules."
+                    f"{architecture}: an adapter on the output layer must be plain LoRA, and this one is DoRA; "
+                    "merge it into its base and pass the full checkpoint."
+                )
+            # A frozen role speaks in eval mode, where dropout does nothing.
+            trains = layer.lora_A[name].weight.requires_grad
+            if trains and not isinstance(layer.lora_dropout[name], nn.Identity):
+                raise UserError(
+                    f"{architecture}: the adapter that trains sits on the output layer, where it can have no dropout; "
+                    "set lora.dropout=0, or leave the output layer out of lora.target_modules."
                 )
             weight_VD = weight_VD + layer.get_delta_weight(name).to(weight_VD.dtype)
         return weight_VD, bias_V
@@ -322,12 +321,16 @@ def refuse_unmergeable(model: nn.Module) -> None:
 def check_head(role: Role, vocabulary_rows: int) -> None:
     """Compare the model's own logits with ours on eight tokens, so that no architecture is misread in silence.
 
-    Raises UserError naming the architecture if it does something to its logits that `Head` does not know.
+    Raises UserError naming role and architecture if it does something to its logits that `Head` does not know.
     """
     ids = torch.arange(8, device=role.model.device)[None] % vocabulary_rows
     with speaking_as(role) as model, torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits[0]
-        got = head_of(model).logits(final_hidden_states(model, {"input_ids": ids})[0])
+        try:
+            head = head_of(model)
+        except UserError as unknown:
+            raise UserError(f"role {role.name}: {unknown}") from unknown
+        got = head.logits(final_hidden_states(model, {"input_ids": ids})[0])
     scale = expected.abs().max().clamp(min=1e-3).item()
     error = (expected.to(got.dtype) - got).abs().max().item() / scale
     if not error < (1e-4 if got.dtype == expected.dtype else 3e-2):
@@ -352,7 +355,3 @@ def check_packing(role: Role, vocabulary_rows: int) -> None:
             f"data.packing: true: rows of {type(unwrapped(role.model)).__name__} see each other when packed "
             f"(relative difference {error:.1e}); set data.packing=false."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kd.compatibility import check_complete, refuse_adapter_as_base
 from kd.config import SftRecipe, StageRecipe
 from kd.fingerprints import model_fingerprint
 from kd.losses import TokenLoss
@@ -24,8 +25,16 @@ ROUTE = "train"
 
 def sft(recipe: SftRecipe) -> RunResult:
     """Train an expert with plain next-token prediction on response tokens; LoRA, or all weights with `lora: null`."""
+    inputs = {"base": model_fingerprint(recipe.base)}
+    check_checkpoint(recipe)
     data = load_stage_data(recipe, [ROUTE], None)
-    return run_stage("sft", recipe, {"base": model_fingerprint(recipe.base)}, data, lambda s: build_roles(recipe, s))
+    return run_stage("sft", recipe, inputs, data, lambda settings: build_roles(recipe, settings))
+
+
+def check_checkpoint(recipe: SftRecipe) -> None:
+    """Raise UserError where the base is no full checkpoint with all of its weights; reads no weights."""
+    refuse_adapter_as_base(recipe.base)
+    check_complete(recipe.base, recipe.trust_remote_code)
 
 
 def build_roles(recipe: SftRecipe, settings: LoadSettings) -> StageRoles:

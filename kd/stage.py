@@ -40,7 +40,7 @@ from kd.roles import (
 )
 from kd.router import refuse_useless_router_loss
 from kd.runs import RunFolder, State
-from kd.stage_data import StageData, held_out_batches, padding_id, refuse_unfit_rows
+from kd.stage_data import StageData, held_out_batches, lost_rows, padding_id, refuse_unfit_rows
 from kd.trainer import (
     EarlyStopping,
     RoutedTrainer,
@@ -207,6 +207,7 @@ def run_stage(
         if state == "finished":
             logger.info("%s: this run is finished; nothing to do", recipe.output)
             return RunResult(run.path, run.summary())
+        tell_lost_rows(data)
         settings = load_settings(recipe)
         set_seed(recipe.seed)
         torch.set_flush_denormal(True)  # denormals slow a CPU run several times over
@@ -229,6 +230,14 @@ def run_stage(
                 publish(stage, recipe, run, trainer, data, settings, inputs, summary)
         processes().wait_for_everyone()
         return RunResult(run.path, summary)
+
+
+def tell_lost_rows(data: StageData) -> None:
+    """Log one line for each source whose rows were dropped or cut: nobody meant them not to count."""
+    for name, reports in data.reports.items():
+        for report in reports:
+            if words := lost_rows(report):
+                logger.warning("data.%s: %s: %s", name, report.path, words)
 
 
 def prepare(
@@ -330,7 +339,9 @@ def summarise(trainer: RoutedTrainer, data: StageData, first_kl: Mapping[str, fl
         "last": {key: value for key, value in last.items() if "/" in key or key == "loss"},
         "held_out": {key: value for key, value in evaluation.items() if key.startswith("eval_")},
         "best_step": trainer.state.best_global_step,
-        "rows": {name: sum(report.kept for report in reports) for name, reports in data.reports.items()},
+        "rows": data.counts(lambda report: report.kept),
+        "dropped": data.counts(lambda report: sum(report.dropped.values())),
+        "truncated": data.counts(lambda report: report.truncated),
         "peak_memory_bytes": peak_memory_bytes(),
     }
 

@@ -12,7 +12,7 @@ from kd.errors import UserError
 from kd.fingerprints import data_sha256
 from kd.mixing import MixedRows, MixtureSource
 from kd.objective import Batch
-from kd.provenance import DataInput
+from kd.provenance import HELD_OUT, DataInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageData:
-    """Encoded rows: training sources in the order of the routes, held-out rows per route, and what became of them."""
+    """Encoded rows: training sources in the order of the routes, held-out rows per route, and what became of them.
+
+    reports, inputs: of the sources of each route, held-out ones under `eval.NAME`.
+    """
 
     route_names: tuple[str, ...]
     tokenizer: PreTrainedTokenizerBase
@@ -39,6 +42,10 @@ class StageData:
     def largest_id(self) -> int:
         """The largest token id in any row."""
         return max(int(rows.input_ids.max()) for rows in (*self.rows, *self.held_out.values()))
+
+    def counts(self, of_source: Callable[[SourceReport], int]) -> dict[str, int]:
+        """A number of each source's report, summed over the sources of each name in `reports`."""
+        return {name: sum(map(of_source, reports)) for name, reports in self.reports.items()}
 
 
 LoadRows = Callable[..., tuple[list[TokenRows], list[SourceReport]]]
@@ -71,20 +78,30 @@ def load_stage_data(
         name: [DataInput(s.path, data_sha256(s.path), shares[name][i]) for i, s in enumerate(recipe.data.routes[name])]
         for name in route_names
     }
+    reports = {name: encoded[name][1] for name in route_names}
     held_out = {}
     for name, eval_sources in recipe.data.eval.items():
-        parts = load(eval_sources, tokenizer, recipe.data)[0]
+        parts, reports[f"{HELD_OUT}{name}"] = load(eval_sources, tokenizer, recipe.data)
         held_out[name] = type(parts[0]).concatenate(parts)
-        inputs[f"eval.{name}"] = [DataInput(s.path, data_sha256(s.path)) for s in eval_sources]
+        inputs[f"{HELD_OUT}{name}"] = [DataInput(s.path, data_sha256(s.path)) for s in eval_sources]
     return StageData(
         tuple(route_names),
         tokenizer,
         tuple(rows for name in route_names for rows in encoded[name][0]),
         tuple(sources),
-        {name: encoded[name][1] for name in route_names},
+        reports,
         held_out,
         inputs,
     )
+
+
+def lost_rows(report: SourceReport) -> str:
+    """How many rows of a source were dropped or cut and why, in words; empty where none was."""
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in report.dropped.items())
+    parts = [f"{sum(report.dropped.values())} dropped ({reasons})"] if reasons else []
+    if report.truncated:
+        parts.append(f"{report.truncated} cut to data.max_length")
+    return f"of {report.records} rows, {' and '.join(parts)}" if parts else ""
 
 
 def held_out_batches(data: StageData, collate_rows: Callable[[list[Any]], Batch], size: int) -> dict[str, list[Batch]]:

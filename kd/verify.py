@@ -70,11 +70,14 @@ def verify_saved(
         settings: how the run opens its models.
 
     Raises:
+        MachineError: the place for temporary files is full.
         RuntimeError: the folder does not open, or the logits differ by more than `TOLERANCE` allows. This is never the
             user's mistake.
     """
     import torch
     from safetensors.torch import save_file
+
+    from kd.files import disk_errors
 
     tensors = {
         "input_ids": torch.tensor([list(probe_input_ids)], dtype=torch.int64),
@@ -89,7 +92,8 @@ def verify_saved(
     }
     with tempfile.TemporaryDirectory(prefix="dae-verify-") as scratch:
         probe = Path(scratch) / "probe.safetensors"
-        save_file(tensors, probe)
+        with disk_errors(probe):
+            save_file(tensors, probe)
         answer = _ask_fresh_process(probe, request)
     found = Verification(answer["difference"], answer["scale"], answer["dtype"])
     allowed = TOLERANCE[found.dtype]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import os
+import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ FOR_EVALUATION = {
     f"kd.{name}"
     for name in (
         *("config", "errors", "problems", "records", "chat", "data", "mixing"),
-        *("roles", "compatibility", "losses", "objective"),
+        *("roles", "adapters", "completeness", "compatibility", "losses", "objective"),
         *("runs", "files", "fingerprints", "provenance", "lock", "environment"),
     )
 }
@@ -70,3 +72,13 @@ def test_the_public_names_of_dae_are_had_lazily() -> None:
         assert callable(getattr(dae, name))
     with pytest.raises(AttributeError, match="no attribute `aling`"):
         _ = dae.aling
+
+
+def test_papers_names_functions_that_are_there() -> None:
+    lines = (ROOT / "PAPERS.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    assert {len(row) for row in rows} == {4}
+    functions = {row[0]: re.findall("`([^`]+)`", row[3]) for row in rows if row[3] != "function"}
+    assert functions and all(functions.values()), functions
+    for name in (name for names in functions.values() for name in names):
+        pkgutil.resolve_name(name)

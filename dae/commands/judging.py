@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dae.commands.stopping import going_on
+from kd.config import LARGEST_SEED
 from kd.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,7 +64,12 @@ JudgePrompts = Annotated[
 ]
 JudgeMaxTokens = Annotated[int, typer.Option(min=1, help="longest judgment in tokens")]
 Kind = Annotated[KindOfTask, typer.Option(help="what the score counts in: retention, gap closed, or neither")]
-Seed = Annotated[int, typer.Option(help="the same seed gives the same answers of a checkpoint, and the same orders")]
+Seed = Annotated[
+    int,
+    typer.Option(
+        min=0, max=LARGEST_SEED, help="the same seed gives the same answers of a checkpoint, and the same orders"
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="answers that a checkpoint writes at a time")]
 ChatTemplate = Annotated[
     str | None,

@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dae.merging.card import write_merge_card
 from dae.merging.recipe import MergeRecipe
-from kd.compatibility import check_adapter, empty_model, is_adapter
+from kd.adapters import put_adapter
+from kd.compatibility import check_adapter, check_complete, empty_model, is_adapter
 from kd.config import resolved_yaml
 from kd.errors import UserError
 from kd.files import TEMPORARY_PREFIX, remove
 from kd.fingerprints import model_fingerprint, resolve_model, weight_files
 from kd.provenance import base_fingerprint_of
-from kd.roles import LoadSettings, load_model, refuse_bad_weights, refuse_unmergeable
+from kd.roles import STUDENT_ADAPTER, LoadSettings, load_model, refuse_bad_weights, refuse_unmergeable
 from kd.runs import RunFolder
 from kd.stage import RunResult
 
@@ -80,6 +80,9 @@ def run_merge(recipe: MergeRecipe, checkpoints: Checkpoints, check: Callable[[],
             logger.info("%s: this merge is finished; nothing to do", recipe.output)
             return RunResult(run.path, run.summary())
         check()
+        for path in checkpoints.sha256:
+            if not is_adapter(path):
+                check_complete(path)
         scratch = run.path / f"{TEMPORARY_PREFIX}merge"  # the next claim removes what a kill leaves of it
         summary: dict[str, Any] = {}
 
@@ -170,7 +173,7 @@ def whole_checkpoint(role: str, checkpoints: Checkpoints, candidates: Sequence[s
         return resolve_model(path)
     base = foundation(role, checkpoints, candidates)
     logger.info("%s: merging the adapter %s into %s first", role, path, base)
-    model: Any = PeftModel.from_pretrained(load_model(base, LoadSettings(torch.float32)), str(resolve_model(path)))
+    model: Any = put_adapter(load_model(base, LoadSettings(torch.float32)), path, STUDENT_ADAPTER)
     refuse_bad_weights(model, path)
     try:
         refuse_unmergeable(model)

@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from kd.config import ROUTE_NAME, Frozen
+from kd.config import LARGEST_SEED, ROUTE_NAME, Frozen
 from kd.problems import NO_VALUE, Problem
 
 Gate = Literal["hidden", "cheap_embed", "random"]
 Method = Literal["linear", "slerp", "task_arithmetic", "ties", "dare_ties"]
 BETWEEN = ("linear", "slerp")  # methods whose weight is a place between reference (0) and expert (1)
+LEAST_ENERGY = 0.9  # of the squared difference: with less, an adapter is hardly the expert any more
 # TIES keeps the top 20 % in its paper; DARE's papers sweep the drop rate and name no default.
 DEFAULT_DENSITY: Mapping[str, float] = {"ties": 0.2, "dare_ties": 0.5}
 
@@ -39,7 +40,7 @@ class MoeRecipe(Frozen):
         description="the router's start: from prompts' hidden states, from their embeddings, or random as a new layer",
     )
     experts_per_token: int = Field(default=2, ge=1, description="how many experts each token passes through")
-    seed: int = Field(default=0, ge=0, description="of the random gate")
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="of the random gate")
     output: str = Field(min_length=1, description="the run folder to write")
 
     @classmethod
@@ -124,7 +125,7 @@ class WeightsRecipe(Frozen):
         description="share of each task vector that is kept: ties, the largest (null: 0.2); dare_ties, at random "
         "(null: 0.5)",
     )
-    seed: int = Field(default=0, ge=0, description="which entries dare_ties keeps")
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="which entries dare_ties keeps")
     output: str = Field(min_length=1, description="the run folder to write")
 
     @classmethod
@@ -159,7 +160,7 @@ class ToLoraRecipe(Frozen):
         default=None, gt=0, le=1, description="share of each matrix's squared difference to keep; its rank follows"
     )
     min_energy: float = Field(
-        default=0.9, ge=0, le=1, description="refuse when less of the matrices' squared difference is kept"
+        default=LEAST_ENERGY, ge=0, le=1, description="refuse when less of the matrices' squared difference is kept"
     )
     max_left_out: float = Field(
         default=0.1,
@@ -178,7 +179,17 @@ class ToLoraRecipe(Frozen):
             return [Problem(("rank",), NO_VALUE, words)]
         if rank is not None and energy is not None:
             return [Problem(("energy",), energy, "rank and energy are two ways to say the same: give one of them")]
+        return energy_problems(raw)
+
+
+def energy_problems(raw: Mapping[str, Any]) -> list[Problem]:
+    """Less energy asked for than the result must keep, where that is not said to be meant."""
+    energy, least = raw.get("energy"), LEAST_ENERGY
+    if "min_energy" in raw or not isinstance(energy, (int, float)) or not 0 < energy < least:
         return []
+    words = f"is below min_energy ({least:g} unless you say otherwise), under which a result is refused: give at least "
+    words += f"{least:g}, or also min_energy={energy:g}"
+    return [Problem(("energy",), energy, words)]
 
 
 MergeRecipe = MoeRecipe | WeightsRecipe | ToLoraRecipe

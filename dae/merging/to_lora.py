@@ -35,11 +35,12 @@ from dae.merging.checkpoints import (
     stored_dtype,
 )
 from dae.merging.recipe import ToLoraRecipe
+from kd.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from kd.compatibility import check_tokenizers, empty_model, is_adapter
 from kd.errors import UserError
 from kd.files import json_text, read_json
 from kd.fingerprints import resolve_model
-from kd.roles import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoadSettings, load_model
+from kd.roles import LoadSettings, load_model
 from kd.stage import RunResult
 
 logger = logging.getLogger("dae")

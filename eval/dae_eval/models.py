@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dae_eval.results import ModelFacts
+from kd.adapters import ADAPTER_CONFIG, read_adapter_config
 from kd.compatibility import check_adapter, is_adapter
+from kd.completeness import first_line
 from kd.errors import UserError
 from kd.fingerprints import files_sha256, joint_sha256, model_fingerprint, resolve_model
 from kd.provenance import read_provenance
 from kd.roles import (
-    ADAPTER_CONFIG,
     Backbone,
     LoadSettings,
     Role,
@@ -102,9 +102,9 @@ def locate(role: str, path: str, base: str | None, known: dict[str, str] | None 
 
 def base_of_adapter(path: str) -> str:
     """The base that an adapter names. Raises UserError where it names none, or one that is not there."""
-    config = resolve_model(path) / ADAPTER_CONFIG
-    named = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    named = read_adapter_config(path).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
+        config = resolve_model(path) / ADAPTER_CONFIG
         raise UserError(f"{config}: names no base (base_model_name_or_path); say where it is with --base")
     return named
 
@@ -127,7 +127,7 @@ def open_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{model.path}: no tokenizer that transformers can open: {error}") from error
+        raise UserError(f"{model.path}: no tokenizer that transformers can open: {first_line(error)}") from error
     return tokenizer
 
 

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from kd.adapters import base_of, tokenizer_home
 from kd.choose.car import Measured, Ranking, rank, refuse_negative
 from kd.choose.folder import RankFolder
 from kd.choose.recipe import ARITHMETIC, RankRecipe
@@ -25,14 +26,7 @@ from kd.choose.rewards import (
     rewards_of,
     template_sha256,
 )
-from kd.choose.student_losses import (
-    base_of_student,
-    encode_responses,
-    losses_of,
-    open_student,
-    tokenizer_folder,
-    without_prompt,
-)
+from kd.choose.student_losses import encode_responses, losses_of, open_student, without_prompt
 from kd.compatibility import is_adapter
 from kd.data import TokenRow
 from kd.errors import UserError
@@ -59,7 +53,7 @@ def settings_of(recipe: RankRecipe) -> dict[str, Any]:
     """
     settings = recipe.model_dump(mode="json", exclude={"output", *ARITHMETIC})
     settings["content of student"] = model_fingerprint(recipe.student)
-    if (base := base_of_student(recipe.student)) is not None:
+    if (base := base_of(recipe.student)) is not None:
         settings["content of its base"] = model_fingerprint(base)
     if is_adapter(recipe.reward_model):
         raise UserError(f"reward_model: {recipe.reward_model}: is an adapter; merge it into its base first")
@@ -73,7 +67,7 @@ def settings_of(recipe: RankRecipe) -> dict[str, Any]:
 
 def student_tokenizer(recipe: RankRecipe) -> Any:
     """With the recipe's fallback template, where it has none."""
-    folder = tokenizer_folder(recipe.student)
+    folder = tokenizer_home(recipe.student)
     return open_tokenizer(folder, recipe.chat_template, "chat_template", recipe.trust_remote_code)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from kd.config import ROUTE_NAME, Frozen
+from kd.config import LARGEST_SEED, ROUTE_NAME, Frozen
 from kd.problems import NO_VALUE, Problem
 from kd.records import FILE_ENDINGS
 
@@ -51,7 +51,7 @@ class RankRecipe(Frozen):
     )
     max_new_tokens: int = Field(default=512, ge=1, description="longest response that a checkpoint writes, in tokens")
     temperature: float = Field(default=1.0, gt=0, description="of its sampling; 1 is its own distribution")
-    seed: int = Field(default=0, ge=0, description="of the sampling and of the bootstrap")
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="of the sampling and of the bootstrap")
     trust_remote_code: bool = Field(default=False, description="run code that comes with a checkpoint")
 
     @classmethod

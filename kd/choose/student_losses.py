@@ -5,23 +5,21 @@ Shape legend: B rows, T positions, N response tokens, D width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from kd.adapters import base_of
 from kd.choose.responses import Response
 from kd.choose.rewards import right_padded
-from kd.compatibility import check_adapter, is_adapter
+from kd.compatibility import check_adapter
 from kd.config import DataRecipe
 from kd.data import Draft, Dropped, TokenRow, draft, encode_drafts
 from kd.errors import UserError
-from kd.fingerprints import model_fingerprint, resolve_model
+from kd.fingerprints import model_fingerprint
 from kd.losses import TokenLoss, token_loss_sums
 from kd.roles import (
-    ADAPTER_CONFIG,
     Backbone,
     LoadSettings,
     Role,
@@ -36,31 +34,13 @@ from kd.roles import (
 )
 
 
-def base_of_student(path: str) -> str | None:
-    """The base that an adapter names, or None for a full checkpoint. Raises UserError where an adapter names none."""
-    if not is_adapter(path):
-        return None
-    config = resolve_model(path) / ADAPTER_CONFIG
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not isinstance(base, str):
-        raise UserError(f"student: {config}: names no base (base_model_name_or_path)")
-    return base
-
-
-def tokenizer_folder(path: str) -> str:
-    """Where a student's tokenizer lies: beside its weights, or with its base."""
-    folder, base = resolve_model(path), base_of_student(path)
-    beside = any((Path(folder) / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
-    return path if beside or base is None else base
-
-
 def open_student(path: str, settings: LoadSettings) -> Role:
     """The student, frozen, in eval mode: a checkpoint, or an adapter on its base. Raises UserError."""
-    base = base_of_student(path)
-    backbone = Backbone(base or path, load_model(base or path, settings))
-    name = None
+    base, name = base_of(path), None
     if base is not None:
         check_adapter("student", path, base, model_fingerprint(base), settings.trust_remote_code)
+    backbone = Backbone(base or path, load_model(base or path, settings))
+    if base is not None:
         name = add_frozen_adapter(backbone, path)
     role = Role("student", backbone.model, name)
     check_head(role, vocabulary_rows([role]))

@@ -187,7 +187,7 @@ def test_metrics_tell_each_route(world: Path) -> None:
         assert "eval_general_kl" not in line
     summary = json.loads((folder / "run.json").read_text())["summary"]
     assert summary["steps"] == 12
-    assert summary["rows"] == {"general": 120, "domain": 120}
+    assert summary["rows"] == {"general": 120, "domain": 120, "eval.domain": 24}
 
 
 def test_a_far_teacher_is_warned_of(world: Path, caplog: pytest.LogCaptureFixture) -> None:

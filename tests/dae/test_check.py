@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from pico import make_checkpoint, make_model
 from transformers import AutoModelForCausalLM
+from worlds import make_adapter
 
 from dae.alignment import fingerprints
-from dae.check import check, in_words, make_plan, marked_row, shortened
-from dae.estimates import disk, loss_shares, memory, tokens_of_run
+from dae.check import Plan, check, in_words, make_plan, marked_row, shortened
+from dae.estimates import disk, memory, tokens_of_run
+from dae.loss_shares import LossShare, loss_shares
 from dae.overlap import normalised, overlaps, parts
 from dae.recipe import AlignRecipe
 from kd.config import DataRecipe, SftRecipe, resolved_yaml
+from kd.data import SourceReport
 from kd.errors import UserError
 from kd.runs import RunFolder
 
@@ -62,31 +66,70 @@ def message(recipe: AlignRecipe | SftRecipe) -> str:
 # -- shares ------------------------------------------------------------------------------------------------------------
 
 
-def test_shares_of_the_loss_are_those_of_the_rows_that_a_run_draws(world: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(world, tmp_path / "o", weights="tokens")
-    plan = make_plan(recipe)
-    counted = dict.fromkeys(plan.data.route_names, 0)
+def counted(plan: Plan, factors: Mapping[str, float] | None) -> dict[str, tuple[float, float]]:
+    """(mean share of the loss, steps without a row) of each route, step by step; factors None: tokens pooled."""
+    names = plan.data.route_names
+    shares, missing = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
     for step in range(plan.steps):
+        tokens = dict.fromkeys(names, 0)
         for source, row in plan.mixture.rows_of_step(step):
-            counted[plan.data.sources[source].route] += sum(plan.data.rows[source][row].response_mask)
-    total = sum(counted.values())
-    expected = loss_shares(recipe, plan.data)
-    assert {name: count / total for name, count in counted.items()} == pytest.approx(expected, rel=0.05)
-    assert expected["domain"] < 0.05
+            tokens[plan.data.sources[source].route] += sum(plan.data.rows[source][row].response_mask)
+        says = {name: count if factors is None else factors[name] * (count > 0) for name, count in tokens.items()}
+        for name in names:
+            shares[name] += says[name] / sum(says.values()) / plan.steps
+            missing[name] += tokens[name] == 0
+    return {name: (shares[name], missing[name] / plan.steps) for name in names}
 
 
-def test_shares_of_the_loss_with_weights(world: Path, tmp_path: Path) -> None:
-    data = make_plan(recipe_of(world, tmp_path / "o")).data
-    assert loss_shares(recipe_of(world, tmp_path), data) == {"general": 0.5, "domain": 0.5}
-    factors = recipe_of(world, tmp_path, weights={"general": 1.0, "domain": 3.0})
-    assert loss_shares(factors, data) == {"general": 0.25, "domain": 0.75}
+@pytest.mark.parametrize(
+    ("weights", "factors"),
+    [
+        ("tokens", None),
+        ("routes", {"general": 1.0, "domain": 1.0}),
+        ({"general": 1.0, "domain": 3.0}, {"general": 1.0, "domain": 3.0}),
+    ],
+)
+@pytest.mark.parametrize("rows", [2, 4, 20])
+def test_shares_of_the_loss_are_those_of_the_rows_that_a_run_draws(
+    world: Path, tmp_path: Path, weights: Any, factors: Any, rows: int
+) -> None:
+    train = {"per_device_train_batch_size": rows, "num_train_epochs": 1}
+    recipe = recipe_of(world, tmp_path / "o", weights=weights, train=train)
+    plan = make_plan(recipe)
+    shown = loss_shares(recipe, plan.data, plan.mixture, plan.steps)
+    assert {name: (share.mean, share.absent) for name, share in shown.items()} == {
+        name: pytest.approx(expected) for name, expected in counted(plan, factors).items()
+    }
+
+
+def test_a_step_without_a_route_gives_its_weight_to_the_others(world: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(world, tmp_path / "o", train={"per_device_train_batch_size": 2, "num_train_epochs": 1})
+    plan = make_plan(recipe)
+    shares = loss_shares(recipe, plan.data, plan.mixture, plan.steps)
+    # A tenth of the rows, never two in one step of two: a fifth of the steps, and half of the loss of each.
+    assert shares == {"general": LossShare(pytest.approx(0.9), 0.0), "domain": LossShare(pytest.approx(0.1), 0.8)}
+
+
+def test_of_a_long_run_the_first_steps_are_looked_at(world: Path, tmp_path: Path) -> None:
+    train = {"per_device_train_batch_size": 20, "max_steps": 10**9}
+    plan = make_plan(recipe_of(world, tmp_path / "o", train=train))
+    shares = loss_shares(recipe_of(world, tmp_path / "o"), plan.data, plan.mixture, plan.steps)
+    assert shares["domain"] == LossShare(pytest.approx(0.5), 0.0)
 
 
 def test_a_route_with_little_of_the_loss_is_warned_about(world: Path, tmp_path: Path, capsys: Any) -> None:
     check(recipe_of(world, tmp_path / "o", weights="tokens"))
-    assert "warning: route domain has" in capsys.readouterr().out
-    check(recipe_of(world, tmp_path / "o", weights="routes"))
+    shown = capsys.readouterr().out
+    assert "warning: route domain has" in shown and "weights=routes gives each route the same say" in shown
+    check(recipe_of(world, tmp_path / "o", weights="routes", train={"per_device_train_batch_size": 10}))
     assert "warning" not in capsys.readouterr().out
+
+
+def test_a_route_that_is_missing_from_many_steps_is_warned_about(world: Path, tmp_path: Path, capsys: Any) -> None:
+    check(recipe_of(world, tmp_path / "o", weights="routes"))
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert "route domain has no row in 60 % of the steps" in told
+    assert "at least 10 rows (train.gradient_accumulation_steps)" in told and "weights=tokens" in told
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
@@ -118,8 +161,22 @@ def test_the_report_shows_rows_masks_steps_and_needs(world: Path, tmp_path: Path
     assert "more.jsonl: 1 rows dropped: prompt fills max_length: no response token left" in shown
     assert "[[ ten</s>]]" in shown
     (overlap,) = [line for line in lines if line[:2] == ["domain", "3"]]
-    assert overlap[2:] == ["1", "2"]
+    assert overlap[-2:] == ["1", "2"]
     assert "steps     25 of 4 rows (4 x 1 x 1 process): 100 rows" in shown
+
+
+def test_held_out_rows_are_shown_as_training_rows_are(world: Path, tmp_path: Path, capsys: Any) -> None:
+    long = [{"prompt": f"{n} long " * 40, "completion": " red"} for n in range(6)]
+    short = [{"prompt": f"H{n}?", "completion": " two" * 30} for n in range(4)]
+    domain = write_rows(tmp_path / "d.jsonl", long + [{"prompt": f"Q{n}?", "completion": " ten"} for n in range(30)])
+    held = write_rows(tmp_path / "h.jsonl", long + short)
+    data = {"max_length": 24, "general": world / "general.jsonl", "domain": domain, "eval": {"domain": held}}
+    check(recipe_of(world, tmp_path / "o", data=data, weights="tokens"))
+    shown = capsys.readouterr().out.splitlines()
+    (row,) = [line.split() for line in shown if line.split()[:2] == ["domain", "4"]]
+    # rows, tokens, response tokens, cut, dropped, in training, same prompt; a prompt "H0?" is 3 tokens of 24
+    assert row[1:] == ["4", "96", "84", "4", "6", "0", "0"]
+    assert f"{held}: 6 rows dropped: prompt fills max_length: no response token left" in shown
 
 
 def test_a_checked_recipe_leaves_nothing_behind(world: Path, tmp_path: Path) -> None:
@@ -169,8 +226,9 @@ def test_trainable_weights_are_those_of_a_real_adapter(world: Path, tmp_path: Pa
 
 def test_checkpointing_needs_less_memory_and_more_rows_need_more(world: Path, tmp_path: Path) -> None:
     def needed(**train: Any) -> float:
-        plan = make_plan(recipe_of(world, tmp_path / "o", train={"max_steps": 3, **train}))
-        return sum(item.bytes for item in memory(plan.models, plan.args, plan.data, plan.settings))
+        recipe = recipe_of(world, tmp_path / "o", train={"max_steps": 3, **train})
+        plan = make_plan(recipe)
+        return sum(item.bytes for item in memory(recipe, plan.models, plan.args, plan.data, plan.settings))
 
     assert needed(gradient_checkpointing=True) < needed() < needed(per_device_train_batch_size=32)
 
@@ -244,8 +302,17 @@ def test_case_and_white_space_make_no_other_row() -> None:
 def test_rows_without_prompts_share_no_prompt(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])
     held = write_rows(tmp_path / "b.jsonl", [{"text": "One "}, {"text": "three"}])
-    overlap = overlaps(DataRecipe(train=[rows], eval={"train": [held]}))["train"]  # type: ignore[call-arg]
-    assert (overlap.rows, overlap.same_row, overlap.same_prompt) == (2, 1, 0)
+    reports = {"train": [SourceReport(str(rows))], "eval.train": [SourceReport(str(held))]}
+    overlap = overlaps(DataRecipe(train=[rows], eval={"train": [held]}), reports)["train"]  # type: ignore[call-arg]
+    assert (overlap.same_row, overlap.same_prompt) == (1, 0)
+
+
+def test_rows_that_were_dropped_overlap_with_nothing(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "a.jsonl", [{"text": text} for text in ("one", "two", "three")])
+    held = write_rows(tmp_path / "b.jsonl", [{"text": text} for text in ("one", "two", "three")])
+    reports = {"train": [SourceReport("a", dropped_at=[0])], "eval.train": [SourceReport("b", dropped_at=[2])]}
+    overlap = overlaps(DataRecipe(train=[rows], eval={"train": [held]}), reports)["train"]  # type: ignore[call-arg]
+    assert overlap.same_row == 1
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------
@@ -269,6 +336,47 @@ def test_what_a_run_would_refuse_is_refused(world: Path, tmp_path: Path) -> None
     assert "fewer than the" in message(recipe_of(world, tmp_path / "o", train={"gradient_accumulation_steps": 4096}))
     (tmp_path / "file").write_text("")
     assert "is a file; name a folder" in message(recipe_of(world, tmp_path / "file"))
+
+
+def test_every_role_is_looked_at_and_not_the_base_alone(world: Path, tmp_path: Path) -> None:
+    base, expert = (make_checkpoint(tmp_path / name, "gpt2", n_positions=n) for name, n in (("base", 256), ("few", 16)))
+    told = message(recipe_of(world, tmp_path / "o", base=base, expert=str(expert)))
+    assert "has only 16 positions; set data.max_length=16" in told
+    adapted = make_adapter(tmp_path / "head", world / "base", target_modules=["q_proj", "lm_head"], use_dora=True)
+    told = message(recipe_of(world, tmp_path / "o", expert=str(adapted)))
+    assert "role expert.domain: LlamaForCausalLM: an adapter on the output layer must be plain LoRA" in told
+    plain = make_adapter(tmp_path / "plain", world / "base", target_modules=["q_proj", "lm_head"])
+    make_plan(recipe_of(world, tmp_path / "o", expert=str(plain)))
+
+
+@pytest.mark.parametrize("stage", ["sft", "align"])
+def test_an_attention_that_does_not_exist_is_refused(world: Path, tmp_path: Path, stage: str) -> None:
+    if stage == "sft":
+        rows: Any = {"train": world / "domain.jsonl"}
+        told = message(SftRecipe(base=world / "base", output=tmp_path / "o", data=rows, attn_implementation="sdpaa"))  # type: ignore[arg-type]
+    else:
+        told = message(recipe_of(world, tmp_path / "o", attn_implementation="sdpaa"))
+    assert f"attn_implementation: sdpaa: {world / 'base'} cannot be run with it" in told
+    make_plan(recipe_of(world, tmp_path / "o", attn_implementation="eager"))
+
+
+def test_a_merge_that_would_change_both_ends_of_tied_embeddings_is_refused(world: Path, tmp_path: Path) -> None:
+    tied = make_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
+    lora = {"rank": 2, "target_modules": ["embed_tokens"]}
+    told = message(recipe_of(world, tmp_path / "o", base=tied, expert=str(tied), lora=lora, merge=True))
+    assert "merge: true: this model's input and output embeddings are one matrix" in told
+    make_plan(recipe_of(world, tmp_path / "o", base=tied, expert=str(tied), lora=lora))
+
+
+def test_a_student_that_goes_on_trains_what_it_trained_before(world: Path, tmp_path: Path) -> None:
+    begun = make_adapter(tmp_path / "first", world / "base", r=6, target_modules=["q_proj"])
+    earlier, new = (
+        make_plan(recipe_of(world, tmp_path / "o", lora={"rank": 6, "target_modules": ["q_proj"]}, **more)).models
+        for more in ({"student_from": begun}, {})
+    )
+    assert earlier.trainable == new.trainable
+    unsaid = make_plan(recipe_of(world, tmp_path / "o", student_from=begun, lora={}))
+    assert unsaid.models.trainable == new.trainable
 
 
 def test_an_sft_recipe_is_checked_too(world: Path, tmp_path: Path, capsys: Any) -> None:

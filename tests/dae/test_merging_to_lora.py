@@ -250,6 +250,7 @@ def test_another_architecture_is_refused(world: Path, capsys: pytest.CaptureFixt
         ([], "rank: is missing: give --rank, or --energy"),
         (["--rank=4", "--energy=0.9"], "give one of them"),
         (["--energy=1.5"], "must be at most 1"),
+        (["--energy=0.5"], "give at least 0.9, or also min_energy=0.5"),
         (["--rank=0"], "must be at least 1"),
     ],
 )

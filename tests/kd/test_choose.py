@@ -22,6 +22,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from kd.adapters import tokenizer_home
 from kd.choose.car import RESAMPLES, Measured, Ranking, compatibility_adjusted_reward, rank, resampled_means
 from kd.choose.folder import RankFolder
 from kd.choose.recipe import RankRecipe, answers
@@ -34,7 +35,7 @@ from kd.choose.rewards import (
     reward_config,
     rewards_of,
 )
-from kd.choose.student_losses import encode_responses, losses_of, open_student, tokenizer_folder, without_prompt
+from kd.choose.student_losses import encode_responses, losses_of, open_student, without_prompt
 from kd.config import load_recipe
 from kd.data import TokenRow
 from kd.errors import UserError
@@ -361,7 +362,7 @@ def test_a_student_may_be_an_adapter_on_its_base(tmp_path: Path) -> None:
     assert losses_of(role, rows, 2) == pytest.approx(expected, rel=1e-6)
     plain = losses_of(open_student(str(base), F64), rows, 2)
     assert max(abs(one - other) for one, other in zip(plain, expected, strict=True)) > 1e-3
-    assert tokenizer_folder(str(tmp_path / "adapter")) == str(base)
+    assert tokenizer_home(str(tmp_path / "adapter")) == str(base)
 
 
 def test_rows_that_do_not_fit_the_student_are_told() -> None:

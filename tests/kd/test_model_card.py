@@ -42,8 +42,13 @@ def align_facts(base: str, output: str, **changes: Any) -> CardFacts:
             "eval.ecom": [DataInput("held.jsonl", "3" * 64)],
         },
         reports={
-            "general": [SourceReport("some/stories", records=9100, kept=9000, response_tokens=1_234_567)],
+            "general": [
+                SourceReport(
+                    "some/stories", 9100, kept=9000, truncated=25, dropped={"a": 60, "b": 40}, response_tokens=1_234_567
+                )
+            ],
             "ecom": [SourceReport("ecom.jsonl", records=1000, kept=1000, response_tokens=8_000)],
+            "eval.ecom": [SourceReport("held.jsonl", records=84, kept=24, dropped={"a": 60}, response_tokens=96)],
         },
         summary=SUMMARY,
     )
@@ -74,9 +79,10 @@ def test_an_align_card_says_what_went_in_and_what_came_out(tmp_path: Path) -> No
         f"| base | `{base}` | `{'b' * 64}` |",
         f"| reference | `{base}` | `{'b' * 64}` |",
         f"| expert.ecom | `experts/ecom` | `{'e' * 64}` |",
-        f"| general | `some/stories` | 9,000 | 90.0% | 1,234,567 | `{'1' * 64}` |",
-        f"| ecom | `ecom.jsonl` | 1,000 | 10.0% | 8,000 | `{'2' * 64}` |",
-        f"| ecom | `held.jsonl` | `{'3' * 64}` |",
+        "| route | source | rows | cut | dropped | share of rows | response tokens | SHA-256 |",
+        f"| general | `some/stories` | 9,000 | 25 | 100 | 90.0% | 1,234,567 | `{'1' * 64}` |",
+        f"| ecom | `ecom.jsonl` | 1,000 | 0 | 0 | 10.0% | 8,000 | `{'2' * 64}` |",
+        f"| ecom | `held.jsonl` | 24 | 0 | 60 |  | 96 | `{'3' * 64}` |",
         "| steps | 12 |",
         "| initial_kl.ecom | 1.235 |",
     ):
@@ -109,7 +115,7 @@ def test_an_sft_card_does_not_cite_the_alignment_paper(tmp_path: Path) -> None:
     facts = CardFacts("sft", recipe, {"base": "b" * 64}, data, reports, {})
     text = write_model_card(tmp_path, facts).read_text()
     assert "2406.19112" not in text
-    assert f"| train | `rows.jsonl` | 3 |  | 5 | `{'1' * 64}` |" in text
+    assert f"| train | `rows.jsonl` | 3 | 0 | 0 |  | 5 | `{'1' * 64}` |" in text
 
 
 @pytest.mark.parametrize("lora", [{"rank": 2}, None])

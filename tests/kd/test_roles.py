@@ -100,6 +100,35 @@ def test_experts_of_each_kind(config: dict[str, Any], tmp_path: Path) -> None:
         check_head(role, vocabulary_rows([role]))
 
 
+def test_dropout_on_the_head_matters_to_the_adapter_that_trains_and_to_no_frozen_one(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base")
+    on_head = {"target_modules": ["q_proj", "lm_head"], "lora_dropout": 0.3}
+    expert = make_adapter(base, tmp_path / "expert", **on_head)
+    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+    student = add_student_adapter(backbone, LoraRecipe(), None)
+    role = Role("expert.shop", student, add_frozen_adapter(backbone, str(expert)))
+    student.train()
+    check_head(role, 288)
+    torch.testing.assert_close(role_logits(role), plain_logits(base, expert), rtol=1e-5, atol=1e-5)
+
+    trained = Backbone(str(base), load_model(str(base), SETTINGS))
+    dropped = LoraRecipe(dropout=0.3, target_modules=("q_proj", "lm_head"))
+    role = Role("student", add_student_adapter(trained, dropped, None), STUDENT_ADAPTER)
+    with pytest.raises(UserError, match=r"role student: .*set lora\.dropout=0, or leave the output layer out"):
+        check_head(role, 288)
+
+
+def test_an_experts_head_that_cannot_be_used_is_told_a_remedy_for_a_finished_expert(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base")
+    expert = make_adapter(base, tmp_path / "expert", target_modules=["q_proj", "lm_head"], use_dora=True)
+    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+    name = add_frozen_adapter(backbone, str(expert))
+    role = Role("expert.shop", backbone.model, name)
+    with pytest.raises(UserError, match=r"role expert\.shop: .*DoRA.*merge it into its base") as caught:
+        check_head(role, 288)
+    assert "target_modules" not in str(caught.value)
+
+
 def test_switching_roles_leaves_everything_as_it_was(tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base")
     expert = make_adapter(base, tmp_path / "expert", modules_to_save=["lm_head"])

@@ -8,9 +8,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pico import make_checkpoint, make_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from kd.errors import MachineError
 from kd.roles import LoadSettings
 from kd.verify import TOLERANCE, verify_saved
 
@@ -46,6 +48,18 @@ def test_an_adapter_is_opened_on_its_base_and_a_forgotten_one_is_noticed(tmp_pat
     save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(weights).items()}, weights)
     with pytest.raises(RuntimeError, match=r"the saved model is not the trained one.*of their scale"):
         verify_saved(tmp_path / "adapter", IDS, expected, settings)
+
+
+def test_a_full_place_for_temporary_files_is_the_machines_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(MachineError, match=rf"^{tmp_path}/dae-verify-\S+: the disk is full"):
+        verify_saved(tmp_path / "student", IDS, torch.zeros(8, 288), LoadSettings(torch.float32))
 
 
 @pytest.mark.slow

@@ -1,0 +1,84 @@
+"""`student_from`: an earlier student's adapter goes on as it is, so the recipe's `lora` is what that adapter is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+
+from dae.recipe import AlignRecipe
+from kd.adapters import put_adapter
+from kd.compatibility import empty_model
+from kd.config import LoraRecipe
+from kd.errors import UserError
+from kd.roles import STUDENT_ADAPTER, Backbone, add_student_adapter
+
+ALL_LINEAR = "all-linear"
+
+
+def with_lora_of_student(recipe: AlignRecipe) -> AlignRecipe:
+    """The recipe with its `lora` as the adapter of `student_from` has it; the same one where no adapter goes on.
+
+    Raises UserError where a key of `lora` that was written down says otherwise, naming each.
+    """
+    path, ours = recipe.student_from, recipe.lora
+    if path is None or ours is None:
+        return recipe
+    adapted = put_adapter(_empty(recipe), path, STUDENT_ADAPTER)
+    theirs = lora_of(recipe, adapted)
+    differing = [key for key in LoraRecipe.model_fields if getattr(ours, key) != getattr(theirs, key)]
+    if "target_modules" in differing and _names_same_layers(recipe, ours, adapted):
+        differing.remove("target_modules")
+    told = [
+        f"lora.{key}: {_shown(getattr(ours, key))}: the adapter of student_from ({path}) has "
+        f"{_shown(getattr(theirs, key))}"
+        for key in differing
+        if key in ours.model_fields_set
+    ]
+    if told:
+        raise UserError(f"{'; '.join(told)}. It goes on as it is: leave it out, or begin anew without student_from.")
+    return recipe.model_copy(update={"lora": theirs})
+
+
+def lora_of(recipe: AlignRecipe, adapted: PeftModel) -> LoraRecipe:
+    """What `lora` would have to say for a new adapter like this one, which is on the base's architecture."""
+    config: Any = adapted.peft_config[STUDENT_ADAPTER]
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    if _layers(adapted) != _layers(_with_new_adapter(recipe, LoraRecipe(target_modules=ALL_LINEAR))):
+        chosen = config.target_modules
+        target_modules = chosen if isinstance(chosen, str) else tuple(sorted(chosen or ()))
+    if not target_modules:
+        raise UserError(
+            f"student_from: {recipe.student_from}: its adapter sits on single parameters only (target_parameters), "
+            "which lora.target_modules cannot name; merge it, and go on from the full checkpoint with `lora: null`."
+        )
+    return LoraRecipe(
+        rank=config.r, alpha=config.lora_alpha, dropout=config.lora_dropout, target_modules=target_modules
+    )
+
+
+def _names_same_layers(recipe: AlignRecipe, lora: LoraRecipe, adapted: PeftModel) -> bool:
+    """Whether `lora.target_modules` names the layers that this adapter is on, in other words.
+
+    Only all-linear means a mixture's experts, too: these are parameters, and layers are all that can be named.
+    """
+    named, there = _layers(_with_new_adapter(recipe, lora)), _layers(adapted)
+    return named == there if lora.target_modules == ALL_LINEAR else named[0] == there[0]
+
+
+def _layers(adapted: PeftModel) -> tuple[set[str], set[str]]:
+    """Names of the modules that an adapter is on, and of the single parameters."""
+    tuner: Any = adapted.base_model
+    return set(tuner.targeted_module_names), set(tuner.targeted_parameter_names)
+
+
+def _with_new_adapter(recipe: AlignRecipe, lora: LoraRecipe) -> PeftModel:
+    return add_student_adapter(Backbone(recipe.base, _empty(recipe)), lora, None)
+
+
+def _empty(recipe: AlignRecipe) -> Any:
+    return empty_model(recipe.base, recipe.trust_remote_code)
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
