@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from kd.errors import UserError
 from kd.layer_pairs import LayerPairs
@@ -143,9 +143,11 @@ def observed_attention(
     configured = {name: ALL_ATTENTION_FUNCTIONS.get(name) for name in names}
 
     def observing(name: str) -> Callable[..., Any]:
-        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any) -> Any:
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
+        ) -> Any:
             function = configured[name] or eager_attention_of(module)
-            result = function(module, query, key, value, mask, **settings)
+            result = function(module, query, key, value, attention_mask, **settings)
             for setting in ("s_aux", "position_bias"):  # attention sinks, and biases that are learnt
                 if settings.get(setting) is not None:
                     raise UserError(
@@ -191,7 +193,8 @@ def attention_layers(role: Role) -> dict[int, tuple[nn.Module, AttentionInputs]]
         expected_THC = output_BTHC[0].reshape(PROBE_TOKENS, inputs.query_BHTC.shape[1], -1).double()
         positions = torch.arange(PROBE_TOKENS)
         keys = slice(0, len(positions))
-        map_HTT = _log_map(_scores(inputs, 0, positions, keys), _hidden_keys(positions, keys, inputs.window)).exp()
+        scores_HTT = _scores(inputs, 0, positions, keys)
+        map_HTT = _log_map(scores_HTT, _hidden_keys(positions, keys, inputs.window, scores_HTT.device)).exp()
         value_HTC = value_BKTC[0].repeat_interleave(map_HTT.shape[0] // value_BKTC.shape[1], dim=0)
         got_THC = (map_HTT.double() @ value_HTC.double()).transpose(0, 1)
         errors.append(float((got_THC - expected_THC).abs().max() / expected_THC.abs().max().clamp(min=1e-6)))
@@ -205,7 +208,29 @@ def attention_layers(role: Role) -> dict[int, tuple[nn.Module, AttentionInputs]]
             f"attention: role {role.name}: {type(base).__name__} makes its attention maps in a way that is not known "
             f"here{''.join(f' ({name})' for name in sorted(unknown))}; remove `attention`."
         )
+    for layer, (_, inputs) in sorted(layers.items()):
+        refuse_untold_window(role.name, base, layer, inputs.window)
     return layers
+
+
+def refuse_untold_window(role: str, model: PreTrainedModel, layer: int, told: int | None) -> None:
+    """Raise UserError where a layer has a sliding window in its mask alone, which the few tokens of a probe all fit in.
+
+    told: the window that the layer tells its attention. A window as long as the longest row that the model is for hides
+    nothing.
+    """
+    config = model.config.get_text_config()
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if not window or not getattr(config, "use_sliding_window", True):
+        return
+    if window >= (getattr(config, "max_position_embeddings", None) or math.inf):
+        return
+    if window != told and (types is None or types[layer] == "sliding_attention"):
+        raise UserError(
+            f"attention: role {role}: {type(model).__name__} has a sliding window (sliding_window: {window}) in layer "
+            f"{layer} without telling its attention function, so its attention maps are not known here; "
+            "remove `attention`."
+        )
 
 
 def response_rows(batch: Batch) -> list[QueryRows]:
@@ -261,7 +286,7 @@ class _ChunkedMapKL(torch.autograd.Function):
             for row, positions_n, keys in _chunks(student, teacher, rows, chunk_elements):
                 scores_HnL = _scores(student, row, positions_n, keys)
                 teacher_scores_HnL = _scores(teacher, row, positions_n, keys)
-                hidden_nL = _hidden_keys(positions_n, keys, window).to(scores_HnL.device)
+                hidden_nL = _hidden_keys(positions_n, keys, window, scores_HnL.device)
                 kl, grad_HnL = _map_kl(scores_HnL, teacher_scores_HnL, hidden_nL, grad_query_BHTC is not None)
                 total += kl
                 if grad_HnL is None or grad_query_BHTC is None or grad_key_BKTC is None:
@@ -314,9 +339,9 @@ def _scores(inputs: AttentionInputs, row: int, positions_n: Tensor, keys: slice)
     return scores if inputs.softcap is None else scores.div_(inputs.softcap).tanh_().mul_(inputs.softcap)
 
 
-def _hidden_keys(positions_n: Tensor, keys: slice, window: int | None) -> Tensor:
-    """[n, L] bool: which keys a position does not see."""
-    distance_nL = positions_n[:, None] - torch.arange(keys.start, keys.stop)
+def _hidden_keys(positions_n: Tensor, keys: slice, window: int | None, device: torch.device) -> Tensor:
+    """[n, L] bool, on this device: which keys a position does not see."""
+    distance_nL = positions_n.to(device)[:, None] - torch.arange(keys.start, keys.stop, device=device)
     return (distance_nL < 0) if window is None else (distance_nL < 0) | (distance_nL >= window)
 
 

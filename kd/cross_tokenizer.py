@@ -184,15 +184,18 @@ def encode_pairs(
     dropped: Counter[str] = Counter()
     records = read_records(source)
     while batch := list(itertools.islice(records, BATCH_RECORDS)):
-        report.records += len(batch)
-        for ours, theirs in zip(*(encode_records(batch, one, settings) for one in tokenizers), strict=True):
+        pairs = zip(*(encode_records(batch, one, settings) for one in tokenizers), strict=True)
+        for place, (ours, theirs) in enumerate(pairs, start=report.records):
             if isinstance(ours, Dropped):
                 dropped[ours.reason] += 1
+                report.dropped_at.append(place)
             elif isinstance(theirs, Dropped):
                 dropped[f"in the teacher's tokens: {theirs.reason}"] += 1
+                report.dropped_at.append(place)
             else:
                 report.truncated += ours.truncated
                 notes.update(ours.notes)
                 yield ours, theirs
+        report.records += len(batch)
     report.dropped = dict(dropped)
     report.notes = [f"{count} rows: {note}" for note, count in notes.items()]

@@ -87,6 +87,12 @@ def check_experts(recipe: MoeRecipe, checkpoints: Checkpoints) -> None:
     biases = [name for name, _ in empty_model(recipe.base).named_parameters() if name.endswith(".bias")]
     if biases:
         raise UserError(f"base {recipe.base}: has biases ({biases[0]}, ...), which a mixture of it has no place for")
+    if len(windows_of(config)) > 1:
+        raise UserError(
+            f"base {recipe.base}: only some of its layers have its sliding window of {config.sliding_window} tokens "
+            "(layer_types), and a mixture has one in all of its layers or in none; where no row will be longer than "
+            "the window, take it out of the config.json of base and experts (use_sliding_window: false, no layer_types)"
+        )
     for role, path in checkpoints.paths.items():
         if is_adapter(path):
             foundation(role, checkpoints, foundations(checkpoints))
@@ -127,11 +133,20 @@ def moe_configuration(recipe: MoeRecipe, base: Path, whole: Mapping[str, Path], 
 def write_config(base: Path, folder: Path, dtype: torch.dtype) -> None:
     """Put right in the mixture's config what mergekit changes of the base's: sliding window, padding, dtype."""
     ours, config = AutoConfig.from_pretrained(str(base)), AutoConfig.from_pretrained(str(folder))
-    config.sliding_window = getattr(ours, "sliding_window", None)
+    (config.sliding_window,) = windows_of(ours)
+    if hasattr(config, "use_sliding_window"):
+        config.use_sliding_window = config.sliding_window is not None
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, key, getattr(ours, key, None))
     config.dtype = dtype
     config.save_pretrained(str(folder))
+
+
+def windows_of(config: Any) -> set[int | None]:
+    """The sliding windows of a dense model's layers, in tokens; None: without. Only Qwen3's layers may differ."""
+    window = getattr(config, "sliding_window", None)
+    types = config.layer_types if config.model_type == "qwen3" else ["sliding_attention"]
+    return {window if kind == "sliding_attention" else None for kind in types}
 
 
 def mlp_share(base: Path, expert: Path) -> float | None:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from kd.provenance import TOOLKIT, differences
 
 STATE = "pipeline.json"
 LOCK = ".lock"
+ADAPTER_CONFIG = "adapter_config.json"  # as in kd.adapters, which opens models
 VERSION = 1
 
 Word = Literal["done", "begun", "waiting", "stale"]
@@ -76,8 +77,13 @@ class Fingerprints:
             return self._remembered(wanted, path, Path(path), data_sha256)
         if wanted == "evaluation":
             return file_of(Path(path) / "evaluation.json")
-        folder = self._folders.setdefault(path, resolve_model(path))  # a hub is asked once
-        return self._remembered("checkpoint", path, folder, model_fingerprint)
+        return self._remembered("checkpoint", path, self.folder(path), model_fingerprint)
+
+    def folder(self, path: str) -> Path:
+        """The local folder of a model; a hub is asked once. Raises UserError where it cannot be had."""
+        if path not in self._folders:
+            self._folders[path] = resolve_model(path)
+        return self._folders[path]
 
     def _remembered(self, wanted: str, path: str, place: Path, compute: Callable[[str | Path], str]) -> str:
         if not place.exists():  # a hub data set
@@ -95,6 +101,12 @@ def signature(place: Path, deep: bool) -> str:
     facts = [(str(f.relative_to(place)), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     facts = [fact for fact in facts if fact[0] != LOCK]
     return hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def named_base(folder: Path) -> str | None:
+    """The base that an adapter names; None for a full checkpoint. Raises UserError where its config cannot be read."""
+    config = folder / ADAPTER_CONFIG
+    return read_json(config).get("base_model_name_or_path") if config.is_file() else None
 
 
 def file_of(path: Path) -> str:
@@ -206,8 +218,24 @@ class PipelineFolder:
         return Standing("done" if len(ready) == len(stage.inputs) else "begun")
 
     def inputs(self, stage: Stage, inputs: Sequence[Input]) -> dict[str, str]:
-        """Fingerprint of each input by its key."""
-        return {one.name: self.fingerprints.of(one.wanted, one.path, stage.recipe) for one in inputs}
+        """Fingerprint of each input by its key, and of each base that only an adapter among them names."""
+        found = {one.name: self.fingerprints.of(one.wanted, one.path, stage.recipe) for one in inputs}
+        for one in inputs if self._finds_bases(stage) else ():
+            with suppress(UserError):  # where it cannot be had, the stage will say so
+                base = named_base(self.fingerprints.folder(one.path)) if one.wanted == "checkpoint" else None
+                if base is not None:
+                    found[f"base of {one.name}"] = self.fingerprints.of("full checkpoint", base)
+        return found
+
+    def _finds_bases(self, stage: Stage) -> bool:
+        """Whether a stage's adapters stand on what they name: it is not told of a full checkpoint to put them on."""
+        by_name = {one.name: one for one in stage.inputs}
+        told = by_name.get("base", by_name.get("reference"))
+        if told is None:
+            return True
+        with suppress(UserError):
+            return named_base(self.fingerprints.folder(told.path)) is not None
+        return False  # an earlier stage is yet to write it
 
     def result(self, stage: Stage) -> str:
         """Fingerprint of what a stage has written."""

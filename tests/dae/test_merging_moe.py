@@ -115,8 +115,10 @@ def routers_of(folder: str | Path) -> dict[str, Tensor]:
             },
         ),
         ("qwen3", {}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}),  # in no layer
     ],
-    ids=["mistral", "llama", "llama, tied", "llama, stretched", "qwen3"],
+    ids=["mistral", "llama", "llama, tied", "llama, stretched", "qwen3", "qwen3, sliding", "qwen3, not sliding"],
 )  # fmt: skip
 def test_identical_experts_are_the_dense_model(world: Path, family: str, settings: dict[str, Any]) -> None:
     (world / "base").unlink()
@@ -333,12 +335,17 @@ def test_gates_from_prompts_want_prompts(world: Path, capsys: pytest.CaptureFixt
         (["--base", "lora", "--expert", "base", "--expert", "expert", "--gate", "random"], "base: lora: is an adapter"),
         (["--base", "gpt", "--expert", "gpt", "--expert", "gpt", "--gate", "random"], "this is a gpt2 model"),
         (["--base", "biased", "--expert", "biased", "--expert", "biased", "--gate", "random"], "has biases"),
+        (
+            ["--base", "mixed", "--expert", "mixed", "--expert", "mixed", "--gate", "random"],
+            "base mixed: only some of its layers have its sliding window of 16 tokens (layer_types)",
+        ),
     ],
 )
 def test_wrong_input_is_told(world: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
     make_checkpoint(world / "other", "qwen3")
     make_checkpoint(world / "gpt", "gpt2")
     make_checkpoint(world / "biased", "llama", attention_bias=True)
+    make_checkpoint(world / "mixed", "qwen3", use_sliding_window=True, sliding_window=16, max_window_layers=1)
     assert words in refusal(["--base", "base", *arguments], capsys)
 
 

@@ -18,7 +18,7 @@ from pico import make_checkpoint
 from pico_tasks import make_suite, make_tasks
 from processes import Ended, Running, Signal, dae
 from stage_forks import Forks
-from worlds import GENERAL_WORDS, make_rows
+from worlds import GENERAL_WORDS, make_adapter, make_rows
 
 TRAIN = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
 SUITE = {"groups": {"domain": ["shop_choose"], "general": ["general_choose"]}}
@@ -229,6 +229,16 @@ def test_changed_inputs_and_results_are_told(ran: Path, change: Any, words: str)
     assert refused.status == 2
     assert f"\n  {words}" in refused.err
     assert snapshot(ran / "runs") == before
+
+
+def test_the_base_that_an_adapter_names_is_an_input(world: Path) -> None:
+    make_adapter(world / "lora", world / "base")
+    write_path(world, {"written": {**WRITTEN, "model": "lora"}})
+    assert run(world).status == 0
+    make_checkpoint(world / "base", seed=3)
+    refused = run(world)
+    assert refused.status == 2
+    assert "\n  written: content of base of model: " in refused.err
 
 
 def flip(path: Path) -> None:

@@ -12,7 +12,7 @@ from dae_eval.suites import load_suite
 from pico import make_checkpoint
 from pico_tasks import make_suite, make_tasks
 from rich.console import Console
-from worlds import make_rows
+from worlds import make_adapter, make_rows
 
 from dae.pipeline.kinds import KINDS, ReportStage
 from dae.pipeline.recipe import Pipeline, Stage, read_pipeline, recipe_text
@@ -22,6 +22,7 @@ from dae.pipeline.view import View, duration
 from dae.recipe import AlignRecipe
 from kd.config import load_recipe
 from kd.errors import UserError
+from kd.fingerprints import model_fingerprint
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
 EXPERT = {"stage": "sft", "base": "base", "data": {"train": "shop.jsonl"}}
@@ -266,6 +267,38 @@ def test_evaluations_are_commands_with_flags_whose_suite_is_the_one_meant(tmp_pa
         "--margin", "0.1", "--min-gap", "0.5", "--suite", str(suite), "--output", "runs/report",
     ]  # fmt: skip
     assert commands[3] == ["report", "--from", "student=runs/scores", "--retention-only", "--output", "runs/short"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "named"),
+    [
+        ({"stage": "eval", "model": "lora", "suite": "suite.yaml"}, ["base of model"]),
+        ({"stage": "eval", "model": "lora", "base": "base", "suite": "suite.yaml"}, []),
+        ({"stage": "eval", "model": "base", "suite": "suite.yaml"}, []),
+        ({"stage": "sample", "model": "lora"}, ["base of model"]),
+        ({"stage": "report", "retention_only": True, "reference": "base", "student": "lora", "suite": "s"}, []),
+        (
+            {"stage": "report", "base": "lora", "expert": "lora", "student": "base", "suite": "suite.yaml"},
+            ["base of base", "base of expert"],
+        ),
+        ({**ALIGNED, "expert": {"shop": "lora"}, "data": {"general": "r.jsonl", "shop": "r.jsonl"}}, []),
+        ({"stage": "sample", "model": "lost"}, []),  # the stage will say that the base is not there
+    ],
+)
+def test_bases_that_only_an_adapter_names_are_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: dict[str, Any], named: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = make_checkpoint(tmp_path / "base")
+    for name in ("lora", "lost"):
+        make_adapter(tmp_path / name, base)
+    config = tmp_path / "lost" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(base), str(tmp_path / "nowhere")))
+    (one,) = (pipeline := read(tmp_path, {"one": stage})).stages
+    checkpoints = [given for given in one.inputs if given.wanted.endswith("checkpoint")]
+    found = folder_of(pipeline).inputs(one, checkpoints)
+    assert [name for name in found if name.startswith("base of")] == named
+    assert {found[name] for name in named} <= {model_fingerprint(base)}
 
 
 # -- what is seen ------------------------------------------------------------------------------------------------------

@@ -164,6 +164,53 @@ ROWS = [
 ]
 
 
+def defined_map(inputs: AttentionInputs, row: int, head: int, start: int, t: int, window: int | None) -> Tensor:
+    """What position t attends to from `start` on with one head: softmax of capped, scaled products of q and k."""
+    _, heads, _, width = inputs.query_BHTC.shape
+    query, scores = inputs.query_BHTC[row, head, t], []
+    for s in range(start, t + 1):
+        key = inputs.key_BKTC[row, head * inputs.key_BKTC.shape[1] // heads, s]
+        score = inputs.scaling * sum((query[c] * key[c] for c in range(width)), torch.zeros((), dtype=torch.float64))
+        score = score if inputs.softcap is None else inputs.softcap * (score / inputs.softcap).tanh()
+        scores.append(score.exp() if window is None or t - s < window else torch.zeros_like(score))
+    return torch.stack(scores) / sum(scores)
+
+
+def defined_map_kl(student: AttentionInputs, teacher: AttentionInputs, rows: list[QueryRows]) -> Tensor:
+    """KL(teacher's map || student's map) over the keys that both see; heads in equal, consecutive groups, averaged."""
+    window = min((w for w in (student.window, teacher.window) if w is not None), default=None)
+    numbers = [inputs.query_BHTC.shape[1] for inputs in (student, teacher)]
+    total = torch.zeros((), dtype=torch.float64)
+    for row, start, t in ((queries.row, queries.start, t) for queries in rows for t in queries.positions_n.tolist()):
+        p_Ht, q_Ht = (
+            torch.stack([defined_map(inputs, row, head, start, t, window) for head in range(heads)])
+            for inputs, heads in zip((student, teacher), numbers, strict=True)
+        )
+        for p_g, q_g in zip(p_Ht.chunk(min(numbers)), q_Ht.chunk(min(numbers)), strict=True):
+            p, q = p_g.mean(0), q_g.mean(0)
+            seen = q > 0
+            total = total + (q[seen] * (q[seen] / p[seen]).log()).sum() / min(numbers)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("heads", "teacher_heads", "window", "teacher_window", "softcap"),
+    [(4, 4, None, None, None), (8, 4, 3, None, 1.5), (4, 8, 5, 3, None), (2, 8, None, 4, 2.0)],
+)
+def test_value_and_gradient_equal_the_definition_in_float64(
+    heads: int, teacher_heads: int, window: int | None, teacher_window: int | None, softcap: float | None
+) -> None:
+    student = random_inputs(0, heads, window=window, softcap=softcap)
+    teacher = random_inputs(1, teacher_heads, 1, window=teacher_window, scaling=0.4)
+    inputs = [student.query_BHTC.requires_grad_(), student.key_BKTC.requires_grad_()]
+    expected = defined_map_kl(student, teacher, ROWS)
+    wanted = torch.autograd.grad(expected, inputs)
+    found = map_kl_sum(student, teacher, ROWS, chunk_elements=70)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    for ours, theirs in zip(torch.autograd.grad(found, inputs), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("settings", [{}, {"window": 3}, {"softcap": 1.5}, {"heads": 8, "window": 3, "softcap": 1.5}])
 def test_gradients_pass_gradcheck_and_chunks_do_not_matter(settings: dict[str, Any]) -> None:
     teacher = random_inputs(1)
@@ -304,3 +351,27 @@ def test_architectures_whose_maps_are_not_known_are_refused_by_name() -> None:
     alibi = AutoConfig.for_model("bloom", vocab_size=32, hidden_size=16, n_layer=2, n_head=4)
     with pytest.raises(UserError, match="role teacher: BloomForCausalLM makes its attention maps in a way"):
         attention_layers(Role("teacher", AutoModelForCausalLM.from_config(alibi), None))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_window_that_only_the_mask_has_is_refused_by_name(attention: str) -> None:
+    """Longer than the probe, which cannot see it; where it is not in use, or hides nothing, there is nothing to say."""
+    experts = {"num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    small = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2} | experts
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "shared_expert_intermediate_size": 16}
+    sliding = {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}
+
+    def windows(family: str, **settings: Any) -> list[int | None]:
+        config = AutoConfig.for_model(family, **small, **settings)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        return [inputs.window for _, inputs in attention_layers(Role("teacher", model, None)).values()]
+
+    words = r"role teacher: {} has a sliding window \(sliding_window: 12\) in layer {} without telling"
+    with pytest.raises(UserError, match=words.format("Qwen2MoeForCausalLM", 1)):
+        windows("qwen2_moe", sliding_window=12, **sliding)
+    with pytest.raises(UserError, match=words.format("PhimoeForCausalLM", 0)):
+        windows("phimoe", sliding_window=12)
+    assert windows("qwen2_moe", sliding_window=12) == [None, None]
+    assert windows("phimoe", sliding_window=64, max_position_embeddings=64) == [None, None]
+    assert windows("afmoe", sliding_window=12, head_dim=8, layer_types=sliding["layer_types"]) == [None, 12]
+    assert windows("qwen2", sliding_window=12, **sliding) == [None, 12]

@@ -26,6 +26,7 @@ from kd.errors import UserError
 from kd.objective import Objective, predicting_positions, route_sums
 from kd.roles import LoadSettings, final_hidden_states, head_of
 from kd.runs import RunFolder
+from kd.verify import Verification, verify_saved
 
 BOTH = {"attention": {"weight": 0.5}, "hidden": {"weight": 0.5, "loss": "mse"}}
 DOUBLE = LoadSettings(torch.float64)
@@ -187,6 +188,17 @@ def test_a_mixture_of_experts_can_teach_and_learn(world: Path, tmp_path: Path) -
     learner = distill(recipe).path
     assert losses_of(learner, "kl")[-1] < losses_of(learner, "kl")[0]
     assert losses_of(learner, "attention")[-1] < losses_of(learner, "attention")[0]
+
+
+@pytest.mark.slow
+def test_a_fresh_process_opens_a_mixture_that_was_trained(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof as a user's run has it; the other tests here stay in this process."""
+    found: list[Verification] = []
+    monkeypatch.setattr(kd.stage, "verify_saved", lambda *arguments: found.append(verify_saved(*arguments)))
+    distill(recipe_of(world, tmp_path / "o", base=world / "experts", train={"max_steps": 2, "save_steps": 2}))
+    assert [one.relative < 1e-5 and one.scale > 0.1 for one in found] == [True]
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------
