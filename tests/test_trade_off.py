@@ -343,9 +343,13 @@ def test_a_stop_ends_what_runs_and_starts_nothing_more(
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        run_jobs(plan, planned, monkeypatch)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where it is ignored
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            run_jobs(plan, planned, monkeypatch)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not never.exists()
     assert not trade_off.is_finished(plan, planned[0])
 
