@@ -69,10 +69,10 @@ WAYS: Mapping[Pair, Mapping[str, Way]] = {
         "merged": Way("DAE, dense, from their linear merge at 0.5", "mixture"),
         **MERGES,
     },
-    "real": {**trained_ways("weight of domain rows", (1.0, 0.25, 4.0)), **MERGES},
+    "real": {**trained_ways("weight of domain rows", (1.0, 0.25)), **MERGES},
 }
 
-# (part, pair, whether the last settings of its trained ways), the most wanted first.
+# (part, pair, whether the last settings of its trained ways), the most wanted first; the real pair has no last settings.
 BLOCKS: tuple[tuple[Part, Pair, bool], ...] = (
     ("alignment", "world", False),
     ("alignment", "real", False),
@@ -81,7 +81,6 @@ BLOCKS: tuple[tuple[Part, Pair, bool], ...] = (
     ("mixture", "world", False),
     ("alignment", "world", True),
     ("mixture", "real", False),
-    ("alignment", "real", True),
 )
 EARLY_SETTINGS = 2
 
