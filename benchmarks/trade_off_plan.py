@@ -72,7 +72,7 @@ WAYS: Mapping[Pair, Mapping[str, Way]] = {
     "real": {**trained_ways("weight of domain rows", (1.0, 0.25)), **MERGES},
 }
 
-# (part, pair, whether the last settings of its trained ways), the most wanted first; the real pair has no last settings.
+# (part, pair, whether the last settings of its trained ways), the most wanted first.
 BLOCKS: tuple[tuple[Part, Pair, bool], ...] = (
     ("alignment", "world", False),
     ("alignment", "real", False),
