@@ -16,10 +16,11 @@ from collections.abc import Mapping
 
 from dae_eval.drift import DriftCallback
 
-from dae.continuing import with_lora_of_student
+from dae.earlier_student import with_lora_of_student
 from dae.recipe import AlignRecipe
 from dae.routing import GENERAL, default_route_shares, teachers_by_route
-from kd.compatibility import check_adapter, check_complete, check_tokenizers, is_adapter, refuse_adapter_as_base
+from kd.adapter_files import is_adapter, refuse_adapter
+from kd.compatibility import check_adapter, check_complete, check_tokenizers
 from kd.errors import UserError
 from kd.fingerprints import model_fingerprint
 from kd.losses import TokenLoss
@@ -81,7 +82,7 @@ def fingerprints(recipe: AlignRecipe) -> dict[str, str]:
 def check_checkpoints(recipe: AlignRecipe, inputs: Mapping[str, str]) -> None:
     """Raise UserError where a checkpoint does not belong to the others; reads no weights."""
     paths = role_paths(recipe)
-    refuse_adapter_as_base(recipe.base)
+    refuse_adapter(recipe.base, "base")
     check_tokenizers(recipe.base, paths, recipe.trust_remote_code)
     for role, path in paths.items():
         if is_adapter(path):

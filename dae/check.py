@@ -22,7 +22,7 @@ from rich.text import Text
 from transformers import TrainingArguments
 
 from dae.alignment import check_checkpoints, fingerprints
-from dae.continuing import with_lora_of_student
+from dae.earlier_student import with_lora_of_student
 from dae.empty_roles import check_roles, fewest_positions
 from dae.estimates import Item, Models, disk, memory, models_of, tokens_of_run
 from dae.loss_shares import LossShare, loss_shares

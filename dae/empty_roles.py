@@ -13,8 +13,9 @@ from peft import PeftModel
 
 from dae.alignment import role_paths
 from dae.recipe import AlignRecipe
+from kd.adapter_files import is_adapter
 from kd.adapters import put_adapter
-from kd.compatibility import empty_model, is_adapter, refuse_unusable_attention
+from kd.compatibility import empty_model, refuse_unusable_attention
 from kd.config import StageRecipe
 from kd.distill_recipe import DistillRecipe
 from kd.errors import UserError

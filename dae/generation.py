@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from kd.adapters import TOKENIZER_FILES, base_of, has_tokenizer, put_adapter, tokenizer_home
+from kd.adapter_files import TOKENIZER_FILES, base_of, has_tokenizer, tokenizer_home
+from kd.adapters import put_adapter
 from kd.chat import chat_format
 from kd.compatibility import check_adapter
 from kd.completeness import first_line

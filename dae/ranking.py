@@ -9,7 +9,7 @@ from pathlib import Path
 from dae.generation import open_writer
 from dae.recipe import SampleRecipe
 from dae.sampling import IDLE_BATCHES, Batch, Draw, Prompt, SampleFile, answer, read_prompts, settings_of
-from kd.adapters import base_of
+from kd.adapter_files import base_of
 from kd.chat import chat_format
 from kd.choose.car import Ranking
 from kd.choose.folder import RankFolder

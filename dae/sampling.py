@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dae.generation import LENGTH, Continuation, Writer, derived_seed, open_writer
-from kd.adapters import base_of
+from kd.adapter_files import base_of
 from kd.chat import ChatFormat, UnrenderableError, chat_format
 from kd.errors import UserError
 from kd.files import append_lines, cut_torn_line, disk_errors, fsync_path, json_text, read_json, write_text_durably

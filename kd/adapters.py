@@ -1,82 +1,21 @@
-"""A peft adapter on disk: its config, its base, and putting it on a model with all of its weights."""
+"""Putting a peft adapter on a model with all of its weights."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from torch import nn
 
+from kd.adapter_files import ADAPTER_CONFIG, refuse_changed_base
 from kd.completeness import first_line, refuse_other_weights
 from kd.errors import UserError
 from kd.fingerprints import resolve_model
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-
-# Starts (peft's init_lora_weights) that take what the adapter begins with out of the base's weights.
-STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
 _PREFIX = "base_model.model."
 _OTHER_SHAPE = re.compile(r"size mismatch for (\S+): .*torch\.Size\((\[.*?\])\).*torch\.Size\((\[.*?\])\)")
-
-
-def read_adapter_config(path: str) -> dict[str, Any]:
-    """An adapter's config as it is written. Raises UserError where it is no JSON object."""
-    file = resolve_model(path) / ADAPTER_CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: is no JSON ({error}); save or download the adapter again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: is no JSON object; save or download the adapter again")
-    return config
-
-
-def base_of(path: str) -> str | None:
-    """The base that an adapter names, or None for a full checkpoint. Raises UserError where an adapter names none."""
-    file = resolve_model(path) / ADAPTER_CONFIG
-    if not file.is_file():
-        return None
-    base = read_adapter_config(path).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{file}: names no base (base_model_name_or_path)")
-    return base
-
-
-def refuse_changed_base(path: str) -> None:
-    """Raise UserError where an adapter is counted from weights that peft made of the base's when it was begun.
-
-    Putting it on would change the base for all roles, or mean something else than was trained.
-    """
-    start = read_adapter_config(path).get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(STARTS_THAT_CHANGE_THE_BASE):
-        raise UserError(
-            f"{path}: was begun with init_lora_weights={start}, which changes the base's weights; convert it to plain "
-            "LoRA with peft (save_pretrained(..., path_initial_model_for_weight_conversion=...)), or merge it and pass "
-            "the full checkpoint."
-        )
-
-
-def refuse_adapter(path: str) -> None:
-    """Raise UserError where `path` is an adapter: transformers would put it on a base of its own choice."""
-    if (resolve_model(path) / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{path}: is an adapter, where a full checkpoint is wanted; merge it into its base first.")
-
-
-def has_tokenizer(path: str) -> bool:
-    """Whether a tokenizer lies beside the weights."""
-    folder = resolve_model(path)
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
-def tokenizer_home(path: str) -> str:
-    """Where a model's tokenizer lies: beside its weights, or with the base of an adapter that brings none."""
-    return path if has_tokenizer(path) else base_of(path) or path
 
 
 def put_adapter(model: nn.Module, path: str, name: str, *, trainable: bool = False) -> PeftModel:

@@ -17,14 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from kd.adapters import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    has_tokenizer,
-    put_adapter,
-    read_adapter_config,
-    refuse_adapter,
-)
+from kd.adapter_files import ADAPTER_WEIGHTS, has_tokenizer, is_adapter, read_adapter_config, refuse_adapter
+from kd.adapters import put_adapter
 from kd.completeness import opened_whole
 from kd.errors import UserError
 from kd.fingerprints import resolve_model, weight_files
@@ -41,17 +35,6 @@ _PROBES = (
 )
 # An adapter on several parameters of one module is as many wrappers, one inside the other.
 _NESTED = re.compile(r"(\.base_layer)+$")
-
-
-def is_adapter(path: str) -> bool:
-    """True when the folder or hub id holds a peft adapter."""
-    return (resolve_model(path) / ADAPTER_CONFIG).is_file()
-
-
-def refuse_adapter_as_base(path: str) -> None:
-    """Raise UserError where the base that training starts from is an adapter: it would be left out in silence."""
-    if is_adapter(path):
-        raise UserError(f"base: {path}: is an adapter; pass the full checkpoint it was trained on, or merge it.")
 
 
 def check_tokenizers(base: str, others: Mapping[str, str], trust_remote_code: bool = False) -> None:

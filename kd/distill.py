@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import nn
 
+from kd.adapter_files import refuse_adapter
 from kd.attention import attention_loss, head_groups
-from kd.compatibility import check_complete, check_tokenizers, empty_model, is_adapter
+from kd.compatibility import check_complete, check_tokenizers, empty_model
 from kd.cross_tokenizer import CrossTokenizerLoss, PairedRows, load_paired_rows
 from kd.data import load_tokenizer
 from kd.distill_recipe import ROUTE, DistillRecipe
@@ -74,8 +75,7 @@ def fingerprints(recipe: DistillRecipe) -> dict[str, str]:
 def check_checkpoints(recipe: DistillRecipe) -> None:
     """Raise UserError where the checkpoints do not belong together or do not fit the recipe; reads no weights."""
     for role, path in (("base", recipe.base), ("teacher", recipe.teacher)):
-        if is_adapter(path):
-            raise UserError(f"{role}: {path}: is an adapter; merge it into its base and pass the full checkpoint.")
+        refuse_adapter(path, role)
     if recipe.cross_tokenizer is None:
         check_same_tokenizer(recipe)
     for path in (recipe.base, recipe.teacher):

@@ -25,7 +25,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kd.adapters import ADAPTER_WEIGHTS, put_adapter, read_adapter_config, refuse_adapter
+from kd.adapter_files import ADAPTER_WEIGHTS, read_adapter_config, refuse_adapter
+from kd.adapters import put_adapter
 from kd.completeness import first_line, opened_whole
 from kd.config import LoraRecipe
 from kd.errors import UserError

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kd.compatibility import check_complete, refuse_adapter_as_base
+from kd.adapter_files import refuse_adapter
+from kd.compatibility import check_complete
 from kd.config import SftRecipe, StageRecipe
 from kd.fingerprints import model_fingerprint
 from kd.losses import TokenLoss
@@ -33,7 +34,7 @@ def sft(recipe: SftRecipe) -> RunResult:
 
 def check_checkpoint(recipe: SftRecipe) -> None:
     """Raise UserError where the base is no full checkpoint with all of its weights; reads no weights."""
-    refuse_adapter_as_base(recipe.base)
+    refuse_adapter(recipe.base, "base")
     check_complete(recipe.base, recipe.trust_remote_code)
 
 

@@ -21,7 +21,7 @@ FOR_EVALUATION = {
     f"kd.{name}"
     for name in (
         *("config", "errors", "problems", "records", "chat", "data", "mixing"),
-        *("roles", "adapters", "completeness", "compatibility", "losses", "objective"),
+        *("roles", "adapters", "adapter_files", "completeness", "compatibility", "losses", "objective"),
         *("runs", "files", "fingerprints", "provenance", "lock", "environment"),
     )
 }

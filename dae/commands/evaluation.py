@@ -185,7 +185,7 @@ def ask_models(
     from dae_eval.evaluation import evaluate
     from dae_eval.models import locate
 
-    from kd.compatibility import is_adapter
+    from kd.adapter_files import is_adapter
 
     base = paths.get("base", paths.get("reference"))
     shared = base if base is not None and not is_adapter(base) else None

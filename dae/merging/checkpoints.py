@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from dae.merging.card import write_merge_card
 from dae.merging.recipe import MergeRecipe
+from kd.adapter_files import is_adapter
 from kd.adapters import put_adapter
-from kd.compatibility import check_adapter, check_complete, empty_model, is_adapter
+from kd.compatibility import check_adapter, check_complete, empty_model
 from kd.config import resolved_yaml
 from kd.errors import UserError
 from kd.files import TEMPORARY_PREFIX, remove
@@ -103,12 +104,6 @@ def run_merge(recipe: MergeRecipe, checkpoints: Checkpoints, check: Callable[[],
 
 
 # -- do they belong together? ------------------------------------------------------------------------------------------
-
-
-def refuse_adapter(key: str, path: str) -> None:
-    """Raise UserError where a role that must be a full checkpoint is an adapter."""
-    if is_adapter(path):
-        raise UserError(f"{key}: {path}: is an adapter; give the full checkpoint that it was trained on")
 
 
 def check_same_architecture(role: str, path: str, base: str) -> None:

@@ -22,14 +22,14 @@ from dae.merging.checkpoints import (
     check_same_architecture,
     foundation,
     read_checkpoints,
-    refuse_adapter,
     run_merge,
     stored_dtype,
     whole_checkpoint,
     write_companions,
 )
 from dae.merging.recipe import MoeRecipe
-from kd.compatibility import check_tokenizers, empty_model, is_adapter
+from kd.adapter_files import is_adapter, refuse_adapter
+from kd.compatibility import check_tokenizers, empty_model
 from kd.errors import UserError
 from kd.fingerprints import resolve_model, weight_files
 from kd.stage import RunResult
@@ -49,7 +49,7 @@ def merge_moe(recipe: MoeRecipe) -> RunResult:
 
     Raises UserError (recipe, checkpoints, an architecture that has no mixture), MachineError (disk).
     """
-    refuse_adapter("base", recipe.base)
+    refuse_adapter(recipe.base, "base")
     paths = {f"expert.{name}": expert.path for name, expert in recipe.experts.items()}
     checkpoints = read_checkpoints(recipe.base, paths)
 

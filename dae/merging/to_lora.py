@@ -26,17 +26,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from dae.merging.checkpoints import (
-    Checkpoints,
-    check_same_architecture,
-    read_checkpoints,
-    refuse_adapter,
-    run_merge,
-    stored_dtype,
-)
+from dae.merging.checkpoints import Checkpoints, check_same_architecture, read_checkpoints, run_merge, stored_dtype
 from dae.merging.recipe import ToLoraRecipe
-from kd.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from kd.compatibility import check_tokenizers, empty_model, is_adapter
+from kd.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, refuse_adapter
+from kd.compatibility import check_tokenizers, empty_model
 from kd.errors import UserError
 from kd.files import json_text, read_json
 from kd.fingerprints import resolve_model
@@ -61,7 +54,7 @@ def to_lora(recipe: ToLoraRecipe) -> RunResult:
 
     Raises UserError where the checkpoints do not fit, or more would be lost than the recipe allows; MachineError.
     """
-    refuse_adapter("reference", recipe.reference)
+    refuse_adapter(recipe.reference, "reference")
     if is_adapter(recipe.expert):
         raise UserError(f"expert: {recipe.expert}: is an adapter already; give it to `dae align --expert` as it is")
     checkpoints = read_checkpoints(recipe.reference, {"expert": recipe.expert})

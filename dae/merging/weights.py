@@ -26,14 +26,14 @@ from dae.merging.checkpoints import (
     check_same_architecture,
     foundation,
     read_checkpoints,
-    refuse_adapter,
     run_merge,
     stored_dtype,
     whole_checkpoint,
     write_companions,
 )
 from dae.merging.recipe import BETWEEN, WeightsRecipe
-from kd.compatibility import check_tokenizers, is_adapter
+from kd.adapter_files import is_adapter, refuse_adapter
+from kd.compatibility import check_tokenizers
 from kd.errors import UserError
 from kd.fingerprints import resolve_model
 from kd.stage import RunResult
@@ -44,7 +44,7 @@ def merge_weights(recipe: WeightsRecipe) -> RunResult:
 
     Raises UserError (recipe, checkpoints), MachineError (disk).
     """
-    refuse_adapter("base", recipe.base)
+    refuse_adapter(recipe.base, "base")
     reference = recipe.reference or recipe.base
     checkpoints = read_checkpoints(recipe.base, {"reference": reference, "expert": recipe.expert})
     # Whose config, tokenizer and dtype the result has; adapters stand on it or on the base.

@@ -23,6 +23,7 @@ import yaml
 from dae.pipeline.kinds import KINDS, EvalStage, ReportStage, Wanted
 from dae.pipeline.recipe import RECIPES, Pipeline, Stage
 from dae.pipeline.references import Input
+from kd.adapter_files import base_of, is_adapter
 from kd.errors import UserError
 from kd.files import TEMPORARY_PREFIX, disk_errors, json_text, read_json, write_text_durably
 from kd.fingerprints import data_sha256, file_sha256, model_fingerprint, resolve_model
@@ -31,7 +32,6 @@ from kd.provenance import TOOLKIT, differences
 
 STATE = "pipeline.json"
 LOCK = ".lock"
-ADAPTER_CONFIG = "adapter_config.json"  # as in kd.adapters, which opens models
 VERSION = 1
 
 Word = Literal["done", "begun", "waiting", "stale"]
@@ -101,12 +101,6 @@ def signature(place: Path, deep: bool) -> str:
     facts = [(str(f.relative_to(place)), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     facts = [fact for fact in facts if fact[0] != LOCK]
     return hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def named_base(folder: Path) -> str | None:
-    """The base that an adapter names; None for a full checkpoint. Raises UserError where its config cannot be read."""
-    config = folder / ADAPTER_CONFIG
-    return read_json(config).get("base_model_name_or_path") if config.is_file() else None
 
 
 def file_of(path: Path) -> str:
@@ -222,7 +216,7 @@ class PipelineFolder:
         found = {one.name: self.fingerprints.of(one.wanted, one.path, stage.recipe) for one in inputs}
         for one in inputs if self._finds_bases(stage) else ():
             with suppress(UserError):  # where it cannot be had, the stage will say so
-                base = named_base(self.fingerprints.folder(one.path)) if one.wanted == "checkpoint" else None
+                base = base_of(str(self.fingerprints.folder(one.path))) if one.wanted == "checkpoint" else None
                 if base is not None:
                     found[f"base of {one.name}"] = self.fingerprints.of("full checkpoint", base)
         return found
@@ -234,7 +228,7 @@ class PipelineFolder:
         if told is None:
             return True
         with suppress(UserError):
-            return named_base(self.fingerprints.folder(told.path)) is not None
+            return is_adapter(str(self.fingerprints.folder(told.path)))
         return False  # an earlier stage is yet to write it
 
     def result(self, stage: Stage) -> str:

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dae_eval.results import ModelFacts
-from kd.adapters import ADAPTER_CONFIG, read_adapter_config
-from kd.compatibility import check_adapter, is_adapter
+from kd.adapter_files import ADAPTER_CONFIG, is_adapter, read_adapter_config
+from kd.compatibility import check_adapter
 from kd.completeness import first_line
 from kd.errors import UserError
 from kd.fingerprints import files_sha256, joint_sha256, model_fingerprint, resolve_model

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from kd.adapters import base_of, tokenizer_home
+from kd.adapter_files import base_of, refuse_adapter, tokenizer_home
 from kd.choose.car import Measured, Ranking, rank, refuse_negative
 from kd.choose.folder import RankFolder
 from kd.choose.recipe import ARITHMETIC, RankRecipe
@@ -27,7 +27,6 @@ from kd.choose.rewards import (
     template_sha256,
 )
 from kd.choose.student_losses import encode_responses, losses_of, open_student, without_prompt
-from kd.compatibility import is_adapter
 from kd.data import TokenRow
 from kd.errors import UserError
 from kd.fingerprints import data_sha256, model_fingerprint
@@ -55,8 +54,7 @@ def settings_of(recipe: RankRecipe) -> dict[str, Any]:
     settings["content of student"] = model_fingerprint(recipe.student)
     if (base := base_of(recipe.student)) is not None:
         settings["content of its base"] = model_fingerprint(base)
-    if is_adapter(recipe.reward_model):
-        raise UserError(f"reward_model: {recipe.reward_model}: is an adapter; merge it into its base first")
+    refuse_adapter(recipe.reward_model, "reward_model")
     settings["content of reward_model"] = model_fingerprint(recipe.reward_model)
     settings["chat template of student"] = template_sha256(student_tokenizer(recipe))
     settings["chat template of reward_model"] = template_sha256(reward_tokenizer(recipe))

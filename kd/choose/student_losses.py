@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kd.adapters import base_of
+from kd.adapter_files import base_of
 from kd.choose.responses import Response
 from kd.choose.rewards import right_padded
 from kd.compatibility import check_adapter

@@ -13,7 +13,7 @@ from processes import dae
 from worlds import align_command, make_adapter, make_rows, make_world
 
 from dae.check import make_plan
-from dae.continuing import with_lora_of_student
+from dae.earlier_student import with_lora_of_student
 from dae.recipe import AlignRecipe
 from kd.config import LoraRecipe, load_recipe
 from kd.errors import UserError

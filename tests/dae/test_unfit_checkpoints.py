@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from worlds import align_command, make_adapter, make_world
 
 from dae.generation import open_writer
-from kd.adapters import base_of
+from kd.adapter_files import base_of
 from kd.errors import UserError
 
 SFT = ["sft", "--base", "base", "--data", "shop.jsonl", "--output", "student", "train.max_steps=2"]
@@ -112,7 +112,7 @@ def test_an_adapter_is_no_base(world: Path, with_tokenizer: bool) -> None:
         for file in (world / "base").glob("tokenizer*"):
             shutil.copy(file, world / "expert")
     command = [*SFT, "--base", "expert"]
-    refused(command, world, "base: expert: is an adapter; pass the full checkpoint it was trained on, or merge it.")
+    refused(command, world, "base: expert: is an adapter, and a full checkpoint is wanted here")
     (world / "r.yaml").write_text("base: expert\noutput: student\ndata: {train: shop.jsonl}\ntrain: {max_steps: 2}\n")
     if with_tokenizer:  # else that is told, too
         refused(["check", "r.yaml"], world, "base: expert: is an adapter")

@@ -22,7 +22,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from kd.adapters import tokenizer_home
+from kd.adapter_files import tokenizer_home
 from kd.choose.car import RESAMPLES, Measured, Ranking, compatibility_adjusted_reward, rank, resampled_means
 from kd.choose.folder import RankFolder
 from kd.choose.recipe import RankRecipe, answers

@@ -322,9 +322,7 @@ def refusal(recipe: DistillRecipe) -> str:
 def test_checkpoints_that_do_not_belong_together_are_refused(world: Path, tmp_path: Path) -> None:
     make_adapter(tmp_path / "adapter", world / "base")
     words = refusal(recipe_of(world, teacher=tmp_path / "adapter"))
-    assert (
-        words == f"teacher: {tmp_path / 'adapter'}: is an adapter; merge it into its base and pass the full checkpoint."
-    )
+    assert words.startswith(f"teacher: {tmp_path / 'adapter'}: is an adapter, and a full checkpoint is wanted here")
     make_checkpoint(tmp_path / "other")
     make_tokenizer(270).save_pretrained(tmp_path / "other")
     words = refusal(recipe_of(world, teacher=tmp_path / "other"))
