@@ -14,13 +14,19 @@ from transformers import TrainingArguments
 from dae.alignment import needs_base, role_paths
 from dae.empty_roles import empty_roles
 from dae.recipe import AlignRecipe
-from kd.adapters import ADAPTER_WEIGHTS
-from kd.compatibility import empty_model, is_adapter
+from kd.adapter_files import ADAPTER_WEIGHTS, is_adapter
+from kd.compatibility import empty_model
 from kd.config import SftRecipe, StageRecipe
 from kd.distill import pairs_of, projection_parameters, text_config
 from kd.distill_recipe import AttentionRecipe, DistillRecipe
 from kd.fingerprints import resolve_model
-from kd.losses import ACCELERATOR_CHUNK_ELEMENTS, CPU_CHUNK_ELEMENTS
+from kd.losses import (
+    ACCELERATOR_CHUNK_ELEMENTS,
+    CPU_CHUNK_ELEMENTS,
+    FEWEST_CHUNK_TOKENS,
+    block_elements,
+    logits_elements,
+)
 from kd.roles import LoadSettings, Role, vocabulary_rows
 from kd.stage import student_dtype
 from kd.stage_data import StageData
@@ -31,7 +37,8 @@ GRADIENT_BYTES = 4
 # Bytes that backward keeps per token and layer, as (per width, per inner width of the MLP): counted on Llama layers
 # with LoRA on all linear layers and SDPA.
 KEPT_BYTES = {torch.float32: (40, 16), torch.bfloat16: (42, 10)}
-LIVE_CHUNKS = 6  # student's and teacher's logits, log-probabilities, gradient, one temporary; in float32
+LIVE_CHUNKS = 3  # both sides' logits in float32 (the gradient takes their place), and a copy in the weights' dtype
+LIVE_BLOCKS = 6  # their probabilities, logarithms of these, gradient, one temporary
 # Student's and teacher's scores, logarithms of their maps, the teacher's map, their ratio, the student's map, gradient.
 LIVE_MAP_CHUNKS = 8
 
@@ -139,7 +146,8 @@ def memory(
     else:
         kept, name = layers * layer, "activations (train.gradient_checkpointing=true needs less)"
     chunk = CPU_CHUNK_ELEMENTS if settings.device == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
-    logits, maps = LIVE_CHUNKS * 4 * max(chunk, 16 * models.vocabulary_rows), 0
+    at_once = max(logits_elements(settings.device), FEWEST_CHUNK_TOKENS * models.vocabulary_rows)
+    logits, maps = 4 * (LIVE_CHUNKS * at_once + LIVE_BLOCKS * block_elements(settings.device)), 0
     terms = []
     if isinstance(recipe, DistillRecipe) and recipe.attention is not None:
         held = tokens * held_for_maps(recipe.attention, models.roles, dtype, bool(args.gradient_checkpointing))

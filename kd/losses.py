@@ -3,9 +3,10 @@
 Shape legend: N response tokens, D width of the student, E width of the teacher, V vocabulary rows that both heads have.
 
 Nothing here makes a tensor of N x V: tokens are taken in chunks, each chunk's logits live for a moment, and the
-gradient with respect to the hidden states (N x D) is worked out while they do. The backward pass is written out instead
-of recorded, so KL(p, p) has a gradient of exactly zero (autograd's is rounding noise, which AdamW blows up to full-size
-steps).
+gradient with respect to the hidden states (N x D) is worked out while they do. Products with a head's weights want many
+tokens at once, softmaxes and divergences want few, so that they stay in a cache: a chunk is worked on block by block,
+and each block's gradient takes the place of its logits. The backward pass is written out instead of recorded, so
+KL(p, p) has a gradient of exactly zero (autograd's is rounding noise, which AdamW blows up to full-size steps).
 
 Every function returns sums over tokens; the trainer divides once, by the count of the whole optimizer step.
 """
@@ -13,6 +14,7 @@ Every function returns sums over tokens; the trainer divides once, by the count 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,11 +23,16 @@ from torch import Tensor
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"]
 
-# Elements of one chunk's logits (16 MiB in fp32 on a CPU, 256 MiB on an accelerator), and its fewest tokens: of fewer,
-# reading the head's weights costs more than multiplying by them (on a CPU, 32 tokens took 15 % longer than 64).
+# Elements of a chunk where several tensors of its size live at once (16 MiB each in fp32 on a CPU, 256 MiB on an
+# accelerator), and where only both sides' logits do. Of fewer tokens, reading the head's weights costs more than
+# multiplying by them.
 CPU_CHUNK_ELEMENTS = 2**22
+CPU_LOGITS_ELEMENTS = 2**23
 ACCELERATOR_CHUNK_ELEMENTS = 2**26
 FEWEST_CHUNK_TOKENS = 64
+# Elements of one block of a chunk: what a CPU's cache holds; on an accelerator, what makes a kernel worth its launch.
+CPU_BLOCK_ELEMENTS = 2**18
+ACCELERATOR_BLOCK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
@@ -134,8 +141,7 @@ def token_loss_sums(
         rows = min(head.weight_VD.shape[0], teacher_head.weight_VD.shape[0])
         head, teacher_head = head.first_rows(rows), teacher_head.first_rows(rows)
     if chunk_tokens is None:
-        elements = CPU_CHUNK_ELEMENTS if hidden_ND.device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
-        chunk_tokens = max(FEWEST_CHUNK_TOKENS, elements // head.weight_VD.shape[0])
+        chunk_tokens = max(FEWEST_CHUNK_TOKENS, logits_elements(hidden_ND.device.type) // head.weight_VD.shape[0])
     loss, kl, ntp = _ChunkedLoss.apply(
         hidden_ND,
         head.weight_VD,
@@ -174,31 +180,30 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V, dtype=dtype) if wants_bias and bias_V is not None else None
         totals = torch.zeros(3, dtype=dtype, device=hidden_ND.device)
         # The same memory for every chunk: fresh memory can cost a CPU more in page faults than the arithmetic on it.
-        tokens = min(chunk_tokens, hidden_ND.shape[0])
-        buffers = 2 if teacher_head is None else 4  # logits, p; q, teacher's logits
-        scratch_XNV = hidden_ND.new_empty(buffers, tokens, weight_VD.shape[0], dtype=dtype)
+        sides, vocabulary = (1 if teacher_head is None else 2), weight_VD.shape[0]
+        block_tokens = max(1, block_elements(hidden_ND.device.type) // vocabulary)
+        logits_SNV = hidden_ND.new_empty(sides, min(chunk_tokens, len(labels_N)), vocabulary, dtype=dtype)
+        space_SNV = hidden_ND.new_empty(sides, min(block_tokens, logits_SNV.shape[1]), vocabulary, dtype=dtype)
 
-        for start in range(0, hidden_ND.shape[0], chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
-            space_XNV = scratch_XNV[:, : len(labels_N[chunk])]
-            logits_NV = head.logits(hidden_ND[chunk], space_XNV[0])
-            teacher_logits_NV = None
+        for chunk in _slices(len(labels_N), chunk_tokens):
+            chunk_SNV = logits_SNV[:, : chunk.stop - chunk.start]
+            head.logits(hidden_ND[chunk], chunk_SNV[0])
             if teacher_head is not None and teacher_hidden_NE is not None:
-                teacher_logits_NV = teacher_head.logits(teacher_hidden_NE[chunk], space_XNV[3])
-            sums, grad_NV = _chunk_sums(
-                logits_NV,
-                teacher_logits_NV,
-                labels_N[chunk],
-                token_loss,
-                wants_hidden or wants_weight or wants_bias,
-                space_XNV[1:3],
-            )
-            totals += sums
-            if grad_NV is None:
-                continue
-            _chain_through_head(grad_NV, logits_NV, head)
+                teacher_head.logits(teacher_hidden_NE[chunk], chunk_SNV[1])
+            for block in _slices(chunk_SNV.shape[1], block_tokens):
+                totals += _block_sums(
+                    chunk_SNV[:, block],
+                    labels_N[chunk][block],
+                    head,
+                    token_loss,
+                    wants_hidden or wants_weight or wants_bias,
+                    space_SNV[:, : block.stop - block.start],
+                )
+            grad_NV = chunk_SNV[0]
             if grad_bias_V is not None:
                 grad_bias_V += grad_NV.sum(0)
+            if grad_hidden_ND is None and grad_weight_VD is None:
+                continue
             grad_NV = grad_NV.to(weight_VD.dtype)
             if grad_hidden_ND is not None:
                 grad_hidden_ND[chunk] = (grad_NV @ weight_VD).to(hidden_ND.dtype)
@@ -226,26 +231,23 @@ class _ChunkedLoss(torch.autograd.Function):
         return (grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None, None, None, None)
 
 
-def _chunk_sums(
-    logits_NV: Tensor,
-    teacher_logits_NV: Tensor | None,
-    labels_N: Tensor,
-    token_loss: TokenLoss,
-    wants_grad: bool,
-    space_XNV: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """([loss, kl, ntp] summed over the chunk, d loss / d logits_NV or None).
+def _block_sums(
+    logits_SNV: Tensor, labels_N: Tensor, head: Head, token_loss: TokenLoss, wants_grad: bool, space_SNV: Tensor
+) -> Tensor:
+    """[loss, kl, ntp] summed over the block; where wanted, d loss / d (hidden @ weight.T + bias) replaces the logits.
 
-    space_XNV: memory for p and, with a teacher, for q; the gradient takes the place of p. teacher_logits_NV is
-    overwritten, logits_NV left as it is.
+    logits_SNV: the student's and, with a teacher, the teacher's; both are overwritten. space_SNV: memory for p and q.
     """
-    p_NV = torch.softmax(logits_NV, dim=-1, out=space_XNV[0])
+    logits_NV, p_NV = logits_SNV[0], space_SNV[0]
+    torch.softmax(logits_NV, dim=-1, out=p_NV)
     normaliser_N = _log_normaliser(logits_NV, p_NV)
     ntp = (normaliser_N - logits_NV.gather(1, labels_N[:, None])[:, 0]).sum()
-    if teacher_logits_NV is None:
-        grad_NV = _subtract_at_labels(p_NV, labels_N, 1.0) if wants_grad else None
-        return torch.stack([ntp, torch.zeros_like(ntp), ntp]), grad_NV
+    if len(logits_SNV) == 1:
+        if wants_grad:
+            _put_gradient(_subtract_at_labels(p_NV, labels_N, 1.0), logits_NV, head)
+        return torch.stack([ntp, torch.zeros_like(ntp), ntp])
 
+    teacher_logits_NV, q_NV = logits_SNV[1], space_SNV[1]
     weight, temperature = token_loss.weight, token_loss.temperature
     is_reported_kl = temperature == 1.0 and token_loss.kind == "forward_kl"
     divergence, divergence_grad_NV = torch.zeros_like(ntp), None
@@ -254,7 +256,7 @@ def _chunk_sums(
         log_q_NV = torch.log_softmax(teacher_logits_NV / temperature, dim=-1)
         divergence, divergence_grad_NV = _divergence(log_p_NV, log_q_NV, token_loss, wants_grad)
 
-    q_NV = torch.softmax(teacher_logits_NV, dim=-1, out=space_XNV[1])
+    torch.softmax(teacher_logits_NV, dim=-1, out=q_NV)
     # sum q (log q - log p), with both normalisers outside of the sum: two passes of exp instead of four.
     normaliser_ratio_N = _log_normaliser(teacher_logits_NV, q_NV) - normaliser_N
     kl = (teacher_logits_NV.sub_(logits_NV).mul_(q_NV).sum(-1) - normaliser_ratio_N).sum()
@@ -263,16 +265,17 @@ def _chunk_sums(
     loss = weight * temperature**2 * divergence
     if weight < 1.0:
         loss = loss + (1.0 - weight) * ntp
-    sums = torch.stack([loss, kl, ntp])
-    if not wants_grad:
-        return sums, None
-    if is_reported_kl:  # weight * (p - q) + (1 - weight) * p
-        grad_NV = p_NV.sub_(q_NV, alpha=weight)
-    else:
-        grad_NV = p_NV.mul_(1.0 - weight)
-        if divergence_grad_NV is not None:
-            grad_NV.add_(divergence_grad_NV, alpha=weight * temperature)  # T^2 from the loss, 1/T from logits / T
-    return sums, grad_NV if weight == 1.0 else _subtract_at_labels(grad_NV, labels_N, 1.0 - weight)
+    if wants_grad:
+        if is_reported_kl:  # weight * (p - q) + (1 - weight) * p
+            grad_NV = p_NV.sub_(q_NV, alpha=weight)
+        else:
+            grad_NV = p_NV.mul_(1.0 - weight)
+            if divergence_grad_NV is not None:  # T^2 from the loss, 1/T from logits / T
+                grad_NV.add_(divergence_grad_NV, alpha=weight * temperature)
+        if weight < 1.0:
+            _subtract_at_labels(grad_NV, labels_N, 1.0 - weight)
+        _put_gradient(grad_NV, logits_NV, head)
+    return torch.stack([loss, kl, ntp])
 
 
 def _log_normaliser(logits_NV: Tensor, probabilities_NV: Tensor) -> Tensor:
@@ -367,12 +370,28 @@ def _log_mixture(d_NV: Tensor, share: float) -> Tensor:
     )
 
 
-def _chain_through_head(grad_NV: Tensor, logits_NV: Tensor, head: Head) -> None:
-    """From d/d logits to d/d (hidden @ weight.T + bias), in place."""
+def _put_gradient(grad_NV: Tensor, logits_NV: Tensor, head: Head) -> None:
+    """From d/d logits to d/d (hidden @ weight.T + bias), which takes the place of the logits."""
     if head.softcap is not None:
-        grad_NV.mul_(1.0 - (logits_NV / head.softcap).square_())
-    if head.scale != 1.0:
-        grad_NV.mul_(head.scale)
+        grad_NV.mul_(logits_NV.div_(head.softcap).square_().neg_().add_(1.0))
+    torch.mul(grad_NV, head.scale, out=logits_NV)
+
+
+def _slices(total: int, most: int) -> Iterator[slice]:
+    """Cut 0..total into the fewest slices of at most `most`, all about as long."""
+    count = -(-total // most)
+    for index in range(count):
+        yield slice(index * total // count, (index + 1) * total // count)
+
+
+def logits_elements(device_type: str) -> int:
+    """How many logits of one model exist at once, at the fewest tokens' more."""
+    return CPU_LOGITS_ELEMENTS if device_type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
+
+
+def block_elements(device_type: str) -> int:
+    """How many of them are worked on at once."""
+    return CPU_BLOCK_ELEMENTS if device_type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,10 +16,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import pico`
 
+from in_double import InDouble
+
 torch.set_num_threads(1)
 torch.set_flush_denormal(True)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture
+def in_double() -> Iterator[None]:
+    """The test in float64 all the way (not for gradient checkpointing: a recomputation is outside of such modes)."""
+    with InDouble():
+        yield
 
 
 @pytest.fixture(scope="session")
