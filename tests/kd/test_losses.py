@@ -8,11 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from kd import losses
 from kd.losses import Head, TokenLoss, token_loss_sums
 
 N, D, E, V = 11, 5, 7, 13
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"]
 SKEW = 0.2
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of two or three tokens, so that a chunk of four or five has several."""
+    monkeypatch.setattr(losses, "CPU_BLOCK_ELEMENTS", 3 * V)
 
 
 def random_case(dtype: torch.dtype = torch.float64, padded_rows: int = 0) -> dict[str, Tensor]:
@@ -133,10 +140,11 @@ def test_a_distribution_against_itself_costs_exactly_nothing(
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_chunk_size_does_not_matter(divergence: str) -> None:
+def test_sizes_of_chunks_and_blocks_do_not_matter(divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case()
     results = []
-    for chunk_tokens in (1, 2, 5, 100):
+    for chunk_tokens, block_tokens in itertools.product((1, 2, 5, 100), (1, 2, 3, 100)):
+        monkeypatch.setattr(losses, "CPU_BLOCK_ELEMENTS", block_tokens * V)
         hidden = case["hidden"].clone().requires_grad_()
         token_loss = TokenLoss(0.5, 2.0, divergence, 0.3)  # type: ignore[arg-type]
         teacher = Head(case["teacher_weight"])
@@ -150,10 +158,9 @@ def test_chunk_size_does_not_matter(divergence: str) -> None:
             chunk_tokens=chunk_tokens,
         )
         sums.loss.backward()
-        results.append((sums.loss.detach(), hidden.grad))
-    for loss, gradient in results[1:]:
-        torch.testing.assert_close(loss, results[0][0], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(gradient, results[0][1], rtol=1e-12, atol=1e-12)
+        results.append((sums.loss.detach(), sums.kl, sums.ntp, hidden.grad))
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], rtol=1e-12, atol=1e-12)
 
 
 def test_no_tokens_give_zero_that_is_connected() -> None:

@@ -12,7 +12,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pico import FAMILIES, make_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kd import losses
 from kd.losses import TokenLoss
 from kd.mixing import collate
 from kd.objective import Objective, Route, predicting_positions, response_token_counts, route_sums
@@ -237,6 +239,33 @@ def test_each_row_passes_only_its_own_teacher_and_once() -> None:
     home.register_forward_pre_hook(note, with_kwargs=True)
     route_sums(world.student, as_batch(rows), world.objective())
     assert sorted(seen) == [("expert", 3), ("reference", 3)]
+
+
+class LogitsSeen(TorchDispatchMode):
+    """Elements of the largest tensor over the vocabulary that any operation makes, the backward pass included."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.largest = vocabulary, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, Tensor) and tensor.shape[-1:] == (self.vocabulary,):
+                self.largest = max(self.largest, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("token_loss", [PLAIN, TokenLoss(0.5, 2.0, "jsd")], ids=["forward_kl", "jsd"])
+def test_no_tensor_is_larger_than_both_sides_of_a_chunk(token_loss: TokenLoss, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, batch = World(), as_batch(make_rows())
+    vocabulary = world.student.get_base_model().config.vocab_size  # type: ignore[union-attr, operator]
+    monkeypatch.setattr(losses, "CPU_LOGITS_ELEMENTS", 2 * vocabulary)
+    monkeypatch.setattr(losses, "FEWEST_CHUNK_TOKENS", 1)
+    with LogitsSeen(vocabulary) as seen:
+        our_loss(world, [batch], world.objective(token_loss))
+    assert int(predicting_positions(batch).sum()) > 6
+    assert seen.largest == 2 * 2 * vocabulary
 
 
 def test_response_at_3_to_6_puts_gradient_on_2_to_5() -> None:
