@@ -28,7 +28,9 @@ def test_all_ways_have_the_same_loss_at_every_step(folder: Path) -> None:
     assert losses["ours"][0] > 1e-2, "a loss of about nothing would agree with anything"
     assert losses["ours"][-1] < losses["ours"][0]
     for kind in step_cost.KINDS[1:]:
-        assert losses[kind] == pytest.approx(losses["ours"], rel=1e-5)
+        assert losses[kind][0] == pytest.approx(losses["ours"][0], rel=1e-5)
+        # AdamW makes whole steps of what rounding leaves of a gradient near 0, differently on each processor.
+        assert losses[kind] == pytest.approx(losses["ours"], rel=step_cost.LOSS_TOLERANCE)
 
 
 def test_operations_of_the_head_are_those_that_the_docstring_counts(folder: Path) -> None:

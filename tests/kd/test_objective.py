@@ -18,7 +18,7 @@ from kd import losses
 from kd.losses import TokenLoss
 from kd.mixing import collate
 from kd.objective import Objective, Route, predicting_positions, response_token_counts, route_sums
-from kd.roles import STUDENT_ADAPTER, Role, speaking_as
+from kd.roles import STUDENT_ADAPTER, Role, head_of, speaking_as
 
 Row = dict[str, Any]
 PLAIN = TokenLoss()
@@ -242,16 +242,18 @@ def test_each_row_passes_only_its_own_teacher_and_once() -> None:
 
 
 class LogitsSeen(TorchDispatchMode):
-    """Elements of the largest tensor over the vocabulary that any operation makes, the backward pass included."""
+    """Elements of the largest tensor over the vocabulary that any operation makes, but for views of the head itself."""
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, head_VD: Tensor) -> None:
         super().__init__()
-        self.vocabulary, self.largest = vocabulary, 0
+        self.head_VD, self.largest = head_VD, 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, (tuple, list)) else (made,):
-            if isinstance(tensor, Tensor) and tensor.shape[-1:] == (self.vocabulary,):
+            if not isinstance(tensor, Tensor) or tensor.shape[-1:] != self.head_VD.shape[:1]:
+                continue
+            if tensor.untyped_storage().data_ptr() != self.head_VD.untyped_storage().data_ptr():
                 self.largest = max(self.largest, tensor.numel())
         return made
 
@@ -259,10 +261,11 @@ class LogitsSeen(TorchDispatchMode):
 @pytest.mark.parametrize("token_loss", [PLAIN, TokenLoss(0.5, 2.0, "jsd")], ids=["forward_kl", "jsd"])
 def test_no_tensor_is_larger_than_both_sides_of_a_chunk(token_loss: TokenLoss, monkeypatch: pytest.MonkeyPatch) -> None:
     world, batch = World(), as_batch(make_rows())
-    vocabulary = world.student.get_base_model().config.vocab_size  # type: ignore[union-attr, operator]
+    head_VD = head_of(world.student).weight_VD
+    vocabulary = len(head_VD)
     monkeypatch.setattr(losses, "CPU_LOGITS_ELEMENTS", 2 * vocabulary)
     monkeypatch.setattr(losses, "FEWEST_CHUNK_TOKENS", 1)
-    with LogitsSeen(vocabulary) as seen:
+    with LogitsSeen(head_VD) as seen:
         our_loss(world, [batch], world.objective(token_loss))
     assert int(predicting_positions(batch).sum()) > 6
     assert seen.largest == 2 * 2 * vocabulary
