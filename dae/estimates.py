@@ -146,8 +146,7 @@ def memory(
     else:
         kept, name = layers * layer, "activations (train.gradient_checkpointing=true needs less)"
     chunk = CPU_CHUNK_ELEMENTS if settings.device == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
-    at_once = max(logits_elements(settings.device), FEWEST_CHUNK_TOKENS * models.vocabulary_rows)
-    logits, maps = 4 * (LIVE_CHUNKS * at_once + LIVE_BLOCKS * block_elements(settings.device)), 0
+    logits, maps = bytes_of_logits(tokens, models.vocabulary_rows, settings.device), 0
     terms = []
     if isinstance(recipe, DistillRecipe) and recipe.attention is not None:
         held = tokens * held_for_maps(recipe.attention, models.roles, dtype, bool(args.gradient_checkpointing))
@@ -161,6 +160,15 @@ def memory(
         # Not both at once: one loss is worked out after the other.
         Item(f"logits{' or attention maps' if maps else ''}, one chunk at a time", max(logits, maps)),
     ]
+
+
+def bytes_of_logits(tokens: int, vocabulary_rows: int, device: str) -> int:
+    """Bytes that the loss of so many tokens holds at once (kd/losses.py): a chunk of logits, a block of what is made
+    of them.
+    """
+    chunk = max(logits_elements(device), FEWEST_CHUNK_TOKENS * vocabulary_rows)
+    chunk, block = (min(elements, tokens * vocabulary_rows) for elements in (chunk, block_elements(device)))
+    return 4 * (LIVE_CHUNKS * chunk + LIVE_BLOCKS * block)
 
 
 def held_for_maps(attention: AttentionRecipe, roles: Sequence[Role], dtype: torch.dtype, checkpointed: bool) -> int:

@@ -15,12 +15,14 @@ from pico import make_checkpoint, make_model
 from transformers import AutoModelForCausalLM
 from worlds import make_adapter
 
+from dae import estimates
 from dae.alignment import fingerprints
 from dae.check import Plan, check, in_words, make_plan, marked_row, shortened
-from dae.estimates import disk, memory, tokens_of_run
+from dae.estimates import bytes_of_logits, disk, memory, tokens_of_run
 from dae.loss_shares import LossShare, loss_shares
 from dae.overlap import normalised, overlaps, parts
 from dae.recipe import AlignRecipe
+from kd import losses
 from kd.config import DataRecipe, SftRecipe, resolved_yaml
 from kd.data import SourceReport
 from kd.errors import UserError
@@ -233,9 +235,15 @@ def test_checkpointing_needs_less_memory_and_more_rows_need_more(world: Path, tm
     assert needed(gradient_checkpointing=True) < needed() < needed(per_device_train_batch_size=32)
 
 
-def test_kept_activations_are_near_what_a_llama_layer_keeps() -> None:
-    from dae.estimates import KEPT_BYTES
+def test_logits_take_a_chunk_or_all_tokens_whichever_is_less() -> None:
+    chunk = losses.CPU_LOGITS_ELEMENTS
+    assert bytes_of_logits(3, 500, "cpu") == 4 * (estimates.LIVE_CHUNKS + estimates.LIVE_BLOCKS) * 3 * 500
+    assert bytes_of_logits(10**6, 500, "cpu") == bytes_of_logits(2 * 10**6, 500, "cpu") > 4 * 2 * chunk
+    wide = chunk // losses.FEWEST_CHUNK_TOKENS * 4
+    assert bytes_of_logits(10**6, wide, "cpu") > 4 * 2 * 4 * chunk
 
+
+def test_kept_activations_are_near_what_a_llama_layer_keeps() -> None:
     width, inner, tokens = 64, 176, 96
 
     def kept(layers: int) -> int:
@@ -252,7 +260,7 @@ def test_kept_activations_are_near_what_a_llama_layer_keeps() -> None:
             _out = adapted(input_ids=torch.zeros((1, tokens), dtype=torch.int64), use_cache=False, logits_to_keep=1)
         return sum(tensor.untyped_storage().nbytes() for place, tensor in held.items() if place not in weights)
 
-    per_width, per_inner = KEPT_BYTES[torch.float32]
+    per_width, per_inner = estimates.KEPT_BYTES[torch.float32]
     assert kept(3) - kept(2) == pytest.approx(tokens * (per_width * width + per_inner * inner), rel=0.2)
 
 
