@@ -18,8 +18,9 @@ SKEW = 0.2
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of two or three tokens, so that a chunk of four or five has several."""
+    """Blocks of two or three tokens, so that a chunk of four or five has several; products over the head in three."""
     monkeypatch.setattr(losses, "CPU_BLOCK_ELEMENTS", 3 * V)
+    monkeypatch.setattr(losses, "CPU_PRODUCT_ROWS", 5)
 
 
 def random_case(dtype: torch.dtype = torch.float64, padded_rows: int = 0) -> dict[str, Tensor]:
