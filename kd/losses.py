@@ -80,7 +80,7 @@ class Head:
 
 
 def _product(hidden_ND: Tensor, weight_DV: Tensor, out_NV: Tensor | None) -> Tensor:
-    """hidden @ weight, into `out_NV` where there is one."""
+    """[N, D] @ [D, V] -> [N, V], into `out_NV` where there is one."""
     if out_NV is None or not out_NV.is_cpu:
         return torch.matmul(hidden_ND, weight_DV, out=out_NV)
     for rows in _slices(weight_DV.shape[1], CPU_PRODUCT_ROWS):
