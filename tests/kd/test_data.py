@@ -8,9 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chat_tokenizers import (
+    DROPS_REASONING,
+    KEEPS,
+    KINDS,
+    MARKERS,
+    NO_END,
+    OPENS_REASONING,
+    REFUSES_SYSTEM,
+    SPACE_IN_HEADER,
+    TRIMS,
+    byte_level,
+    metaspace,
+    real_template,
+    with_template,
+    words_only,
+    wrapped,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, normalizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kd.chat import PLAIN_TEMPLATE, chat_format
@@ -34,118 +51,10 @@ from kd.data import (
 )
 from kd.errors import UserError
 
-CORPUS = [
-    "Question: what is it? Answer: a red cup, yes. No.\n\n",
-    "the user asks and the assistant replies hello world\n",
-] * 8
-MARKERS = (
-    "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>",
-    "<end_of_turn>", "<|end_of_turn|>", "<|end|>", "<|user|>", "<|assistant|>", "<|end_of_text|>", "<|start_of_role|>",
-    "<|end_of_role|>",
-)  # fmt: skip
-
-SPECIAL = ["<unk>", "<s>", "</s>"]
-
-TRIMS = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-KEEPS = TRIMS.replace(" | trim", "")
-NO_END = (
-    "{% for m in messages %}{{ m['role'] | capitalize + ': ' + m['content'] | trim + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-# Old turns lose their reasoning, as in templates of reasoning models.
-DROPS_REASONING = (
-    "{% for m in messages %}{% set content = m['content'] %}"
-    "{% if m['role'] == 'assistant' and not loop.last %}{% set content = content.split('</think>')[-1] %}{% endif %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-# The question opens the reasoning, the history never shows it.
-OPENS_REASONING = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'].split('</think>')[-1] + '<|im_end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
-)
-REFUSES_SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TRIMS
-)
-SPACE_IN_HEADER = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + (eos_token if m['role'] == 'assistant' else '\n') }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
-
-
-def learnt_pieces(core: Tokenizer, alphabet: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet)
-    core.train_from_iterator(CORPUS, trainer)
-    learnt = json.loads(core.to_str())["model"]
-    return learnt["vocab"], [tuple(merge) for merge in learnt["merges"]]
-
-
-def wrapped(core: Tokenizer) -> PreTrainedTokenizerFast:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.add_special_tokens({"additional_special_tokens": list(MARKERS)})
-    return tokenizer
-
-
-def byte_level(trim_offsets: bool | None = None) -> PreTrainedTokenizerFast:
-    """GPT-2 style: a space belongs to the word after it."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    learnt_pieces(core, pre_tokenizers.ByteLevel.alphabet())
-    if trim_offsets is not None:
-        core.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-    return wrapped(core)
-
-
-def metaspace(adds_bos: bool = True) -> PreTrainedTokenizerFast:
-    """sentencepiece style: a text begins with a space, and what was never seen is written in bytes."""
-    split = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    teacher = Tokenizer(models.BPE(unk_token="<unk>"))
-    teacher.pre_tokenizer = pre_tokenizers.Metaspace()
-    vocabulary, merges = learnt_pieces(teacher, [])
-    for byte in range(256):
-        vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
-    core = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    core.pre_tokenizer = split
-    core.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    if adds_bos:
-        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return wrapped(core)
-
-
-def words_only() -> PreTrainedTokenizerFast:
-    """A tokenizer that drops white space, as small synthetic worlds use."""
-    core = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), "removed")
-    core.train_from_iterator(
-        ["Question: red? assistant: user: yes"], trainers.WordLevelTrainer(special_tokens=["<unk>", "</s>"])
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
-
-
-KINDS = {
-    "byte-level": byte_level(),
-    "byte-level, offsets trimmed": byte_level(trim_offsets=True),
-    "metaspace": metaspace(),
-    "metaspace, no BOS": metaspace(adds_bos=False),
-}
-
 
 @pytest.fixture(params=list(KINDS))
 def tokenizer(request) -> PreTrainedTokenizerFast:
     return KINDS[request.param]
-
-
-def with_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> PreTrainedTokenizerBase:
-    copy = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map)
-    copy.chat_template = template
-    return copy
 
 
 def chat(*contents: str, system: str | None = None) -> dict:
@@ -207,10 +116,6 @@ TRIM_NOT = {"granite-3.0-instruct", "openchat-3.5", "qwen2.5-instruct"}
 TURNS = [
     "What is it?", " a red cup.\n\nYes: naïve 🙂 ", "And [/INST] then?\n", "### hello <b>", "Sure?", "日本語 ok",
 ]  # fmt: skip
-
-
-def real_template(shared: Path, name: str) -> str:
-    return (shared / "templates" / f"{name}.jinja").read_text(encoding="utf-8").replace("    ", "").replace("\n", "")
 
 
 def expected_responses(name: str, contents: list[str]) -> list[str]:
