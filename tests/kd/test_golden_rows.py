@@ -37,9 +37,7 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
     "spaces": {"messages": [message("user", " \n hello  "), message("assistant", "\n\n  yes,\tno \n")]},
     "other scripts": {"messages": [message("user", "naïve 🙂 日本語?"), message("assistant", "价格 €99 — ок 🙂")]},
     "markers as text": {"messages": [message("user", "a [/INST] b"), message("assistant", "### hi <b>x</b> [INST]")]},
-    "four turns": {
-        "messages": [USER, REPLY, message("user", "Then?"), message("assistant", "Nothing.\n\nReally.")]
-    },
+    "four turns": {"messages": [USER, REPLY, message("user", "Then?"), message("assistant", "Nothing.\n\nReally.")]},
     "no last reply": {"messages": [USER, REPLY, message("user", "Sure?")]},
     "chat pair": {"prompt": [USER, REPLY, message("user", "And?")], "completion": [message("assistant", "No.")]},
     "long": {"messages": [message("user", "word " * 40), message("assistant", "reply " * 60)]},
