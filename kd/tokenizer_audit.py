@@ -71,16 +71,24 @@ class TokenizerAudit:
             return None
         return f"{path}: its tokenizer, opened as {self.tokenizer_class}, {what}; {self.remedy}"
 
+    def unknowns(self, path: str) -> str | None:
+        """One line on characters that the vocabulary lacks; None where there are none."""
+        if not self.with_unk:
+            return None
+        return (
+            f"{path}: {self.with_unk} of {self.texts} texts looked at hold characters that the tokenizer's vocabulary "
+            f"lacks and that become its unknown token: {shown(self.unknown)}"
+        )
+
+    def normalised(self, path: str) -> str | None:
+        """One line on what the normaliser changes; None where it changes nothing."""
+        if not self.changed:
+            return None
+        return f"{path}: {self.changed} of {self.texts} texts looked at are changed by the tokenizer's normaliser"
+
     def lines(self, path: str) -> list[str]:
-        """What to show of it: losses with their remedy, unknown characters, what the normaliser changed."""
-        of_all = f"of {self.texts} texts looked at"
-        lines = [line for line in (self.loss(path),) if line is not None]
-        if self.with_unk:
-            words = f"{self.with_unk} {of_all} hold characters that its vocabulary lacks: {shown(self.unknown)}"
-            lines.append(f"{path}: {words}; they become the unknown token")
-        if self.changed:
-            lines.append(f"{path}: {self.changed} {of_all} are changed by the tokenizer's normaliser")
-        return lines
+        """All that there is to say: losses with their remedy, unknown characters, what the normaliser changes."""
+        return [line for line in (self.loss(path), self.unknowns(path), self.normalised(path)) if line is not None]
 
     @property
     def remedy(self) -> str:

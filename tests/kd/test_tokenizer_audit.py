@@ -7,46 +7,15 @@ from pathlib import Path
 
 import pytest
 from chat_tokenizers import KINDS, words_only
+from lossy_tokenizers import bpe, unigram, write_tokenizer
 from pico import make_tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import normalizers
 from transformers import AutoTokenizer, CTRLTokenizer, PreTrainedTokenizerFast
 
 from kd.errors import UserError
 from kd.tokenizer_audit import TokenizerAudit, audit, refuse_lossy
 
-TRAINED_ON = ["Fish and chips cost nine coins.", "question: how big is it? answer: two cups."] * 5
 TEXTS = ["Fish & chips cost nine coins.", "how big is it?", "two cups & nine coins", "answer: two"]
-NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-
-
-def bpe() -> Tokenizer:
-    """sentencepiece style without bytes: what is not in the vocabulary is `<unk>`."""
-    core = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
-    core.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
-    core.decoder = decoders.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
-    core.train_from_iterator(TRAINED_ON, trainer)
-    return core
-
-
-def unigram() -> Tokenizer:
-    core = Tokenizer(models.Unigram())
-    core.pre_tokenizer = pre_tokenizers.Metaspace()
-    core.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
-    )
-    core.train_from_iterator(TRAINED_ON, trainer)
-    return core
-
-
-def checkpoint(folder: Path, core: Tokenizer, tokenizer_class: str | None, model_type: str = "llama") -> Path:
-    folder.mkdir(exist_ok=True)
-    core.save(str(folder / "tokenizer.json"))
-    named = {} if tokenizer_class is None else {"tokenizer_class": tokenizer_class}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**NAMES, **named}))
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-    return folder
 
 
 def audited(folder: Path, texts: list[str]) -> TokenizerAudit:
@@ -61,7 +30,7 @@ def test_a_rebuilt_tokenizer_that_drops_characters_is_found_and_the_remedy_cures
     tmp_path: Path, core: object, tokenizer_class: str
 ) -> None:
     assert callable(core)
-    folder = checkpoint(tmp_path / "model", core(), tokenizer_class)
+    folder = write_tokenizer(tmp_path / "model", core(), tokenizer_class)
     opened = AutoTokenizer.from_pretrained(str(folder))
     ids = opened("Fish & chips", add_special_tokens=False).input_ids
     assert opened.unk_token_id not in ids and "&" not in opened.decode(ids)  # the fault itself
@@ -81,27 +50,29 @@ def test_a_rebuilt_tokenizer_that_drops_characters_is_found_and_the_remedy_cures
     refuse_lossy(found, "model", allowed=True)
 
     for remedy in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-        cured = audited(checkpoint(folder, core(), remedy), TEXTS)
+        cured = audited(write_tokenizer(folder, core(), remedy), TEXTS)
         assert (cured.lossy, cured.differing, cured.with_unk, cured.unknown) == (0, 0, 2, (("&", 2),))
         refuse_lossy(cured, "model", allowed=False)
         (line,) = cured.lines("model")
-        assert "2 of 4 texts looked at hold characters that its vocabulary lacks: & (2)" in line
+        assert line.startswith("model: 2 of 4 texts looked at hold characters") and line.endswith(
+            "unknown token: & (2)"
+        )
 
 
 def test_words_that_run_together_are_a_loss(tmp_path: Path) -> None:
-    found = audited(checkpoint(tmp_path / "model", bpe(), "GPT2Tokenizer"), ["two cups", "nine"])
+    found = audited(write_tokenizer(tmp_path / "model", bpe(), "GPT2Tokenizer"), ["two cups", "nine"])
     assert (found.lossy, found.lost) == (1, ((" ", 1),))
     assert "space (1)" in str(found.loss("model"))
 
 
 def test_a_class_that_the_model_type_forces_has_another_remedy(tmp_path: Path) -> None:
-    found = audited(checkpoint(tmp_path / "model", bpe(), "TokenizersBackend", "qwen2"), TEXTS)
+    found = audited(write_tokenizer(tmp_path / "model", bpe(), "TokenizersBackend", "qwen2"), TEXTS)
     assert found.lossy and not found.as_is_helps
     assert "opens this model's type as Qwen2Tokenizer whatever tokenizer_config.json says" in str(found.loss("model"))
 
 
 def test_other_tokens_than_tokenizer_json_gives_are_told_but_are_no_loss(tmp_path: Path) -> None:
-    found = audited(checkpoint(tmp_path / "model", bpe(), "GemmaTokenizer"), ["two cups", "nine coins"])
+    found = audited(write_tokenizer(tmp_path / "model", bpe(), "GemmaTokenizer"), ["two cups", "nine coins"])
     assert (found.lossy, found.differing) == (0, 2)
     assert "cuts 2 of 2 texts looked at into other tokens" in str(found.loss("model"))
     refuse_lossy(found, "model", allowed=False)
@@ -143,14 +114,14 @@ def test_a_loss_beside_a_normaliser_is_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_loss_in_one_text_of_a_hundred_is_told_but_not_refused(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path / "model", bpe(), "LlamaTokenizer")
+    folder = write_tokenizer(tmp_path / "model", bpe(), "LlamaTokenizer")
     few = audited(folder, ["Fish & chips", *["two cups"] * 99])
     assert few.lossy == 1 and "1 of 100" in few.lines("model")[0]
     refuse_lossy(few, "model", allowed=False)
 
 
 def test_texts_are_taken_from_all_over_the_rows(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path / "model", bpe(), "LlamaTokenizer")
+    folder = write_tokenizer(tmp_path / "model", bpe(), "LlamaTokenizer")
     found = audited(folder, [*["two cups"] * 2500, *["Fish & chips"] * 500])
     assert found.texts == 1000
     assert 0.15 < found.lossy / found.texts < 0.18
