@@ -32,7 +32,8 @@ from kd.files import append_lines, cut_torn_line, disk_errors, fsync_path, json_
 from kd.fingerprints import file_sha256, model_fingerprint
 from kd.lock import hold
 from kd.provenance import changed_settings
-from kd.records import check_messages, read_jsonl
+from kd.record_forms import messages_of
+from kd.records import read_jsonl
 
 if TYPE_CHECKING:
     from dae.recipe import SampleRecipe
@@ -397,8 +398,8 @@ def _prompt_of(row: Any, location: str) -> Prompt:
         if not prompt.strip():
             raise UserError(f"{location}: prompt: is empty")
         return prompt.rstrip()
-    check_messages(prompt, f"{location}: {'prompt' if 'prompt' in row else 'messages'}")
+    prompt = messages_of(prompt, f"{location}: {'prompt' if 'prompt' in row else 'messages'}")
     last = max((place for place, message in enumerate(prompt) if message["role"] != "assistant"), default=-1)
     if last < 0:
         raise UserError(f"{location}: messages: none is the user's; {wanted}")
-    return [dict(message) for message in prompt[: last + 1]]
+    return prompt[: last + 1]

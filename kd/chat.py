@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ PLAIN_TEMPLATE = (
 PROBE = "replyprobe"
 
 Messages = Sequence[Mapping[str, Any]]
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,15 @@ class RenderedChat:
     """A conversation as text, and where the responses stand in it.
 
     Attributes:
-        text: up to the last assistant turn; messages after it carry no loss and are left away.
+        text: up to the last turn that carries loss; messages after it are left away.
         spans: [start, end) in characters of each response, in order; each with its first end token, where it has one.
-        ends: whether the last response has an end token.
+        end: where the last response's end token begins; None where it has none.
         rewritten: earlier turns look different once later ones are there, so that `spans` holds the last response only.
     """
 
     text: str
-    spans: tuple[tuple[int, int], ...]
-    ends: bool
+    spans: tuple[Span, ...]
+    end: int | None
     rewritten: bool
 
 
@@ -61,15 +63,31 @@ class ChatFormat:
     template: str
     end_tokens: tuple[str, ...]
 
+    @property
+    def title(self) -> str:
+        """How messages call the tokenizer whose template this is."""
+        return self.tokenizer.name_or_path or "the tokenizer"
+
     def render(self, messages: Messages, tools: Any = None, ask: bool = False) -> str:
         """Messages as text; with `ask`, up to where the model answers next. Raises UnrenderableError."""
         return render(self.tokenizer, self.template, messages, tools, ask)
 
-    def end_of(self, text: str, start: int) -> int | None:
-        """The character after the first end token in text[start:], or None."""
-        found = [(text.find(token, start), -len(token)) for token in self.end_tokens]
-        place, length = min((hit for hit in found if hit[0] >= 0), default=(-1, 0))
-        return None if place < 0 else place - length
+    def end_token(self, text: str, start: int, mark: str = "") -> Span | None:
+        """[start, end) of the first end token in text[start:] that the template wrote, or None.
+
+        mark: a character before those that are text (see kd.special_text).
+        """
+        place = start
+        while match := self.end_pattern.search(text, place):
+            if not mark or text[match.start() - 1 : match.start()] != mark:
+                return match.span()
+            place = match.end()
+        return None
+
+    @functools.cached_property
+    def end_pattern(self) -> re.Pattern[str]:
+        """Matches the end tokens, the longest where several begin at one place."""
+        return re.compile("|".join(map(re.escape, sorted(self.end_tokens, key=len, reverse=True))) or r"(?!)")
 
 
 def render(
@@ -176,42 +194,50 @@ def chat_format(tokenizer: PreTrainedTokenizerBase, template: str) -> ChatFormat
     return ChatFormat(tokenizer, template, tuple(sorted(ends)))
 
 
-def render_chat(fmt: ChatFormat, messages: Messages, first: int = 0, tools: Any = None) -> RenderedChat | None:
-    """Renders a conversation and finds its responses: the assistant turns from message `first` on.
+def render_chat(
+    fmt: ChatFormat, messages: Messages, turns: Sequence[int], tools: Any = None, mark: str = ""
+) -> RenderedChat | None:
+    """Renders a conversation and finds its responses.
 
     The response to messages[:k] is what render(messages[:k+1]) has after render(messages[:k], ask), up to and including
-    its first end token; without an end token, all of it. Each is looked up in the whole conversation. Where an earlier
-    one does not stand there as it was (templates that drop old reasoning), only the last response is taken.
+    the end token that the template writes behind it; without one, all of it. Each is looked up in the whole
+    conversation. Where an earlier one does not stand there as it was (templates that drop old reasoning), only the last
+    response is taken.
+
+    Args:
+        fmt: the tokenizer's format.
+        messages: the conversation.
+        turns: places of the assistant turns that carry loss, at least one.
+        tools: as the template wants them.
+        mark: a character before special tokens that are text (see kd.special_text); it is left where it is.
 
     Returns:
         None where the last response cannot be told from the rest.
 
     Raises:
         UnrenderableError: the template refuses the conversation.
-        ValueError: no assistant turn from `first` on.
     """
-    turns = [k for k in range(first, len(messages)) if messages[k]["role"] == "assistant"]
-    if not turns:
-        raise ValueError("no assistant turn")
+    assert turns
     text = fmt.render(messages[: turns[-1] + 1], tools)
-    last = response_span(fmt, messages[: turns[-1] + 1], text, tools)
+    last = response_span(fmt, messages[: turns[-1] + 1], text, tools, mark)
     if last is None:
         return None
-    ends = fmt.end_of(text, last[0]) is not None
+    ending = fmt.end_token(text, last[0], mark)
+    end = None if ending is None else ending[0]
     spans = []
     for k in turns[:-1]:
         try:
             as_asked = fmt.render(messages[: k + 1], tools)
         except UnrenderableError:
-            return RenderedChat(text, (last,), ends, rewritten=True)
-        span = response_span(fmt, messages[: k + 1], as_asked, tools)
+            return RenderedChat(text, (last,), end, rewritten=True)
+        span = response_span(fmt, messages[: k + 1], as_asked, tools, mark)
         if span is None or text[: span[1]] != as_asked[: span[1]]:
-            return RenderedChat(text, (last,), ends, rewritten=True)
+            return RenderedChat(text, (last,), end, rewritten=True)
         spans.append(span)
-    return RenderedChat(text, (*spans, last), ends, rewritten=False)
+    return RenderedChat(text, (*spans, last), end, rewritten=False)
 
 
-def response_span(fmt: ChatFormat, messages: Messages, text: str, tools: Any) -> tuple[int, int] | None:
+def response_span(fmt: ChatFormat, messages: Messages, text: str, tools: Any, mark: str) -> Span | None:
     """[start, end) of the last message's response in `text`, which is `messages` rendered; None if it is not found."""
     try:
         question = fmt.render(messages[:-1], tools, ask=True)
@@ -222,8 +248,8 @@ def response_span(fmt: ChatFormat, messages: Messages, text: str, tools: Any) ->
         start = content_start(fmt, messages, text, tools)
     if start is None:
         return None
-    end = fmt.end_of(text, start)
-    return start, len(text) if end is None else end
+    ending = fmt.end_token(text, start, mark)
+    return start, len(text) if ending is None else ending[1]
 
 
 def content_start(fmt: ChatFormat, messages: Messages, text: str, tools: Any) -> int | None:

@@ -27,6 +27,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from kd.layers import Layers, RecipeDumper
 from kd.problems import NO_VALUE, Key, Problem, in_plain_words, report, suggestion
+from kd.record_forms import Format
 from kd.training_arguments import argument_types, training_argument_problems
 
 SHARE_TOLERANCE = 1e-6
@@ -106,7 +107,10 @@ def as_pydantic(problem: Problem) -> InitErrorDetails:
 class SourceRecipe(Frozen):
     """One place that rows come from."""
 
-    path: str = Field(min_length=1, description="a JSONL file, a folder saved by `datasets`, or a hub data set's id")
+    path: str = Field(
+        min_length=1,
+        description="a file (JSONL, JSON, CSV, parquet; gzip too), a folder of such or saved by `datasets`, a hub id",
+    )
     share: float | None = Field(
         default=None,
         gt=0,
@@ -116,7 +120,8 @@ class SourceRecipe(Frozen):
     repeat: bool = Field(
         default=False, description="start over when used up (oversampling), instead of ending the epoch"
     )
-    split: str = Field(default="train", description="which split of a `datasets` folder or hub data set")
+    split: str = Field(default="train", description="which split of a folder or hub data set")
+    format: Format | None = Field(default=None, description="the shape of its rows; null: each row's keys tell")
 
 
 class LoraRecipe(Frozen):
@@ -160,7 +165,18 @@ class DataRecipe(Frozen):
     packing: bool = Field(default=False, description="several rows to one sequence, instead of padding")
     chat_template: str | None = Field(
         default=None,
-        description="`plain` (built in) or a .jinja file, for tokenizers without a chat template of their own",
+        description="`plain` (built in) or a .jinja file, for tokenizers without a chat template of their own; "
+        "`expert`: the expert's (align)",
+    )
+    special_tokens: Literal["parse", "literal"] = Field(
+        default="parse",
+        description="control tokens that `text`, `prompt` and `completion` strings spell: read as such, or as text",
+    )
+    empty_responses: Literal["drop", "keep"] = Field(
+        default="drop", description="answers without a character: without loss, or learnt as an end token"
+    )
+    allow_lossy_tokenizer: bool = Field(
+        default=False, description="train although the tokenizer loses characters of many rows"
     )
     routes: dict[str, tuple[SourceRecipe, ...]] = Field(
         default_factory=dict, description="training rows of a route: a path, a source, or a list of them"

@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from kd.chat import ChatFormat, UnrenderableError, chat_format, load_tokenizer, render_chat, template_of
+from kd.chat import ChatFormat, Messages, load_tokenizer
 from kd.config import DataRecipe, SourceRecipe
+from kd.drafts import Draft, Dropped, draft, prompt_draft
 from kd.errors import UserError
-from kd.records import read_records, record_form
+from kd.record_forms import record_of
+from kd.records import Reading, read_records
+from kd.special_text import encode_with_literals, special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,14 +40,8 @@ __all__ = [
 
 BATCH_RECORDS = 1024
 
-NO_ASSISTANT = "no assistant turn"
 NO_RESPONSE = "no response token"
 PROMPT_TOO_LONG = "prompt fills max_length: no response token left"
-RESPONSE_NOT_FOUND = "the chat template hides where the response begins"
-
-EOS_APPENDED = "the template renders no end token: EOS appended"
-ENDLESS = "the template renders no end token, and append_eos is false: the response has none"
-REWRITTEN = "the template rewrites earlier turns: last assistant turn only"
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
@@ -58,18 +55,12 @@ class TokenRow:
     response_mask: list[bool]
 
 
-@dataclass(frozen=True)
-class Dropped:
-    """A record that gives no row, and why."""
-
-    reason: str
-
-
 @dataclass
 class SourceReport:
     """What became of one source's records. `truncated` rows are among `kept`; notes begin with the rows they are on.
 
-    dropped_at: the places of the dropped ones among the records, from 0.
+    dropped_at: the places of the dropped ones among the records, from 0; formats: records by the shape they came in;
+    unread: keys that nothing reads, with the records that have them.
     """
 
     path: str
@@ -81,6 +72,8 @@ class SourceReport:
     tokens: int = 0
     response_tokens: int = 0
     notes: list[str] = field(default_factory=list)
+    formats: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
 
 
 class TokenRows:
@@ -142,28 +135,6 @@ class TokenRows:
 
 
 @dataclass(frozen=True)
-class Draft:
-    """A record as text, before the tokenizer has seen it.
-
-    Attributes:
-        text: the whole row.
-        special: whether the tokenizer adds its own special tokens (BOS).
-        append_eos: whether EOS follows the text.
-        prompt: pairs: the part of `text` that is no response.
-        spans: conversations: [start, end) of each response in characters.
-        context: token that stands before a pair without a prompt.
-    """
-
-    text: str
-    special: bool
-    append_eos: bool
-    prompt: str | None = None
-    spans: tuple[tuple[int, int], ...] | None = None
-    context: int | None = None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Encoded:
     """A row with what its source's report wants to know."""
 
@@ -171,6 +142,7 @@ class Encoded:
     response_mask: Mask
     truncated: bool
     notes: tuple[str, ...]
+    unread: tuple[str, ...] = ()
 
 
 def encode_record(
@@ -192,20 +164,25 @@ def encode_record(
     if the template writes it. A token belongs to a response if its first character that is no white space does; a
     token of white space only belongs where it begins. So after `Answer: `, a token ` yes` is a response token, and
     where `\n` before a response merges with a `\n` in it, that token is not. Where no end token is rendered, EOS is
-    appended unless `append_eos: false`. (Tokenizers that give no character offsets: cut as pairs are.)
+    appended unless `append_eos: false`. (Tokenizers that give no character offsets: cut as pairs are.) Contents are
+    text, whatever they spell: control tokens come from the template. A turn of `weight: 0` and an empty one carry no
+    loss, and with `finish_reason: length` the last response gets no end token. What the template leaves out is refused.
+
+    In strings, `special_tokens` says whether the control tokens that they spell are read as such.
 
     A row longer than `max_length` is cut on the right, EOS included.
 
     Args:
         record: as `read_records` yields it.
         tokenizer: as `load_tokenizer` gives it.
-        settings: `max_length`, `append_eos` and `chat_template` are used.
+        settings: all but the sources are used.
         location: named in messages, such as `rows.jsonl:7`.
 
     Raises:
-        UserError: the record has none of these forms, the template refuses it, or the tokenizer lacks what it needs.
+        UserError: the record has none of these forms, the template refuses it or leaves a part of it out, or the
+            tokenizer lacks what it needs.
     """
-    drafted = draft(record, tokenizer, settings, location)
+    drafted = draft(record_of(record, location).row, tokenizer, settings, location)
     if isinstance(drafted, Dropped):
         return drafted
     (encoded,) = encode_drafts([drafted], tokenizer, settings.max_length)
@@ -250,7 +227,8 @@ def encode_source(
     """Yields the rows of a source and fills in what its report says of records, truncation, drops and notes."""
     notes: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
-    records = read_records(source)
+    reading = Reading()
+    records = read_records(source, reading)
     while batch := list(itertools.islice(records, BATCH_RECORDS)):
         for place, encoded in enumerate(encode_records(batch, tokenizer, settings), start=report.records):
             if isinstance(encoded, Dropped):
@@ -259,10 +237,12 @@ def encode_source(
                 continue
             report.truncated += encoded.truncated
             notes.update(encoded.notes)
+            reading.unread.update(encoded.unread)
             yield encoded.input_ids, encoded.response_mask
         report.records += len(batch)
     report.dropped = dict(dropped)
     report.notes = [f"{count} rows: {note}" for note, count in notes.items()]
+    report.formats, report.unread = dict(reading.formats), dict(reading.unread)
 
 
 def encode_records(
@@ -274,82 +254,21 @@ def encode_records(
     return [item if isinstance(item, Dropped) else next(encoded) for item in drafted]
 
 
-def draft(
-    record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, settings: DataRecipe, location: str
-) -> Draft | Dropped:
-    """A record as text. Raises UserError (see `encode_record`)."""
-    form = record_form(record, location)
-    append_eos = settings.append_eos if settings.append_eos is not None else form != "text"
-    if append_eos and form in ("pair", "text") and tokenizer.eos_token_id is None:
-        raise UserError(f"{location}: {missing_eos(tokenizer)}")
-    if form == "text":
-        return Draft(record["text"], adds_special(record["text"], tokenizer), append_eos)
-    if form == "pair":
-        return pair_draft(record["prompt"], record["completion"], tokenizer, append_eos)
-    first = 0 if form == "messages" else len(record["prompt"])
-    messages = record["messages"] if form == "messages" else [*record["prompt"], *record["completion"]]
-    if all(message["role"] != "assistant" for message in messages[first:]):
-        return Dropped(NO_ASSISTANT)
-    tools = record.get("tools")
-    template = template_of(tokenizer, settings, tools)
-    if template is None:
-        raise UserError(
-            f"{location}: a conversation, but the tokenizer {tokenizer.name_or_path} has no chat template; "
-            "set data.chat_template to `plain` or to a .jinja file"
-        )
-    return chat_draft(chat_format(tokenizer, template), messages, first, tools, append_eos, location)
-
-
-def missing_eos(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The message for a tokenizer without EOS."""
-    return f"the tokenizer {tokenizer.name_or_path} has no EOS token to append; set data.append_eos: false"
-
-
-def pair_draft(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, append_eos: bool) -> Draft:
-    """Prompt and completion as lm-eval prepares them; an empty prompt gives BOS (without one, EOS) as the context."""
-    if prompt == "":
-        context = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        return Draft(completion, False, append_eos, prompt="", context=context)
-    text = prompt + completion
-    return Draft(text, adds_special(text, tokenizer), append_eos, prompt=prompt.rstrip())
-
-
-def chat_draft(
-    fmt: ChatFormat, messages: Sequence[dict[str, Any]], first: int, tools: Any, append_eos: bool, location: str
-) -> Draft | Dropped:
-    """A conversation, rendered. Raises UserError where the template refuses it."""
-    try:
-        chat = render_chat(fmt, messages, first, tools)
-    except UnrenderableError as error:
-        raise UserError(
-            f"{location}: the chat template refuses this conversation: {error}; its roles are "
-            f"{', '.join(message['role'] for message in messages)}: change the row or data.chat_template"
-        ) from error
-    if chat is None:
-        return Dropped(RESPONSE_NOT_FOUND)
-    notes = [REWRITTEN] if chat.rewritten else []
-    if not chat.ends:
-        notes.append(EOS_APPENDED if append_eos else ENDLESS)
-        if append_eos and fmt.tokenizer.eos_token_id is None:
-            raise UserError(f"{location}: {missing_eos(fmt.tokenizer)}")
-    return Draft(chat.text, False, append_eos and not chat.ends, spans=chat.spans, notes=tuple(notes))
-
-
-def adds_special(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer may add its special tokens: not where the text already begins with BOS."""
-    return tokenizer.bos_token is None or not text.startswith(str(tokenizer.bos_token))
-
-
 def encode_drafts(
     drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Encoded | Dropped]:
     """Drafts through the tokenizer, many at a time."""
     ids: list[list[int]] = [[] for _ in drafts]
     masks: list[Mask] = [np.zeros(0, np.bool_) for _ in drafts]
-    for special in (False, True):
-        chosen = [i for i, item in enumerate(drafts) if item.special is special and item.spans is None]
-        texts = encode_texts([drafts[i].text for i in chosen], tokenizer, special)
-        prompts = encode_texts([drafts[i].prompt or "" for i in chosen], tokenizer, special)
+    kinds = sorted({(item.special, item.parses) for item in drafts if item.spans is None})
+    for special, parses in kinds:
+        chosen = [
+            i
+            for i, item in enumerate(drafts)
+            if item.spans is None and (item.special, item.parses) == (special, parses)
+        ]
+        texts = encode_texts([drafts[i].text for i in chosen], tokenizer, special, parses)
+        prompts = encode_texts([drafts[i].prompt or "" for i in chosen], tokenizer, special, parses)
         for i, text_ids, prompt_ids in zip(chosen, texts, prompts, strict=True):
             ids[i], masks[i] = cut_text(drafts[i], text_ids, prompt_ids)
     chats = [i for i, item in enumerate(drafts) if item.spans is not None]
@@ -361,16 +280,41 @@ def encode_drafts(
     ]
 
 
-def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special: bool) -> list[list[int]]:
-    """Token ids of each text; an EOS that the tokenizer adds by itself is taken off (`append_eos` decides)."""
+def encode_texts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special: bool, parses: bool = True
+) -> list[list[int]]:
+    """Token ids of each text; an EOS that the tokenizer adds by itself is taken off (`append_eos` decides).
+
+    special: whether the tokenizer adds its special tokens; parses: whether those that a text spells become such.
+
+    Raises UserError where `parses` is false and the tokenizer reads them all the same.
+    """
     if not texts:
         return []
-    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+    how = {} if parses else {"split_special_tokens": True}
+    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, verbose=False, **how)["input_ids"]
     if special and tokenizer.eos_token is not None:
         for text, row in zip(texts, encoded, strict=True):
-            if row[-1:] == [tokenizer.eos_token_id] and not text.endswith(str(tokenizer.eos_token)):
+            spelt = parses and text.endswith(str(tokenizer.eos_token))
+            if row[-1:] == [tokenizer.eos_token_id] and not spelt:
                 row.pop()
+    if not parses:
+        refuse_control_tokens(texts, encoded, tokenizer, special)
     return encoded
+
+
+def refuse_control_tokens(
+    texts: Sequence[str], encoded: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, special: bool
+) -> None:
+    """Raise UserError where a text that was to be encoded as text has control tokens of its own in it."""
+    control = special_ids(tokenizer)
+    added = sum(token in control for token in tokenizer("", add_special_tokens=special)["input_ids"])
+    for text, ids in zip(texts, encoded, strict=True):
+        if sum(token in control for token in ids) > added:
+            raise UserError(
+                f"data.special_tokens: literal: the tokenizer {tokenizer.name_or_path} reads a control token in "
+                f"{text[:60]!r} all the same; write it otherwise in the row, or set data.special_tokens=parse"
+            )
 
 
 def cut_text(item: Draft, text_ids: list[int], prompt_ids: list[int]) -> tuple[list[int], Mask]:
@@ -386,14 +330,41 @@ def encode_chats(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase) ->
     """(ids, response mask) of rendered conversations."""
     if not drafts:
         return
-    texts = [item.text for item in drafts]
+    texts = ["" if item.literal else item.text for item in drafts]
     if not tokenizer.is_fast:
         for item, ids in zip(drafts, encode_texts(texts, tokenizer, False), strict=True):
+            if item.literal:
+                raise UserError(literal_remedy(item, tokenizer))
             yield ids, mask_from_prefixes(item, len(ids), tokenizer)
         return
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     for item, ids, offsets in zip(drafts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if item.literal:
+            found = encode_with_literals(item.text, item.literal, tokenizer)
+            if found is None:
+                raise UserError(literal_remedy(item, tokenizer))
+            ids, offsets = found  # noqa: PLW2901
         yield ids, mask_from_offsets(item.text, item.spans or (), offsets)
+
+
+def prompt_ids(fmt: ChatFormat, messages: Messages, tools: Any = None, location: str = "the prompt") -> list[int]:
+    """[T] token ids of a conversation up to where the model answers next; its contents are text, as in training.
+
+    Raises:
+        UserError: the template leaves out a part of it, or the tokenizer cannot encode its text as text.
+        UnrenderableError: the template refuses it.
+    """
+    ((ids, _),) = encode_chats([prompt_draft(fmt, messages, tools, location)], fmt.tokenizer)
+    return ids
+
+
+def literal_remedy(item: Draft, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The message for a tokenizer that cannot encode a special token's text as text."""
+    spelt = ", ".join(f"`{token}`" for token in dict.fromkeys(item.text[start:end] for start, end in item.literal))
+    return (
+        f"{item.location}: its text spells {spelt}, and the tokenizer {tokenizer.name_or_path} knows it only as a "
+        "control token; write it otherwise in the row"
+    )
 
 
 def mask_from_offsets(text: str, spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]) -> Mask:
@@ -441,7 +412,7 @@ def finish(item: Draft, ids: list[int], mask: Mask, eos_token_id: int | None, ma
     mask[:1] = False
     if not mask.any():
         return Dropped(PROMPT_TOO_LONG if had_response else NO_RESPONSE)
-    return Encoded(ids, mask, truncated, item.notes)
+    return Encoded(ids, mask, truncated, item.notes, item.unread)
 
 
 def marked_text(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:

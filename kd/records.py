@@ -1,44 +1,113 @@
-"""Reading rows: JSONL files, folders saved by `datasets`, hub data sets; each record checked before it is encoded."""
+"""Reading rows: files (JSONL, JSON, CSV, parquet; gzip too), folders of them, `datasets` folders, hub data sets."""
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any
 
 from kd.config import SourceRecipe
 from kd.errors import UserError
+from kd.record_forms import EXAMPLE, record_of
 
-ROLES = ("system", "user", "assistant", "tool")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-FILE_ENDINGS = (".jsonl", ".json", ".txt", ".csv", ".parquet", ".gz", ".zst", ".arrow")
+FILE_ENDINGS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".arrow")
+# What a file is read as, by its name without `.gz`; other names are JSONL.
+_BY_ENDING = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_READ_IN_FOLDERS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".tsv", ".parquet")
+_NOT_READ = (".zst", ".arrow", ".bz2", ".xz", ".zip", ".xlsx", ".npz", ".pkl")
+PARQUET_ROWS = 1024  # read at a time
 
-Form = Literal["messages", "pair", "chat pair", "text"]
+csv.field_size_limit(1 << 30)  # a row's text may be long
 
 
-def read_records(source: SourceRecipe) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (location, record) for every row of a source, in its order.
+@dataclass
+class Reading:
+    """What was seen of the rows of a source: their formats, and the keys that were not read, with numbers of rows."""
+
+    formats: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+
+
+def read_records(source: SourceRecipe, reading: Reading | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (location, row) for every row of a source, in its order; rows are as `kd.record_forms.Record.row`.
 
     The location is what messages to the user name: `rows.jsonl:7` is line 7, `folder[train][6]` the row with index 6.
 
+    Args:
+        source: the path, its split and its format.
+        reading: is filled in as rows are read.
+
     Raises:
-        UserError: the source is missing, empty or unreadable, or a record has none of `record_form`'s forms.
+        UserError: the source is missing, empty or unreadable, or a row has no shape that is known.
     """
-    path = Path(source.path)
-    if path.is_file():
-        rows: Iterator[tuple[str, Any]] = read_jsonl(source.path)
-    else:
-        dataset = open_folder(source) if path.is_dir() else open_hub_dataset(source)
-        rows = ((f"{source.path}[{source.split}][{index}]", record) for index, record in enumerate(dataset))
     empty = True
-    for location, record in rows:
-        record_form(record, location)
+    for location, raw, padded in read_raw(source):
+        record = record_of(raw, location, source.format, padded)
         empty = False
-        yield location, record
+        if reading is not None:
+            reading.formats[record.format] += 1
+            reading.unread.update(record.unread)
+        yield location, record.row
     if empty:
         raise UserError(f"{source.path}: has no rows; give a source with at least one, or remove it from the recipe")
+
+
+def read_raw(source: SourceRecipe) -> Iterator[tuple[str, Any, bool]]:
+    """Yields (location, row as it lies there, whether Arrow filled it up with nulls). Raises UserError."""
+    path = Path(source.path)
+    if path.is_file():
+        yield from read_file(source.path)
+        return
+    if path.is_dir() and not is_saved_dataset(path):
+        for file in files_of_folder(source):
+            yield from read_file(str(file))
+        return
+    dataset = open_saved_dataset(source) if path.is_dir() else open_hub_dataset(source)
+    for index, row in enumerate(dataset):
+        yield f"{source.path}[{source.split}][{index}]", row, True
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def read_file(path: str) -> Iterator[tuple[str, Any, bool]]:
+    """The rows of one file, by its ending. Raises UserError."""
+    name = Path(path).name.lower()
+    if name.endswith(_NOT_READ):
+        raise UserError(f"{path}: this kind of file is not read; convert it to JSONL, CSV or parquet (gzip is fine)")
+    kind = _BY_ENDING.get(Path(name.removesuffix(".gz")).suffix, "jsonl")
+    if kind == "parquet":
+        yield from read_parquet(path)
+        return
+    reader = {"json": read_json_file, "csv": read_csv}.get(kind, read_jsonl)
+    for location, row in reader(path):
+        yield location, row, False
+
+
+@contextmanager
+def opened(path: str) -> Iterator[IO[bytes]]:
+    """A file's bytes, unpacked where it is gzip by its first bytes, whatever its name. Raises UserError."""
+    try:
+        with Path(path).open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            if not packed:
+                yield file
+                return
+            with gzip.open(file) as unpacked:
+                yield unpacked  # type: ignore[misc]
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
@@ -47,44 +116,150 @@ def read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
     Raises:
         UserError: the file cannot be read, or a line is no UTF-8 or no JSON.
     """
-    try:
-        with Path(path).open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{number}", parse_line(line, f"{path}:{number}")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path}:{number}", parse_line(line, f"{path}:{number}")
 
 
 def parse_line(line: bytes, location: str) -> Any:
-    """One line of a JSONL file. Raises UserError where it is no UTF-8 or no JSON."""
+    """One line of a JSONL file. Raises UserError where it is no UTF-8 or no JSON, or names a key twice."""
     try:
         # "-sig": editors on Windows put a byte order mark before the first row.
-        return json.loads(line.decode("utf-8-sig").rstrip())
+        return json.loads(line.decode("utf-8-sig").rstrip(), object_pairs_hook=_without_duplicates)
     except UnicodeDecodeError as error:
         raise UserError(f"{location}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise UserError(
             f"{location}: not valid JSON ({error.msg}, column {error.colno}); a JSONL file has one object on each line"
         ) from error
+    except _DuplicateKeyError as error:
+        raise UserError(f"{location}: {error}: duplicate key; keep one") from error
     except RecursionError as error:
         raise UserError(f"{location}: JSON nested too deeply; a row is one flat object") from error
 
 
-def open_folder(source: SourceRecipe) -> Iterable[Any]:
-    """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk` (then `split` names the part)."""
+class _DuplicateKeyError(Exception):
+    """A key that an object has twice: json would keep the last one and say nothing."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _DuplicateKeyError(next(key for key in keys if keys.count(key) > 1))
+    return found
+
+
+def read_json_file(path: str) -> Iterator[tuple[str, Any]]:
+    """A `.json` file: one list of rows, else lines as in JSONL. Yields (`path[index]`, value). Raises UserError."""
+    with opened(path) as file:
+        content = file.read()
+    if not content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from read_jsonl(path)
+        return
+    try:
+        rows = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError, _DuplicateKeyError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); expected a list of objects, or one on each line") from error
+    for index, row in enumerate(rows):
+        yield f"{path}[{index}]", row
+
+
+def read_csv(path: str) -> Iterator[tuple[str, Any]]:
+    """A table with a header: every cell is text as it stands there. Yields (`path:line`, row). Raises UserError."""
+    delimiter = "\t" if ".tsv" in Path(path).name.lower() else ","
+    with opened(path) as file:
+        lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        begin = 1
+        try:
+            header = reader.fieldnames or []
+            if len(set(header)) < len(header):
+                raise UserError(f"{path}:1: duplicate column {max(header, key=list(header).count)!r}; rename one")
+            begin = reader.line_num + 1
+            for row in reader:
+                location, begin = f"{path}:{begin}", reader.line_num + 1
+                if None in row or None in row.values():
+                    count = len(row.get(None, ())) + sum(value is not None for key, value in row.items() if key)
+                    raise UserError(f"{location}: has {count} cells, the header has {len(header)}; repair the row")
+                yield location, row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path}:{begin}: not valid CSV in UTF-8 ({error}); repair the row") from error
+
+
+def read_parquet(path: str) -> Iterator[tuple[str, Any, bool]]:
+    """Rows of a parquet file. Yields (`path[index]`, row, True). Raises UserError."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    index = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    yield f"{path}[{index}]", row, True
+                    index += 1
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
+
+
+# -- folders and hub data sets -----------------------------------------------------------------------------------------
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def files_of_folder(source: SourceRecipe) -> list[Path]:
+    """The data files below a folder that belong to the source's split, in order of their names.
+
+    Files tell their split as `datasets` reads it from their names (`train.parquet`, `data/test-00000-of-00002.parquet`,
+    `train/part.jsonl`); where none does, all are of `train`.
+
+    Raises:
+        UserError: there are none, or none of this split.
+    """
     folder = Path(source.path)
-    if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    inside = (file for file in folder.rglob("*") if not any(part.startswith(".") for part in file.parts[1:]))
+    files = sorted(file for file in inside if file.is_file() and file.name.lower().endswith(_READ_IN_FOLDERS))
+    if not files:
         raise UserError(
-            f"{source.path}: a folder, but none that `datasets` saved (no state.json or dataset_dict.json in it); "
-            "give a JSONL file, or a folder made by save_to_disk"
+            f"{source.path}: a folder without data files; give JSONL, JSON, CSV or parquet files (gzip too), or a "
+            "folder made by save_to_disk"
         )
+    splits = splits_of(folder, files)
+    if source.split not in splits:
+        raise UserError(f"{source.path}: split: {source.split!r}: not there; it has {', '.join(splits)}")
+    return splits[source.split]
+
+
+def splits_of(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """Data files by the split that `datasets` takes them for."""
+    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
+
+    try:
+        patterns = get_data_patterns(str(folder))
+    except EmptyDatasetError:
+        return {"train": files}
+    by_path = {str(file.absolute()): file for file in files}
+    found: dict[str, list[Path]] = {}
+    for split, wanted in patterns.items():
+        paths = {str(path) for pattern in wanted for path in resolve_pattern(pattern, str(folder.absolute()))}
+        if taken := [file for path, file in by_path.items() if path in paths]:
+            found[str(split)] = taken
+    return found or {"train": files}
+
+
+def open_saved_dataset(source: SourceRecipe) -> Iterable[Any]:
+    """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk` (then `split` names the part)."""
     import datasets
 
     try:
         loaded = datasets.load_from_disk(source.path)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{source.path}: `datasets` cannot read it: {error}") from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"{source.path}: `datasets` cannot read it: {error}; save it again") from error
     if isinstance(loaded, datasets.Dataset):
         return loaded
     if source.split not in loaded:
@@ -97,7 +272,10 @@ def open_hub_dataset(source: SourceRecipe) -> Iterable[Any]:
     """A hub data set, `owner/name`, through `datasets` and its cache."""
     missing = f"{source.path}: no such file or folder"
     if not HUB_ID.fullmatch(source.path) or source.path.endswith(FILE_ENDINGS):
-        raise UserError(f"{missing}; give a JSONL file, a folder saved by `datasets`, or a hub data set as owner/name")
+        raise UserError(
+            f"{missing}; give a file or folder of rows (JSONL, JSON, CSV, parquet), a folder saved by `datasets`, or a "
+            f"hub data set as owner/name; a row is {EXAMPLE}"
+        )
     import datasets
 
     try:
@@ -105,91 +283,3 @@ def open_hub_dataset(source: SourceRecipe) -> Iterable[Any]:
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{missing}, nor can it be read as a hub data set (split {source.split!r}): {error}") from error
     return loaded
-
-
-def record_form(record: Any, location: str) -> Form:
-    """Which form a record has. Other fields than those of its form (an id, a category) are passed over.
-
-    Forms: `messages`, a conversation; `prompt` and `completion`, both text ("pair") or both lists of messages ("chat
-    pair"); `text`.
-
-    Raises:
-        UserError: none of the forms, several at once, or a value that the form does not take.
-    """
-    if not isinstance(record, Mapping):
-        raise UserError(f"{location}: a row is a JSON object, not {kind_of(record)}")
-    present = {name for name in ("messages", "prompt", "completion", "text") if record.get(name) is not None}
-    if "messages" in present and not present & {"completion", "text"}:
-        check_messages(record["messages"], f"{location}: messages")
-        return "messages"
-    if {"prompt", "completion"} <= present and not present & {"messages", "text"}:
-        return pair_form(record, location)
-    if present == {"text"}:
-        check_text(record["text"], f"{location}: text")
-        return "text"
-    if len(present) > 1:
-        problem = f"`{'`, `'.join(sorted(present))}` together are ambiguous"
-    else:
-        problem = f"its fields are {', '.join(map(str, record)) or '(none)'}"
-    raise UserError(f"{location}: {problem}; a row has `messages`, or `prompt` and `completion`, or `text`")
-
-
-def pair_form(record: Mapping[str, Any], location: str) -> Literal["pair", "chat pair"]:
-    """`record_form` for a record with `prompt` and `completion`."""
-    kinds = {kind_of(record[name]) for name in ("prompt", "completion")}
-    if kinds == {"text"}:
-        for name in ("prompt", "completion"):
-            check_text(record[name], f"{location}: {name}")
-        return "pair"
-    if kinds == {"a list"}:
-        for name in ("prompt", "completion"):
-            check_messages(record[name], f"{location}: {name}")
-        return "chat pair"
-    raise UserError(
-        f"{location}: prompt is {kind_of(record['prompt'])}, completion is {kind_of(record['completion'])}; "
-        "both are text, or both are lists of messages"
-    )
-
-
-def check_messages(messages: Any, where: str) -> None:
-    """Raises UserError unless these are messages {role, content}; an assistant with `tool_calls` needs no content."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise UserError(f"{where}: wants a list of at least one message, not {kind_of(messages)}")
-    for index, message in enumerate(messages):
-        place = f"{where}[{index}]"
-        if not isinstance(message, Mapping):
-            raise UserError(f"{place}: a message is an object with `role` and `content`, not {kind_of(message)}")
-        role = message.get("role")
-        if role not in ROLES:
-            raise UserError(f"{place}.role: {role!r}: unknown role; the roles are {', '.join(ROLES)}")
-        if message.get("content") is None and role == "assistant" and message.get("tool_calls"):
-            continue
-        check_text(message.get("content"), f"{place}.content")
-
-
-def check_text(value: Any, where: str) -> None:
-    """Raises UserError unless `value` is text that can be encoded."""
-    if not isinstance(value, str):
-        raise UserError(f"{where}: wants text, not {kind_of(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: half of a surrogate pair ({value[error.start]!a}) at character {error.start + 1}, which no "
-            "tokenizer takes; repair the text"
-        ) from error
-
-
-def kind_of(value: Any) -> str:
-    """A JSON value's kind, in words."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, (int, float)):
-        return "a number"
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, Mapping):
-        return "an object"
-    return "an empty list" if isinstance(value, Sequence) and not value else "a list"

@@ -119,3 +119,24 @@ def with_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> P
 
 def real_template(shared: Path, name: str) -> str:
     return (shared / "templates" / f"{name}.jinja").read_text(encoding="utf-8").replace("    ", "").replace("\n", "")
+
+
+# A template that renders tools, calls and their results: arguments as an object, or as the text that they come as.
+TOOLS_AS_OBJECT = (
+    "{% if tools %}{{ '<|im_start|>tools\n' }}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{% for call in m.tool_calls or [] %}{% set f = call.function or call %}"
+    "{{ '<call>' + f.name + ' ' + (f.arguments | tojson) + '</call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TOOLS_AS_TEXT = TOOLS_AS_OBJECT.replace("(f.arguments | tojson)", "f.arguments")
+TOOLS_EITHER = TOOLS_AS_OBJECT.replace(
+    "(f.arguments | tojson)", "(f.arguments if f.arguments is string else f.arguments | tojson)"
+)
+# One parameter after another, as in templates for code models.
+TOOLS_BY_PART = TOOLS_AS_OBJECT.replace(
+    "{{ '<call>' + f.name + ' ' + (f.arguments | tojson) + '</call>' }}",
+    "{{ '<call>' + f.name }}{% for k, v in f.arguments.items() %}{{ '<' + k + '>' + v + '</' + k + '>' }}{% endfor %}"
+    "{{ '</call>' }}",
+)

@@ -14,7 +14,8 @@ from typing import Any
 
 from kd.config import SourceRecipe
 from kd.errors import UserError
-from kd.records import read_records, record_form
+from kd.record_forms import form_of
+from kd.records import read_records
 
 FORMS = "give rows with `prompt` and `completion`, or `messages` that end with the response"
 SHOWN = 60  # characters of a prompt in a message
@@ -80,7 +81,7 @@ def read_responses(path: str) -> list[Response]:
 
 def response_of(record: Mapping[str, Any], location: str) -> Response:
     """One row. Raises UserError where it holds no prompt, or anything but one response after it."""
-    form, tools = record_form(record, location), record.get("tools")
+    form, tools = form_of(record), record.get("tools")
     if form == "pair":
         if not record["prompt"].strip():
             raise UserError(f"{location}: prompt: is empty; a response is judged with its prompt")
@@ -94,6 +95,8 @@ def response_of(record: Mapping[str, Any], location: str) -> Response:
     if len(reply) != 1 or reply[0]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in reply)
         raise UserError(f"{location}: ends with {roles}; wants one assistant message, which is the response; {FORMS}")
+    if reply[0].get("tool_calls"):
+        raise UserError(f"{location}: the response calls tools; only responses in words are ranked; leave the row out")
     if not prompt:
         raise UserError(f"{location}: has no prompt before its response; {FORMS}")
     return Response(location, tuple(prompt), reply[0].get("content") or "", tools)

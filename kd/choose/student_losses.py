@@ -15,7 +15,8 @@ from kd.choose.responses import Response
 from kd.choose.rewards import right_padded
 from kd.compatibility import check_adapter
 from kd.config import DataRecipe
-from kd.data import Draft, Dropped, TokenRow, draft, encode_drafts
+from kd.data import TokenRow, encode_drafts
+from kd.drafts import Draft, Dropped, draft
 from kd.errors import UserError
 from kd.fingerprints import model_fingerprint
 from kd.losses import TokenLoss, token_loss_sums

@@ -389,7 +389,7 @@ def test_the_users_opening_is_read_off_the_template() -> None:
     [
         ('{"text": "no prompt"}', "has no prompt"),
         ('{"prompt": "  "}', "prompt: is empty"),
-        ('{"prompt": 3}', "prompt: wants a list"),
+        ('{"prompt": 3}', "prompt: expected a list"),
         ('{"messages": [{"role": "assistant", "content": "hello"}]}', "none is the user's"),
         ('{"messages": [{"role": "wizard", "content": "hello"}]}', "unknown role"),
         ("{", "not valid JSON"),

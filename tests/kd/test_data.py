@@ -33,14 +33,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizer, PreTraine
 from kd.chat import PLAIN_TEMPLATE, chat_format
 from kd.config import DataRecipe, SourceRecipe
 from kd.data import (
-    ENDLESS,
-    EOS_APPENDED,
-    NO_ASSISTANT,
     NO_RESPONSE,
     PROMPT_TOO_LONG,
-    RESPONSE_NOT_FOUND,
-    REWRITTEN,
-    Dropped,
     TokenRow,
     TokenRows,
     encode_record,
@@ -48,6 +42,16 @@ from kd.data import (
     load_tokenizer,
     marked_text,
     mask_from_offsets,
+)
+from kd.drafts import (
+    EMPTY_RESPONSE,
+    EMPTY_TURNS,
+    ENDLESS,
+    EOS_APPENDED,
+    NO_ASSISTANT,
+    RESPONSE_NOT_FOUND,
+    REWRITTEN,
+    Dropped,
 )
 from kd.errors import UserError
 
@@ -219,20 +223,27 @@ def test_conversation_that_begins_with_the_assistant(tokenizer):
 
 def test_first_end_token_ends_the_response():
     tokenizer = with_template(KINDS["byte-level"], SPACE_IN_HEADER)
-    assert responses(encoded(chat("Is it?", "Yes.</s>"), tokenizer), tokenizer) == ["Yes.</s>"]
+    # The end token is the template's: one that a message spells is text.
+    row = encoded(chat("Is it?", "Yes.</s>"), tokenizer)
+    assert responses(row, tokenizer) == ["Yes.</s></s>"]
+    assert row.input_ids.count(tokenizer.eos_token_id) == 1
     row = encoded(chat("say </s>", "Yes."), tokenizer)
     assert responses(row, tokenizer) == ["Yes.</s>"]
-    assert row.input_ids.count(tokenizer.eos_token_id) == 2
+    assert row.input_ids.count(tokenizer.eos_token_id) == 1
 
 
-def test_empty_assistant_turn_has_its_end_token(tokenizer):
+def test_empty_assistant_turn_carries_loss_only_where_asked_for(tokenizer, tmp_path):
     tokenizer = with_template(tokenizer, TRIMS)
-    assert responses(encoded(chat("Is it?", "", "And?", "No."), tokenizer), tokenizer) == [
-        "<|im_end|>",
-        "No.<|im_end|>",
-    ]
+    record = chat("Is it?", " ", "And?", "No.")
+    assert responses(encoded(record, tokenizer), tokenizer) == ["No.<|im_end|>"]
+    assert responses(encoded(record, tokenizer, empty_responses="keep"), tokenizer) == ["<|im_end|>", "No.<|im_end|>"]
+    assert told_notes(tmp_path / "a.jsonl", [record], tokenizer)[1].notes == [f"1 rows: {EMPTY_TURNS}"]
+    # What comes after the last turn with loss is left away, as messages after it always were.
+    assert encoded(chat("Is it?", "Yes.", "And?", ""), tokenizer) == encoded(chat("Is it?", "Yes."), tokenizer)
+    assert encode_record(chat("Is it?", "\n"), tokenizer, DataRecipe(), "r:1") == Dropped(EMPTY_RESPONSE)
     tokenizer = with_template(tokenizer, NO_END)
-    assert responses(encoded(chat("Is it?", ""), tokenizer), tokenizer)[0].strip() == "</s>"
+    kept = encoded(chat("Is it?", ""), tokenizer, empty_responses="keep")
+    assert responses(kept, tokenizer)[0].strip() == "</s>"
 
 
 def test_end_token_that_is_also_padding_is_a_response_token():
@@ -311,7 +322,7 @@ def test_prompt_and_completion_as_messages_train_the_completion_only(tokenizer):
 def test_masks_of_any_contents_are_the_rendered_contents(contents, trims):
     contents = contents[: len(contents) // 2 * 2]
     tokenizer = with_template(KINDS["byte-level"], TRIMS if trims else KEEPS)
-    row = encoded(chat(*contents), tokenizer)
+    row = encoded(chat(*contents), tokenizer, empty_responses="keep")
     wanted = [(text.strip() if trims else text) + "<|im_end|>" for text in contents[1::2]]
     found = responses(row, tokenizer)
     if trims:
@@ -361,7 +372,8 @@ def lm_eval_encode_pair(
 def assert_as_lm_eval(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> bool:
     """Whether also the prompt's tokens are lm-eval's: all but where a token crosses the boundary."""
     context, continuation = lm_eval_encode_pair(tokenizer, prompt, completion)
-    row = encode_record({"prompt": prompt, "completion": completion}, tokenizer, DataRecipe(append_eos=False), "r:1")
+    as_given = DataRecipe(append_eos=False, empty_responses="keep")
+    row = encode_record({"prompt": prompt, "completion": completion}, tokenizer, as_given, "r:1")
     begins_with_bos = prompt.startswith("<s>")
     joint = tokenizer(prompt + completion, add_special_tokens=not begins_with_bos)["input_ids"]
     wanted = [i >= max(len(context), 1) for i in range(len(joint))]
@@ -413,7 +425,9 @@ def test_pair_gets_one_end_token_and_its_bos(tokenizer):
     assert row.input_ids.count(tokenizer.bos_token_id) == 1
     row = encoded({"prompt": "Is it?", "completion": " Yes."}, tokenizer, append_eos=False)
     assert responses(row, tokenizer) == [" Yes."]
-    assert responses(encoded({"prompt": "Is it?", "completion": ""}, tokenizer), tokenizer) == ["</s>"]
+    empty = {"prompt": "Is it?", "completion": ""}
+    assert responses(encoded(empty, tokenizer, empty_responses="keep"), tokenizer) == ["</s>"]
+    assert encode_record(empty, tokenizer, DataRecipe(), "r:1") == Dropped(EMPTY_RESPONSE)
 
 
 def test_pair_without_a_prompt_has_bos_as_its_context(tokenizer):
@@ -430,7 +444,8 @@ def test_bos_that_is_also_eos_is_not_taken_off_an_empty_prompt():
     assert row.input_ids == tokenizer(" Yes.")["input_ids"]
     assert row.response_mask == [False] + [True] * (len(row.input_ids) - 1)
     prompt_only = {"prompt": "\n", "completion": ""}
-    assert encoded(prompt_only, tokenizer, append_eos=False).input_ids == tokenizer("\n")["input_ids"]
+    row = encoded(prompt_only, tokenizer, append_eos=False, empty_responses="keep")
+    assert row.input_ids == tokenizer("\n")["input_ids"]
 
 
 def test_end_token_that_the_tokenizer_adds_is_not_counted_to_the_prompt():
@@ -580,13 +595,12 @@ def test_conversations_that_cannot_be_rendered(template, record, words):
 
 
 def test_response_that_cannot_be_told_from_the_rest_is_dropped():
-    silent = "{{ 'x' if add_generation_prompt else 'yes' }}"
     header_by_content = (
-        "{{ 'x' if add_generation_prompt else messages[-1]['content'] | length ~ messages[-1]['content'] }}"
+        "{{ 'x' if add_generation_prompt else messages[-1]['content'] | length ~ messages[0]['content'] ~ "
+        "messages[-1]['content'] }}"
     )
-    for template in (silent, header_by_content):
-        tokenizer = with_template(KINDS["byte-level"], template)
-        assert encode_record(chat("a", "bcd"), tokenizer, DataRecipe(), "r:1") == Dropped(RESPONSE_NOT_FOUND)
+    tokenizer = with_template(KINDS["byte-level"], header_by_content)
+    assert encode_record(chat("a", "bcd"), tokenizer, DataRecipe(), "r:1") == Dropped(RESPONSE_NOT_FOUND)
 
 
 def test_fallback_template_that_cannot_be_read(tmp_path):

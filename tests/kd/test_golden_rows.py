@@ -20,7 +20,8 @@ from chat_tokenizers import KINDS, MARKERS, NO_END, SPACE_IN_HEADER, TRIMS, real
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from kd.config import DataRecipe
-from kd.data import Dropped, encode_record
+from kd.data import encode_record
+from kd.drafts import Dropped
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rows.json"
 SHARED = Path(__file__).resolve().parents[3] / "shared"

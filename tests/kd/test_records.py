@@ -21,7 +21,7 @@ def read(path, **keys):
 def test_jsonl_rows_are_named_by_their_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps({**PAIR, "id": 3}).encode() + b'\r\n\n{"text": "na\xc3\xafve"}')
-    assert read(path) == [(f"{path}:1", {**PAIR, "id": 3}), (f"{path}:3", {"text": "naïve"})]
+    assert read(path) == [(f"{path}:1", PAIR), (f"{path}:3", {"text": "naïve"})]
 
 
 @pytest.mark.parametrize(
@@ -29,27 +29,31 @@ def test_jsonl_rows_are_named_by_their_line(tmp_path):
     [
         (b'{"text": "a"', "not valid JSON"),
         (b'{"text": "\xff"}', "not UTF-8"),
-        (b'["a"]', "a row is a JSON object, not a list"),
-        (b'{"prompt": "a", "complettion": "b"}', "its fields are prompt, complettion; a row has `messages`"),
+        (b'["a"]', "expected a JSON object, not a list"),
+        (b'{"prompt": "a", "complettion": "b"}', "its keys are prompt, complettion; a row is"),
         (b'{"prompt": "a", "completion": "b", "text": "c"}', "`completion`, `prompt`, `text` together are ambiguous"),
-        (b'{"conversations": []}', "its fields are conversations"),
-        (b"{}", r"its fields are \(none\)"),
-        (b'{"text": 3}', "text: wants text, not a number"),
-        (b'{"text": null}', "its fields are text"),
+        (b'{"conversations": []}', "conversations: expected a list of at least one message"),
+        (b"{}", r"its keys are \(none\)"),
+        (b'{"text": 3}', "text: expected a string, not a number"),
+        (b'{"text": null}', r"its keys are \(none\)"),
+        (b'{"text": "a", "text": "b"}', "text: duplicate key"),
         (b'{"text": "\\ud83d"}', "text: half of a surrogate pair"),
-        (b'{"prompt": "a", "completion": [{"role": "user", "content": "a"}]}', "prompt is text, completion is a list"),
-        (b'{"messages": []}', "messages: wants a list of at least one message"),
-        (b'{"messages": "hello"}', "messages: wants a list"),
-        (b'{"messages": ["hello"]}', r"messages\[0\]: a message is an object"),
+        (
+            b'{"prompt": "a", "completion": [{"role": "user", "content": "a"}]}',
+            "prompt is a string, completion is a list",
+        ),
+        (b'{"messages": []}', "messages: expected a list of at least one message"),
+        (b'{"messages": "hello"}', "messages: expected a list of objects, not a string"),
+        (b'{"messages": ["hello"]}', r"messages\[0\]: expected an object, not a string"),
         (
             b'{"messages": [{"role": "gpt", "content": "a"}]}',
-            r"messages\[0\]\.role: 'gpt': unknown role; the roles are system",
+            r"messages\[0\]\.role: 'gpt': unknown role; expected one of system",
         ),
         (b'{"messages": [{"from": "gpt", "value": "a"}]}', r"messages\[0\]\.role: None: unknown role"),
-        (b'{"messages": [{"role": "user", "content": null}]}', r"messages\[0\]\.content: wants text, not nothing"),
+        (b'{"messages": [{"role": "user", "content": null}]}', r"messages\[0\]\.content: expected a string, not null"),
         (
-            b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
-            r"messages\[0\]\.content: wants text, not a list",
+            b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+            r"messages\[0\]\.content\[0\]: expected .*, not type 'image_url'; these models read text only",
         ),
         (b"[" * 100_000, "nested too deeply"),
     ],
@@ -68,7 +72,7 @@ def test_roles_and_tool_calls_that_are_taken(tmp_path):
         {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     )
     path.write_text(json.dumps({"messages": messages, "prompt": "an id, as hub data sets have"}))
-    assert read(path)[0][1]["messages"] == messages
+    assert read(path)[0][1] == {"messages": [*messages[:4], {**messages[4], "content": ""}]}
 
 
 @pytest.mark.parametrize("content", [b"", b"\n  \n"])
@@ -79,11 +83,11 @@ def test_empty_file(tmp_path, content):
 
 
 def test_missing_file_and_folders_of_something_else(tmp_path):
-    with pytest.raises(UserError, match=r"rows\.jsonl: no such file or folder; give a JSONL file"):
+    with pytest.raises(UserError, match=r"rows\.jsonl: no such file or folder; give a file or folder of rows"):
         read(tmp_path / "rows.jsonl")
     with pytest.raises(UserError, match=r"data/rows\.jsonl: no such file or folder; give"):
         read("data/rows.jsonl")
-    with pytest.raises(UserError, match="none that `datasets` saved"):
+    with pytest.raises(UserError, match="a folder without data files"):
         read(tmp_path)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kd.errors import UserError
-from kd.records import kind_of, read_jsonl
+from kd.record_forms import kind_of
+from kd.records import read_jsonl
 
 HUB = "hub:"
 NO_RATING = -1.0  # FastChat's score where the judge's text holds no rating

@@ -1,0 +1,352 @@
+"""Records -> text, before the tokenizer sees it: what is a response, what a control token, what is dropped and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from kd.chat import ChatFormat, Messages, RenderedChat, Span, UnrenderableError, chat_format, render_chat, template_of
+from kd.chat_parts import argument_form, shape_of, unrendered_parts
+from kd.config import DataRecipe
+from kd.errors import UserError
+from kd.record_forms import REASONING, form_of, weight_of
+from kd.special_text import mark_for, marked, spelled, strings_of, unmarked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_ASSISTANT = "no assistant turn"
+NO_WEIGHT = "every assistant turn has weight 0"
+EMPTY_RESPONSE = "empty response"
+RESPONSE_NOT_FOUND = "the chat template hides where the response begins"
+
+EOS_APPENDED = "the template renders no end token: EOS appended"
+ENDLESS = "the template renders no end token, and append_eos is false: the response has none"
+REWRITTEN = "the template rewrites earlier turns: last assistant turn only"
+UNWEIGHTED = "assistant turns with weight 0: without loss"
+EMPTY_TURNS = "empty assistant turns: without loss"
+CUT_OFF = "finish_reason is length: the response has no end token"
+DEVELOPER = "the template knows no developer turn: rendered as system"
+READ_AS_OBJECT = "tool arguments given as JSON text: rendered as the object that the chat template wants"
+READ_AS_TEXT = "tool arguments given as an object: rendered as the JSON text that the chat template wants"
+
+
+class NoChatTemplateError(UserError):
+    """A conversation meets a tokenizer without a chat template."""
+
+    def __init__(self, problem: str, remedy: str = "set data.chat_template to `plain` or to a .jinja file") -> None:
+        super().__init__(f"{problem}; {remedy}")
+        self.problem = problem
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A record that gives no row, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A record as text, before the tokenizer has seen it.
+
+    Attributes:
+        location: named in messages.
+        text: the whole row.
+        special: whether the tokenizer adds its own special tokens (BOS).
+        append_eos: whether EOS follows the text.
+        prompt: pairs: the part of `text` that is no response.
+        spans: conversations: [start, end) of each response in characters.
+        context: token that stands before a pair without a prompt.
+        parses: whether special tokens that the text spells become control tokens.
+        literal: conversations: [start, end) of special tokens that are text nevertheless.
+        notes: what is particular about the row.
+        unread: keys of its messages that the chat template does not render.
+    """
+
+    location: str
+    text: str
+    special: bool
+    append_eos: bool
+    prompt: str | None = None
+    spans: tuple[Span, ...] | None = None
+    context: int | None = None
+    parses: bool = True
+    literal: tuple[Span, ...] = ()
+    notes: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+
+
+def draft(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, settings: DataRecipe, location: str
+) -> Draft | Dropped:
+    """A row, as kd.record_forms gives it, as text. Raises UserError (see kd.data.encode_record)."""
+    form = form_of(row)
+    append_eos = settings.append_eos if settings.append_eos is not None else form != "text"
+    cut_off = row.get("finish_reason") == "length"
+    if form in ("messages", "chat pair"):
+        return conversation_draft(row, tokenizer, settings, append_eos, cut_off, location)
+    append_eos = append_eos and not cut_off
+    if append_eos and tokenizer.eos_token_id is None:
+        raise UserError(f"{location}: {missing_eos(tokenizer)}")
+    if form == "text":
+        drafted = Draft(location, row["text"], adds_special(row["text"], tokenizer, settings), append_eos)
+    elif not row["completion"].strip() and settings.empty_responses == "drop":
+        return Dropped(EMPTY_RESPONSE)
+    else:
+        drafted = pair_draft(row["prompt"], row["completion"], tokenizer, settings, append_eos, location)
+    notes = [CUT_OFF] if cut_off and form == "pair" else []
+    if tokens := spelled([drafted.text], tokenizer):
+        how = "read as control tokens" if settings.special_tokens == "parse" else "encoded as text"
+        notes.append(f"the text spells {listed(tokens)}: {how} (data.special_tokens: {settings.special_tokens})")
+    return replace(drafted, parses=settings.special_tokens == "parse", notes=tuple(notes))
+
+
+def listed(tokens: Sequence[str]) -> str:
+    """Special tokens as messages show them."""
+    shown = ", ".join(f"`{token}`" for token in tokens[:3])
+    return f"{shown} and {len(tokens) - 3} more" if len(tokens) > 3 else shown
+
+
+def missing_eos(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The message for a tokenizer without EOS."""
+    return f"the tokenizer {tokenizer.name_or_path} has no EOS token to append; set data.append_eos: false"
+
+
+def adds_special(text: str, tokenizer: PreTrainedTokenizerBase, settings: DataRecipe) -> bool:
+    """Whether the tokenizer may add its special tokens: not where the text itself already begins with BOS."""
+    if settings.special_tokens == "literal":
+        return True
+    return tokenizer.bos_token is None or not text.startswith(str(tokenizer.bos_token))
+
+
+def pair_draft(
+    prompt: str,
+    completion: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataRecipe,
+    append_eos: bool,
+    location: str,
+) -> Draft:
+    """Prompt and completion as lm-eval prepares them; an empty prompt gives BOS (without one, EOS) as the context."""
+    if prompt == "":
+        context = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return Draft(location, completion, False, append_eos, prompt="", context=context)
+    text = prompt + completion
+    special = adds_special(text, tokenizer, settings)
+    return Draft(location, text, special, append_eos, prompt=prompt.rstrip())
+
+
+# -- conversations -----------------------------------------------------------------------------------------------------
+
+
+def conversation_draft(
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataRecipe,
+    append_eos: bool,
+    cut_off: bool,
+    location: str,
+) -> Draft | Dropped:
+    """A conversation, rendered. Raises UserError where the template refuses it, or loses a part of it."""
+    first = 0 if "messages" in row else len(row["prompt"])
+    messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+    turns = turns_with_loss(messages, first, settings, location)
+    if isinstance(turns, Dropped):
+        return turns
+    places, notes = turns
+    tools = row.get("tools")
+    template = template_of(tokenizer, settings, tools)
+    if template is None:
+        raise NoChatTemplateError(f"{location}: a conversation, but {tokenizer.name_or_path} has no chat template")
+    fmt = chat_format(tokenizer, template)
+    roles = ", ".join(message["role"] for message in messages)
+    try:
+        messages, more = as_the_template_wants(fmt, messages[: places[-1] + 1], tools, location)
+        unread = refuse_lost_parts(fmt, messages, tools, location)
+        rendered = render_literally(
+            fmt, messages, tools, location, lambda given, about, mark: render_chat(fmt, given, places, about, mark)
+        )
+    except UnrenderableError as error:
+        raise UserError(
+            f"{location}: the chat template refuses this conversation: {error}; its roles are {roles}: change the row "
+            "or the chat template"
+        ) from error
+    if rendered is None:
+        return Dropped(RESPONSE_NOT_FOUND)
+    chat, literal, spelled_notes = rendered
+    notes = [*notes, *more, *spelled_notes]
+    drafted = Draft(
+        location, chat.text, False, append_eos, spans=chat.spans, literal=literal, notes=tuple(notes), unread=unread
+    )
+    return finished(drafted, chat, cut_off, tokenizer)
+
+
+def turns_with_loss(
+    messages: Sequence[Mapping[str, Any]], first: int, settings: DataRecipe, location: str
+) -> tuple[list[int], list[str]] | Dropped:
+    """Places of the assistant turns from `first` on that carry loss, and notes on those that carry none."""
+    asked = [k for k in range(first, len(messages)) if messages[k]["role"] == "assistant"]
+    if not asked:
+        return Dropped(NO_ASSISTANT)
+    weighted = [k for k in asked if weight_of(messages[k], f"{location}: messages[{k}]")]
+    if not weighted:
+        return Dropped(NO_WEIGHT)
+    keeps = settings.empty_responses == "keep"
+    turns = [k for k in weighted if keeps or not is_empty(messages[k])]
+    if not turns:
+        return Dropped(EMPTY_RESPONSE)
+    notes = [UNWEIGHTED] if len(weighted) < len(asked) else []
+    return turns, notes + ([EMPTY_TURNS] if len(turns) < len(weighted) else [])
+
+
+def is_empty(message: Mapping[str, Any]) -> bool:
+    """Whether an assistant turn says and calls nothing."""
+    return not message["content"].strip() and not any(message.get(key) for key in ("tool_calls", *REASONING))
+
+
+def as_the_template_wants(
+    fmt: ChatFormat, messages: Sequence[Mapping[str, Any]], tools: Any, location: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Messages as this template reads them: roles that it knows, tool arguments in its form. Raises UserError."""
+    notes = []
+    taken = [{key: value for key, value in m.items() if key not in ("weight", "train")} for m in messages]
+    if any(message["role"] == "developer" for message in taken) and "developer" not in fmt.template:
+        notes.append(DEVELOPER)
+        taken = [{**m, "role": "system"} if m["role"] == "developer" else m for m in taken]
+    calls = [call for message in taken for call in message.get("tool_calls", ())]
+    if not any(call.get("function", call).get("arguments") for call in calls):
+        return taken, notes
+    wanted = argument_form(fmt, shape_of(taken, tools))
+    for place, message in enumerate(taken):
+        if wanted in ("object", "text") and "tool_calls" in message:
+            where = f"{location}: messages[{place}].tool_calls"
+            converted = [in_form(call, wanted, f"{where}[{at}]") for at, call in enumerate(message["tool_calls"])]
+            if converted != message["tool_calls"]:
+                notes.append(READ_AS_OBJECT if wanted == "object" else READ_AS_TEXT)
+            taken[place] = {**message, "tool_calls": converted}
+    return taken, list(dict.fromkeys(notes))
+
+
+def in_form(call: Mapping[str, Any], wanted: str, where: str) -> dict[str, Any]:
+    """A tool call with its arguments as an object or as JSON text. Raises UserError where text is no JSON object."""
+    function = dict(call.get("function", call))
+    arguments = function.get("arguments")
+    if wanted == "object" and isinstance(arguments, str):
+        try:
+            function["arguments"] = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}.arguments: not valid JSON ({error}); repair the row") from error
+        if not isinstance(function["arguments"], dict):
+            raise UserError(f"{where}.arguments: {arguments[:60]!r}: expected a JSON object; repair the row")
+    elif wanted == "text" and isinstance(arguments, Mapping):
+        function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": function} if "function" in call else function
+
+
+def refuse_lost_parts(
+    fmt: ChatFormat, messages: Sequence[Mapping[str, Any]], tools: Any, location: str
+) -> tuple[str, ...]:
+    """Raise UserError where the template leaves out a part that carries meaning; the other keys that it leaves out."""
+    lost = unrendered_parts(fmt, messages, tools)
+    essential = [part.name for part in lost if part.essential]
+    if essential:
+        more = f", nor {len(essential) - 1} more" if len(essential) > 1 else ""
+        raise UserError(
+            f"{location}: {essential[0]}: the chat template of {fmt.title} does not render it{more}, so it would be "
+            "lost; take it out of the row, or use a chat template that renders it (chat_template.jinja beside the "
+            "tokenizer)"
+        )
+    return tuple(dict.fromkeys(part.name for part in lost))
+
+
+Render = Callable[[Messages, Any, str], RenderedChat | None]
+
+
+def render_literally(
+    fmt: ChatFormat, messages: Messages, tools: Any, location: str, render: Render
+) -> tuple[RenderedChat, tuple[Span, ...], list[str]] | None:
+    """A conversation rendered so that special tokens which its own strings spell stay text.
+
+    Args:
+        fmt: the tokenizer's format.
+        messages: the conversation, as the template wants it.
+        tools: its tools.
+        location: named in messages to the user.
+        render: (messages, tools, mark) -> the rendered conversation, with the mark before what is to stay text.
+
+    Returns:
+        The rendered conversation without marks, [start, end) of what is literal in it, and notes; None where `render`
+        gives none.
+
+    Raises:
+        UserError: the template changes such a token, so that it cannot be told whose it is.
+    """
+    tokens = spelled(list(strings_of([messages, tools])), fmt.tokenizer)
+    plain = render(messages, tools, "")
+    if not tokens or plain is None:
+        return None if plain is None else (plain, (), [])
+    try:
+        mark = mark_for([messages, tools])
+    except UserError as error:
+        raise UserError(f"{location}: {error}") from error
+    # A template that takes a token out of the content itself, such as </think>, must find it there.
+    unknown = [token for token in tokens if token in fmt.end_tokens or token not in fmt.template]
+    for chosen in (list(tokens), unknown):
+        chat = render(marked(messages, chosen, mark), marked(tools, chosen, mark), mark) if chosen else plain
+        if chat is None:
+            return None
+        clear = unmarked(chat.text, mark, fmt.tokenizer)
+        if clear.text == plain.text:
+            spans = tuple((clear.places[start], clear.places[end]) for start, end in chat.spans)
+            end = None if chat.end is None else clear.places[chat.end]
+            notes = [f"messages spell {listed(chosen)}: encoded as text"] if clear.literal else []
+            if left := [token for token in tokens if token not in chosen]:
+                notes.append(f"messages spell {listed(left)}, which the chat template reads: control tokens")
+            return replace(chat, text=clear.text, spans=spans, end=end), clear.literal, notes
+    raise UserError(
+        f"{location}: its text spells {listed(tokens)}, and the chat template of {fmt.title} changes it, so text "
+        "and control tokens cannot be told apart; write it otherwise in the row"
+    )
+
+
+def prompt_draft(fmt: ChatFormat, messages: Messages, tools: Any, location: str) -> Draft:
+    """A conversation up to where the model answers next, as text without a response.
+
+    Raises:
+        UserError: the template leaves out a part of it.
+        UnrenderableError: the template refuses it.
+    """
+    wanted, notes = as_the_template_wants(fmt, messages, tools, location)
+    refuse_lost_parts(fmt, wanted, tools, location)
+
+    def render(given: Messages, given_tools: Any, _mark: str) -> RenderedChat:
+        return RenderedChat(fmt.render(given, given_tools, ask=True), (), None, rewritten=False)
+
+    rendered = render_literally(fmt, wanted, tools, location, render)
+    assert rendered is not None
+    chat, literal, _ = rendered
+    return Draft(location, chat.text, False, False, spans=(), literal=literal, notes=tuple(notes))
+
+
+def finished(drafted: Draft, chat: RenderedChat, cut_off: bool, tokenizer: PreTrainedTokenizerBase) -> Draft:
+    """A conversation's end: the template's end token, EOS in its place, or none where the response was cut off."""
+    notes = [*drafted.notes, *([REWRITTEN] if chat.rewritten else [])]
+    if cut_off:
+        start, end = chat.spans[-1]
+        stop = start + len(drafted.text[start : end if chat.end is None else chat.end].rstrip())
+        return replace(
+            drafted,
+            text=drafted.text[:stop],
+            append_eos=False,
+            spans=(*chat.spans[:-1], (start, stop)),
+            literal=tuple(span for span in drafted.literal if span[1] <= stop),
+            notes=(*notes, CUT_OFF),
+        )
+    if chat.end is not None:
+        return replace(drafted, append_eos=False, notes=tuple(notes))
+    if drafted.append_eos and tokenizer.eos_token_id is None:
+        raise UserError(f"{drafted.location}: {missing_eos(tokenizer)}")
+    return replace(drafted, notes=(*notes, EOS_APPENDED if drafted.append_eos else ENDLESS))
