@@ -7,7 +7,7 @@ The names are resolved when they are asked for: importing `dae` imports no torch
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +20,11 @@ _HOMES = {"align": "dae.alignment", "AlignRecipe": "dae.recipe"}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        try:
+            return metadata.version("dae-align")
+        except metadata.PackageNotFoundError:
+            return "0+unknown"  # a checkout that was not installed
     if name not in _HOMES:
         raise AttributeError(f"module `dae` has no attribute `{name}`")
     return getattr(import_module(_HOMES[name]), name)

@@ -14,137 +14,61 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from dae_eval.suites import Suite
 from typer.exceptions import Abort, TyperException
 
+import dae
+from dae.commands.checking import check_app
 from dae.commands.evaluation import eval_app, report
 from dae.commands.merge import merge_app
 from dae.commands.pipeline import run_recipe
 from dae.commands.ranking import rank_teachers
-from dae.merging.recipe import MoeRecipe, ToLoraRecipe, WeightsRecipe
-from dae.recipe import UNNAMED, AlignRecipe, SampleRecipe
-from dae.routing import GENERAL
-from kd.choose.recipe import RankRecipe
-from kd.config import LARGEST_SEED, ROUTE_NAME, Frozen, SftRecipe, address, load_recipe
-from kd.distill_recipe import DistillRecipe
+from dae.commands.schemas import SCHEMAS
+from dae.commands.stages import Assignments, RecipeFile, align, distill, is_first_rank, sft
+from dae.recipe import SampleRecipe
+from kd.config import LARGEST_SEED, load_recipe
 from kd.errors import MachineError, Stopped, UserError
-from kd.layers import Layers
 from kd.problems import one_of
 
-if TYPE_CHECKING:
-    from kd.stage import RunResult
-
 USER, OURS, MACHINE, INTERRUPTED, BROKEN_PIPE = 2, 3, 4, 130, 141
-SCHEMAS: dict[str, type[Frozen]] = {
-    "align": AlignRecipe,
-    "distill": DistillRecipe,
-    "sft": SftRecipe,
-    "sample": SampleRecipe,
-    "rank-teachers": RankRecipe,
-    "merge-moe": MoeRecipe,
-    "merge-weights": WeightsRecipe,
-    "merge-to-lora": ToLoraRecipe,
-    "suite": Suite,
-}
-CHECKED = ("align", "distill", "sft")  # the stages that `dae check` looks at
+# What a shell sets to be told how a word may go on, and what a user types to set that up.
+COMPLETION, COMPLETION_FLAGS = "_DAE_COMPLETE", {"--install-completion", "--show-completion"}
+# Any of these is the user's choice of how long OpenMP's threads spin.
+SPINNING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 SMALLER_STEP = (
     "halve train.per_device_train_batch_size and double train.gradient_accumulation_steps (the result is the same), "
     "or set train.gradient_checkpointing=true"
 )
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="One student that matches an expert on its domain and the general model elsewhere.",
-)
+app = typer.Typer(pretty_exceptions_enable=False)
+app.add_typer(check_app, name="check")
 app.add_typer(merge_app, name="merge")
-
-Assignments = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="any key of the recipe; `dae keys` lists them")
-]
-RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", metavar="FILE", help="YAML; flags and KEY=VALUE go over it")
-]
-Base = Annotated[str | None, typer.Option(metavar="CKPT", help="checkpoint that training starts from")]
-Merge = Annotated[bool, typer.Option("--merge", help="also write merged full weights")]
+app.add_typer(eval_app, name="eval")
 
 
-@app.command()
-def align(
-    assignments: Assignments = None,
-    base: Base = None,
-    expert: Annotated[
-        list[str] | None, typer.Option(metavar="[NAME=]PATH", help="a domain's teacher; repeats, by name")
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option(metavar="CKPT", help="teacher of general rows (default: the base)")
-    ] = None,
-    domain_data: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[NAME=]PATH", help="rows of an expert (default: those its run folder tells)"),
-    ] = None,
-    general_data: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATH", help="general rows (default: those the reference's run folder tells)"),
-    ] = None,
-    output: Annotated[str | None, typer.Option(metavar="DIR", help="run folder (default: runs/align)")] = None,
-    recipe: RecipeFile = None,
-    merge: Merge = False,
+def show_version(wanted: bool) -> None:
+    """Print the version and end, where it is asked for."""
+    if wanted:
+        typer.echo(f"dae {dae.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def everything(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
-    """Make the student that matches each expert on its domain and the reference elsewhere."""
-    flags, names = align_flags(expert or [], domain_data or [])
-    flags |= {"base": base, "reference": reference, "output": output, "merge": merge or None}
-    flags["data.general"] = list(general_data) if general_data else None
-    names["data.general"] = "--general-data"
-    loaded = load_recipe(AlignRecipe, recipe, flags, assignments or [], names)
-
-    from dae.alignment import align as run
-
-    tell(run(loaded))
+    """One student that matches an expert on its domain and the general model elsewhere."""
 
 
-@app.command()
-def sft(
-    assignments: Assignments = None,
-    base: Base = None,
-    data: Annotated[list[str] | None, typer.Option(metavar="PATH", help="training rows; repeats")] = None,
-    output: Annotated[str | None, typer.Option(metavar="DIR", help="run folder")] = None,
-    recipe: RecipeFile = None,
-    merge: Merge = False,
-) -> None:
-    """Train an expert: next-token loss on response tokens."""
-    flags = {"base": base, "data.train": list(data) if data else None, "output": output, "merge": merge or None}
-    loaded = load_recipe(SftRecipe, recipe, flags, assignments or [], {"data.train": "--data"})
-
-    from kd.sft import sft as run
-
-    tell(run(loaded))
-
-
-@app.command()
-def distill(
-    assignments: Assignments = None,
-    base: Base = None,
-    teacher: Annotated[str | None, typer.Option(metavar="CKPT", help="checkpoint to learn from, of any size")] = None,
-    data: Annotated[list[str] | None, typer.Option(metavar="PATH", help="training rows; repeats")] = None,
-    output: Annotated[str | None, typer.Option(metavar="DIR", help="run folder (default: runs/distill)")] = None,
-    recipe: RecipeFile = None,
-    merge: Merge = False,
-) -> None:
-    """Make a student that matches a larger teacher: the stage before align."""
-    rows = list(data) if data else None
-    flags = {"base": base, "teacher": teacher, "data.train": rows, "output": output, "merge": merge or None}
-    loaded = load_recipe(DistillRecipe, recipe, flags, assignments or [], {"data.train": "--data"})
-
-    from kd.distill import distill as run
-
-    tell(run(loaded))
+app.command()(align)
+app.command()(sft)
+app.command()(distill)
 
 
 @app.command()
@@ -177,27 +101,10 @@ def sample(
 
 
 @app.command()
-def check(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file")],
-    assignments: Assignments = None,
-    stage: Annotated[str | None, typer.Option(help="sft, distill or align (default: as the recipe tells)")] = None,
-) -> None:
-    """Load everything but the weights: show rows, shares, masks, steps, memory; refuse what would go wrong."""
-    chosen = stage or stage_of(recipe, assignments or [])
-    if chosen not in CHECKED:
-        raise UserError(f"--stage {chosen}: wants {one_of(CHECKED)}")
-    loaded = load_recipe(SCHEMAS[chosen], recipe, {}, assignments or [])
-
-    from dae.check import check as run
-
-    run(loaded)  # type: ignore[arg-type]
-
-
-@app.command()
 def keys(stage: Annotated[str, typer.Argument(metavar=f"[{'|'.join(SCHEMAS)}]")] = "align") -> None:
     """List every key of a recipe with type, default and meaning."""
     if stage not in SCHEMAS:
-        raise UserError(f"dae keys {stage}: wants {one_of(list(SCHEMAS))}")
+        raise UserError(f"dae keys {stage}: expected {one_of(list(SCHEMAS))}")
     from rich.console import Console
     from rich.markup import escape
 
@@ -223,71 +130,9 @@ def demo(
     run(output, seed, run_here)
 
 
-app.add_typer(eval_app, name="eval")
 app.command()(report)
 app.command("rank-teachers")(rank_teachers)
 app.command("run")(run_recipe)
-
-
-def align_flags(experts: Sequence[str], domain_data: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """`--expert [NAME=]PATH` and `--domain-data [NAME=]PATH` as dotted keys, and the flag of each key for messages."""
-    flags: dict[str, Any] = {}
-    names: dict[str, str] = {}
-    for name, path in map(named, experts):
-        key = "expert" if name is None else f"expert.{name}"
-        if key in flags:
-            again = "names two experts alike" if name else "without a name is for one expert: write --expert NAME=PATH"
-            raise UserError(f"--expert {path}: {again}")
-        flags[key], names[key] = path, "--expert"
-    if "expert" in flags and len(flags) > 1:
-        raise UserError(f"--expert {flags['expert']}: has no name beside named ones: write --expert NAME=PATH")
-    for name, path in map(named, domain_data):
-        if name == GENERAL:
-            raise UserError(f"--domain-data {name}={path}: `{GENERAL}` is the reference's route: --general-data {path}")
-        key = f"data.{name or UNNAMED}"
-        flags.setdefault(key, []).append(path)
-        names[key] = "--domain-data"
-    return flags, names
-
-
-def named(text: str) -> tuple[str | None, str]:
-    """NAME=PATH -> (NAME, PATH); a text whose first part cannot be a name is a path."""
-    name, equals, path = text.partition("=")
-    return (name, path) if equals and ROUTE_NAME.fullmatch(name) else (None, text)
-
-
-def stage_of(recipe: Path, assignments: Sequence[str]) -> str:
-    """The stage that a recipe is for: `align` if it names an expert, `distill` if it names a teacher, else `sft`.
-
-    Raises UserError where it is a recipe of a command that is none of these stages.
-    """
-    layers = Layers(address)
-    layers.read_yaml(recipe)
-    command = other_command(set(layers.raw))
-    if command is not None:
-        raise UserError(
-            f"{recipe}: is a recipe of `dae {command}`, which tells all its mistakes itself before anything runs; "
-            f"`dae check` looks at recipes of {one_of(CHECKED)}"
-        )
-    for key, stage in (("expert", "align"), ("teacher", "distill")):
-        if key in layers.raw or any(text.startswith(key) for text in assignments):
-            return stage
-    return "sft"
-
-
-def other_command(keys: AbstractSet[str]) -> str | None:
-    """The command whose recipe knows more of these outermost keys than those of the stages that are checked do."""
-    from dae.pipeline.recipe import PipelineRecipe
-
-    def known(schema: type[Frozen]) -> int:
-        return len(keys & {field.alias or name for name, field in schema.model_fields.items()})
-
-    others: dict[str, type[Frozen]] = {name: schema for name, schema in SCHEMAS.items() if name not in CHECKED}
-    others["run"] = PipelineRecipe
-    best = max(others, key=lambda name: known(others[name]))
-    if known(others[best]) <= max(known(SCHEMAS[stage]) for stage in CHECKED):
-        return None
-    return "eval tasks --suite" if best == "suite" else best.replace("merge-", "merge ")
 
 
 def run_here(arguments: Sequence[str]) -> None:
@@ -301,36 +146,6 @@ def run_here(arguments: Sequence[str]) -> None:
             raise KeyboardInterrupt
     finally:
         sys.argv = typed
-
-
-def tell(result: RunResult) -> None:
-    """Print where a finished run lies, and for each route how far the student was from its teacher, first and last."""
-    if not is_first_rank():
-        return
-    summary = result.summary
-    typer.echo(f"{result.path}: finished, {summary['steps']} steps")
-    for route in summary["rows"]:
-        last = summary["last"]
-        if f"{route}/kl" in last:
-            first = summary["initial_kl"].get(route, 0.0)
-            line = f"KL to its teacher {nats(first)} -> {nats(last[f'{route}/kl'])}"
-        elif f"{route}/ntp" in last:
-            line = f"next-token loss {nats(last[f'{route}/ntp'])}"
-        else:
-            continue
-        held_out = summary["held_out"]
-        measured = held_out.get(f"eval_{route}_kl", held_out.get(f"eval_{route}_ntp"))
-        typer.echo(f"  {route:<12} {line}" + ("" if measured is None else f"; held out {nats(measured)}"))
-
-
-def nats(value: float) -> str:
-    """Three digits; what rounds to 0 has no sign."""
-    return f"{round(value, 3) + 0.0:.3f}"
-
-
-def is_first_rank() -> bool:
-    """Whether this process speaks for the run (torchrun and accelerate number their processes)."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def status_of(error: BaseException) -> tuple[int, str]:
@@ -392,7 +207,13 @@ def traceback_log(error: BaseException) -> str:
 
 
 def prepare_process(environment: Mapping[str, str]) -> None:
-    """Quieten the libraries before they are imported, and send our own messages to stderr."""
+    """Settle what libraries read when they are imported, here and in child processes; send our messages to stderr.
+
+    Threads of OpenMP sleep while they wait, unless the user chose: on cores that others use too, spinning ones cost
+    several times the work (benchmarks/omp_wait_policy.py).
+    """
+    if not SPINNING & environment.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error"}
     if not sys.stderr.isatty():
         quiet |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
@@ -401,7 +222,7 @@ def prepare_process(environment: Mapping[str, str]) -> None:
             os.environ[name] = value
     warnings.filterwarnings("ignore", category=FutureWarning)
     for category in (UserWarning, RuntimeWarning):
-        warnings.filterwarnings("ignore", category=category, module=r"(torch|transformers|peft|accelerate)\.")
+        warnings.filterwarnings("ignore", category=category, module=r"(torch|transformers|accelerate)\.")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     for name in ("dae", "kd"):
@@ -423,6 +244,8 @@ def run(arguments: Sequence[str]) -> int:
         if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return BROKEN_PIPE
+        if isinstance(error, SystemExit) and (COMPLETION in os.environ or {*arguments} & COMPLETION_FLAGS):
+            return USER if error.code else 0  # typer ends the process once the shell has what it asked for
         status, message = status_of(error)
         command = " ".join(["dae", *arguments[:1]])
         if status == OURS:

@@ -331,12 +331,16 @@ def start_metrics(
 
 def summarise(trainer: RoutedTrainer, data: StageData, first_kl: Mapping[str, float]) -> dict[str, Any]:
     """What run.json and the model card say of the run."""
-    last = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
+    # A route with few rows may be missing from the last step that was logged: its newest values are older ones.
+    last: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        if "loss" in entry:
+            last |= {key: value for key, value in entry.items() if "/" in key or key == "loss"}
     evaluation = final_evaluation(trainer)
     return {
         "steps": trainer.state.global_step,
         "initial_kl": {key.removesuffix("_kl"): value for key, value in first_kl.items()},
-        "last": {key: value for key, value in last.items() if "/" in key or key == "loss"},
+        "last": last,
         "held_out": {key: value for key, value in evaluation.items() if key.startswith("eval_")},
         "best_step": trainer.state.best_global_step,
         "rows": data.counts(lambda report: report.kept),

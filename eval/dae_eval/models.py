@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+import logging
+import string
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from kd.adapter_files import ADAPTER_CONFIG, is_adapter, read_adapter_config
 from kd.compatibility import check_adapter
 from kd.completeness import first_line
 from kd.errors import UserError
-from kd.fingerprints import files_sha256, joint_sha256, model_fingerprint, resolve_model
+from kd.fingerprints import model_fingerprint, resolve_model
 from kd.provenance import read_provenance
 from kd.roles import (
     Backbone,
@@ -28,11 +30,13 @@ from kd.roles import (
     speaking_as,
     unwrapped,
 )
+from kd.tokenizer_audit import audit
 
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# What a tokenizer is tried on where there are no documents: all marks, accents, another script, an emoji.
+_PROBES = (*(f"one {mark} two" for mark in string.punctuation), "naïve café, 42 €", "价格是多少？ 🙂")
+
+logger = logging.getLogger("dae")
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ class Model:
     def tokenizer_folder(self) -> Path:
         """Its own folder where that holds a tokenizer, else its base's."""
         own = resolve_model(self.path)
-        return own if tokenizer_files(own) or self.base is None else resolve_model(self.base)
+        has_one = any((own / name).is_file() for name in _VOCABULARIES)
+        return own if has_one or self.base is None else resolve_model(self.base)
 
     def facts(self) -> ModelFacts:
         """What a report says of the model."""
@@ -109,18 +114,6 @@ def base_of_adapter(path: str) -> str:
     return named
 
 
-def tokenizer_files(folder: Path) -> list[str]:
-    """Names of the files in `folder` that make up a tokenizer."""
-    names = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    return names if any(name in names for name in ("tokenizer.json", "tokenizer.model", "vocab.json")) else []
-
-
-def tokenizer_sha256(model: Model) -> str:
-    """Joint SHA-256 over the files of the model's tokenizer."""
-    folder = model.tokenizer_folder
-    return joint_sha256(files_sha256(folder, tokenizer_files(folder)))
-
-
 def open_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises UserError where there is none that transformers can open."""
     folder = model.tokenizer_folder
@@ -129,6 +122,13 @@ def open_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{model.path}: no tokenizer that transformers can open: {first_line(error)}") from error
     return tokenizer
+
+
+def tell_losses(model: Model, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = _PROBES) -> None:
+    """Warn, in one line, where the tokenizer drops characters of these texts or cuts them in a way of its own."""
+    loss = audit(tokenizer, model.tokenizer_folder, texts).loss(model.path)
+    if loss is not None:
+        logger.warning("%s", loss)
 
 
 def load_settings() -> LoadSettings:

@@ -27,7 +27,7 @@ from dae_eval.harness import (
     version_of,
 )
 from dae_eval.held_out import rows_of
-from dae_eval.models import Model, chat_template_of, open_tokenizer, tokenizer_sha256
+from dae_eval.models import Model, chat_template_of, open_tokenizer, tell_losses
 from dae_eval.results import TrainingRows
 from dae_eval.seen import SeenTexts, seen_texts, training_rows
 from dae_eval.suites import Suite
@@ -35,6 +35,7 @@ from kd.config import SourceRecipe
 from kd.environment import environment
 from kd.fingerprints import resolve_model
 from kd.roles import LoadSettings
+from kd.tokenizer_files import tokenizer_sha256
 
 _LIBRARIES = ("lm-eval", "transformers", "peft", "torch")
 
@@ -94,6 +95,7 @@ class Planner:
         context = refuse_unfit_length(self.tasks, config, tokenizer, suite.max_length, model.path)
         shared = self._shared_facts(model, context)
         asked = self._questions(shared["tokenizer"], tokenizer, template)
+        tell_losses(model, tokenizer, [question.leak for one in asked.values() for question in one.questions])
         settings = {task: task_settings(one, _sha256(template), suite.max_length) for task, one in asked.items()}
         facts = {task: {**_task_facts(one), "settings": settings[task], **shared} for task, one in asked.items()}
         rows = training_rows([path for path in (model.path, model.base) if path is not None])
@@ -119,7 +121,7 @@ class Planner:
         return {
             "model": model.fingerprint,
             "base": model.base_fingerprint,
-            "tokenizer": tokenizer_sha256(model),
+            "tokenizer": tokenizer_sha256(model.tokenizer_folder),
             "dtype": str(self.load_settings.dtype).removeprefix("torch."),
             "device": self.load_settings.device,
             "batch_size": self.suite.batch_size,

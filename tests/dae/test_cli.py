@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+import dae as package
 from dae import cli
+from dae.commands.stages import tell
 from dae.recipe import AlignRecipe
 from kd.config import SftRecipe, load_recipe
+from kd.distill_recipe import DistillRecipe
 from kd.errors import MachineError, Stopped, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +144,68 @@ def test_check_knows_the_stage(
     (tmp_path / "r.yaml").write_text(text)
     assert cli.run(["check", str(tmp_path / "r.yaml"), *more]) == 0
     assert [type(recipe) for recipe in checked] == [schema]
+
+
+CHECKED: list[tuple[list[str], type[Any]]] = [
+    (ENOUGH, AlignRecipe),
+    (["sft", "--base", "b", "--data", "d", "--output", "o", "seed=3"], SftRecipe),
+    (["distill", "--base", "b", "--teacher", "t", "--data", "d", "seed=3"], DistillRecipe),
+]
+
+
+@pytest.mark.parametrize(("command", "schema"), CHECKED)
+def test_the_command_to_come_is_checked_by_a_word_before_it_or_a_flag_behind_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str], schema: type[Any]
+) -> None:
+    import dae.check
+
+    checked: list[Any] = []
+    monkeypatch.setattr(dae.check, "check", checked.append)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / command[0]).write_text("no recipe")  # the stage goes before a file of its name
+    assert cli.run(["check", *command]) == 0
+    assert cli.run([*command, "--check"]) == 0
+    assert cli.run(["check", *command, "--check"]) == 0
+    assert type(checked[0]) is schema and checked[0] == checked[1] == checked[2]
+
+
+def test_a_file_with_the_name_of_a_stage_is_had_by_its_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import dae.check
+
+    checked: list[Any] = []
+    monkeypatch.setattr(dae.check, "check", checked.append)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "align").write_text("base: b\noutput: o\ndata: {train: d}\n")
+    assert cli.run(["check", "./align", "seed=4"]) == 0
+    assert type(checked[0]) is SftRecipe and checked[0].seed == 4
+    assert cli.run(["check", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for form in ("dae check align --base CKPT", "dae align ... --check", "dae check FILE [KEY=VALUE]...", "./align"):
+        assert form in told
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "expected align, distill or sft with its flags, or a recipe file"),
+        (["--base", "b"], "--base: the stage's name goes before its flags: dae check align --base"),
+        (["algin", "--base", "b"], "algin: no such stage or recipe file; expected"),
+        (["algin", "--base", "b"], "did you mean `align`?"),
+        (["r.yaml"], "r.yaml"),
+        (["--stage", "nonsense", "r.yaml"], "--stage nonsense: expected align, distill or sft"),
+        (["sft", "--expert", "e"], "No such option: --expert"),
+        (["align", "--base", "b"], "expert"),
+    ],
+)
+def test_mistakes_in_what_is_to_be_checked(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["check", *words]) == 2
+    told = capsys.readouterr().err
+    assert expected in told and "Traceback" not in told
 
 
 @pytest.mark.parametrize(
@@ -269,9 +335,54 @@ def test_help_names_the_commands_and_has_no_colour_codes_when_piped(tmp_path: Pa
     ran = dae("--help", cwd=tmp_path, COLUMNS="80")
     assert ran.returncode == 0
     assert "\x1b" not in ran.stdout
-    for command in ("align", "sft", "sample", "check", "keys", "demo"):
+    for command in ("align", "sft", "sample", "check", "keys", "demo", "--version", "--install-completion"):
         assert command in ran.stdout
     assert max(len(line) for line in ran.stdout.splitlines()) <= 80
+
+
+def test_the_version_is_that_of_the_distribution_and_costs_no_torch(tmp_path: Path) -> None:
+    assert package.__version__ == metadata.version("dae-align")
+    ran = dae("--version", cwd=tmp_path)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, f"dae {package.__version__}\n", "")
+    code = "import sys, dae; dae.__version__; print('torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
+
+
+def test_a_shell_is_told_how_a_word_goes_on(tmp_path: Path) -> None:
+    asked = {"_DAE_COMPLETE": "complete_bash", "COMP_CWORD": "2"}
+    for words, expected in (("dae align --gen", "--general-data\n"), ("dae check ali", "align\n")):
+        ran = dae(cwd=tmp_path, COMP_WORDS=words, **asked)
+        assert (ran.returncode, ran.stdout, ran.stderr) == (0, expected, "")
+
+
+@pytest.mark.parametrize(("name", "value"), [(None, None), ("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "5")])
+def test_threads_sleep_while_they_wait_unless_the_user_chose(
+    name: str | None, value: str | None, tmp_path: Path
+) -> None:
+    code = (
+        "import os, subprocess, sys; from dae import cli; before = dict(os.environ); cli.prepare_process(os.environ);"
+        "shown = 'import os; print(os.environ.get(\"OMP_WAIT_POLICY\"))';"
+        "print(before.get('OMP_WAIT_POLICY'), os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules, flush=True);"
+        "subprocess.run([sys.executable, '-c', shown])"
+    )
+    clean = {key: text for key, text in os.environ.items() if key not in cli.SPINNING}
+    if name is not None and value is not None:
+        clean[name] = value
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
+    chosen = clean.get("OMP_WAIT_POLICY")
+    policy = "PASSIVE" if name is None else chosen
+    assert ran.stdout == f"{chosen} {policy} False\n{policy}\n"
+
+
+def test_warnings_of_peft_are_shown() -> None:
+    code = (
+        "import os, warnings; from dae import cli; cli.prepare_process(os.environ)\n"
+        "for name in ('torch.x', 'transformers.x', 'accelerate.x', 'peft.x', 'mine'):\n"
+        "    warnings.warn_explicit(name, UserWarning, 'file', 1, name)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [line.split()[-1] for line in ran.stderr.splitlines() if "UserWarning" in line] == ["peft.x", "mine"]
 
 
 def test_a_mistake_ends_the_process_with_2_and_writes_nothing(tmp_path: Path) -> None:
@@ -295,21 +406,22 @@ def test_a_closed_pipe_is_no_fault(tmp_path: Path) -> None:
 def test_what_is_told_of_a_finished_run(capsys: pytest.CaptureFixture[str]) -> None:
     summary = {
         "steps": 3,
-        "rows": {"general": 9, "shop": 4, "silent": 1},
+        "rows": {"general": 9, "shop": 4, "silent": 1, "eval.shop": 2},
         "initial_kl": {"general": -1e-9, "shop": 1.5},
         "last": {"loss": 0.2, "general/kl": 0.01, "shop/kl": 0.25, "shop/ntp": 0.4},
         "held_out": {"eval_shop_kl": 0.3, "eval_shop_ntp": 0.5},
     }
-    cli.tell(SimpleNamespace(path="student", summary=summary))  # type: ignore[arg-type]
+    tell(SimpleNamespace(path="student", summary=summary))  # type: ignore[arg-type]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines] == [
         ["student:", "finished,", "3", "steps"],
         ["general", "KL", "to", "its", "teacher", "0.000", "->", "0.010"],
         ["shop", "KL", "to", "its", "teacher", "1.500", "->", "0.250;", "held", "out", "0.300"],
+        ["silent", *["none", "of", "its", "rows", "came", "in", "a", "step", "that", "was", "logged"]],
     ]
 
 
 def test_what_is_told_of_a_run_without_teachers(capsys: pytest.CaptureFixture[str]) -> None:
     summary = {"steps": 3, "rows": {"train": 9}, "initial_kl": {}, "last": {"train/ntp": 0.4}, "held_out": {}}
-    cli.tell(SimpleNamespace(path="expert", summary=summary))  # type: ignore[arg-type]
+    tell(SimpleNamespace(path="expert", summary=summary))  # type: ignore[arg-type]
     assert "next-token loss 0.400" in capsys.readouterr().out

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from dae.cli import SCHEMAS, stage_of
+from dae.commands.checking import stage_of
+from dae.commands.schemas import SCHEMAS
 from dae.recipe import AlignRecipe
 from kd.config import SftRecipe, load_recipe, resolved_yaml
 from kd.errors import UserError

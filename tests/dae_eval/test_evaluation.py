@@ -19,6 +19,7 @@ from dae_eval.folders import read_evaluation
 from dae_eval.models import locate
 from dae_eval.results import Evaluation
 from dae_eval.suites import load_suite
+from lossy_tokenizers import make_lossy_checkpoint
 from peft import PeftModel
 from pico import make_checkpoint, make_tokenizer
 from pico_tasks import make_suite, make_tasks
@@ -284,6 +285,20 @@ def test_memory_that_runs_out_is_the_machine_s_fault(
 
 
 @pytest.mark.slow  # lm-eval in a process of its own
+def test_a_tokenizer_that_drops_text_of_the_documents_is_told_once(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_lossy_checkpoint(tmp_path / "lossy")
+    found = ask(world, tmp_path / "out", {"student": str(tmp_path / "lossy"), "base": "base"})
+    (line,) = [record.message for record in caplog.records if "tokenizer" in record.message]
+    assert line.startswith(
+        f"{tmp_path / 'lossy'}: its tokenizer, opened as LlamaTokenizer, drops characters in silence"
+    )
+    assert line.endswith('set "tokenizer_class": "TokenizersBackend" in its tokenizer_config.json, which reads '
+                         "tokenizer.json as it is")  # fmt: skip
+    assert found["student"].tasks
+
+
 def test_lm_eval_s_own_command_gives_the_same_scores(world: Path, tmp_path: Path) -> None:
     groups = {"domain": ["shop_choose", {"task": "shop_say", "shots": 2}], "general": ["shop_go_on", "general_choose"]}
     ours = ask(world, tmp_path, {"model": "base"}, groups=groups)["model"]

@@ -17,6 +17,7 @@ from dae_eval.judging.judges import JudgeChoice, cost_estimate, judge_request, r
 from dae_eval.judging.local_chat import DrawPerRow, LocalChat, open_local_chat
 from dae_eval.models import locate
 from judge_server import JudgeServer, rating_of
+from lossy_tokenizers import make_lossy_checkpoint
 from peft import PeftModel
 from pico import make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -387,6 +388,13 @@ def test_a_checkpoint_without_a_template_says_what_to_do(tmp_path: Path) -> None
     assert chat.tokenizer.decode(chat.encode(request("1", "hi"))[0]).endswith("User: hi\nAssistant:")
     with pytest.raises(UserError, match="cannot be read"):
         open_local_chat(locate("--model", str(tmp_path / "plain"), None), str(tmp_path / "none.jinja"), 1)
+
+
+def test_a_judge_whose_tokenizer_drops_text_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = locate("--judge", str(make_lossy_checkpoint(tmp_path / "lossy")), None)
+    open_local_chat(model, "plain", 1)
+    (line,) = [record.message for record in caplog.records]
+    assert "opened as LlamaTokenizer, drops characters in silence" in line and "& (1)" in line
 
 
 def test_the_log_holds_how_the_judge_was_asked(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from dae_eval.judging.asking import LENGTH, NO_ROOM, Reply, Request
 from dae_eval.judging.endpoints import NO_SYSTEM, without_system
-from dae_eval.models import Model, load_settings, open_tokenizer, own_chat_template
+from dae_eval.models import Model, load_settings, open_tokenizer, own_chat_template, tell_losses
 from kd.chat import PLAIN_TEMPLATE, ChatFormat, UnrenderableError, chat_format
 from kd.errors import UserError
 from kd.roles import Backbone, add_frozen_adapter, load_model
@@ -190,6 +190,7 @@ def open_local_chat(model: Model, template: str | None, batch_size: int) -> Loca
     """
     torch.set_flush_denormal(True)  # numbers too small to matter, which slow some CPUs several times over
     fmt = read_chat_format(model, template)
+    tell_losses(model, fmt.tokenizer)
     weights = model.backbone[0]
     backbone = Backbone(weights, load_model(weights, load_settings()))
     if model.base is not None:

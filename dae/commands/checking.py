@@ -1,0 +1,119 @@
+"""`dae check`: the command to come with `check` before it, or a recipe file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from dae.commands.schemas import CHECKED, SCHEMAS
+from dae.commands.stages import Assignments, align, distill, look_at, sft
+from kd.config import Frozen, address, load_recipe
+from kd.errors import UserError
+from kd.layers import Layers
+from kd.problems import one_of, suggestion
+
+RECIPE_FORM = "RECIPE"  # the command behind `dae check FILE`
+OPTIONS = ("--stage", "--help")
+EXPECTED = f"expected {one_of(CHECKED)} with its flags, or a recipe file (see `dae check --help`)"
+
+
+class StageOrRecipe(TyperGroup):
+    """A group whose first word is a stage, whose command is then asked to `--check`, or else a recipe file."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Send the words on to the command that they are for. Raises UserError for a stage's flag without the stage."""
+        return super().parse_args(ctx, args if ctx.resilient_parsing else in_full(args))
+
+
+def in_full(words: Sequence[str]) -> list[str]:
+    """What stands after `dae check`, with the command that it is for, and that command's `--check`.
+
+    Raises:
+        UserError: a stage's flag stands before the stage's name, or the first word is neither stage nor file.
+    """
+    if words[:1] == ["--help"]:
+        return list(words)
+    if words and words[0] in CHECKED:
+        return [words[0], "--check", *words[1:]]
+    if words and words[0].startswith("--") and words[0].partition("=")[0] not in OPTIONS:
+        raise UserError(f"{words[0]}: the stage's name goes before its flags: dae check align {words[0]} ...")
+    if words and not Path(words[0]).suffix and not words[0].startswith("-") and not Path(words[0]).exists():
+        raise UserError(f"{words[0]}: no such stage or recipe file; {EXPECTED}{suggestion(words[0], CHECKED)}")
+    return [RECIPE_FORM, *words]
+
+
+check_app = typer.Typer(cls=StageOrRecipe, pretty_exceptions_enable=False)
+for stage_command in (align, sft, distill):
+    check_app.command()(stage_command)
+
+
+@check_app.callback()
+def checks() -> None:
+    r"""Load everything but the weights: rows, shares, masks, steps, memory; refuse what would go wrong.
+
+    \b
+    dae check align --base CKPT --expert PATH ...
+        the command to come, with `check` before it: align, sft or distill with
+        their own flags. `dae align ... --check` is the same.
+    dae check FILE [KEY=VALUE]... [--stage STAGE]
+        a recipe in YAML; its stage is as it tells: align if it names an expert,
+        distill if it names a teacher, else sft.
+
+    A stage's name goes before a file of that name: for the file, write ./align.
+    """
+
+
+@check_app.command(RECIPE_FORM, hidden=True)
+def check_recipe(
+    recipe: Annotated[Path | None, typer.Argument(metavar="FILE", help="the recipe, in YAML")] = None,
+    assignments: Assignments = None,
+    stage: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="sft, distill or align (default: as the recipe tells)")
+    ] = None,
+) -> None:
+    """Check a recipe file."""
+    if recipe is None:
+        raise UserError(EXPECTED)
+    chosen = stage or stage_of(recipe, assignments or [])
+    if chosen not in CHECKED:
+        raise UserError(f"--stage {chosen}: expected {one_of(CHECKED)}")
+    look_at(load_recipe(SCHEMAS[chosen], recipe, {}, assignments or []))  # type: ignore[arg-type]
+
+
+def stage_of(recipe: Path, assignments: Sequence[str]) -> str:
+    """The stage that a recipe is for: `align` if it names an expert, `distill` if it names a teacher, else `sft`.
+
+    Raises UserError where it is a recipe of a command that is none of these stages.
+    """
+    layers = Layers(address)
+    layers.read_yaml(recipe)
+    command = other_command(set(layers.raw))
+    if command is not None:
+        raise UserError(
+            f"{recipe}: is a recipe of `dae {command}`, which tells all its mistakes itself before anything runs; "
+            f"`dae check` looks at recipes of {one_of(CHECKED)}"
+        )
+    for key, stage in (("expert", "align"), ("teacher", "distill")):
+        if key in layers.raw or any(text.startswith(key) for text in assignments):
+            return stage
+    return "sft"
+
+
+def other_command(keys: AbstractSet[str]) -> str | None:
+    """The command whose recipe knows more of these outermost keys than those of the stages that are checked do."""
+    from dae.pipeline.recipe import PipelineRecipe
+
+    def known(schema: type[Frozen]) -> int:
+        return len(keys & {field.alias or name for name, field in schema.model_fields.items()})
+
+    others: dict[str, type[Frozen]] = {name: schema for name, schema in SCHEMAS.items() if name not in CHECKED}
+    others["run"] = PipelineRecipe
+    best = max(others, key=lambda name: known(others[name]))
+    if known(others[best]) <= max(known(SCHEMAS[stage]) for stage in CHECKED):
+        return None
+    return "eval tasks --suite" if best == "suite" else best.replace("merge-", "merge ")
