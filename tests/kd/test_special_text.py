@@ -99,9 +99,9 @@ def test_rows_that_spell_special_tokens_are_counted(tmp_path):
     tokenizer = with_template(KINDS["byte-level"], KEEPS)
     _, (report,) = load_rows([SourceRecipe(path=str(path))], tokenizer, DataRecipe())
     assert report.notes == [
-        "1 rows: messages spell `<s>`, `</s>`: encoded as text",
-        "1 rows: messages spell `</s>`: encoded as text",
-        "1 rows: the text spells `<s>`, `</s>`: read as control tokens (data.special_tokens: parse)",
+        "1 row: messages spell `<s>`, `</s>`: encoded as text",
+        "1 row: messages spell `</s>`: encoded as text",
+        "1 row: the text spells `<s>`, `</s>`: read as control tokens (data.special_tokens: parse)",
     ]
 
 
