@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kd.chat import ChatFormat, Messages, load_tokenizer
 from kd.config import DataRecipe, SourceRecipe
-from kd.drafts import Draft, Dropped, draft, prompt_draft
+from kd.drafts import Draft, Dropped, draft, unanswered_draft
 from kd.errors import UserError
 from kd.record_forms import record_of
 from kd.records import Reading, read_records
@@ -365,14 +365,22 @@ def encode_chats(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase) ->
         yield ids, mask_from_offsets(item.text, item.spans or (), offsets)
 
 
-def prompt_ids(fmt: ChatFormat, messages: Messages, tools: Any = None, location: str = "the prompt") -> list[int]:
-    """[T] token ids of a conversation up to where the model answers next; its contents are text, as in training.
+def conversation_ids(fmt: ChatFormat, messages: Messages, tools: Any = None, *, ask: bool, location: str) -> list[int]:
+    """[T] token ids of a conversation; its contents are text, as in training.
+
+    Args:
+        fmt: the tokenizer's format.
+        messages: with string contents.
+        tools: as in a row.
+        ask: whether it goes on to where the model answers next.
+        location: named in messages.
 
     Raises:
-        UserError: the template leaves out a part of it, or the tokenizer cannot encode its text as text.
+        LostPartError: the template leaves out a part of it.
+        UserError: the tokenizer cannot encode its text as text.
         UnrenderableError: the template refuses it.
     """
-    ((ids, _),) = encode_chats([prompt_draft(fmt, messages, tools, location)], fmt.tokenizer)
+    ((ids, _),) = encode_chats([unanswered_draft(fmt, messages, tools, location, ask)], fmt.tokenizer)
     return ids
 
 
