@@ -85,10 +85,10 @@ class Findings:
             raise UserError("\n".join([f"{len(self.problems)} problems:", *(f"  {line}" for line in self.problems)]))
 
 
-def check(recipe: SftRecipe | DistillRecipe | AlignRecipe) -> None:
+def check(recipe: SftRecipe | DistillRecipe | AlignRecipe, console: Console | None = None) -> None:
     """Print what the run would do. Raises UserError with everything that would stop it."""
     plan = make_plan(recipe)
-    console = Console(highlight=False)
+    console = console or Console(highlight=False)
     show_routes(console, recipe, plan)
     show_rows(console, plan)
     show_held_out(console, recipe, plan.data)
@@ -280,7 +280,10 @@ def tell_report(console: Console, report: SourceReport) -> None:
     """The shape of a source's rows, why some were dropped, what is particular about others, and keys not read."""
     formats = ", ".join(f"{name} ({count:,})" for name, count in report.formats.items())
     console.print(f"{report.path}: format: {formats}", soft_wrap=True, markup=False)
-    for words in [*(f"{count} rows dropped: {reason}" for reason, count in report.dropped.items()), *report.notes]:
+    for words in [
+        *(f"{count} {'row' if count == 1 else 'rows'} dropped: {reason}" for reason, count in report.dropped.items()),
+        *report.notes,
+    ]:
         console.print(f"{report.path}: {words}", soft_wrap=True, markup=False)
     if words := unread_keys(report):
         console.print(Text.assemble(("warning: ", "bold"), f"{report.path}: {words}"), soft_wrap=True)

@@ -80,7 +80,7 @@ def shape_of(messages: Sequence[Mapping[str, Any]], tools: Any) -> ChatShape:
             calls.append(CallShape("function" in call, kind, keys))  # type: ignore[arg-type]
         keys = tuple(sorted(key for key in message if key not in ("role", "content", "tool_calls")))
         turns.append(TurnShape(message["role"], bool(message["content"]), tuple(calls), keys))
-    described = tuple(("function" in tool, "parameters" in tool.get("function", tool)) for tool in tools or ())
+    described = tuple(("function" in tool, bool(tool.get("function", tool).get("parameters"))) for tool in tools or ())
     return ChatShape(tuple(turns), described)
 
 
@@ -192,14 +192,10 @@ def _call_variants(call: Mapping[str, Any], where: str) -> Iterator[tuple[Part, 
 
 
 def _tool_variants(tool: Mapping[str, Any], where: str) -> Iterator[tuple[Part, dict[str, Any]]]:
-    function = tool.get("function", tool)
-    if isinstance(function, Mapping) and isinstance(function.get("name"), str):
-        yield Part(where), _in_function(tool, lambda f: {**f, "name": _other(f["name"])})
-        if function.get("parameters"):
-            other = {"type": "object", "properties": {"another": {"type": "string", "description": "x"}}}
-            yield Part(f"{where}.parameters"), _in_function(tool, lambda f: {**f, "parameters": other})
-    else:
-        yield Part(where), {}
+    yield Part(where), _in_function(tool, lambda f: {**f, "name": _other(f["name"])})
+    if tool.get("function", tool).get("parameters"):
+        other = {"type": "object", "properties": {"another": {"type": "string", "description": "x"}}}
+        yield Part(f"{where}.parameters"), _in_function(tool, lambda f: {**f, "parameters": other})
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------

@@ -122,9 +122,8 @@ def record_of(raw: Any, location: str, declared: Format | None = None, padded: b
     if "text" in row or isinstance(row.get("prompt"), str):
         refuse_conversation_keys(given, location, kind)
         return Record(row, kind, unread)
-    tools = list_of_objects(given.get("tools"), f"{location}: tools")
-    if tools:
-        row["tools"] = [without_nulls(tool) for tool in tools] if padded else tools
+    if tools := list_of_objects(given.get("tools"), f"{location}: tools"):
+        row["tools"] = [tool_of(tool, f"{location}: tools[{place}]", padded) for place, tool in enumerate(tools)]
     row = with_system(row, given.get("system"), location)
     for key in ("messages", "prompt", "completion"):
         if key in row:
@@ -342,6 +341,20 @@ def content_of(content: Any, where: str) -> str:
     check_text(content, where)
     assert isinstance(content, str)
     return content
+
+
+def tool_of(tool: Mapping[str, Any], where: str, padded: bool) -> dict[str, Any]:
+    """One tool: {function: {name, parameters}}, or {name, parameters}. Raises UserError."""
+    tool = without_nulls(tool) if padded else dict(tool)
+    function = tool.get("function", tool)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise UserError(
+            f"{where}: has no name; expected {{type: function, function: {{name: ..., parameters: {{...}}}}}}"
+        )
+    parameters = function.get("parameters")
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise UserError(f"{where}.parameters: expected a JSON schema (an object), not {kind_of(parameters)}")
+    return tool
 
 
 def call_of(call: Mapping[str, Any], where: str, padded: bool) -> dict[str, Any]:

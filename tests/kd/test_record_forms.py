@@ -135,6 +135,7 @@ def test_what_the_shapes_hold_besides(tmp_path):
         ({"messages": [ASK, {**ANSWER, "tool_calls": [{"function": {}}]}]}, r"tool_calls\[0\]: has no name; expected"),
         ({"messages": [{**ASK, "tool_calls": [call("f")]}, ANSWER]}, r"messages\[0\]\.tool_calls: only an assistant"),
         ({"messages": [ASK, ANSWER], "tools": "price()"}, "tools: not valid JSON"),
+        ({"messages": [ASK, ANSWER], "tools": [{"function": None}]}, r"tools\[0\]: has no name; expected"),
         ({"messages": [ASK, ANSWER], "tools": ["f"]}, r"tools\[0\]: expected an object, not a string"),
         ({"messages": [ASK, ANSWER], "finish_reason": 3}, "finish_reason: expected a string"),
     ],
