@@ -191,7 +191,7 @@ def recorded_sources(folder: str, route: str) -> list[dict[str, Any]] | str:
     name = route if route in data else "train"
     if name not in data:
         return f"{folder} was not trained on rows for it"
-    splits = recorded_splits(Path(folder) / "recipe.yaml", name)
+    settings = recorded_settings(Path(folder) / "recipe.yaml", name)
     sources = []
     for place, source in enumerate(data[name]):
         try:
@@ -201,16 +201,17 @@ def recorded_sources(folder: str, route: str) -> list[dict[str, Any]] | str:
             return f"{folder} was trained on {source['path']}, which is not there{from_here}"
         if not unchanged:
             return f"{folder} was trained on {source['path']}, which has changed since"
-        sources.append({"path": source["path"], "split": splits[place] if place < len(splits) else "train"})
+        sources.append({"path": source["path"], **(settings[place] if place < len(settings) else {"split": "train"})})
     return sources
 
 
-def recorded_splits(recipe: Path, route: str) -> list[str]:
-    """The split of each source of a route, from a run folder's resolved recipe."""
+def recorded_settings(recipe: Path, route: str) -> list[dict[str, Any]]:
+    """How each source of a route was read (split, format), from a run folder's resolved recipe."""
     if not recipe.is_file():
         return []
     written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    return [source["split"] for source in written["data"].get(route, [])]
+    sources = written["data"].get(route, [])
+    return [{key: source[key] for key in ("split", "format") if source.get(key) is not None} for source in sources]
 
 
 class SampleRecipe(Frozen):

@@ -121,8 +121,8 @@ def training_rows(paths: Sequence[str]) -> list[tuple[TrainingRows, SourceRecipe
             if route.startswith("eval."):
                 continue
             for place, source in enumerate(sources):
-                split = _split(recipe, route, place)
-                found.setdefault((source["path"], source["sha256"], split), _source(folder, source, split))
+                how = _how_read(recipe, route, place)
+                found.setdefault((source["path"], source["sha256"], str(how)), _source(folder, source, how))
         waiting += _model_paths(recipe)
     return list(found.values())
 
@@ -138,11 +138,13 @@ def _recipe(folder: Path) -> dict[str, Any]:
     return recipe if isinstance(recipe, dict) else {}
 
 
-def _split(recipe: Mapping[str, Any], route: str, place: int) -> str:
+def _how_read(recipe: Mapping[str, Any], route: str, place: int) -> dict[str, Any]:
+    """A source's split and format, as far as the recipe names them."""
     try:
-        return str(recipe["data"][route][place]["split"])
-    except (KeyError, IndexError, TypeError):
-        return "train"
+        source = recipe["data"][route][place]
+        return {key: source[key] for key in ("split", "format") if source.get(key) is not None}
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return {}
 
 
 def _model_paths(recipe: Mapping[str, Any]) -> list[str]:
@@ -152,14 +154,16 @@ def _model_paths(recipe: Mapping[str, Any]) -> list[str]:
     return [name for name in named if isinstance(name, str)]
 
 
-def _source(folder: Path, source: Mapping[str, str], split: str) -> tuple[TrainingRows, SourceRecipe | None]:
+def _source(
+    folder: Path, source: Mapping[str, str], how: Mapping[str, Any]
+) -> tuple[TrainingRows, SourceRecipe | None]:
     path, sha256 = source["path"], source["sha256"]
     problem = ""
     if not Path(path).exists():  # a hub data set is not fetched for this
         problem = f"{folder} was trained on it, and it is not there"
     elif data_sha256(path) != sha256:
         problem = f"{folder} was trained on it, and it has changed since"
-    return TrainingRows(path, sha256, problem), None if problem else SourceRecipe(path=path, split=split)
+    return TrainingRows(path, sha256, problem), None if problem else SourceRecipe(path=path, **how)
 
 
 def seen_texts(texts: Iterable[str], source: SourceRecipe) -> SeenTexts:

@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from chat_tokenizers import KEEPS, SPACE_IN_HEADER
 from pico import make_checkpoint
 from processes import Signal, dae
+from stage_forks import Forks
 from transformers import AutoTokenizer
 from worlds import make_adapter, metrics_of
 
@@ -122,6 +124,32 @@ def test_experts_templates_that_cannot_be_used(world: Path) -> None:
     assert "data.chat_template=expert: this stage has no expert" in wrong.err
     (world / "expert" / "chat_template.jinja").unlink()
     assert "expert has no chat template" in align(world, "data.chat_template=expert").err
+
+
+def test_a_pipeline_sees_a_changed_template(world: Path) -> None:
+    stage = {"stage": "sft", "base": "base", "data": {"train": "shop.jsonl"}, "lora": {"rank": 2}}
+    stage["train"] = {"max_steps": 2}
+    (world / "path.yaml").write_text(yaml.safe_dump({"output": "runs", "stages": {"expert": stage}}))
+    forks = Forks()
+    assert dae(["run", "path.yaml"], world, signals=[forks], proof=False).status == 0
+    template = world / "base" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("': '", "' - '"))
+    again = dae(["run", "path.yaml"], world, signals=[forks], proof=False)
+    assert again.status == 2
+    assert "tokenizer of base" in again.err + again.out
+
+
+def test_rows_of_an_expert_are_read_as_they_were_for_it(world: Path) -> None:
+    rows = [{"instruction": f"red {n}?", "output": f"blue {n}", "text": "both"} for n in range(24)]
+    (world / "shop.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["sft", "--base", "base", "--data", "shop.jsonl", "--output", "expert2", *STEPS]
+    refused = dae(words, world, proof=False)
+    assert refused.status == 2
+    assert "set the source's format to text or alpaca, such as data.ROUTE.0.format=text" in refused.err
+    assert dae([*words, "data.train.0.format=alpaca"], world, proof=False).status == 0
+    words = ["align", "--base", "base", "--expert", "expert2", "--general-data", "general.jsonl", *STEPS]
+    assert dae([*words, "--output", "student"], world, proof=False).status == 0
+    assert "format: alpaca" in (world / "student" / "recipe.yaml").read_text()
 
 
 def test_check_shows_formats_and_keys_that_are_not_read(world: Path) -> None:
