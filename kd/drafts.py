@@ -11,8 +11,8 @@ from kd.chat import ChatFormat, Messages, RenderedChat, Span, UnrenderableError,
 from kd.chat_parts import argument_form, shape_of, unrendered_parts
 from kd.config import DataRecipe
 from kd.errors import UserError
-from kd.record_forms import REASONING, form_of, weight_of
-from kd.special_text import mark_for, marked, spelled, strings_of, unmarked
+from kd.record_forms import REASONING, check_text, form_of, strings_of, weight_of
+from kd.special_text import mark_for, marked, spelled, unmarked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -214,12 +214,17 @@ def is_empty(message: Mapping[str, Any]) -> bool:
 def as_the_template_wants(
     fmt: ChatFormat, messages: Sequence[Mapping[str, Any]], tools: Any, location: str
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Messages as this template reads them: roles that it knows, tool arguments in its form. Raises UserError."""
+    """Messages as this template reads them: roles that it knows, tool arguments in its form.
+
+    Raises UserError for arguments that are no JSON object, and for strings that no tokenizer takes.
+    """
     notes = []
     taken = [{key: value for key, value in m.items() if key not in ("weight", "train")} for m in messages]
     if any(message["role"] == "developer" for message in taken) and "developer" not in fmt.template:
         notes.append(DEVELOPER)
         taken = [{**m, "role": "system"} if m["role"] == "developer" else m for m in taken]
+    for text in strings_of([taken, tools]):
+        check_text(text, f"{location}: messages")
     calls = [call for message in taken for call in message.get("tool_calls", ())]
     if not any(call.get("function", call).get("arguments") for call in calls):
         return taken, notes
@@ -245,6 +250,8 @@ def in_form(call: Mapping[str, Any], wanted: str, where: str) -> dict[str, Any]:
             raise UserError(f"{where}.arguments: not valid JSON ({error}); repair the row") from error
         if not isinstance(function["arguments"], dict):
             raise UserError(f"{where}.arguments: {arguments[:60]!r}: expected a JSON object; repair the row")
+        for text in strings_of(function["arguments"]):
+            check_text(text, f"{where}.arguments")
     elif wanted == "text" and isinstance(arguments, Mapping):
         function["arguments"] = json.dumps(arguments, ensure_ascii=False)
     return {**call, "function": function} if "function" in call else function

@@ -420,6 +420,19 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
+def strings_of(value: Any) -> Iterator[str]:
+    """All strings in a JSON value, keys of objects too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from strings_of(key)
+            yield from strings_of(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from strings_of(part)
+
+
 def check_text(value: Any, where: str) -> None:
     """Raises UserError unless `value` is text that can be encoded."""
     if not isinstance(value, str):

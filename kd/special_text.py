@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kd.errors import UserError
+from kd.record_forms import strings_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -51,19 +52,6 @@ def spelled(texts: Iterator[str] | Sequence[str], tokenizer: PreTrainedTokenizer
     """The special tokens that these texts spell, each once."""
     pattern = special_pattern(tokenizer)
     return tuple(dict.fromkeys(token for text in texts for token in pattern.findall(text)))
-
-
-def strings_of(value: Any) -> Iterator[str]:
-    """All strings in a JSON value, keys of objects too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from strings_of(key)
-            yield from strings_of(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from strings_of(part)
 
 
 def mark_for(value: Any) -> str:
