@@ -19,8 +19,10 @@ from dae_eval.drift import DriftCallback
 from dae.earlier_student import with_lora_of_student
 from dae.recipe import AlignRecipe
 from dae.routing import GENERAL, default_route_shares, teachers_by_route
+from dae.templates import chosen_template, remedy, templates_of_roles, warn_of_other_templates
 from kd.adapter_files import is_adapter, refuse_adapter
 from kd.compatibility import check_adapter, check_complete, check_tokenizers
+from kd.drafts import NoChatTemplateError
 from kd.errors import UserError
 from kd.fingerprints import model_fingerprint
 from kd.losses import TokenLoss
@@ -50,7 +52,7 @@ def align(recipe: AlignRecipe) -> RunResult:
     inputs = fingerprints(recipe)
     check_checkpoints(recipe, inputs)
     recipe = with_lora_of_student(recipe)
-    data = load_stage_data(recipe, [GENERAL, *recipe.expert], default_route_shares(recipe.expert))
+    data = load_data(recipe)
     return run_stage(
         "align",
         recipe,
@@ -59,6 +61,18 @@ def align(recipe: AlignRecipe) -> RunResult:
         lambda settings: build_roles(recipe, inputs, settings),
         lambda roles, trainer: drift_callbacks(data, roles, trainer),
     )
+
+
+def load_data(recipe: AlignRecipe) -> StageData:
+    """All rows, encoded; warns of teachers that have another chat template. Raises UserError."""
+    templates = templates_of_roles(recipe)
+    routes, shares = [GENERAL, *recipe.expert], default_route_shares(recipe.expert)
+    try:
+        data = load_stage_data(recipe, routes, shares, chat_template=chosen_template(recipe, templates))
+    except NoChatTemplateError as error:
+        raise NoChatTemplateError(error.problem, remedy(recipe, templates)) from error
+    warn_of_other_templates(recipe, templates, data)
+    return data
 
 
 def role_paths(recipe: AlignRecipe) -> dict[str, str]:

@@ -21,14 +21,13 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainingArguments
 
-from dae.alignment import check_checkpoints, fingerprints
+from dae.alignment import check_checkpoints, fingerprints, load_data
 from dae.earlier_student import with_lora_of_student
 from dae.empty_roles import check_roles, fewest_positions
 from dae.estimates import Item, Models, disk, memory, models_of, tokens_of_run
 from dae.loss_shares import LossShare, loss_shares
 from dae.overlap import overlaps
 from dae.recipe import AlignRecipe
-from dae.routing import GENERAL, default_route_shares
 from kd import distill
 from kd.config import SftRecipe, SourceRecipe, resolved_yaml
 from kd.data import SourceReport, TokenRows, marked_text, read_records
@@ -41,7 +40,7 @@ from kd.roles import LoadSettings
 from kd.runs import RunFolder
 from kd.sft import ROUTE, check_checkpoint
 from kd.stage import load_settings, planned_steps, rows_per_step, training_arguments
-from kd.stage_data import StageData, load_stage_data, refuse_unfit_rows
+from kd.stage_data import StageData, load_stage_data, refuse_unfit_rows, unread_keys
 
 SMALL_SHARE = 0.05  # of the loss: below it a route is hardly learnt
 MANY_STEPS = 0.1  # of the run: a route that is missing from more has noticeably less of the loss than it was given
@@ -163,7 +162,7 @@ def inputs_of(recipe: SftRecipe | DistillRecipe | AlignRecipe) -> dict[str, str]
 def data_of(recipe: SftRecipe | DistillRecipe | AlignRecipe) -> StageData:
     """All rows, encoded, as the stage itself reads them."""
     if isinstance(recipe, AlignRecipe):
-        return load_stage_data(recipe, [GENERAL, *recipe.expert], default_route_shares(recipe.expert))
+        return load_data(recipe)
     if isinstance(recipe, DistillRecipe):
         return distill.load_data(recipe)
     return load_stage_data(recipe, [ROUTE], None)
@@ -209,6 +208,8 @@ def show_routes(console: Console, recipe: SftRecipe | DistillRecipe | AlignRecip
     console.print("cut: truncated to data.max_length; passes: how often the run sees each row")
     for report in (report for name in data.route_names for report in data.reports[name]):
         tell_report(console, report)
+    for words in data.tokenizer_faults:
+        console.print(Text.assemble(("warning: ", "bold"), words), soft_wrap=True)
     for name, loss_share in shares.items():
         for words in share_warnings(name, loss_share, recipe, plan.mixture):
             console.print(f"[bold]warning:[/] {words}", soft_wrap=True)
@@ -276,9 +277,13 @@ def shortened(text: str) -> str:
 
 
 def tell_report(console: Console, report: SourceReport) -> None:
-    """Why rows of a source were dropped, and what is particular about those that were not."""
+    """The shape of a source's rows, why some were dropped, what is particular about others, and keys not read."""
+    formats = ", ".join(f"{name} ({count:,})" for name, count in report.formats.items())
+    console.print(f"{report.path}: format: {formats}", soft_wrap=True, markup=False)
     for words in [*(f"{count} rows dropped: {reason}" for reason, count in report.dropped.items()), *report.notes]:
-        console.print(f"{report.path}: {words}", soft_wrap=True)
+        console.print(f"{report.path}: {words}", soft_wrap=True, markup=False)
+    if words := unread_keys(report):
+        console.print(Text.assemble(("warning: ", "bold"), f"{report.path}: {words}"), soft_wrap=True)
 
 
 def show_held_out(console: Console, recipe: SftRecipe | DistillRecipe | AlignRecipe, data: StageData) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, field_validator
@@ -21,6 +21,8 @@ UNNAMED = "domain"  # what an expert without a name is called
 
 class AlignRecipe(StageRecipe):
     """`dae align`: the student matches each expert on the rows of its route, and the reference on `general`."""
+
+    has_experts: ClassVar[bool] = True
 
     output: str = Field(default="runs/align", min_length=1, description="the run folder to write")
     expert: dict[str, str] = Field(

@@ -142,11 +142,13 @@ def named_template(name: str) -> str:
 
 
 def load_tokenizer(
-    path: str | os.PathLike[str], settings: DataRecipe, trust_remote_code: bool = False
+    path: str | os.PathLike[str], settings: DataRecipe, trust_remote_code: bool = False, chat_template: Any = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, with the fallback chat template set where it has none of its own.
 
     So the tokenizer that a run writes into its folder renders conversations as they were trained.
+
+    chat_template: takes the place of the tokenizer's own and of the fallback.
 
     Raises:
         UserError: there is no tokenizer that transformers can open, or the fallback cannot be read.
@@ -158,7 +160,9 @@ def load_tokenizer(
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: no tokenizer that transformers can open: {reason}") from error
-    if settings.chat_template is not None:
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    elif settings.chat_template is not None:
         if tokenizer.chat_template:
             logger.warning(
                 "data.chat_template: %s is not used: the tokenizer of %s has a chat template of its own",

@@ -284,6 +284,7 @@ class StageRecipe(Frozen):
     """What every training stage is told."""
 
     verbatim: ClassVar[frozenset[str]] = frozenset({"train"})
+    has_experts: ClassVar[bool] = False
 
     base: str = Field(min_length=1, description="checkpoint that training starts from: folder or hub id")
     output: str = Field(min_length=1, description="the run folder to write")
@@ -326,6 +327,9 @@ class StageRecipe(Frozen):
         if isinstance(train, Mapping):
             held_out = isinstance(data, Mapping) and bool(data.get("eval"))
             problems += training_argument_problems(train, held_out)
+        if isinstance(data, Mapping) and data.get("chat_template") == "expert" and not cls.has_experts:
+            words = "this stage has no expert: give `plain` or a .jinja file"
+            problems.append(Problem(("data", "chat_template"), "expert", words))
         if raw.get("merge") is True and "lora" in raw and raw["lora"] is None:
             problems.append(Problem(("merge",), True, "with `lora: null` the weights are written whole: remove it"))
         if isinstance(data, Mapping) and not data.get("eval"):

@@ -21,6 +21,7 @@ teacher.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -34,18 +35,18 @@ from torch.utils.checkpoint import checkpoint
 from kd.config import DataRecipe, SourceRecipe
 from kd.data import (
     BATCH_RECORDS,
-    Dropped,
     Encoded,
     Ids,
     Mask,
     SourceReport,
     TokenRows,
     encode_records,
-    read_records,
     refuse_empty,
 )
+from kd.drafts import Dropped
 from kd.losses import ACCELERATOR_CHUNK_ELEMENTS, CPU_CHUNK_ELEMENTS, FEWEST_CHUNK_TOKENS, Head, sum_dtype
 from kd.objective import Batch, predicting_positions
+from kd.records import Reading, read_records
 from kd.roles import Role, final_hidden_states, head_of, speaking_as
 
 if TYPE_CHECKING:
@@ -140,6 +141,11 @@ class PairedRows(TokenRows):
         theirs = [part.teacher for part in parts if isinstance(part, PairedRows)]
         return cls(TokenRows.concatenate(parts), TokenRows.concatenate(theirs))
 
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of both sides' tokens and masks."""
+        return hashlib.sha256(f"{super().sha256} {self.teacher.sha256}".encode()).hexdigest()
+
     def columns(self, row: int) -> dict[str, Ids | Mask]:
         """Also the teacher's tokens of the row."""
         theirs = {f"{FOR_TEACHER}{name}": values for name, values in self.teacher.columns(row).items()}
@@ -182,7 +188,8 @@ def encode_pairs(
     """Yields (student's, teacher's) encoding of a source's records; the report is filled in as by `encode_source`."""
     notes: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
-    records = read_records(source)
+    reading = Reading()
+    records = read_records(source, reading)
     while batch := list(itertools.islice(records, BATCH_RECORDS)):
         pairs = zip(*(encode_records(batch, one, settings) for one in tokenizers), strict=True)
         for place, (ours, theirs) in enumerate(pairs, start=report.records):
@@ -195,7 +202,8 @@ def encode_pairs(
             else:
                 report.truncated += ours.truncated
                 notes.update(ours.notes)
+                reading.unread.update(ours.unread)
+                report.conversations += ours.rendered
                 yield ours, theirs
         report.records += len(batch)
-    report.dropped = dict(dropped)
-    report.notes = [f"{count} rows: {note}" for note, count in notes.items()]
+    report.fill(reading, dropped, notes)

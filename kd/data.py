@@ -6,9 +6,10 @@ response token, which the logits of position t - 1 predict. mask_T[0] is False i
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from kd.chat import ChatFormat, Messages, load_tokenizer
 from kd.config import DataRecipe, SourceRecipe
-from kd.drafts import Draft, Dropped, draft, prompt_draft
+from kd.drafts import Draft, Dropped, draft, unanswered_draft
 from kd.errors import UserError
 from kd.record_forms import record_of
 from kd.records import Reading, read_records
@@ -60,7 +61,8 @@ class SourceReport:
     """What became of one source's records. `truncated` rows are among `kept`; notes begin with the rows they are on.
 
     dropped_at: the places of the dropped ones among the records, from 0; formats: records by the shape they came in;
-    unread: keys that nothing reads, with the records that have them.
+    unread: keys that nothing reads, with the records that have them; texts: some of its rows' texts; conversations:
+    kept rows that the chat template rendered.
     """
 
     path: str
@@ -74,6 +76,14 @@ class SourceReport:
     notes: list[str] = field(default_factory=list)
     formats: dict[str, int] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list, repr=False)
+    conversations: int = 0
+
+    def fill(self, reading: Reading, dropped: Mapping[str, int], notes: Mapping[str, int]) -> None:
+        """Take over what was counted while the records were read and encoded."""
+        self.dropped = dict(dropped)
+        self.notes = [f"{count} {'row' if count == 1 else 'rows'}: {note}" for note, count in notes.items()]
+        self.formats, self.unread, self.texts = dict(reading.formats), dict(reading.unread), reading.texts
 
 
 class TokenRows:
@@ -123,6 +133,14 @@ class TokenRows:
         return TokenRow(ids.tolist(), mask.tolist())
 
     @property
+    def sha256(self) -> str:
+        """SHA-256 of all tokens and masks."""
+        digest = hashlib.sha256()
+        for array in (self.offsets, self.input_ids, self.response_mask):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """[R] tokens of each row."""
         return np.diff(self.offsets)
@@ -143,6 +161,7 @@ class Encoded:
     truncated: bool
     notes: tuple[str, ...]
     unread: tuple[str, ...] = ()
+    rendered: bool = False
 
 
 def encode_record(
@@ -238,11 +257,10 @@ def encode_source(
             report.truncated += encoded.truncated
             notes.update(encoded.notes)
             reading.unread.update(encoded.unread)
+            report.conversations += encoded.rendered
             yield encoded.input_ids, encoded.response_mask
         report.records += len(batch)
-    report.dropped = dict(dropped)
-    report.notes = [f"{count} rows: {note}" for note, count in notes.items()]
-    report.formats, report.unread = dict(reading.formats), dict(reading.unread)
+    report.fill(reading, dropped, notes)
 
 
 def encode_records(
@@ -347,14 +365,22 @@ def encode_chats(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase) ->
         yield ids, mask_from_offsets(item.text, item.spans or (), offsets)
 
 
-def prompt_ids(fmt: ChatFormat, messages: Messages, tools: Any = None, location: str = "the prompt") -> list[int]:
-    """[T] token ids of a conversation up to where the model answers next; its contents are text, as in training.
+def conversation_ids(fmt: ChatFormat, messages: Messages, tools: Any = None, *, ask: bool, location: str) -> list[int]:
+    """[T] token ids of a conversation; its contents are text, as in training.
+
+    Args:
+        fmt: the tokenizer's format.
+        messages: with string contents.
+        tools: as in a row.
+        ask: whether it goes on to where the model answers next.
+        location: named in messages.
 
     Raises:
-        UserError: the template leaves out a part of it, or the tokenizer cannot encode its text as text.
+        LostPartError: the template leaves out a part of it.
+        UserError: the tokenizer cannot encode its text as text.
         UnrenderableError: the template refuses it.
     """
-    ((ids, _),) = encode_chats([prompt_draft(fmt, messages, tools, location)], fmt.tokenizer)
+    ((ids, _),) = encode_chats([unanswered_draft(fmt, messages, tools, location, ask)], fmt.tokenizer)
     return ids
 
 
@@ -412,7 +438,7 @@ def finish(item: Draft, ids: list[int], mask: Mask, eos_token_id: int | None, ma
     mask[:1] = False
     if not mask.any():
         return Dropped(PROMPT_TOO_LONG if had_response else NO_RESPONSE)
-    return Encoded(ids, mask, truncated, item.notes, item.unread)
+    return Encoded(ids, mask, truncated, item.notes, item.unread, item.spans is not None)
 
 
 def marked_text(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:

@@ -41,6 +41,10 @@ class NoChatTemplateError(UserError):
         self.problem = problem
 
 
+class LostPartError(UserError):
+    """A chat template leaves out a part of a conversation that carries meaning."""
+
+
 @dataclass(frozen=True)
 class Dropped:
     """A record that gives no row, and why."""
@@ -249,12 +253,12 @@ def in_form(call: Mapping[str, Any], wanted: str, where: str) -> dict[str, Any]:
 def refuse_lost_parts(
     fmt: ChatFormat, messages: Sequence[Mapping[str, Any]], tools: Any, location: str
 ) -> tuple[str, ...]:
-    """Raise UserError where the template leaves out a part that carries meaning; the other keys that it leaves out."""
+    """The other keys that the template leaves out. Raises LostPartError where it leaves out a part with a meaning."""
     lost = unrendered_parts(fmt, messages, tools)
     essential = [part.name for part in lost if part.essential]
     if essential:
         more = f", nor {len(essential) - 1} more" if len(essential) > 1 else ""
-        raise UserError(
+        raise LostPartError(
             f"{location}: {essential[0]}: the chat template of {fmt.title} does not render it{more}, so it would be "
             "lost; take it out of the row, or use a chat template that renders it (chat_template.jinja beside the "
             "tokenizer)"
@@ -312,18 +316,19 @@ def render_literally(
     )
 
 
-def prompt_draft(fmt: ChatFormat, messages: Messages, tools: Any, location: str) -> Draft:
-    """A conversation up to where the model answers next, as text without a response.
+def unanswered_draft(fmt: ChatFormat, messages: Messages, tools: Any, location: str, ask: bool) -> Draft:
+    """A conversation as text without a response; with `ask`, up to where the model answers next.
 
     Raises:
-        UserError: the template leaves out a part of it.
+        LostPartError: the template leaves out a part of it.
+        UserError: its text cannot be told from control tokens.
         UnrenderableError: the template refuses it.
     """
     wanted, notes = as_the_template_wants(fmt, messages, tools, location)
     refuse_lost_parts(fmt, wanted, tools, location)
 
     def render(given: Messages, given_tools: Any, _mark: str) -> RenderedChat:
-        return RenderedChat(fmt.render(given, given_tools, ask=True), (), None, rewritten=False)
+        return RenderedChat(fmt.render(given, given_tools, ask=ask), (), None, rewritten=False)
 
     rendered = render_literally(fmt, wanted, tools, location, render)
     assert rendered is not None

@@ -21,11 +21,15 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class DataInput:
-    """One data source of a run: path as typed, SHA-256 of its content, share of rows (0..1; None: by rows)."""
+    """One data source of a run: path as typed, SHA-256 of its content, share of rows (0..1; None: by rows).
+
+    encoded: SHA-256 of the tokens and masks that its rows became: tokenizer and chat template are in it.
+    """
 
     path: str
     sha256: str
     share: float | None = None
+    encoded: str | None = None
 
 
 def read_provenance(folder: str | Path) -> dict[str, Any] | None:
@@ -68,6 +72,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], recipe_before
         {"processes": (before.get("processes", 1), now["processes"])}
         | _pairs(_flat(_yaml_of_recipe(recipe_before)), _flat(_yaml_of_recipe(recipe_now)))
         | _pairs(_input_hashes(before), _input_hashes(now))
+        | _changed_tokens(before, now)
     )
     return [f"{key}: {_shown(old)} -> {_shown(new)}" for key, (old, new) in pairs.items() if old != new]
 
@@ -99,6 +104,17 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     else:
         return {prefix: value}
     return {name: leaf for key, part in parts.items() for name, leaf in _flat(part, key).items()}
+
+
+def _changed_tokens(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Tokens of sources whose content is the same. Earlier releases recorded no tokens."""
+    found = {}
+    for route, sources in now["data"].items():
+        for index, (source, old) in enumerate(zip(sources, before["data"].get(route, ()), strict=False)):
+            tokens = old.get("encoded"), source.get("encoded")
+            if None not in tokens and old["sha256"] == source["sha256"]:
+                found[f"tokens of data.{route}[{index}] (tokenizer or chat template)"] = tokens
+    return found
 
 
 def _input_hashes(provenance: Mapping[str, Any]) -> dict[str, str]:

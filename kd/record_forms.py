@@ -11,7 +11,7 @@ not read is named, so that somebody can count it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -148,6 +148,16 @@ def format_of(given: Mapping[str, Any], location: str) -> Format:
         f"{location}: {keys} together are ambiguous; set the source's format to {' or '.join(found)}, such as "
         f"data.ROUTE.0.format={found[0]}"
     )
+
+
+def texts_of(row: Mapping[str, Any]) -> Iterator[str]:
+    """What people and models say in a `Record.row`, in order."""
+    for key in ("text", "messages", "prompt", "completion"):
+        value = row.get(key)
+        if isinstance(value, str):
+            yield value
+        else:
+            yield from (message["content"] for message in value or ())
 
 
 def form_of(row: Mapping[str, Any]) -> Form:

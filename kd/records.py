@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from kd.config import SourceRecipe
 from kd.errors import UserError
-from kd.record_forms import EXAMPLE, record_of
+from kd.record_forms import EXAMPLE, Record, record_of, texts_of
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 FILE_ENDINGS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".arrow")
@@ -26,16 +26,34 @@ _BY_ENDING = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parque
 _READ_IN_FOLDERS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".tsv", ".parquet")
 _NOT_READ = (".zst", ".arrow", ".bz2", ".xz", ".zip", ".xlsx", ".npz", ".pkl")
 PARQUET_ROWS = 1024  # read at a time
+TEXTS_KEPT = 1000
 
 csv.field_size_limit(1 << 30)  # a row's text may be long
 
 
 @dataclass
 class Reading:
-    """What was seen of the rows of a source: their formats, and the keys that were not read, with numbers of rows."""
+    """What was seen of the rows of a source: formats, and keys that were not read, with numbers of rows; some texts.
+
+    texts: of rows spread evenly over the source, at most `TEXTS_KEPT`.
+    """
 
     formats: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
+    texts: list[str] = field(default_factory=list)
+    _rows: int = 0
+    _stride: int = 1
+
+    def add(self, record: Record) -> None:
+        """Count one row."""
+        self.formats[record.format] += 1
+        self.unread.update(record.unread)
+        if self._rows % self._stride == 0:
+            self.texts.append("\n".join(texts_of(record.row)))
+            if len(self.texts) > TEXTS_KEPT:
+                self.texts = self.texts[::2]
+                self._stride *= 2
+        self._rows += 1
 
 
 def read_records(source: SourceRecipe, reading: Reading | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -55,8 +73,7 @@ def read_records(source: SourceRecipe, reading: Reading | None = None) -> Iterat
         record = record_of(raw, location, source.format, padded)
         empty = False
         if reading is not None:
-            reading.formats[record.format] += 1
-            reading.unread.update(record.unread)
+            reading.add(record)
         yield location, record.row
     if empty:
         raise UserError(f"{source.path}: has no rows; give a source with at least one, or remove it from the recipe")

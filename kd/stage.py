@@ -40,7 +40,7 @@ from kd.roles import (
 )
 from kd.router import refuse_useless_router_loss
 from kd.runs import RunFolder, State
-from kd.stage_data import StageData, held_out_batches, lost_rows, padding_id, refuse_unfit_rows
+from kd.stage_data import StageData, held_out_batches, padding_id, refuse_unfit_rows, remarks
 from kd.trainer import (
     EarlyStopping,
     RoutedTrainer,
@@ -207,7 +207,7 @@ def run_stage(
         if state == "finished":
             logger.info("%s: this run is finished; nothing to do", recipe.output)
             return RunResult(run.path, run.summary())
-        tell_lost_rows(data)
+        tell_of_rows(data)
         settings = load_settings(recipe)
         set_seed(recipe.seed)
         torch.set_flush_denormal(True)  # denormals slow a CPU run several times over
@@ -232,12 +232,14 @@ def run_stage(
         return RunResult(run.path, summary)
 
 
-def tell_lost_rows(data: StageData) -> None:
-    """Log one line for each source whose rows were dropped or cut: nobody meant them not to count."""
+def tell_of_rows(data: StageData) -> None:
+    """Log what a user should know of the rows: dropped, cut, read in a way of their own; what the tokenizer loses."""
     for name, reports in data.reports.items():
         for report in reports:
-            if words := lost_rows(report):
+            for words in remarks(report):
                 logger.warning("data.%s: %s: %s", name, report.path, words)
+    for words in data.tokenizer_faults:
+        logger.warning("%s", words)
 
 
 def prepare(

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from kd.config import StageRecipe, default_shares
 from kd.data import SourceReport, TokenRows, load_rows, load_tokenizer
 from kd.errors import UserError
-from kd.fingerprints import data_sha256
+from kd.fingerprints import data_sha256, resolve_model
 from kd.mixing import MixedRows, MixtureSource
 from kd.objective import Batch
 from kd.provenance import HELD_OUT, DataInput
+from kd.tokenizer_audit import audit, refuse_lossy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 class StageData:
     """Encoded rows: training sources in the order of the routes, held-out rows per route, and what became of them.
 
-    reports, inputs: of the sources of each route, held-out ones under `eval.NAME`.
+    reports, inputs: of the sources of each route, held-out ones under `eval.NAME`; tokenizer_faults: what the tokenizer
+    does to the rows' text, in words.
     """
 
     route_names: tuple[str, ...]
@@ -32,6 +34,7 @@ class StageData:
     reports: Mapping[str, Sequence[SourceReport]]
     held_out: Mapping[str, TokenRows]
     inputs: Mapping[str, Sequence[DataInput]]
+    tokenizer_faults: tuple[str, ...] = ()
 
     @property
     def longest(self) -> int:
@@ -56,13 +59,21 @@ def load_stage_data(
     route_names: Sequence[str],
     route_shares: Mapping[str, float] | None,
     load: LoadRows = load_rows,
+    chat_template: Any = None,
 ) -> StageData:
     """Read and encode all rows.
 
-    route_shares: each route's share where the recipe names none (None: by rows); load: what takes the place of
-    kd.data.load_rows.
+    Args:
+        recipe: of the stage.
+        route_names: the routes, in order.
+        route_shares: each route's share where the recipe names none (None: by rows).
+        load: what takes the place of kd.data.load_rows.
+        chat_template: takes the place of the tokenizer's own, where given.
+
+    Raises:
+        UserError: rows or tokenizer cannot be used, or the tokenizer loses text of many rows.
     """
-    tokenizer = load_tokenizer(recipe.base, recipe.data, trust_remote_code=recipe.trust_remote_code)
+    tokenizer = load_tokenizer(recipe.base, recipe.data, recipe.trust_remote_code, chat_template)
     encoded = {name: load(recipe.data.routes[name], tokenizer, recipe.data) for name in route_names}
     counts = {name: [len(rows) for rows in encoded[name][0]] for name in route_names}
     if recipe.data.has_shares:
@@ -75,7 +86,10 @@ def load_stage_data(
         for i, source in enumerate(recipe.data.routes[name])
     ]
     inputs = {
-        name: [DataInput(s.path, data_sha256(s.path), shares[name][i]) for i, s in enumerate(recipe.data.routes[name])]
+        name: [
+            DataInput(source.path, data_sha256(source.path), shares[name][i], encoded[name][0][i].sha256)
+            for i, source in enumerate(recipe.data.routes[name])
+        ]
         for name in route_names
     }
     reports = {name: encoded[name][1] for name in route_names}
@@ -83,7 +97,10 @@ def load_stage_data(
     for name, eval_sources in recipe.data.eval.items():
         parts, reports[f"{HELD_OUT}{name}"] = load(eval_sources, tokenizer, recipe.data)
         held_out[name] = type(parts[0]).concatenate(parts)
-        inputs[f"{HELD_OUT}{name}"] = [DataInput(s.path, data_sha256(s.path)) for s in eval_sources]
+        inputs[f"{HELD_OUT}{name}"] = [
+            DataInput(source.path, data_sha256(source.path), encoded=part.sha256)
+            for source, part in zip(eval_sources, parts, strict=True)
+        ]
     return StageData(
         tuple(route_names),
         tokenizer,
@@ -92,7 +109,18 @@ def load_stage_data(
         reports,
         held_out,
         inputs,
+        tokenizer_faults(recipe, tokenizer, reports),
     )
+
+
+def tokenizer_faults(
+    recipe: StageRecipe, tokenizer: PreTrainedTokenizerBase, reports: Mapping[str, Sequence[SourceReport]]
+) -> tuple[str, ...]:
+    """What the tokenizer does to the rows' text, in words. Raises UserError where it loses text of many rows."""
+    texts = [text for several in reports.values() for report in several for text in report.texts]
+    found = audit(tokenizer, resolve_model(recipe.base), texts)
+    refuse_lossy(found, recipe.base, recipe.data.allow_lossy_tokenizer)
+    return tuple(found.lines(recipe.base))
 
 
 def lost_rows(report: SourceReport) -> str:
@@ -102,6 +130,17 @@ def lost_rows(report: SourceReport) -> str:
     if report.truncated:
         parts.append(f"{report.truncated} cut to data.max_length")
     return f"of {report.records} rows, {' and '.join(parts)}" if parts else ""
+
+
+def unread_keys(report: SourceReport) -> str:
+    """The keys of a source's rows that nothing reads, in words; empty where there are none."""
+    shown = sorted(report.unread.items(), key=lambda item: (-item[1], item[0]))
+    return f"keys not read: {', '.join(f'{key} ({count:,})' for key, count in shown)}" if shown else ""
+
+
+def remarks(report: SourceReport) -> list[str]:
+    """All that a user should know of a source's rows, a line each."""
+    return [line for line in (lost_rows(report), *report.notes, unread_keys(report)) if line]
 
 
 def held_out_batches(data: StageData, collate_rows: Callable[[list[Any]], Batch], size: int) -> dict[str, list[Batch]]:

@@ -20,7 +20,7 @@ MODULES = [(name, path) for name, folder in PACKAGES.items() for path in sorted(
 FOR_EVALUATION = {
     f"kd.{name}"
     for name in (
-        *("config", "errors", "problems", "records", "record_forms", "chat", "data", "mixing"),
+        *("config", "errors", "problems", "record_forms", "records", "chat", "drafts", "data", "mixing"),
         *("tokenizer_audit", "tokenizer_files"),
         *("roles", "adapters", "adapter_files", "completeness", "compatibility", "losses", "objective"),
         *("runs", "files", "fingerprints", "provenance", "lock", "environment"),

@@ -29,10 +29,12 @@ from kd.files import TEMPORARY_PREFIX, disk_errors, json_text, read_json, write_
 from kd.fingerprints import data_sha256, file_sha256, model_fingerprint, resolve_model
 from kd.lock import hold
 from kd.provenance import TOOLKIT, differences
+from kd.tokenizer_files import tokenizer_sha256
 
 STATE = "pipeline.json"
 LOCK = ".lock"
 VERSION = 1
+TOKENIZER_OF = "tokenizer of "
 
 Word = Literal["done", "begun", "waiting", "stale"]
 
@@ -212,8 +214,13 @@ class PipelineFolder:
         return Standing("done" if len(ready) == len(stage.inputs) else "begun")
 
     def inputs(self, stage: Stage, inputs: Sequence[Input]) -> dict[str, str]:
-        """Fingerprint of each input by its key, and of each base that only an adapter among them names."""
+        """Fingerprint of each input by its key; of each checkpoint's tokenizer and templates, which decide what rows
+        become; and of each base that only an adapter among them names.
+        """
         found = {one.name: self.fingerprints.of(one.wanted, one.path, stage.recipe) for one in inputs}
+        for one in inputs:
+            if one.wanted in ("checkpoint", "full checkpoint"):
+                found[f"{TOKENIZER_OF}{one.name}"] = tokenizer_sha256(self.fingerprints.folder(one.path))
         for one in inputs if self._finds_bases(stage) else ():
             with suppress(UserError):  # where it cannot be had, the stage will say so
                 base = base_of(str(self.fingerprints.folder(one.path))) if one.wanted == "checkpoint" else None
@@ -311,8 +318,11 @@ def read_state(folder: Path) -> dict[str, Any]:
 def changes(record: Record, stage: Stage, inputs: Mapping[str, str]) -> list[str]:
     """One line for each setting and input that is not what the record says; inputs that are not given are left out."""
     before = {"stage": record.stage, "processes": 1, "data": {}}
-    now = {"stage": stage.kind, "processes": 1, "inputs": dict(inputs), "data": {}}
+    now: dict[str, Any] = {"stage": stage.kind, "processes": 1, "data": {}}
     known = {name: sha256 for name, sha256 in record.inputs.items() if name in inputs}
+    # Earlier releases recorded no tokenizers.
+    recorded = any(name.startswith(TOKENIZER_OF) for name in record.inputs)
+    now["inputs"] = {n: sha256 for n, sha256 in inputs.items() if recorded or not n.startswith(TOKENIZER_OF)}
     texts = [yaml.safe_dump(settings) for settings in (record.settings, json.loads(json.dumps(stage.settings())))]
     return differences({**before, "inputs": known}, now, texts[0], texts[1])
 

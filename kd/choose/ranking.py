@@ -29,8 +29,9 @@ from kd.choose.rewards import (
 from kd.choose.student_losses import encode_responses, losses_of, open_student, without_prompt
 from kd.data import TokenRow
 from kd.errors import UserError
-from kd.fingerprints import data_sha256, model_fingerprint
+from kd.fingerprints import data_sha256, model_fingerprint, resolve_model
 from kd.roles import LoadSettings
+from kd.tokenizer_files import tokenizer_sha256
 
 logger = logging.getLogger("dae")
 
@@ -58,6 +59,8 @@ def settings_of(recipe: RankRecipe) -> dict[str, Any]:
     settings["content of reward_model"] = model_fingerprint(recipe.reward_model)
     settings["chat template of student"] = template_sha256(student_tokenizer(recipe))
     settings["chat template of reward_model"] = template_sha256(reward_tokenizer(recipe))
+    for role, path in (("student", tokenizer_home(recipe.student)), ("reward_model", recipe.reward_model)):
+        settings[f"tokenizer of {role}"] = tokenizer_sha256(resolve_model(path))
     if recipe.prompts is not None:
         settings["content of prompts"] = data_sha256(recipe.prompts)
     return settings

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from kd.chat import UnrenderableError, named_template, render, template_of
+from kd.chat import UnrenderableError, chat_format, named_template, template_of
 from kd.choose.responses import Response
 from kd.config import DataRecipe
+from kd.data import conversation_ids
 from kd.errors import UserError
 from kd.roles import LoadSettings, refuse_bad_weights
 
@@ -80,12 +81,13 @@ def encode_conversations(
                 "conversation; set reward_chat_template to a .jinja file, or to `plain`"
             )
         try:
-            text = render(tokenizer, template, response.conversation, response.tools)
+            fmt = chat_format(tokenizer, template)
+            ids = conversation_ids(fmt, response.conversation, response.tools, ask=False, location=response.location)
         except UnrenderableError as error:
             raise UserError(
                 f"{response.location}: the chat template of the reward model {path} refuses this conversation: {error}"
             ) from error
-        rows.append(list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids))
+        rows.append(ids)
     limit = context_of(tokenizer, config)
     long = [(row, response) for row, response in zip(rows, responses, strict=True) if len(row) > limit]
     if long:

@@ -193,7 +193,7 @@ def test_template_without_end_token(tokenizer, tmp_path):
     assert responses(encoded(record, tokenizer), tokenizer) == [" Yes.\n", " No.\n</s>"]
     assert responses(encoded(record, tokenizer, append_eos=False), tokenizer) == [" Yes.\n", " No.\n"]
     assert told_notes(tmp_path / "a.jsonl", [record] * 3, tokenizer)[1].notes == [f"3 rows: {EOS_APPENDED}"]
-    assert told_notes(tmp_path / "a.jsonl", [record], tokenizer, append_eos=False)[1].notes == [f"1 rows: {ENDLESS}"]
+    assert told_notes(tmp_path / "a.jsonl", [record], tokenizer, append_eos=False)[1].notes == [f"1 row: {ENDLESS}"]
 
 
 def test_template_that_rewrites_earlier_turns_trains_the_last_one(tokenizer, tmp_path):
@@ -203,7 +203,7 @@ def test_template_that_rewrites_earlier_turns_trains_the_last_one(tokenizer, tmp
     plain = chat("Is it?", "Yes.", "And?", "No.")
     assert responses(encoded(plain, tokenizer), tokenizer) == ["Yes.<|im_end|>", "No.<|im_end|>"]
     rows, report = told_notes(tmp_path / "a.jsonl", [thinking, plain], tokenizer)
-    assert report.notes == [f"1 rows: {REWRITTEN}"]
+    assert report.notes == [f"1 row: {REWRITTEN}"]
     assert len(rows) == 2
 
 
@@ -237,7 +237,7 @@ def test_empty_assistant_turn_carries_loss_only_where_asked_for(tokenizer, tmp_p
     record = chat("Is it?", " ", "And?", "No.")
     assert responses(encoded(record, tokenizer), tokenizer) == ["No.<|im_end|>"]
     assert responses(encoded(record, tokenizer, empty_responses="keep"), tokenizer) == ["<|im_end|>", "No.<|im_end|>"]
-    assert told_notes(tmp_path / "a.jsonl", [record], tokenizer)[1].notes == [f"1 rows: {EMPTY_TURNS}"]
+    assert told_notes(tmp_path / "a.jsonl", [record], tokenizer)[1].notes == [f"1 row: {EMPTY_TURNS}"]
     # What comes after the last turn with loss is left away, as messages after it always were.
     assert encoded(chat("Is it?", "Yes.", "And?", ""), tokenizer) == encoded(chat("Is it?", "Yes."), tokenizer)
     assert encode_record(chat("Is it?", "\n"), tokenizer, DataRecipe(), "r:1") == Dropped(EMPTY_RESPONSE)

@@ -139,7 +139,7 @@ def test_arguments_reach_a_template_as_it_wants_them(tmp_path):
     assert response(calling(json.dumps(ARGUMENTS)), TOOLS_EITHER) == response(calling(), TOOLS_EITHER) == wanted
     as_text = [calling(json.dumps(ARGUMENTS))] * 2
     assert report_of(tmp_path / "a.jsonl", as_text, TOOLS_AS_OBJECT).notes == [f"2 rows: {READ_AS_OBJECT}"]
-    assert report_of(tmp_path / "a.jsonl", [calling()], TOOLS_AS_TEXT).notes == [f"1 rows: {READ_AS_TEXT}"]
+    assert report_of(tmp_path / "a.jsonl", [calling()], TOOLS_AS_TEXT).notes == [f"1 row: {READ_AS_TEXT}"]
     assert report_of(tmp_path / "a.jsonl", [*as_text, calling()], TOOLS_EITHER).notes == []
 
 
@@ -163,7 +163,7 @@ def test_turns_of_weight_0_carry_no_loss(tmp_path):
         row, whole = encode(record, KEEPS), encode({"messages": [ASK, ANSWER, ASK, {**ANSWER, "content": "8"}]}, KEEPS)
         assert row.input_ids == whole.input_ids
         assert response(record, KEEPS) == "8<|im_end|>"
-    assert report_of(tmp_path / "a.jsonl", [record], KEEPS).notes == [f"1 rows: {UNWEIGHTED}"]
+    assert report_of(tmp_path / "a.jsonl", [record], KEEPS).notes == [f"1 row: {UNWEIGHTED}"]
     nothing = {"messages": [ASK, {**ANSWER, "weight": 0}]}
     assert encode(nothing, KEEPS) == Dropped(NO_WEIGHT)
     for weight in (0.5, 2, "no"):
@@ -185,7 +185,7 @@ def test_system_beside_messages_is_their_first_turn():
 def test_developer_turns(tmp_path):
     record = {"messages": [{"role": "developer", "content": "Be brief."}, ASK, ANSWER]}
     assert encode(record, PLAIN_TEMPLATE) == encode({"messages": [SYSTEM, ASK, ANSWER]}, PLAIN_TEMPLATE)
-    assert report_of(tmp_path / "a.jsonl", [record], PLAIN_TEMPLATE).notes == [f"1 rows: {DEVELOPER}"]
+    assert report_of(tmp_path / "a.jsonl", [record], PLAIN_TEMPLATE).notes == [f"1 row: {DEVELOPER}"]
     knows = KEEPS + "{# developer #}"
     assert "developer" in KINDS["byte-level"].decode(encode(record, knows).input_ids)
 

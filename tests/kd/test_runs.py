@@ -232,7 +232,7 @@ def test_provenance_says_what_a_later_stage_needs(tmp_path: Path) -> None:
         pass
     provenance = read_provenance(run.path)
     assert provenance is not None
-    assert provenance["data"] == {"train": [{"path": "rows.jsonl", "sha256": "1" * 64, "share": None}]}
+    assert provenance["data"] == {"train": [{"path": "rows.jsonl", "sha256": "1" * 64, "share": None, "encoded": None}]}
     assert provenance["base"] == {"path": "some/base", "fingerprint": "b" * 64}
     assert base_fingerprint_of(run.path) == "b" * 64
     assert base_fingerprint_of(tmp_path) is None

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizer
 
 from kd.chat import chat_format
 from kd.config import DataRecipe, SourceRecipe
-from kd.data import encode_record, load_rows, prompt_ids
+from kd.data import conversation_ids, encode_record, load_rows
 from kd.errors import UserError
 from kd.special_text import special_ids
 
@@ -99,9 +99,9 @@ def test_rows_that_spell_special_tokens_are_counted(tmp_path):
     tokenizer = with_template(KINDS["byte-level"], KEEPS)
     _, (report,) = load_rows([SourceRecipe(path=str(path))], tokenizer, DataRecipe())
     assert report.notes == [
-        "1 rows: messages spell `<s>`, `</s>`: encoded as text",
-        "1 rows: messages spell `</s>`: encoded as text",
-        "1 rows: the text spells `<s>`, `</s>`: read as control tokens (data.special_tokens: parse)",
+        "1 row: messages spell `<s>`, `</s>`: encoded as text",
+        "1 row: messages spell `</s>`: encoded as text",
+        "1 row: the text spells `<s>`, `</s>`: read as control tokens (data.special_tokens: parse)",
     ]
 
 
@@ -181,4 +181,4 @@ def test_prompts_are_text_as_well():
     fmt = chat_format(tokenizer, KEEPS)
     asked = chat("<s>12</s>?")["messages"]
     row = encode(chat("<s>12</s>?", "b"), tokenizer)
-    assert prompt_ids(fmt, asked) == row.input_ids[: row.response_mask.index(True)]
+    assert conversation_ids(fmt, asked, ask=True, location="a prompt") == row.input_ids[: row.response_mask.index(True)]

@@ -1,0 +1,90 @@
+"""Chat templates of the roles: a teacher asked in another template than its own answers as it was not trained to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dae.recipe import AlignRecipe
+from kd.adapter_files import has_tokenizer
+from kd.chat import load_tokenizer
+from kd.config import DataRecipe
+from kd.errors import UserError
+from kd.stage_data import StageData
+
+logger = logging.getLogger("dae")
+
+EXPERT = "expert"  # the value of data.chat_template
+
+
+def template_of_role(path: str, trust_remote_code: bool) -> Any:
+    """The chat template in a role's own folder: text, several by name, or None. Raises UserError."""
+    if not has_tokenizer(path):
+        return None
+    return load_tokenizer(path, DataRecipe(), trust_remote_code).chat_template or None
+
+
+def templates_of_roles(recipe: AlignRecipe) -> dict[str, Any]:
+    """Role -> its chat template, for the experts and the reference whose folders have one. Raises UserError."""
+    paths = {f"expert.{name}": path for name, path in recipe.expert.items()}
+    if recipe.reference not in (None, recipe.base):
+        paths["reference"] = str(recipe.reference)
+    found = {role: template_of_role(path, recipe.trust_remote_code) for role, path in paths.items()}
+    return {role: template for role, template in found.items() if template is not None}
+
+
+def chosen_template(recipe: AlignRecipe, templates: Mapping[str, Any]) -> Any:
+    """The expert's chat template with `data.chat_template: expert`, else None. Raises UserError where it has none."""
+    if recipe.data.chat_template != EXPERT:
+        return None
+    theirs = [templates.get(f"expert.{name}") for name in recipe.expert]
+    without = [path for path, template in zip(recipe.expert.values(), theirs, strict=True) if template is None]
+    if without:
+        raise UserError(
+            f"data.chat_template: {EXPERT}: {without[0]} has no chat template; give `plain` or a .jinja file instead"
+        )
+    if len({sha256_of(template) for template in theirs}) > 1:
+        raise UserError(
+            f"data.chat_template: {EXPERT}: the experts have different chat templates; give one as a .jinja file"
+        )
+    return theirs[0]
+
+
+def sha256_of(template: Any) -> str:
+    """SHA-256 of a template's text, or of several by name."""
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def remedy(recipe: AlignRecipe, templates: Mapping[str, Any]) -> str:
+    """What to do where conversations meet a base without a chat template: a role's own comes before `plain`."""
+    if any(f"expert.{name}" in templates for name in recipe.expert):
+        return f"set data.chat_template={EXPERT}: the expert's folder has one, and it was trained on it"
+    if "reference" in templates:
+        file = Path(str(recipe.reference)) / "chat_template.jinja"
+        return f"the reference has one: set data.chat_template={file}, or give another .jinja file"
+    return "set data.chat_template to `plain` or to a .jinja file"
+
+
+def warn_of_other_templates(recipe: AlignRecipe, templates: Mapping[str, Any], data: StageData) -> None:
+    """Warn for each teacher whose template is not the one that the rows were rendered with."""
+    if not any(report.conversations for reports in data.reports.values() for report in reports):
+        return
+    ours = sha256_of(data.tokenizer.chat_template or "")
+    for role, template in templates.items():
+        if (theirs := sha256_of(template)) == ours:
+            continue
+        path = recipe.reference if role == "reference" else recipe.expert[role.removeprefix("expert.")]
+        way = f"set data.chat_template={EXPERT} to use it" if role != "reference" else "see that this is meant"
+        logger.warning(
+            "%s %s: has a chat template of its own (SHA-256 %s), and is asked in the student's (%s); %s",
+            role,
+            path,
+            theirs[:12],
+            ours[:12],
+            way,
+        )
