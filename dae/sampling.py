@@ -32,7 +32,7 @@ from dae.sample_prompts import instruction_of, read_prompts, user_opening
 from dae.written_rows import Batch, Prompt, RowMaker, is_space
 from kd.adapter_files import base_of, tokenizer_home
 from kd.chat import ChatFormat, UnrenderableError, chat_format
-from kd.data import prompt_ids
+from kd.data import conversation_ids
 from kd.errors import UserError
 from kd.files import append_lines, cut_torn_line, disk_errors, fsync_path, json_text, read_json, write_text_durably
 from kd.fingerprints import file_sha256, model_fingerprint, resolve_model
@@ -337,7 +337,8 @@ def _encode_prompt(draw: Draw, fmt: ChatFormat | None, prompt: Prompt) -> list[i
         return draw.encode_plain(prompt)
     assert fmt is not None
     where = draw.recipe.prompts or draw.recipe.model
-    ids = prompt_ids(fmt, prompt, location=f"{where}: prompt {json.dumps(prompt, ensure_ascii=False)[:60]}")
+    shown = json.dumps(prompt, ensure_ascii=False)[:60]
+    ids = conversation_ids(fmt, prompt, ask=True, location=f"{where}: prompt {shown}")
     # As in training, a space at the end belongs to the first word of the answer.
     while len(ids) > 1 and is_space(draw.writer.tokenizer, ids[-1]):
         ids.pop()

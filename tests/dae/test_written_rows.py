@@ -19,7 +19,7 @@ from dae.sampling import ROWS_AS, SampleFile, sample
 from dae.written_rows import NOT_RENDERED, OTHER_END, OTHER_TOKENS, RowMaker
 from kd.chat import chat_format
 from kd.config import DataRecipe
-from kd.data import TokenRow, encode_record, prompt_ids
+from kd.data import TokenRow, conversation_ids, encode_record
 from kd.errors import UserError
 
 ASKED = [{"role": "user", "content": "red?"}]
@@ -50,7 +50,7 @@ def made(template: str, continuation: Any, tokenizer: Any = None, asked: Any = N
     tokenizer.chat_template = template
     fmt = chat_format(tokenizer, template)
     asked = asked or ASKED
-    ids = prompt_ids(fmt, asked)
+    ids = conversation_ids(fmt, asked, ask=True, location="prompt")
     return RowMaker(tokenizer, fmt).row(asked, ids, continuation), ids
 
 
