@@ -27,12 +27,20 @@ END_TOKEN, SPECIAL_TOKEN, LENGTH = "end token", "other special token", "length"
 
 @dataclass(frozen=True)
 class Continuation:
-    """What the model wrote: its text, or the fault for which there is none; its length in tokens; what stopped it."""
+    """What the model wrote.
+
+    tokens: all that it wrote, the one that stopped it too; stop: what stopped it; text, or the fault for which there is
+    none; ids: those of the text; end: the end token, where that stopped it.
+
+    A text that did not come to its end has no white space and no half of a character there: it is cut before them.
+    """
 
     tokens: int
     stop: str
     text: str | None = None
     fault: str | None = None
+    ids: tuple[int, ...] = ()
+    end: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,15 +106,19 @@ class Writer:
         end = next((place for place, token in enumerate(ids) if token in self.special_ids), len(ids) - 1)
         return ids[: end + 1]
 
-    def _as_text(self, prompt: Sequence[int], ids: list[int]) -> Continuation:
-        tokens = len(ids)
-        stopped = ids[-1] in self.special_ids
-        stop = END_TOKEN if ids[-1] in self.end_ids else SPECIAL_TOKEN if stopped else LENGTH
-        text = self._text_after(prompt, ids[:-1] if stopped else ids)
-        if not stopped:
-            text = text.rstrip("\ufffd")  # the last character was cut in two
+    def _as_text(self, prompt: Sequence[int], written: Sequence[int]) -> Continuation:
+        stopped = written[-1] in self.special_ids
+        end = written[-1] if written[-1] in self.end_ids else None
+        stop = END_TOKEN if end is not None else SPECIAL_TOKEN if stopped else LENGTH
+        ids = list(written[:-1] if stopped else written)
+        text = self._text_after(prompt, ids)
+        while end is None and ids and text != text.rstrip().rstrip("\ufffd"):
+            ids.pop()
+            text = self._text_after(prompt, ids)
         fault = self._fault(text)
-        return Continuation(tokens, stop, fault=fault) if fault else Continuation(tokens, stop, text=text)
+        if fault:
+            return Continuation(len(written), stop, fault=fault)
+        return Continuation(len(written), stop, text=text, ids=tuple(ids), end=end)
 
     def _text_after(self, prompt: Sequence[int], ids: list[int]) -> str:
         """The continuation as it stands after its prompt: decoders treat the beginning of a text in their own way."""

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from dae.generation import open_writer
 from dae.recipe import SampleRecipe
-from dae.sampling import IDLE_BATCHES, Batch, Draw, Prompt, SampleFile, answer, read_prompts, settings_of
+from dae.sample_prompts import read_prompts
+from dae.sampling import IDLE_BATCHES, Draw, SampleFile, answer, settings_of
+from dae.written_rows import Batch, Prompt
 from kd.adapter_files import base_of
 from kd.chat import chat_format
 from kd.choose.car import Ranking

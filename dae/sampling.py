@@ -5,6 +5,9 @@ Three ways to begin, by what there is:
     a chat template     the model writes the user's turn, then its answer (as in Magpie, arXiv 2406.08464)
     neither             the model starts from its first token
 
+A row is written only if it encodes, as in training, to the very ids that the model read and wrote (dae.written_rows);
+an answer that was cut by `max_new_tokens` says so (`"finish_reason": "length"`) and carries no end token.
+
 Rows are collected batch by batch in OUTPUT.partial, one line for each batch behind a line with the settings (which
 comes with the first batch). A batch follows from (seed, number of the batch) alone, so a stop anywhere costs at most
 one batch and changes no row.
@@ -17,23 +20,26 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
 
-from dae.generation import LENGTH, Continuation, Writer, derived_seed, open_writer
-from kd.adapter_files import base_of
+from dae.generation import Continuation, Writer, derived_seed, open_writer
+from dae.sample_prompts import instruction_of, read_prompts, user_opening
+from dae.written_rows import Batch, Prompt, RowMaker, is_space
+from kd.adapter_files import base_of, tokenizer_home
 from kd.chat import ChatFormat, UnrenderableError, chat_format
+from kd.data import conversation_ids
 from kd.errors import UserError
 from kd.files import append_lines, cut_torn_line, disk_errors, fsync_path, json_text, read_json, write_text_durably
-from kd.fingerprints import file_sha256, model_fingerprint
+from kd.fingerprints import file_sha256, model_fingerprint, resolve_model
 from kd.lock import hold
 from kd.provenance import changed_settings
-from kd.record_forms import messages_of
-from kd.records import read_jsonl
+from kd.tokenizer_audit import PROBES, audit
+from kd.tokenizer_files import tokenizer_sha256
 
 if TYPE_CHECKING:
     from dae.recipe import SampleRecipe
@@ -41,29 +47,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dae")
 
 IDLE_BATCHES = 20  # batches in a row without a row after which nothing more is expected
-_PROBE = "replyprobe"  # stands for the user's words in a template
+ROWS_AS = "their ids are those that were read and written"  # what rows promise; files of another promise are not mixed
 _INSTRUCTION, _ANSWER = 0, 1
-
-Prompt = str | list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one batch gave: rows, why each stops, its new tokens, and how many gave no row, by reason."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    stops: list[str] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    dropped: Counter[str] = field(default_factory=Counter)
-
-    def add(self, written: Continuation, row: dict[str, Any]) -> None:
-        """Add the row that a continuation makes, or count why it makes none."""
-        if written.fault is not None:
-            self.dropped[written.fault] += 1
-            return
-        self.rows.append(row)
-        self.stops.append(written.stop)
-        self.tokens.append(written.tokens)
 
 
 def sample(recipe: SampleRecipe) -> Path:
@@ -87,6 +72,7 @@ def sample(recipe: SampleRecipe) -> Path:
             logger.info("%s: all rows are there; nothing to do", recipe.output)
             return file.path
         writer = open_writer(recipe.model, recipe.trust_remote_code)
+        tell_losses(recipe.model, writer, prompts)
         write_batch = batch_writer(recipe, writer, prompts)
         with _progress(recipe.rows) as show:
             while sum(len(batch.rows) for batch in batches) < recipe.rows:
@@ -106,7 +92,21 @@ def settings_of(recipe: SampleRecipe) -> dict[str, Any]:
         settings["content of its base"] = model_fingerprint(base)
     if recipe.prompts is not None:
         settings["content of prompts"] = file_sha256(recipe.prompts)
+    settings["content of tokenizer and chat template"] = tokenizer_sha256(resolve_model(tokenizer_home(recipe.model)))
+    settings["promise of rows"] = ROWS_AS
     return settings
+
+
+def tell_losses(model: str, writer: Writer, prompts: Sequence[Prompt] | None) -> None:
+    """Warn, in one line, where the tokenizer drops characters: of the prompts, or without them of a few probes."""
+    texts = [
+        text
+        for prompt in prompts or ()
+        for text in ([prompt] if isinstance(prompt, str) else [message["content"] for message in prompt])
+    ]
+    loss = audit(writer.tokenizer, resolve_model(tokenizer_home(model)), texts or PROBES).loss(model)
+    if loss is not None:
+        logger.warning("%s", loss)
 
 
 def refuse_to_wait_for_nothing(model: str, batches: Sequence[Batch]) -> None:
@@ -229,7 +229,7 @@ class SampleFile:
             tokens / rows,
             " and ".join(f"{stop}: {count}" for stop, count in stops.most_common()),
             sum(dropped.values()),
-            f" ({', '.join(dropped)})" if dropped else "",
+            f" ({', '.join(f'{reason}: {count}' for reason, count in dropped.most_common())})" if dropped else "",
         )
 
 
@@ -288,9 +288,9 @@ class Draw:
 
 def begin(draw: Draw, start: int, number: int) -> Batch:
     """Texts that the model begins by itself: rows {"text"}."""
-    batch = Batch()
+    batch, maker = Batch(), RowMaker(draw.writer.tokenizer, None)
     for written in draw([[start]] * draw.recipe.batch_size, number):
-        batch.add(written, {"text": written.text})
+        batch.add(written, maker.row(None, [start], written))
     return batch
 
 
@@ -318,7 +318,7 @@ def converse(draw: Draw, fmt: ChatFormat, opening: tuple[str, str], number: int)
 
 def answer(draw: Draw, fmt: ChatFormat | None, prompts: Sequence[Prompt], number: int) -> Batch:
     """Answers to these prompts: rows {"prompt", "completion"} for text, {"messages"} for messages."""
-    batch = Batch()
+    batch, maker = Batch(), RowMaker(draw.writer.tokenizer, fmt)
     encoded: list[list[int]] = []
     kept: list[Prompt] = []
     for prompt in prompts:
@@ -327,12 +327,8 @@ def answer(draw: Draw, fmt: ChatFormat | None, prompts: Sequence[Prompt], number
             kept.append(prompt)
         except UnrenderableError:
             batch.dropped["refused by the chat template"] += 1
-    for prompt, written in zip(kept, draw(encoded, number), strict=True):
-        if isinstance(prompt, str):
-            batch.add(written, {"prompt": prompt, "completion": written.text})
-        else:
-            reply = {"role": "assistant", "content": (written.text or "").strip()}
-            batch.add(written, {"messages": [*prompt, reply]})
+    for prompt, ids, written in zip(kept, encoded, draw(encoded, number), strict=True):
+        batch.add(written, maker.row(prompt, ids, written))
     return batch
 
 
@@ -340,66 +336,10 @@ def _encode_prompt(draw: Draw, fmt: ChatFormat | None, prompt: Prompt) -> list[i
     if isinstance(prompt, str):
         return draw.encode_plain(prompt)
     assert fmt is not None
-    return draw.encode(fmt.render(prompt, ask=True))
-
-
-def user_opening(fmt: ChatFormat, model: str) -> tuple[str, str]:
-    """What a template writes before the user's first words, and after them up to the answer.
-
-    Raises:
-        UserError: the template does not show where the user's words stand.
-    """
-    try:
-        text = fmt.render([{"role": "user", "content": _PROBE}], ask=True)
-    except UnrenderableError as error:
-        raise UserError(
-            f"{model}: its chat template refuses a lone user turn ({error}); give --prompts FILE"
-        ) from error
-    before, probe, after = text.rpartition(_PROBE)
-    if not probe or not before.strip():
-        raise UserError(f"{model}: its chat template does not show where a user begins to speak; give --prompts FILE")
-    # A space at the end would be a token of its own, which no trained text has there.
-    return before.rstrip(" "), after
-
-
-def instruction_of(written: Continuation, after: str) -> tuple[str | None, str | None]:
-    """The user's words and no fault, or no words and the fault.
-
-    after: what the template writes after the user's words. Some templates end the turn by a special token, at which the
-    model was stopped; others by ordinary text (`[/INST]`, `ASSISTANT:`), which the model writes and goes on.
-    """
-    if written.text is None:
-        return None, written.fault
-    words, marker, _ = written.text.partition(after.strip() or "\0")
-    if not marker and written.stop == LENGTH:
-        return None, "no end"
-    return (words.strip(), None) if words.strip() else (None, "no text")
-
-
-def read_prompts(path: str) -> list[Prompt]:
-    """Prompts of a JSONL file: {"prompt": text or messages} or {"messages"}; answers that are there are left away.
-
-    Raises:
-        UserError: the file cannot be read or is empty, or a row holds no prompt.
-    """
-    prompts = [_prompt_of(row, location) for location, row in read_jsonl(path)]
-    if not prompts:
-        raise UserError(f"{path}: has no rows; give a file with at least one prompt")
-    return prompts
-
-
-def _prompt_of(row: Any, location: str) -> Prompt:
-    wanted = 'a row is {"prompt": text}, {"prompt": messages} or {"messages": [...]}'
-    if not isinstance(row, Mapping) or not ({"prompt", "messages"} & row.keys()):
-        raise UserError(f"{location}: has no prompt; {wanted}")
-    prompt = row.get("prompt", row.get("messages"))
-    if isinstance(prompt, str):
-        # As in training, spaces at the end of a prompt belong to the completion.
-        if not prompt.strip():
-            raise UserError(f"{location}: prompt: is empty")
-        return prompt.rstrip()
-    prompt = messages_of(prompt, f"{location}: {'prompt' if 'prompt' in row else 'messages'}")
-    last = max((place for place, message in enumerate(prompt) if message["role"] != "assistant"), default=-1)
-    if last < 0:
-        raise UserError(f"{location}: messages: none is the user's; {wanted}")
-    return prompt[: last + 1]
+    where = draw.recipe.prompts or draw.recipe.model
+    shown = json.dumps(prompt, ensure_ascii=False)[:60]
+    ids = conversation_ids(fmt, prompt, ask=True, location=f"{where}: prompt {shown}")
+    # As in training, a space at the end belongs to the first word of the answer.
+    while len(ids) > 1 and is_space(draw.writer.tokenizer, ids[-1]):
+        ids.pop()
+    return ids

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import string
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,8 @@ CHARACTERS = 2000  # of each text
 MOST_LOSSY = 0.01  # part of the texts that may lose characters
 AS_IS = "TokenizersBackend"  # the tokenizer_class that reads tokenizer.json as it is
 SHOWN = 8
+# What to look at where there are no texts: every mark, accents, another script, an emoji.
+PROBES = (*(f"one {mark} two" for mark in string.punctuation), "naïve café, 42 €", "价格是多少？ 🙂")
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 Counts = tuple[tuple[str, int], ...]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import string
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,11 +29,9 @@ from kd.roles import (
     speaking_as,
     unwrapped,
 )
-from kd.tokenizer_audit import audit
+from kd.tokenizer_audit import PROBES, audit
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# What a tokenizer is tried on where there are no documents: all marks, accents, another script, an emoji.
-_PROBES = (*(f"one {mark} two" for mark in string.punctuation), "naïve café, 42 €", "价格是多少？ 🙂")
 
 logger = logging.getLogger("dae")
 
@@ -124,7 +121,7 @@ def open_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def tell_losses(model: Model, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = _PROBES) -> None:
+def tell_losses(model: Model, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = PROBES) -> None:
     """Warn, in one line, where the tokenizer drops characters of these texts or cuts them in a way of its own."""
     loss = audit(tokenizer, model.tokenizer_folder, texts).loss(model.path)
     if loss is not None:

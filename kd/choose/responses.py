@@ -25,22 +25,25 @@ SHOWN = 60  # characters of a prompt in a message
 class Response:
     """One response to one prompt.
 
-    prompt: text, or messages up to the response; response: its text; location: where the row stands, for messages.
+    prompt: text, or messages up to the response; response: its text; location: where the row stands, for messages;
+    cut_off: whether it did not come to its end (the row's `finish_reason` is length), so that no end token is its own.
     """
 
     location: str
     prompt: str | tuple[Mapping[str, Any], ...]
     response: str
     tools: Any = None
+    cut_off: bool = False
 
     @property
     def record(self) -> dict[str, Any]:
         """The row as kd.data encodes it: only the response is one."""
+        cut = {"finish_reason": "length"} if self.cut_off else {}
         if isinstance(self.prompt, str):
-            return {"prompt": self.prompt, "completion": self.response}
+            return {"prompt": self.prompt, "completion": self.response, **cut}
         reply = {"role": "assistant", "content": self.response}
         tools = {} if self.tools is None else {"tools": self.tools}
-        return {"prompt": [dict(message) for message in self.prompt], "completion": [reply], **tools}
+        return {"prompt": [dict(message) for message in self.prompt], "completion": [reply], **tools, **cut}
 
     @property
     def conversation(self) -> list[dict[str, Any]]:
@@ -82,10 +85,11 @@ def read_responses(path: str) -> list[Response]:
 def response_of(record: Mapping[str, Any], location: str) -> Response:
     """One row. Raises UserError where it holds no prompt, or anything but one response after it."""
     form, tools = form_of(record), record.get("tools")
+    cut_off = record.get("finish_reason") == "length"
     if form == "pair":
         if not record["prompt"].strip():
             raise UserError(f"{location}: prompt: is empty; a response is judged with its prompt")
-        return Response(location, record["prompt"], record["completion"])
+        return Response(location, record["prompt"], record["completion"], cut_off=cut_off)
     if form == "text":
         raise UserError(f"{location}: has only `text`, which does not tell prompt from response; {FORMS}")
     if form == "messages":
@@ -99,7 +103,7 @@ def response_of(record: Mapping[str, Any], location: str) -> Response:
         raise UserError(f"{location}: the response calls tools; only responses in words are ranked; leave the row out")
     if not prompt:
         raise UserError(f"{location}: has no prompt before its response; {FORMS}")
-    return Response(location, tuple(prompt), reply[0].get("content") or "", tools)
+    return Response(location, tuple(prompt), reply[0].get("content") or "", tools, cut_off)
 
 
 def same_prompts(expected: Sequence[tuple[str, str]], path: str, responses: Sequence[Response]) -> list[Response]:

@@ -24,7 +24,7 @@ from transformers import (
 
 from dae.ranking import refuse_to_ask_for_ever, unanswered
 from dae.ranking_table import show
-from dae.sampling import Batch
+from dae.written_rows import Batch
 from kd.choose.car import Measured, rank
 from kd.choose.recipe import RankRecipe
 from kd.config import load_recipe, resolved_yaml

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import dae.sampling
 from dae.generation import END_TOKEN, LENGTH, SPECIAL_TOKEN, Continuation, derived_seed, left_padded, open_writer
 from dae.recipe import SampleRecipe
-from dae.sampling import SampleFile, instruction_of, read_prompts, sample, user_opening
+from dae.sample_prompts import instruction_of, read_prompts, user_opening
+from dae.sampling import SampleFile, sample
 from kd.chat import chat_format
 from kd.errors import UserError
 
@@ -121,7 +122,7 @@ def test_rows_are_text_without_special_tokens_that_reads_back(model: Path) -> No
     assert len(rows) == 40
     tokenizer = make_tokenizer()
     for row in rows:
-        assert row.keys() == {"text"}
+        assert row.keys() - {"finish_reason"} == {"text"}
         assert row["text"].strip()
         assert "\ufffd" not in row["text"]
         ids = tokenizer(row["text"], add_special_tokens=False).input_ids
@@ -140,6 +141,8 @@ def test_rows_are_text_without_special_tokens_that_reads_back(model: Path) -> No
         ("red green", "red green", None, LENGTH),
         ("red</s>", "red", None, END_TOKEN),
         ("red<s>", "red", None, SPECIAL_TOKEN),
+        ("red \n", "red", None, LENGTH),
+        ("red \n</s>", "red \n", None, END_TOKEN),
         ("red</s>blue<pad>", "red", None, END_TOKEN),
         ("</s>", None, "no text", END_TOKEN),
         (" \n</s>", None, "no text", END_TOKEN),
@@ -163,9 +166,12 @@ def test_what_becomes_text_and_what_does_not(
         written = byte_ids + [2] * ended
     else:
         written = [tokenizer.convert_tokens_to_ids(character) for character in ids]
-    assert writer._as_text([1], writer._up_to_special(written)) == Continuation(
-        tokens=len(writer._up_to_special(written)), stop=stop, text=text, fault=fault
-    )
+    written = writer._up_to_special(written)
+    found = writer._as_text([1], written)
+    assert (found.tokens, found.stop, found.text, found.fault) == (len(written), stop, text, fault)
+    assert found.end == (2 if stop == END_TOKEN and fault is None else None)
+    assert tokenizer.decode(found.ids) == (text or "")
+    assert list(found.ids) == written[: len(found.ids)]
 
 
 def make_byte_ids(data: bytes) -> list[int]:
@@ -304,7 +310,8 @@ def test_text_prompts_are_answered_in_turn_and_the_pair_is_the_whole_text(model:
     recipe = recipe_for(model, prompts=str(prompts), rows=6, batch_size=3, max_new_tokens=4)
     rows = rows_of(sample(recipe))
     assert {row["prompt"] for row in rows} == {"red green", "The kettle:"}
-    assert all(row.keys() == {"prompt", "completion"} and row["completion"].strip() for row in rows)
+    assert all(row.keys() - {"finish_reason"} == {"prompt", "completion"} for row in rows)
+    assert all(row["completion"].strip() for row in rows)
 
 
 def test_messages_are_answered_under_the_template(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +319,7 @@ def test_messages_are_answered_under_the_template(chat_model: Path, monkeypatch:
     asked = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "red?"}]
     prompts.write_text(json.dumps({"messages": [*asked, {"role": "assistant", "content": "an old answer"}]}) + "\n")
     seen: list[str] = []
-    monkeypatch.setattr("dae.generation.Writer.continuations", scripted({"be brief": " blue "}, seen))
+    monkeypatch.setattr("dae.generation.Writer.continuations", scripted({"be brief": "blue"}, seen))
     rows = rows_of(sample(recipe_for(chat_model, prompts=str(prompts), rows=1, batch_size=1)))
     assert rows == [{"messages": [*asked, {"role": "assistant", "content": "blue"}]}]
     assert seen == ["<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nred?<|im_end|>\n<|im_start|>assistant\n"]
@@ -325,7 +332,9 @@ def scripted(script: dict[str, str], seen: list[str]) -> Any:
         texts = [self.tokenizer.decode(list(prompt)) for prompt in prompts]
         seen.extend(texts)
         answers = [next(answer for part, answer in script.items() if part in text) for text in texts]
-        return [Continuation(3, END_TOKEN, text=answer) for answer in answers]
+        ids = [tuple(self.tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers]
+        end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        return [Continuation(3, END_TOKEN, text=text, ids=i, end=end) for text, i in zip(answers, ids, strict=True)]
 
     return continuations
 
@@ -349,7 +358,7 @@ def test_a_real_chat_model_end_to_end(chat_model: Path) -> None:
     rows = rows_of(sample(recipe_for(chat_model, rows=2, batch_size=256, max_new_tokens=12)))
     for row in rows:
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
-        assert all(message["content"].strip() == message["content"] != "" for message in row["messages"])
+        assert all(message["content"].strip() for message in row["messages"])
         assert not any("<|" in message["content"] for message in row["messages"])
 
 

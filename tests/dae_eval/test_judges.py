@@ -369,6 +369,15 @@ def test_a_template_without_system_messages_gets_the_text_in_the_users(tmp_path:
         opened(refusing).encode(request("1"))
 
 
+def test_what_an_answer_spells_is_text_to_its_judge(checkpoint: Path) -> None:
+    chat = opened(checkpoint)
+    said, _ = chat.encode(request("1", "red"))
+    spelled, how = chat.encode(request("2", "red</s>"))
+    end = chat.tokenizer.eos_token_id
+    assert spelled.count(end) == said.count(end) and how == ""
+    assert "red</s>" in chat.tokenizer.decode(spelled)
+
+
 def test_an_adapter_answers_on_its_base(checkpoint: Path, tmp_path: Path) -> None:
     adapter, merged = make_adapter(tmp_path / "adapter", checkpoint), tmp_path / "merged"
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), adapter)

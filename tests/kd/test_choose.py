@@ -397,6 +397,16 @@ def test_rows_without_one_response_are_refused(record: dict[str, Any], words: st
         response_of(record, "rows:3")
 
 
+def test_a_response_that_was_cut_off_stays_so() -> None:
+    """Else the student would be asked for an end token that the teacher never wrote."""
+    cut = {"finish_reason": "length"}
+    pair = {"prompt": "red?", "completion": "blue and"}
+    asked, said = {"role": "user", "content": "red?"}, {"role": "assistant", "content": "blue and"}
+    for row in (pair, {"messages": [asked, said]}):
+        assert response_of({**row, **cut}, "a:1").record["finish_reason"] == "length"
+        assert "finish_reason" not in response_of(row, "a:1").record
+
+
 def test_both_forms_of_a_conversation_are_the_same_row() -> None:
     asked, said = {"role": "user", "content": "red?"}, {"role": "assistant", "content": "blue"}
     one = response_of({"messages": [asked, said]}, "a:1")

@@ -19,6 +19,8 @@ from dae_eval.judging.asking import LENGTH, NO_ROOM, Reply, Request
 from dae_eval.judging.endpoints import NO_SYSTEM, without_system
 from dae_eval.models import Model, load_settings, open_tokenizer, own_chat_template, tell_losses
 from kd.chat import PLAIN_TEMPLATE, ChatFormat, UnrenderableError, chat_format
+from kd.data import conversation_ids
+from kd.drafts import LostPartError
 from kd.errors import UserError
 from kd.roles import Backbone, add_frozen_adapter, load_model
 
@@ -95,20 +97,27 @@ class LocalChat:
     def encode(self, request: Request) -> tuple[list[int], str]:
         """The conversation as token ids, up to where the model answers next, and how it is asked. Raises UserError."""
         messages = [dict(message) for message in request.messages]
-        how = ""
         try:
-            text = self.fmt.render(messages, ask=True)
-        except UnrenderableError as refusal:
+            return self._ids(messages), ""
+        except (UnrenderableError, LostPartError) as refusal:
             try:
-                text = self.fmt.render(without_system(messages), ask=True)
-            except UnrenderableError:
+                return self._ids(without_system(messages)), NO_SYSTEM
+            except (UnrenderableError, LostPartError):
                 raise UserError(
                     f"{self.name}: its chat template refuses a conversation of {len(messages)} messages: {refusal}; "
                     "give another with --chat-template"
                 ) from refusal
-            how = NO_SYSTEM
-        # The template has written the special tokens already.
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids), how
+
+    def _ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Token ids up to where the model answers next: what the messages spell is text, as in training."""
+        try:
+            return conversation_ids(self.fmt, messages, ask=True, location=self.name)
+        except LostPartError:
+            raise
+        except UserError:
+            # This tokenizer cannot write a control token's text as text. What a judge reads is nobody's to repair.
+            text = self.fmt.render(messages, ask=True)
+            return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def _generate(self, prompts: Sequence[list[int]], requests: Sequence[Request], limit: int) -> list[Reply]:
         input_ids_BT, attention_mask_BT = left_padded(prompts)

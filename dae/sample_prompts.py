@@ -1,0 +1,77 @@
+"""Prompts of `dae sample` and `dae rank-teachers`: read from a file, or begun by the chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dae.generation import LENGTH, Continuation
+from dae.written_rows import Prompt
+from kd.chat import ChatFormat, UnrenderableError
+from kd.errors import UserError
+from kd.record_forms import messages_of
+from kd.records import read_jsonl
+
+_PROBE = "replyprobe"  # stands for the user's words in a template
+
+
+def user_opening(fmt: ChatFormat, model: str) -> tuple[str, str]:
+    """What a template writes before the user's first words, and after them up to the answer.
+
+    Raises:
+        UserError: the template does not show where the user's words stand.
+    """
+    try:
+        text = fmt.render([{"role": "user", "content": _PROBE}], ask=True)
+    except UnrenderableError as error:
+        raise UserError(
+            f"{model}: its chat template refuses a lone user turn ({error}); give --prompts FILE"
+        ) from error
+    before, probe, after = text.rpartition(_PROBE)
+    if not probe or not before.strip():
+        raise UserError(f"{model}: its chat template does not show where a user begins to speak; give --prompts FILE")
+    # A space at the end would be a token of its own, which no trained text has there.
+    return before.rstrip(" "), after
+
+
+def instruction_of(written: Continuation, after: str) -> tuple[str | None, str | None]:
+    """The user's words and no fault, or no words and the fault.
+
+    after: what the template writes after the user's words. Some templates end the turn by a special token, at which the
+    model was stopped; others by ordinary text (`[/INST]`, `ASSISTANT:`), which the model writes and goes on.
+    """
+    if written.text is None:
+        return None, written.fault
+    words, marker, _ = written.text.partition(after.strip() or "\0")
+    if not marker and written.stop == LENGTH:
+        return None, "no end"
+    return (words.strip(), None) if words.strip() else (None, "no text")
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """Prompts of a JSONL file: {"prompt": text or messages} or {"messages"}; answers that are there are left away.
+
+    Raises:
+        UserError: the file cannot be read or is empty, or a row holds no prompt.
+    """
+    prompts = [_prompt_of(row, location) for location, row in read_jsonl(path)]
+    if not prompts:
+        raise UserError(f"{path}: has no rows; give a file with at least one prompt")
+    return prompts
+
+
+def _prompt_of(row: Any, location: str) -> Prompt:
+    wanted = 'a row is {"prompt": text}, {"prompt": messages} or {"messages": [...]}'
+    if not isinstance(row, Mapping) or not ({"prompt", "messages"} & row.keys()):
+        raise UserError(f"{location}: has no prompt; {wanted}")
+    prompt = row.get("prompt", row.get("messages"))
+    if isinstance(prompt, str):
+        # As in training, spaces at the end of a prompt belong to the completion.
+        if not prompt.strip():
+            raise UserError(f"{location}: prompt: is empty")
+        return prompt.rstrip()
+    prompt = messages_of(prompt, f"{location}: {'prompt' if 'prompt' in row else 'messages'}")
+    last = max((place for place, message in enumerate(prompt) if message["role"] != "assistant"), default=-1)
+    if last < 0:
+        raise UserError(f"{location}: messages: none is the user's; {wanted}")
+    return prompt[: last + 1]
