@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 TEXTS = 1000  # texts looked at, spread over all that are given
 CHARACTERS = 2000  # of each text
-MOST_LOSSY = 0.01  # part of the texts that may lose characters
+MOST_LOSSY = 0.01  # part of the texts that may lose characters in silence
+MOST_UNKNOWN = 0.1  # part of the texts that may have an unknown token: it at least says that something was there
 AS_IS = "TokenizersBackend"  # the tokenizer_class that reads tokenizer.json as it is
 SHOWN = 8
 # What to look at where there are no texts: every mark, accents, another script, an emoji.
@@ -139,11 +140,14 @@ def audit(tokenizer: PreTrainedTokenizerBase, folder: str | Path, texts: Sequenc
 
 
 def refuse_lossy(found: TokenizerAudit, path: str, allowed: bool) -> None:
-    """Raise UserError where more than `MOST_LOSSY` of the texts lose characters, unless that is allowed."""
-    if found.lossy > MOST_LOSSY * found.texts and not allowed:
-        raise UserError(
-            f"{found.loss(path)}. To train on what is left of the text, set data.allow_lossy_tokenizer=true"
-        )
+    """Raise UserError where too many texts lose characters, in silence or to the unknown token, unless allowed."""
+    if allowed:
+        return
+    way = "To train on what is left of the text, set data.allow_lossy_tokenizer=true"
+    if found.lossy > MOST_LOSSY * found.texts:
+        raise UserError(f"{found.loss(path)}. {way}")
+    if found.with_unk > MOST_UNKNOWN * found.texts:
+        raise UserError(f"{found.unknowns(path)}; replace them in the rows, or use another tokenizer. {way}")
 
 
 def spread(texts: Sequence[str]) -> Sequence[str]:

@@ -52,7 +52,8 @@ def test_a_rebuilt_tokenizer_that_drops_characters_is_found_and_the_remedy_cures
     for remedy in ("TokenizersBackend", "PreTrainedTokenizerFast"):
         cured = audited(write_tokenizer(folder, core(), remedy), TEXTS)
         assert (cured.lossy, cured.differing, cured.with_unk, cured.unknown) == (0, 0, 2, (("&", 2),))
-        refuse_lossy(cured, "model", allowed=False)
+        with pytest.raises(UserError, match=r"2 of 4 texts looked at .* unknown token: & \(2\); replace them"):
+            refuse_lossy(cured, "model", allowed=False)
         (line,) = cured.lines("model")
         assert line.startswith("model: 2 of 4 texts looked at hold characters") and line.endswith(
             "unknown token: & (2)"
