@@ -27,6 +27,7 @@ ENDLESS = "the template renders no end token, and append_eos is false: the respo
 REWRITTEN = "the template rewrites earlier turns: last assistant turn only"
 UNWEIGHTED = "assistant turns with weight 0: without loss"
 EMPTY_TURNS = "empty assistant turns: without loss"
+TRAILING = "messages after the last assistant turn: left away"
 CUT_OFF = "finish_reason is length: the response has no end token"
 DEVELOPER = "the template knows no developer turn: rendered as system"
 READ_AS_OBJECT = "tool arguments given as JSON text: rendered as the object that the chat template wants"
@@ -202,8 +203,12 @@ def turns_with_loss(
     turns = [k for k in weighted if keeps or not is_empty(messages[k])]
     if not turns:
         return Dropped(EMPTY_RESPONSE)
-    notes = [UNWEIGHTED] if len(weighted) < len(asked) else []
-    return turns, notes + ([EMPTY_TURNS] if len(turns) < len(weighted) else [])
+    facts = {
+        UNWEIGHTED: len(weighted) < len(asked),
+        EMPTY_TURNS: len(turns) < len(weighted),
+        TRAILING: turns[-1] == asked[-1] and turns[-1] < len(messages) - 1,
+    }
+    return turns, [note for note, holds in facts.items() if holds]
 
 
 def is_empty(message: Mapping[str, Any]) -> bool:

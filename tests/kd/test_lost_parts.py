@@ -21,7 +21,7 @@ from chat_tokenizers import (
 from kd.chat import PLAIN_TEMPLATE
 from kd.config import DataRecipe, SourceRecipe
 from kd.data import encode_record, load_rows
-from kd.drafts import DEVELOPER, NO_WEIGHT, READ_AS_OBJECT, READ_AS_TEXT, UNWEIGHTED, Dropped
+from kd.drafts import DEVELOPER, NO_WEIGHT, READ_AS_OBJECT, READ_AS_TEXT, TRAILING, UNWEIGHTED, Dropped
 from kd.errors import UserError
 
 ASK = {"role": "user", "content": "Price?"}
@@ -180,6 +180,12 @@ def test_system_beside_messages_is_their_first_turn():
     for key, value in (("system", "Be brief."), ("tools", [TOOL])):
         with pytest.raises(UserError, match=rf"rows\.jsonl:7: {key}: strings take no chat template"):
             encode({"prompt": "Price?", "completion": " 9", key: value}, KEEPS)
+
+
+def test_messages_after_the_last_answer_are_told(tmp_path):
+    record = {"messages": [ASK, ANSWER, ASK]}
+    assert encode(record, KEEPS) == encode({"messages": [ASK, ANSWER]}, KEEPS)
+    assert report_of(tmp_path / "a.jsonl", [record], KEEPS).notes == [f"1 row: {TRAILING}"]
 
 
 def test_developer_turns(tmp_path):
