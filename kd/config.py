@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -26,7 +27,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from kd.layers import Layers, RecipeDumper
-from kd.problems import NO_VALUE, Key, Problem, in_plain_words, report, suggestion
+from kd.problems import MISSING, NO_VALUE, Key, Problem, as_written, in_plain_words, report, suggestion
 from kd.record_forms import Format
 from kd.training_arguments import argument_types, training_argument_problems
 
@@ -445,8 +446,18 @@ def load_recipe(
         found = [Problem(line["loc"], line["input"], line["msg"]) for line in error.errors()]
         problems += [problem for problem in found if tuple(str(part) for part in problem.key) not in told]
     if problems:
-        raise report(problems, layers.origins, str(path) if path else "command line")
+        told_how = [with_remedy(problem, flags, names) for problem in problems]
+        raise report(told_how, layers.origins, str(path) if path else "command line")
     return recipe
+
+
+def with_remedy(problem: Problem, flags: Mapping[str, Any], names: Mapping[str, str]) -> Problem:
+    """A missing key with the flag or key that gives it."""
+    if problem.message != MISSING:
+        return problem
+    key = ".".join(str(part) for part in as_written(problem.key))
+    way = names.get(key, f"--{key.replace('_', '-')}") if key in flags else f"`{key}`"
+    return replace(problem, message=f"{MISSING}: add {way}")
 
 
 def resolved_yaml(recipe: Frozen) -> str:

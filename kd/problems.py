@@ -14,6 +14,8 @@ Key = tuple[str | int, ...]
 # Marks a problem whose key has no value at all, unlike one whose value is None.
 NO_VALUE = object()
 
+MISSING = "is missing"
+
 PLAIN_WORDS = {
     "string_type": "wants text",
     "int_type": "wants a whole number",
@@ -72,7 +74,7 @@ def in_plain_words(error: Mapping[str, Any], known: Iterable[str]) -> str:
     if kind == "extra_forbidden":
         return f"unknown key{suggestion(str(error['loc'][-1]), known)}"
     if kind == "missing":
-        return "is missing"
+        return MISSING
     if kind == "value_error":
         return str(context["error"])
     if kind in BOUNDS:
