@@ -166,6 +166,7 @@ def test_provenance_names_every_model_and_file_by_content(world: Path) -> None:
         "domain": [{"path": "shop.jsonl", "sha256": files["shop"], "share": 0.1}],
         "eval.domain": [{"path": "heldout_shop.jsonl", "sha256": files["heldout_shop"], "share": None}],
     }
+    assert all(len(source.pop("encoded")) == 64 for sources in provenance["data"].values() for source in sources)
     assert provenance["data"] == expected
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["train"]["learning_rate"] == 0.01
     assert "arXiv 2406.19112" in (folder / "README.md").read_text()
@@ -605,6 +606,7 @@ def test_sft_learns_its_rows_and_writes_where_it_came_from(world: Path, lora: st
     provenance = json.loads(Path("made/provenance.json").read_text())
     assert provenance["stage"] == "sft"
     digest = hashlib.sha256(Path("shop.jsonl").read_bytes()).hexdigest()
+    assert len(provenance["data"]["train"][0].pop("encoded")) == 64
     assert provenance["data"] == {"train": [{"path": "shop.jsonl", "sha256": digest, "share": 1.0}]}
 
 
