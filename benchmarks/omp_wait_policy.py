@@ -128,7 +128,8 @@ def written(runs: Runs, repeats: int, steps: int, day: dt.date) -> str:
 
     python benchmarks/omp_wait_policy.py --repeats {repeats} --steps {steps}
 
-A transformer of 4 layers and width 128, {steps} optimizer step(s) of 4 x 96 tokens, after one that is not counted, with {THREADS} threads on two virtual
+A transformer of 4 layers and width 128, {steps} optimizer step(s) of 4 x 96 tokens,
+after one that is not counted, with {THREADS} threads on two virtual
 cores; torch {version("torch")}. Medians over {repeats} repeats; ratios are to PASSIVE in the same repeat (range). The
 machine was shared with others' work all the time: `alone` means without neighbours of ours.
 
