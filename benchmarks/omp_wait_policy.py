@@ -2,7 +2,7 @@
 
     python benchmarks/omp_wait_policy.py [--repeats 4] [--steps 15]
 
-The same optimizer steps of a small Llama with two threads, in a process of its own each time, pinned to two cores:
+The same optimizer steps of a small transformer with two threads, each time in a process of its own, on two cores:
 
     default   OMP_WAIT_POLICY is not set: libgomp's threads spin for a while, then sleep
     ACTIVE    they spin as long as libgomp lets them
@@ -26,7 +26,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 POLICIES = ("default", "ACTIVE", "PASSIVE")
@@ -39,22 +38,19 @@ Runs = dict[str, dict[str, list[dict[str, float]]]]
 def work(steps: int) -> dict[str, float]:
     """Take the steps; wall and CPU seconds of one, without the first."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from torch import nn
 
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama", vocab_size=512, hidden_size=192, intermediate_size=576, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    model: Any = AutoModelForCausalLM.from_config(config)
+    layers = [nn.TransformerEncoderLayer(128, 4, 384, dropout=0.0, batch_first=True) for _ in range(4)]
+    model = nn.Sequential(nn.Embedding(512, 128), *layers, nn.Linear(128, 512))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    ids = torch.randint(512, (4, 128))
+    ids = torch.randint(512, (4, 96))
     wall = cpu = 0.0
     for step in range(steps + 1):
         if step == 1:
             wall, cpu = time.perf_counter(), time.process_time()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
     return {"wall": (time.perf_counter() - wall) / steps, "cpu": (time.process_time() - cpu) / steps}
@@ -82,7 +78,10 @@ def neighbours(cores: Sequence[int]) -> Iterator[None]:
     busy = []
     try:
         for core in cores:
-            code = f"import os; os.sched_setaffinity(0, [{core}])\nwhile True: pass"
+            # It ends with this process, however that ends.
+            code = (
+                f"import os; os.sched_setaffinity(0, [{core}])\nwhile os.getppid() == {os.getpid()}: sum(range(10**5))"
+            )
             busy.append(subprocess.Popen([sys.executable, "-c", code]))
         yield
     finally:
@@ -91,18 +90,18 @@ def neighbours(cores: Sequence[int]) -> Iterator[None]:
             process.wait()
 
 
-def measure(repeats: int, steps: int, cores: Sequence[int]) -> Runs:
-    """All runs: situation -> policy -> one entry for each repeat."""
+def measure(repeats: int, steps: int, cores: Sequence[int]) -> Iterator[Runs]:
+    """All runs so far, after each repeat: situation -> policy -> one entry for each repeat."""
     runs: Runs = {situation: {policy: [] for policy in POLICIES} for situation in SITUATIONS}
     for repeat in range(repeats):
         turn = repeat % len(POLICIES)
         order = [*POLICIES[turn:], *POLICIES[:turn]]
-        for policy in order:
-            runs["alone"][policy].append(measured(policy, steps, cores))
-        with neighbours(cores):
-            for policy in order:
-                runs["beside neighbours"][policy].append(measured(policy, steps, cores))
-    return runs
+        for situation in SITUATIONS:
+            with neighbours(cores if situation == "beside neighbours" else []):
+                for policy in order:
+                    runs[situation][policy].append(measured(policy, steps, cores))
+                    print(repeat, situation, policy, runs[situation][policy][-1], file=sys.stderr)
+        yield runs
 
 
 def table(runs: Runs) -> str:
@@ -129,9 +128,10 @@ def written(runs: Runs, repeats: int, steps: int, day: dt.date) -> str:
 
     python benchmarks/omp_wait_policy.py --repeats {repeats} --steps {steps}
 
-A small Llama (4 layers of width 192), {steps} optimizer steps of 4 x 128 tokens with {THREADS} threads on two virtual
+A transformer of 4 layers and width 128, {steps} optimizer step(s) of 4 x 96 tokens,
+after one that is not counted, with {THREADS} threads on two virtual
 cores; torch {version("torch")}. Medians over {repeats} repeats; ratios are to PASSIVE in the same repeat (range). The
-machine was shared: `alone` means without neighbours of ours.
+machine was shared with others' work all the time: `alone` means without neighbours of ours.
 
 {table(runs)}
 """
@@ -148,10 +148,10 @@ def main() -> None:
         print(json.dumps(work(arguments.steps)))
         return
     cores = sorted(os.sched_getaffinity(0))[:THREADS]
-    runs = measure(arguments.repeats, arguments.steps, cores)
-    page = written(runs, arguments.repeats, arguments.steps, dt.datetime.now(dt.UTC).date())
-    (ROOT / "benchmarks" / "results" / "omp_wait_policy.md").write_text(page, encoding="utf-8")
-    print(page)
+    day = dt.datetime.now(dt.UTC).date()
+    for repeats, runs in enumerate(measure(arguments.repeats, arguments.steps, cores), start=1):
+        page = written(runs, repeats, arguments.steps, day)
+        (ROOT / "benchmarks" / "results" / "omp_wait_policy.md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
