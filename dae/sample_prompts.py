@@ -8,9 +8,10 @@ from typing import Any
 from dae.generation import LENGTH, Continuation
 from dae.written_rows import Prompt
 from kd.chat import ChatFormat, UnrenderableError
+from kd.config import SourceRecipe
 from kd.errors import UserError
-from kd.record_forms import messages_of
-from kd.records import read_jsonl
+from kd.record_forms import EXAMPLE, record_of, refuse_conversation_keys
+from kd.records import read_raw
 
 _PROBE = "replyprobe"  # stands for the user's words in a template
 
@@ -49,29 +50,36 @@ def instruction_of(written: Continuation, after: str) -> tuple[str | None, str |
 
 
 def read_prompts(path: str) -> list[Prompt]:
-    """Prompts of a JSONL file: {"prompt": text or messages} or {"messages"}; answers that are there are left away.
+    """Prompts of a file: {"prompt": text or messages}, or any row that trains; answers that are there are left away.
 
     Raises:
-        UserError: the file cannot be read or is empty, or a row holds no prompt.
+        UserError: the file cannot be read or is empty, a row holds no prompt, or it has tools.
     """
-    prompts = [_prompt_of(row, location) for location, row in read_jsonl(path)]
+    prompts = [_prompt_of(row, location, padded) for location, row, padded in read_raw(SourceRecipe(path=path))]
     if not prompts:
         raise UserError(f"{path}: has no rows; give a file with at least one prompt")
     return prompts
 
 
-def _prompt_of(row: Any, location: str) -> Prompt:
-    wanted = 'a row is {"prompt": text}, {"prompt": messages} or {"messages": [...]}'
-    if not isinstance(row, Mapping) or not ({"prompt", "messages"} & row.keys()):
-        raise UserError(f"{location}: has no prompt; {wanted}")
-    prompt = row.get("prompt", row.get("messages"))
-    if isinstance(prompt, str):
+def _prompt_of(raw: Any, location: str, padded: bool) -> Prompt:
+    if isinstance(raw, Mapping) and raw.get("prompt") is not None:
+        # Whether or not it is answered already.
+        raw = {key: raw[key] for key in ("prompt", "system", "tools") if key in raw}
+        if not isinstance(raw["prompt"], str):
+            raw["messages"] = raw.pop("prompt")
+    if isinstance(raw, Mapping) and isinstance(prompt := raw.get("prompt"), str):
+        refuse_conversation_keys(raw, location, "prompt-completion")
         # As in training, spaces at the end of a prompt belong to the completion.
         if not prompt.strip():
-            raise UserError(f"{location}: prompt: is empty")
+            raise UserError(f"{location}: prompt: is empty; write it, or remove the row")
         return prompt.rstrip()
-    prompt = messages_of(prompt, f"{location}: {'prompt' if 'prompt' in row else 'messages'}")
-    last = max((place for place, message in enumerate(prompt) if message["role"] != "assistant"), default=-1)
+    row = record_of(raw, location, padded=padded).row
+    if "messages" not in row:
+        raise UserError(f'{location}: has no prompt; a row is {{"prompt": text}}, {{"prompt": messages}} or {EXAMPLE}')
+    if "tools" in row:
+        raise UserError(f"{location}: tools: answers are sampled without tools; remove them from the row")
+    messages: list[dict[str, Any]] = row["messages"]
+    last = max((place for place, message in enumerate(messages) if message["role"] != "assistant"), default=-1)
     if last < 0:
-        raise UserError(f"{location}: messages: none is the user's; {wanted}")
-    return prompt[: last + 1]
+        raise UserError(f"{location}: messages: none is the user's; add the turn that is to be answered")
+    return messages[: last + 1]

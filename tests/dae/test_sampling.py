@@ -398,7 +398,9 @@ def test_the_users_opening_is_read_off_the_template() -> None:
     [
         ('{"text": "no prompt"}', "has no prompt"),
         ('{"prompt": "  "}', "prompt: is empty"),
-        ('{"prompt": 3}', "prompt: expected a list"),
+        ('{"prompt": 3}', "messages: expected a list"),
+        ('{"prompt": "a", "tools": [{"name": "f"}]}', "tools: strings take no chat template"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}', "tools: answers are sampled"),
         ('{"messages": [{"role": "assistant", "content": "hello"}]}', "none is the user's"),
         ('{"messages": [{"role": "wizard", "content": "hello"}]}', "unknown role"),
         ("{", "not valid JSON"),
@@ -412,6 +414,17 @@ def test_bad_prompts_name_their_row(tmp_path: Path, line: str, reason: str) -> N
     path.write_text("\n")
     with pytest.raises(UserError, match=f"{path}: has no rows"):
         read_prompts(str(path))
+
+
+def test_prompts_of_every_shape(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        '{"prompt": [{"role": "user", "content": "a"}], "system": "s", "completion": [{"role": "user"}]}\n'
+        '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n'
+        '{"prompt": "a ", "completion": "b"}\n'
+    )
+    user, system = {"role": "user", "content": "a"}, {"role": "system", "content": "s"}
+    assert read_prompts(str(path)) == [[system, user], [user], "a"]
 
 
 def test_messages_for_a_model_without_a_template_are_refused(model: Path) -> None:
