@@ -20,17 +20,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from safetensors import safe_open
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kd.adapter_files import ADAPTER_WEIGHTS, read_adapter_config, refuse_adapter
+from kd.adapter_files import refuse_adapter
 from kd.adapters import put_adapter
 from kd.completeness import first_line, opened_whole
 from kd.config import LoraRecipe
 from kd.errors import UserError
-from kd.fingerprints import resolve_model
 from kd.losses import Head
 
 STUDENT_ADAPTER = "default"  # the name under which peft saves an adapter so that plain loading finds it
@@ -65,9 +63,10 @@ class Role:
         return tuple(self.model.modules())
 
     @cached_property
-    def switches(self) -> tuple[Any, ...]:
-        """The modules that adapters sit on."""
-        return tuple(m for m in self.modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
+    def switches(self) -> tuple[tuple[Any, list[str]], ...]:
+        """The modules that adapters sit on, and what is active on each as this role speaks: its adapter, or nothing."""
+        layers = [m for m in self.modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        return tuple((m, [self.adapter] if self.adapter in m._get_available_adapters() else []) for m in layers)
 
     def same_as(self, other: Role) -> bool:
         """True when both give the same distribution because they are the same weights."""
@@ -109,8 +108,8 @@ def load_model(path: str, settings: LoadSettings, dtype: torch.dtype | None = No
 def refuse_bad_weights(model: nn.Module, path: str, adapter: str | None = None) -> None:
     """Raise UserError where a weight is NaN or infinite: every loss and gradient after it would be, too."""
     for name, tensor in model.named_parameters():
-        if (adapter is None or f".{adapter}." in name) and not torch.isfinite(tensor).all():
-            as_saved = name.replace(f".{adapter}.", ".")
+        if (adapter is None or adapter in name.split(".")) and not torch.isfinite(tensor).all():
+            as_saved = name.replace(f".{adapter}.", ".").removesuffix(f".{adapter}")
             raise UserError(
                 f"{path}: {as_saved} holds NaN or infinite values; nothing can be learnt from it. "
                 "Use an earlier checkpoint, or write it again."
@@ -139,7 +138,9 @@ def add_student_adapter(backbone: Backbone, lora: LoraRecipe, student_from: str 
     Changes `backbone.model` to the PeftModel and returns it.
     """
     if student_from is not None:
-        model = put_adapter(backbone.model, student_from, STUDENT_ADAPTER, trainable=True)
+        model = put_adapter(
+            backbone.model, student_from, STUDENT_ADAPTER, trainable=True, shared_with=backbone.path
+        )
         refuse_bad_weights(model, student_from, STUDENT_ADAPTER)
     else:
         config = LoraConfig(
@@ -164,34 +165,11 @@ def add_frozen_adapter(backbone: Backbone, path: str) -> str:
     """Put the adapter of `path` on the backbone, frozen; returns its name. The same folder is put on once."""
     if path in backbone.adapters:
         return backbone.adapters[path]
-    refuse_own_base_weights(backbone, path)
     name = f"frozen_{len(backbone.adapters)}"
-    backbone.model = put_adapter(backbone.model, path, name)
+    backbone.model = put_adapter(backbone.model, path, name, shared_with=backbone.path)
     refuse_bad_weights(backbone.model, path, name)
     backbone.adapters[path] = name
     return name
-
-
-def refuse_own_base_weights(backbone: Backbone, path: str) -> None:
-    """Raise UserError where an adapter brings base weights (resized embeddings, say) that are not the backbone's.
-
-    Loading it would write them over the weights that all roles share.
-    """
-    folder = resolve_model(path)
-    saved_whole = read_adapter_config(path).get("modules_to_save") or []
-    base = unwrapped(backbone.model)
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - not a dict
-            module_name = key.removeprefix("base_model.model.").rpartition(".")[0].removesuffix(".base_layer")
-            if ".lora_" in key or module_name.rpartition(".")[2] in saved_whole:
-                continue
-            module = base.get_submodule(module_name)
-            weight: Any = module.get_base_layer().weight if isinstance(module, BaseTunerLayer) else module.weight
-            if not torch.equal(file.get_tensor(key).to(weight), weight):
-                raise UserError(
-                    f"{path}: brings weights of its own for {module_name}, so it cannot share {backbone.path}; "
-                    "merge it into its base and pass the full checkpoint."
-                )
 
 
 @contextlib.contextmanager
@@ -201,18 +179,18 @@ def speaking_as(role: Role) -> Iterator[Model]:
     peft's own switches rewrite requires_grad on every adapter and walk a full status report each time; this one only
     moves the pointers, so it is cheap enough for every micro-batch and safe under DistributedDataParallel.
     """
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in role.switches]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer, _ in role.switches]
     training = [module for module in role.modules if module.training]
-    for layer in role.switches:
+    for layer, active in role.switches:
         layer._disable_adapters = role.adapter is None
         if role.adapter is not None:
-            layer._active_adapter = [role.adapter]
+            layer._active_adapter = active
     for module in training:
         module.__dict__["training"] = False  # as eval() does, without its walk over the tree
     try:
         yield role.model
     finally:
-        for layer, (active, disabled) in zip(role.switches, before, strict=True):
+        for (layer, _), (active, disabled) in zip(role.switches, before, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
         for module in training:
             module.__dict__["training"] = True
@@ -271,6 +249,11 @@ def _output_weights(layer: nn.Module | None, architecture: str) -> tuple[Tensor,
         active = next((name for name in layer.active_adapters if name in layer.modules_to_save), None)
         chosen = layer.original_module if layer.disable_adapters or active is None else layer.modules_to_save[active]
         return _output_weights(chosen, architecture)
+    if isinstance(layer, TrainableTokensWrapper):
+        tokens = layer.token_adapter
+        if tokens.disable_adapters or not tokens.active_adapters:
+            return _output_weights(tokens.base_layer, architecture)
+        return tokens.get_merged_weights(tokens.active_adapters), None  # peft leaves a bias out here
     if isinstance(layer, LoraLinear):
         weight_VD, bias_V = _output_weights(layer.get_base_layer(), architecture)
         for name in [] if layer.disable_adapters else layer.active_adapters:
@@ -289,6 +272,9 @@ def _output_weights(layer: nn.Module | None, architecture: str) -> tuple[Tensor,
                     "set lora.dropout=0, or leave the output layer out of lora.target_modules."
                 )
             weight_VD = weight_VD + layer.get_delta_weight(name).to(weight_VD.dtype)
+            if layer.lora_bias[name]:
+                own_V = layer.scaling[name] * layer.lora_B[name].bias.to(weight_VD.dtype)
+                bias_V = own_V if bias_V is None else bias_V + own_V
         return weight_VD, bias_V
     if type(layer) is nn.Linear:
         return layer.weight, layer.bias
