@@ -112,7 +112,10 @@ def _refuse_own_base_weights(adapted: PeftModel, path: str, name: str, base: str
     Loading it would write them over the weights that all roles share. What its layers keep of their own, saved modules
     among it, is no such weight.
     """
-    with opening(f"{path}: its weights cannot be told from those of its base", "Save or download the adapter again."):
+    words = (
+        f"{Path(path) / ADAPTER_CONFIG}: a module that it saves whole (modules_to_save) holds layers of other adapters"
+    )
+    with opening(words, f"Instead, {merge_command(path)}."):
         own = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
     there = _base_weights(adapted)
     with safe_open(resolve_model(path) / ADAPTER_WEIGHTS, framework="pt") as file:
@@ -136,8 +139,7 @@ def _refuse_own_base_weights(adapted: PeftModel, path: str, name: str, base: str
 def _base_weights(adapted: PeftModel) -> dict[str, Any]:
     """The base's weights by the names that they have without adapters."""
     parameters = adapted.get_base_model().named_parameters(remove_duplicate=False)
-    kept = {_WRAPPED.sub("", name): weight for name, weight in parameters if not _is_of_an_adapter(name)}
-    return kept
+    return {_WRAPPED.sub("", name): weight for name, weight in parameters if not _is_of_an_adapter(name)}
 
 
 def _is_of_an_adapter(name: str) -> bool:

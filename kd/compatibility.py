@@ -108,7 +108,9 @@ def _difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) 
     return None
 
 
-def _tell_added(role: str, path: str, base: str, ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> None:
+def _tell_added(
+    role: str, path: str, base: str, ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase
+) -> None:
     """Warn, once, of tokens that were added for one of the two only, [PAD] mostly: no row needs them."""
     a, b = ours.get_vocab(), theirs.get_vocab()
     if extra := b.keys() - a.keys():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
@@ -30,8 +32,14 @@ from kd.completeness import first_line, opened_whole
 from kd.config import LoraRecipe
 from kd.errors import UserError
 from kd.losses import Head
+from kd.opening import opening
 
 STUDENT_ADAPTER = "default"  # the name under which peft saves an adapter so that plain loading finds it
+
+# Names of tables of positions (wpe, embed_positions, position_embeddings, pos_encoding), and how many rows such a table
+# may have before that of position 0.
+_OF_POSITIONS = re.compile(r"(^|\.)[^.]*(wpe|pos)[^.]*")
+_MOST_ROWS_AHEAD = 8
 
 Model = PreTrainedModel | PeftModel
 
@@ -108,7 +116,9 @@ def load_model(path: str, settings: LoadSettings, dtype: torch.dtype | None = No
 def refuse_bad_weights(model: nn.Module, path: str, adapter: str | None = None) -> None:
     """Raise UserError where a weight is NaN or infinite: every loss and gradient after it would be, too."""
     for name, tensor in model.named_parameters():
-        if (adapter is None or adapter in name.split(".")) and not torch.isfinite(tensor).all():
+        if tensor.is_meta or (adapter is not None and adapter not in name.split(".")):
+            continue
+        if not torch.isfinite(tensor).all():
             as_saved = name.replace(f".{adapter}.", ".").removesuffix(f".{adapter}")
             raise UserError(
                 f"{path}: {as_saved} holds NaN or infinite values; nothing can be learnt from it. "
@@ -138,9 +148,7 @@ def add_student_adapter(backbone: Backbone, lora: LoraRecipe, student_from: str 
     Changes `backbone.model` to the PeftModel and returns it.
     """
     if student_from is not None:
-        model = put_adapter(
-            backbone.model, student_from, STUDENT_ADAPTER, trainable=True, shared_with=backbone.path
-        )
+        model = put_adapter(backbone.model, student_from, STUDENT_ADAPTER, trainable=True, shared_with=backbone.path)
         refuse_bad_weights(model, student_from, STUDENT_ADAPTER)
     else:
         config = LoraConfig(
@@ -283,26 +291,67 @@ def _output_weights(layer: nn.Module | None, architecture: str) -> tuple[Tensor,
 
 def vocabulary_rows(roles: Sequence[Role]) -> int:
     """Rows that every role's head has: same tokenizer, but checkpoints pad their vocabularies differently."""
-    return min(int(unwrapped(role.model).get_output_embeddings().weight.shape[0]) for role in roles)
+    heads: list[Any] = [_innermost(unwrapped(role.model).get_output_embeddings()) for role in roles]
+    return min(int(head.weight.shape[0]) for head in heads)
 
 
 def learned_positions(model: nn.Module) -> int | None:
-    """How many positions a model has a learnt embedding for; None where positions are computed."""
+    """How many positions a model has a table for, learnt or not; None where it works positions out as they come."""
     base = unwrapped(model)
-    limit: int | None = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    embeddings = [module for module in base.modules() if isinstance(module, nn.Embedding)]
-    return limit if any(module.num_embeddings == limit for module in embeddings[1:]) else None
+    config = base.config.get_text_config()
+    if config.model_type == "mpt":  # its table of biases is made anew in each pass, from this
+        return int(config.max_seq_len)
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    tokens = _innermost(base.get_input_embeddings())
+    sizes: list[int] = []
+    for name, module in decoder_of(model).named_modules():
+        if isinstance(module, nn.Embedding) and module is not tokens:
+            rows = module.num_embeddings
+            if rows == limit or (_OF_POSITIONS.search(name) and limit < rows <= limit + _MOST_ROWS_AHEAD):
+                # RoBERTa begins behind its padding position, OPT and BART have rows ahead of position 0.
+                ahead = 0 if module.padding_idx is None else int(module.padding_idx) + 1
+                sizes.append(min(limit, rows - ahead - int(getattr(module, "offset", 0))))
+        elif any(
+            buffer.dim() == 2 and buffer.shape[0] == limit and _OF_POSITIONS.search(buffer_name)
+            for buffer_name, buffer in module.named_buffers(recurse=False)
+        ):
+            sizes.append(limit)  # sines of every position: GPT-J, CodeGen, CTRL
+    return min(sizes, default=None)
+
+
+def _innermost(layer: nn.Module) -> nn.Module:
+    """A layer of the base without the wrappers that adapters put around it."""
+    while True:
+        if isinstance(layer, BaseTunerLayer):
+            layer = layer.get_base_layer()
+        elif isinstance(layer, AuxiliaryTrainingWrapper):
+            layer = layer.original_module
+        else:
+            return layer
 
 
 def refuse_unmergeable(model: nn.Module) -> None:
-    """Raise UserError where an adapter sits on one end of tied embeddings: merged, it would change both."""
+    """Raise UserError where the student's adapter cannot be merged into its base without a change.
+
+    On one end of tied embeddings it would change both; and where it has biases of its own, the base's layers need some.
+    """
     base = unwrapped(model)
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
-    if base.config.get_text_config().tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
+    on_ends = any(isinstance(end, BaseTunerLayer) and STUDENT_ADAPTER in end._get_available_adapters() for end in ends)
+    if base.config.get_text_config().tie_word_embeddings and on_ends:
         raise UserError(
             "merge: true: this model's input and output embeddings are one matrix, and the adapter sits on one end of "
             "it; leave embeddings and output layer out of lora.target_modules, or set merge: false."
         )
+    for name, layer in base.named_modules():
+        has_bias = isinstance(layer, LoraLayer) and layer.lora_bias.get(STUDENT_ADAPTER)
+        if has_bias and getattr(layer.get_base_layer(), "bias", None) is None:
+            raise UserError(
+                f"merge: true: the adapter has a bias of its own (lora_bias) for {name}, and the base has none that it "
+                "could be added to; set merge: false."
+            )
 
 
 def check_head(role: Role, vocabulary_rows: int) -> None:
@@ -312,12 +361,18 @@ def check_head(role: Role, vocabulary_rows: int) -> None:
     """
     ids = torch.arange(8, device=role.model.device)[None] % vocabulary_rows
     with speaking_as(role) as model, torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits[0]
+        with opening(
+            f"role {role.name}: {type(unwrapped(role.model)).__name__} cannot run as its config.json describes it",
+            "Mend config.json, or save the checkpoint again.",
+        ):
+            expected = model(input_ids=ids, use_cache=False).logits[0]
         try:
             head = head_of(model)
         except UserError as unknown:
             raise UserError(f"role {role.name}: {unknown}") from unknown
         got = head.logits(final_hidden_states(model, {"input_ids": ids})[0])
+    if not torch.isfinite(expected).all():
+        raise UserError(f"role {role.name}: gives logits that are not finite; its checkpoint or its config is damaged.")
     scale = expected.abs().max().clamp(min=1e-3).item()
     error = (expected.to(got.dtype) - got).abs().max().item() / scale
     if not error < (1e-4 if got.dtype == expected.dtype else 3e-2):
