@@ -19,6 +19,9 @@ from kd.fingerprints import resolve_model
 _KNOWN_KEYS = frozenset(field.name for field in dataclasses.fields(LoraConfig))
 _WITH_PEFT = "merge it with peft (merge_and_unload), save that and pass the full checkpoint"
 _AS_LORA = "it cannot be merged either: train a plain LoRA adapter in its place"
+CANNOT_MERGE = (
+    "Pass the adapter itself where one is taken (dae align --expert), or train a plain LoRA adapter in its place."
+)
 
 # Key of the config -> (what it does, remedy). Not carried out here at all.
 _NOT_HERE = {
@@ -31,7 +34,7 @@ _NOT_HERE = {
 # Right where the adapter is alone on its base, and not where other roles speak through the same weights.
 _NOT_SHARED = {
     "alora_invocation_tokens": ("aLoRA acts only after its invocation tokens", _AS_LORA),
-    "layer_replication": ("it repeats layers of the base, for all roles", _WITH_PEFT),
+    "layer_replication": ("it repeats layers of the base, for all roles", ""),
     "kasa_config": ("KaSA changes the base's weights, for all roles", ""),
 }
 

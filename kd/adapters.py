@@ -17,8 +17,9 @@ from kd.adapter_features import merge_command, refuse_unknown_features, refuse_u
 from kd.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, refuse_changed_base
 from kd.completeness import refuse_other_weights
 from kd.errors import UserError
-from kd.fingerprints import resolve_model, weight_files
+from kd.fingerprints import resolve_model
 from kd.opening import opening
+from kd.tensor_files import stored_tensor
 
 _PREFIX = "base_model.model."
 _OTHER_SHAPE = re.compile(r"size mismatch for (\S+): .*torch\.Size\((\[.*?\])\).*torch\.Size\((\[.*?\])\)")
@@ -124,7 +125,7 @@ def _refuse_own_base_weights(adapted: PeftModel, path: str, name: str, base: str
             weight = there.get(plain)
             if weight is not None and weight.is_meta:
                 names = [other for other, tensor in there.items() if tensor is weight]
-                weight = stored_weight(base, names)
+                weight = stored_tensor(resolve_model(base), names)
             if weight is None:
                 continue  # nothing of the base's is called so: it is told as unknown when the weights are loaded
             stored: torch.Tensor = file.get_tensor(key)
@@ -144,16 +145,3 @@ def _base_weights(adapted: PeftModel) -> dict[str, Any]:
 
 def _is_of_an_adapter(name: str) -> bool:
     return any(part.startswith(("lora_", "modules_to_save", "trainable_tokens_")) for part in name.split("."))
-
-
-def stored_weight(path: str, names: list[str]) -> torch.Tensor | None:
-    """The first of these tensors that the files of a full checkpoint hold, or None."""
-    folder = resolve_model(path)
-    for file_name in weight_files(folder):
-        if file_name.endswith(".safetensors"):
-            with safe_open(folder / file_name, framework="pt") as file:
-                for name in names:
-                    if name in file.keys():  # noqa: SIM118 - not a dict
-                        tensor: torch.Tensor = file.get_tensor(name)
-                        return tensor
-    return None

@@ -32,6 +32,7 @@ from kd.completeness import first_line, opened_whole
 from kd.config import LoraRecipe
 from kd.errors import UserError
 from kd.losses import Head
+from kd.merged import state_ties
 from kd.opening import opening
 
 STUDENT_ADAPTER = "default"  # the name under which peft saves an adapter so that plain loading finds it
@@ -108,6 +109,7 @@ def load_model(path: str, settings: LoadSettings, dtype: torch.dtype | None = No
     model.to(settings.device)  # type: ignore[arg-type]
     model.requires_grad_(False)
     model.eval()
+    state_ties(model)
     refuse_bad_weights(model, path)
     refuse_unknown_forward(model, path)
     return model
@@ -333,18 +335,8 @@ def _innermost(layer: nn.Module) -> nn.Module:
 
 
 def refuse_unmergeable(model: nn.Module) -> None:
-    """Raise UserError where the student's adapter cannot be merged into its base without a change.
-
-    On one end of tied embeddings it would change both; and where it has biases of its own, the base's layers need some.
-    """
+    """Raise UserError where the student's adapter cannot be merged: biases of its own on layers that have none."""
     base = unwrapped(model)
-    ends = (base.get_input_embeddings(), base.get_output_embeddings())
-    on_ends = any(isinstance(end, BaseTunerLayer) and STUDENT_ADAPTER in end._get_available_adapters() for end in ends)
-    if base.config.get_text_config().tie_word_embeddings and on_ends:
-        raise UserError(
-            "merge: true: this model's input and output embeddings are one matrix, and the adapter sits on one end of "
-            "it; leave embeddings and output layer out of lora.target_modules, or set merge: false."
-        )
     for name, layer in base.named_modules():
         has_bias = isinstance(layer, LoraLayer) and layer.lora_bias.get(STUDENT_ADAPTER)
         if has_bias and getattr(layer.get_base_layer(), "bias", None) is None:
