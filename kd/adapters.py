@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
@@ -51,6 +53,8 @@ def put_adapter(
         words, remedy = "cannot stand beside the other adapters on its base", f"Instead, {merge_command(path)}."
     with opening(f"{Path(path) / ADAPTER_CONFIG}: {words}", remedy):
         adapted = _with_layers(model, path, name, trainable=trainable, shared=shared_with is not None)
+        if shared_with is not None:
+            _refuse_nested(adapted)
     if shared_with is not None:
         _refuse_own_base_weights(adapted, path, name, shared_with)
     with opening(f"{path}: its weights cannot be put on its base", "Save or download the adapter again."):
@@ -70,6 +74,23 @@ def _with_layers(model: nn.Module, path: str, name: str, *, trainable: bool, sha
         model.add_adapter(name, config, low_cpu_mem_usage=empty)
         return model
     return PeftModelForCausalLM(model, config, name, low_cpu_mem_usage=empty)
+
+
+def _refuse_nested(adapted: PeftModel) -> None:
+    """Raise ValueError where a module or token rows that an adapter keeps whole hold another adapter's layers.
+
+    peft copies these with what is on them, and says something else than either adapter then.
+    """
+    for name, module in adapted.get_base_model().named_modules():
+        inner: list[nn.Module] = []
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            inner = [part for part in module.modules() if part not in (module, getattr(module, "token_adapter", None))]
+        elif isinstance(module, BaseTunerLayer):
+            inner = [module.get_base_layer()]
+        if any(isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for part in inner):
+            raise ValueError(
+                f"{name} is kept whole (modules_to_save, trainable_token_indices) by one and has layers of another"
+            )
 
 
 def _load_weights(adapted: PeftModel, path: str, name: str, *, trainable: bool) -> None:

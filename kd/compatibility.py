@@ -39,6 +39,7 @@ TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map
 _OTHER_TOKENS = (
     "Pass a teacher of the base's family; or distil from one of another tokenizer: `dae distill` with cross_tokenizer."
 )
+_MANY_LAYERS = 1000
 # An adapter on several parameters of one module is as many wrappers, one inside the other.
 _NESTED = re.compile(r"(\.base_layer)+$")
 
@@ -84,6 +85,7 @@ def _tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | 
         tokenizer.get_vocab()
         for text in _PROBES:
             tokenizer.encode(text, add_special_tokens=False)
+        tokenizer("probe")  # some settings are read no sooner
     return tokenizer
 
 
@@ -270,9 +272,20 @@ def empty_model(path: str, trust_remote_code: bool = False) -> nn.Module:
     refuse_broken_json(folder, "config.json")
     with opening(f"{path}: config.json cannot be read as a causal language model", "Mend it, or save it again."):
         config: Any = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        _refuse_endless_layers(path, config)
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return model
+
+
+def _refuse_endless_layers(path: str, config: Any) -> None:
+    """Raise UserError for a config with far more layers than its files can hold, which would take hours to build."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > _MANY_LAYERS and layers > len(_empty_tensors(path)):
+        raise UserError(
+            f"{path}: config.json: num_hidden_layers: {layers}: its files hold {len(_empty_tensors(path))} tensors; "
+            "mend config.json, or save it again."
+        )
 
 
 def check_complete(path: str, trust_remote_code: bool = False) -> None:
