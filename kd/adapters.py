@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
@@ -55,6 +57,7 @@ def put_adapter(
         adapted = _with_layers(model, path, name, trainable=trainable, shared=shared_with is not None)
         if shared_with is not None:
             _refuse_nested(adapted)
+            _answer_for_own_rows(adapted)
     if shared_with is not None:
         _refuse_own_base_weights(adapted, path, name, shared_with)
     with opening(f"{path}: its weights cannot be put on its base", "Save or download the adapter again."):
@@ -91,6 +94,21 @@ def _refuse_nested(adapted: PeftModel) -> None:
             raise ValueError(
                 f"{name} is kept whole (modules_to_save, trainable_token_indices) by one and has layers of another"
             )
+
+
+def _answer_for_own_rows(adapted: PeftModel) -> None:
+    """Let layers with token rows (trainable_token_indices) know of no rows of adapters that have none there.
+
+    peft 0.21 asks them for those of every adapter that it loads or saves, and ends with a KeyError.
+    """
+    for module in adapted.modules():
+        if isinstance(module, TrainableTokensWrapper) and "adapter_state_dict" not in vars(module):
+            for method in ("adapter_state_dict", "adapter_state_dict_load_map"):
+                setattr(module, method, partial(_of_own_rows, module, getattr(module, method)))
+
+
+def _of_own_rows(layer: TrainableTokensWrapper, answer: Callable[..., Any], name: str, *others: Any) -> Any:
+    return answer(name, *others) if name in layer._get_available_adapters() else {}
 
 
 def _load_weights(adapted: PeftModel, path: str, name: str, *, trainable: bool) -> None:
@@ -134,11 +152,7 @@ def _refuse_own_base_weights(adapted: PeftModel, path: str, name: str, base: str
     Loading it would write them over the weights that all roles share. What its layers keep of their own, saved modules
     among it, is no such weight.
     """
-    words = (
-        f"{Path(path) / ADAPTER_CONFIG}: a module that it saves whole (modules_to_save) holds layers of other adapters"
-    )
-    with opening(words, f"Instead, {merge_command(path)}."):
-        own = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
+    own = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
     there = _base_weights(adapted)
     with safe_open(resolve_model(path) / ADAPTER_WEIGHTS, framework="pt") as file:
         for key in sorted(set(file.keys()) - own.keys()):

@@ -95,9 +95,6 @@ def _difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) 
     token = min((token for token in a.keys() & b.keys() if a[token] != b[token]), default=None)
     if token is not None:
         return f"{token!r} is token {a[token]} in one and {b[token]} in the other", _OTHER_TOKENS
-    for text in _PROBES:
-        if ours.encode(text, add_special_tokens=False) != theirs.encode(text, add_special_tokens=False):
-            return f"{text!r} is cut into other tokens", _OTHER_TOKENS
     missing = {token for token in a.keys() - b.keys() if token != ours.pad_token}
     extra = b.keys() - a.keys()
     if missing or not all(b[token] in theirs.added_tokens_decoder and b[token] > max(a.values()) for token in extra):
@@ -107,6 +104,9 @@ def _difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) 
         if missing and not extra and all(a[token] in ours.added_tokens_decoder for token in missing):
             remedy = "Pass the base as it was before these tokens were added, or train the teacher with them."
         return f"{len(b)} tokens against {len(a)}; {who} {shown}", remedy
+    for text in _PROBES:
+        if ours.encode(text, add_special_tokens=False) != theirs.encode(text, add_special_tokens=False):
+            return f"{text!r} is cut into other tokens", _OTHER_TOKENS
     return None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -28,6 +29,7 @@ def merged(model: PeftModel, adapter: str, path: str) -> PreTrainedModel:
     with opening(f"{Path(path) / ADAPTER_CONFIG}: cannot be merged into its base", CANNOT_MERGE):
         for other in [name for name in model.peft_config if name != adapter]:
             model.delete_adapter(other)
+        take_off_wrappers_of_others(model, adapter)
         model.set_adapter(adapter)
         give_copies(model)
         base: Any = model.get_base_model()
@@ -36,6 +38,15 @@ def merged(model: PeftModel, adapter: str, path: str) -> PreTrainedModel:
         set_tied(whole.config, tied)  # peft lets it say no where the copies are equal, too
     state_ties(whole)
     return whole
+
+
+def take_off_wrappers_of_others(model: PeftModel, adapter: str) -> None:
+    """Put back the layers of the base around which only other adapters had wrappers (saved modules, token rows)."""
+    base: Any = model.get_base_model()
+    for name, module in list(base.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter not in module._get_available_adapters():
+            parent, _, leaf = name.rpartition(".")
+            setattr(base.get_submodule(parent), leaf, module.original_module)
 
 
 def give_copies(model: nn.Module) -> None:
