@@ -98,11 +98,12 @@ def check_checkpoints(recipe: AlignRecipe, inputs: Mapping[str, str]) -> None:
     paths = role_paths(recipe)
     refuse_adapter(recipe.base, "base")
     check_tokenizers(recipe.base, paths, recipe.trust_remote_code)
-    for role, path in paths.items():
-        if is_adapter(path):
-            check_adapter(role, path, recipe.base, inputs["base"], recipe.trust_remote_code)
     for path in {inputs[role]: path for role, path in paths.items() if not is_adapter(path)}.values():
         check_complete(path, recipe.trust_remote_code)
+    first_role: dict[str, str] = {}
+    for role, path in paths.items():
+        if is_adapter(path) and first_role.setdefault(path, role) == role:
+            check_adapter(role, path, recipe.base, inputs["base"], recipe.trust_remote_code, shares=True)
     if recipe.student_from is not None and is_adapter(recipe.student_from) != (recipe.lora is not None):
         kind, remedy = ("an adapter", "merge it") if recipe.lora is None else ("a full checkpoint", "set `lora: null`")
         raise UserError(

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from peft import PeftModel
+from torch import nn
 
 from dae.alignment import role_paths
 from dae.recipe import AlignRecipe
 from kd.adapter_files import is_adapter
-from kd.adapters import put_adapter
 from kd.compatibility import empty_model, refuse_unusable_attention
 from kd.config import StageRecipe
 from kd.distill_recipe import DistillRecipe
@@ -24,6 +23,7 @@ from kd.roles import (
     STUDENT_ADAPTER,
     Backbone,
     Role,
+    add_frozen_adapter,
     add_student_adapter,
     head_of,
     learned_positions,
@@ -35,34 +35,33 @@ from kd.router import refuse_useless_router_loss
 
 
 def empty_roles(recipe: StageRecipe) -> tuple[Role, ...]:
-    """The student, then its teachers, each on a model of its own (they take no memory).
+    """The student, then its teachers, on the models that the run would have them on (they take no memory).
 
-    Raises UserError for an architecture or an attention that cannot be run, and for adapters that fit no layer.
+    Raises UserError for an architecture or an attention that cannot be run, and for adapters that fit no layer, or not
+    beside each other.
     """
     teachers: dict[str, str] = {}
     if isinstance(recipe, DistillRecipe):
         teachers = {"teacher": recipe.teacher}
     elif isinstance(recipe, AlignRecipe):
         teachers = {role: path for role, path in role_paths(recipe).items() if role not in ("base", "student_from")}
-    return (empty_student(recipe), *(empty_teacher(name, path, recipe) for name, path in teachers.items()))
-
-
-def empty_student(recipe: StageRecipe) -> Role:
-    """The model that trains: a new adapter or an earlier student's, or all weights with `lora: null`."""
+    shared = Backbone(recipe.base, opened(recipe.base, recipe))
     earlier = recipe.student_from if isinstance(recipe, AlignRecipe) else None
-    if recipe.lora is None:
-        return Role("student", opened(earlier or recipe.base, recipe), None)
-    base = opened(recipe.base, recipe)
-    if earlier is not None:
-        return Role("student", with_adapter(base, earlier, trainable=True), STUDENT_ADAPTER)
-    return Role("student", add_student_adapter(Backbone(recipe.base, base), recipe.lora, None), STUDENT_ADAPTER)
-
-
-def empty_teacher(name: str, path: str, recipe: StageRecipe) -> Role:
-    """A frozen role: a checkpoint, or an adapter on the base."""
-    if not is_adapter(path):
-        return Role(name, opened(path, recipe), None)
-    return Role(name, with_adapter(opened(recipe.base, recipe), path, trainable=False), STUDENT_ADAPTER)
+    if recipe.lora is not None:
+        add_student_adapter(shared, recipe.lora, earlier)
+    adapters = {name: add_frozen_adapter(shared, path) for name, path in teachers.items() if is_adapter(path)}
+    nn.Module.to(
+        shared.model, "meta"
+    )  # adapters were read from their files, and would not meet the weights of the base
+    own = {name: opened(path, recipe) for name, path in teachers.items() if name not in adapters}
+    if recipe.lora is not None:
+        student = Role("student", shared.model, STUDENT_ADAPTER)
+    else:
+        student = Role("student", opened(earlier or recipe.base, recipe), None)
+    return student, *(
+        Role(name, shared.model, adapters[name]) if name in adapters else Role(name, own[name], None)
+        for name in teachers
+    )
 
 
 def opened(path: str, recipe: StageRecipe) -> Any:
@@ -71,12 +70,6 @@ def opened(path: str, recipe: StageRecipe) -> Any:
     refuse_unusable_attention(model, path, recipe.attn_implementation)
     refuse_unknown_forward(model, path)
     return model
-
-
-def with_adapter(model: Any, path: str, *, trainable: bool) -> PeftModel:
-    """A model with the layers that the adapter in `path` puts on it."""
-    # put_adapter reads the adapter's own weights, which would not meet those of the base.
-    return put_adapter(model, path, STUDENT_ADAPTER, trainable=trainable).to("meta")
 
 
 def check_roles(recipe: StageRecipe, roles: Sequence[Role]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd.config import DataRecipe
 from kd.errors import UserError
+from kd.opening import opening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,11 +156,9 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    try:
+    with opening(f"{path}: no tokenizer that transformers can open"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: no tokenizer that transformers can open: {reason}") from error
+        tokenizer("probe")  # some settings are read no sooner
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     elif settings.chat_template is not None:

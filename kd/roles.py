@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -19,21 +20,27 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from safetensors import safe_open
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kd.adapter_files import ADAPTER_WEIGHTS, read_adapter_config, refuse_adapter
+from kd.adapter_files import refuse_adapter
 from kd.adapters import put_adapter
 from kd.completeness import first_line, opened_whole
 from kd.config import LoraRecipe
 from kd.errors import UserError
-from kd.fingerprints import resolve_model
 from kd.losses import Head
+from kd.merged import state_ties
+from kd.opening import opening
 
 STUDENT_ADAPTER = "default"  # the name under which peft saves an adapter so that plain loading finds it
+
+# Names of tables of positions (wpe, embed_positions, position_embeddings, pos_encoding), and how many rows such a table
+# may have before that of position 0.
+_OF_POSITIONS = re.compile(r"(^|\.)[^.]*(wpe|pos)[^.]*")
+_MOST_ROWS_AHEAD = 8
 
 Model = PreTrainedModel | PeftModel
 
@@ -65,9 +72,10 @@ class Role:
         return tuple(self.model.modules())
 
     @cached_property
-    def switches(self) -> tuple[Any, ...]:
-        """The modules that adapters sit on."""
-        return tuple(m for m in self.modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
+    def switches(self) -> tuple[tuple[Any, list[str]], ...]:
+        """The modules that adapters sit on, and what is active on each as this role speaks: its adapter, or nothing."""
+        layers = [m for m in self.modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        return tuple((m, [self.adapter] if self.adapter in m._get_available_adapters() else []) for m in layers)
 
     def same_as(self, other: Role) -> bool:
         """True when both give the same distribution because they are the same weights."""
@@ -101,6 +109,7 @@ def load_model(path: str, settings: LoadSettings, dtype: torch.dtype | None = No
     model.to(settings.device)  # type: ignore[arg-type]
     model.requires_grad_(False)
     model.eval()
+    state_ties(model)
     refuse_bad_weights(model, path)
     refuse_unknown_forward(model, path)
     return model
@@ -109,8 +118,10 @@ def load_model(path: str, settings: LoadSettings, dtype: torch.dtype | None = No
 def refuse_bad_weights(model: nn.Module, path: str, adapter: str | None = None) -> None:
     """Raise UserError where a weight is NaN or infinite: every loss and gradient after it would be, too."""
     for name, tensor in model.named_parameters():
-        if (adapter is None or f".{adapter}." in name) and not torch.isfinite(tensor).all():
-            as_saved = name.replace(f".{adapter}.", ".")
+        if tensor.is_meta or (adapter is not None and adapter not in name.split(".")):
+            continue
+        if not torch.isfinite(tensor).all():
+            as_saved = name.replace(f".{adapter}.", ".").removesuffix(f".{adapter}")
             raise UserError(
                 f"{path}: {as_saved} holds NaN or infinite values; nothing can be learnt from it. "
                 "Use an earlier checkpoint, or write it again."
@@ -139,7 +150,7 @@ def add_student_adapter(backbone: Backbone, lora: LoraRecipe, student_from: str 
     Changes `backbone.model` to the PeftModel and returns it.
     """
     if student_from is not None:
-        model = put_adapter(backbone.model, student_from, STUDENT_ADAPTER, trainable=True)
+        model = put_adapter(backbone.model, student_from, STUDENT_ADAPTER, trainable=True, shared_with=backbone.path)
         refuse_bad_weights(model, student_from, STUDENT_ADAPTER)
     else:
         config = LoraConfig(
@@ -164,34 +175,11 @@ def add_frozen_adapter(backbone: Backbone, path: str) -> str:
     """Put the adapter of `path` on the backbone, frozen; returns its name. The same folder is put on once."""
     if path in backbone.adapters:
         return backbone.adapters[path]
-    refuse_own_base_weights(backbone, path)
     name = f"frozen_{len(backbone.adapters)}"
-    backbone.model = put_adapter(backbone.model, path, name)
+    backbone.model = put_adapter(backbone.model, path, name, shared_with=backbone.path)
     refuse_bad_weights(backbone.model, path, name)
     backbone.adapters[path] = name
     return name
-
-
-def refuse_own_base_weights(backbone: Backbone, path: str) -> None:
-    """Raise UserError where an adapter brings base weights (resized embeddings, say) that are not the backbone's.
-
-    Loading it would write them over the weights that all roles share.
-    """
-    folder = resolve_model(path)
-    saved_whole = read_adapter_config(path).get("modules_to_save") or []
-    base = unwrapped(backbone.model)
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - not a dict
-            module_name = key.removeprefix("base_model.model.").rpartition(".")[0].removesuffix(".base_layer")
-            if ".lora_" in key or module_name.rpartition(".")[2] in saved_whole:
-                continue
-            module = base.get_submodule(module_name)
-            weight: Any = module.get_base_layer().weight if isinstance(module, BaseTunerLayer) else module.weight
-            if not torch.equal(file.get_tensor(key).to(weight), weight):
-                raise UserError(
-                    f"{path}: brings weights of its own for {module_name}, so it cannot share {backbone.path}; "
-                    "merge it into its base and pass the full checkpoint."
-                )
 
 
 @contextlib.contextmanager
@@ -201,18 +189,18 @@ def speaking_as(role: Role) -> Iterator[Model]:
     peft's own switches rewrite requires_grad on every adapter and walk a full status report each time; this one only
     moves the pointers, so it is cheap enough for every micro-batch and safe under DistributedDataParallel.
     """
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in role.switches]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer, _ in role.switches]
     training = [module for module in role.modules if module.training]
-    for layer in role.switches:
+    for layer, active in role.switches:
         layer._disable_adapters = role.adapter is None
         if role.adapter is not None:
-            layer._active_adapter = [role.adapter]
+            layer._active_adapter = active
     for module in training:
         module.__dict__["training"] = False  # as eval() does, without its walk over the tree
     try:
         yield role.model
     finally:
-        for layer, (active, disabled) in zip(role.switches, before, strict=True):
+        for (layer, _), (active, disabled) in zip(role.switches, before, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
         for module in training:
             module.__dict__["training"] = True
@@ -271,6 +259,11 @@ def _output_weights(layer: nn.Module | None, architecture: str) -> tuple[Tensor,
         active = next((name for name in layer.active_adapters if name in layer.modules_to_save), None)
         chosen = layer.original_module if layer.disable_adapters or active is None else layer.modules_to_save[active]
         return _output_weights(chosen, architecture)
+    if isinstance(layer, TrainableTokensWrapper):
+        tokens = layer.token_adapter
+        if tokens.disable_adapters or not tokens.active_adapters:
+            return _output_weights(tokens.base_layer, architecture)
+        return tokens.get_merged_weights(tokens.active_adapters), None  # peft leaves a bias out here
     if isinstance(layer, LoraLinear):
         weight_VD, bias_V = _output_weights(layer.get_base_layer(), architecture)
         for name in [] if layer.disable_adapters else layer.active_adapters:
@@ -289,6 +282,9 @@ def _output_weights(layer: nn.Module | None, architecture: str) -> tuple[Tensor,
                     "set lora.dropout=0, or leave the output layer out of lora.target_modules."
                 )
             weight_VD = weight_VD + layer.get_delta_weight(name).to(weight_VD.dtype)
+            if layer.lora_bias[name]:
+                own_V = layer.scaling[name] * layer.lora_B[name].bias.to(weight_VD.dtype)
+                bias_V = own_V if bias_V is None else bias_V + own_V
         return weight_VD, bias_V
     if type(layer) is nn.Linear:
         return layer.weight, layer.bias
@@ -297,26 +293,57 @@ def _output_weights(layer: nn.Module | None, architecture: str) -> tuple[Tensor,
 
 def vocabulary_rows(roles: Sequence[Role]) -> int:
     """Rows that every role's head has: same tokenizer, but checkpoints pad their vocabularies differently."""
-    return min(int(unwrapped(role.model).get_output_embeddings().weight.shape[0]) for role in roles)
+    heads: list[Any] = [_innermost(unwrapped(role.model).get_output_embeddings()) for role in roles]
+    return min(int(head.weight.shape[0]) for head in heads)
 
 
 def learned_positions(model: nn.Module) -> int | None:
-    """How many positions a model has a learnt embedding for; None where positions are computed."""
+    """How many positions a model has a table for, learnt or not; None where it works positions out as they come."""
     base = unwrapped(model)
-    limit: int | None = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    embeddings = [module for module in base.modules() if isinstance(module, nn.Embedding)]
-    return limit if any(module.num_embeddings == limit for module in embeddings[1:]) else None
+    config = base.config.get_text_config()
+    if config.model_type == "mpt":  # its table of biases is made anew in each pass, from this
+        return int(config.max_seq_len)
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    tokens = _innermost(base.get_input_embeddings())
+    sizes: list[int] = []
+    for name, module in decoder_of(model).named_modules():
+        if isinstance(module, nn.Embedding) and module is not tokens:
+            rows = module.num_embeddings
+            if rows == limit or (_OF_POSITIONS.search(name) and limit < rows <= limit + _MOST_ROWS_AHEAD):
+                # RoBERTa begins behind its padding position, OPT and BART have rows ahead of position 0.
+                ahead = 0 if module.padding_idx is None else int(module.padding_idx) + 1
+                sizes.append(min(limit, rows - ahead - int(getattr(module, "offset", 0))))
+        elif any(
+            buffer.dim() == 2 and buffer.shape[0] == limit and _OF_POSITIONS.search(buffer_name)
+            for buffer_name, buffer in module.named_buffers(recurse=False)
+        ):
+            sizes.append(limit)  # sines of every position: GPT-J, CodeGen, CTRL
+    return min(sizes, default=None)
+
+
+def _innermost(layer: nn.Module) -> nn.Module:
+    """A layer of the base without the wrappers that adapters put around it."""
+    while True:
+        if isinstance(layer, BaseTunerLayer):
+            layer = layer.get_base_layer()
+        elif isinstance(layer, AuxiliaryTrainingWrapper):
+            layer = layer.original_module
+        else:
+            return layer
 
 
 def refuse_unmergeable(model: nn.Module) -> None:
-    """Raise UserError where an adapter sits on one end of tied embeddings: merged, it would change both."""
+    """Raise UserError where the student's adapter cannot be merged: biases of its own on layers that have none."""
     base = unwrapped(model)
-    ends = (base.get_input_embeddings(), base.get_output_embeddings())
-    if base.config.get_text_config().tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
-        raise UserError(
-            "merge: true: this model's input and output embeddings are one matrix, and the adapter sits on one end of "
-            "it; leave embeddings and output layer out of lora.target_modules, or set merge: false."
-        )
+    for name, layer in base.named_modules():
+        has_bias = isinstance(layer, LoraLayer) and layer.lora_bias.get(STUDENT_ADAPTER)
+        if has_bias and getattr(layer.get_base_layer(), "bias", None) is None:
+            raise UserError(
+                f"merge: true: the adapter has a bias of its own (lora_bias) for {name}, and the base has none that it "
+                "could be added to; set merge: false."
+            )
 
 
 def check_head(role: Role, vocabulary_rows: int) -> None:
@@ -326,12 +353,18 @@ def check_head(role: Role, vocabulary_rows: int) -> None:
     """
     ids = torch.arange(8, device=role.model.device)[None] % vocabulary_rows
     with speaking_as(role) as model, torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits[0]
+        with opening(
+            f"role {role.name}: {type(unwrapped(role.model)).__name__} cannot run as its config.json describes it",
+            "Mend config.json, or save the checkpoint again.",
+        ):
+            expected = model(input_ids=ids, use_cache=False).logits[0]
         try:
             head = head_of(model)
         except UserError as unknown:
             raise UserError(f"role {role.name}: {unknown}") from unknown
         got = head.logits(final_hidden_states(model, {"input_ids": ids})[0])
+    if not torch.isfinite(expected).all():
+        raise UserError(f"role {role.name}: gives logits that are not finite; its checkpoint or its config is damaged.")
     scale = expected.abs().max().clamp(min=1e-3).item()
     error = (expected.to(got.dtype) - got).abs().max().item() / scale
     if not error < (1e-4 if got.dtype == expected.dtype else 3e-2):

@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from kd.config import StageRecipe, resolved_yaml
 from kd.errors import MachineError, Stopped, UserError
+from kd.merged import merged
 from kd.mixing import MixedRows, Mixture, StepBatchSampler, collate
 from kd.model_card import CardFacts, write_model_card
 from kd.objective import Batch, Objective
@@ -388,10 +389,10 @@ def publish(
     run.publish(write_files)
     verify_saved(run.path, ids[0].tolist(), expected, settings)
     if recipe.merge and isinstance(student, PeftModel):
-        merged = student.merge_and_unload(adapter_names=[STUDENT_ADAPTER])
+        whole = merged(student, STUDENT_ADAPTER, recipe.output)
 
         def write_merged(folder: Path) -> None:
-            merged.save_pretrained(str(folder / "merged"))
+            whole.save_pretrained(str(folder / "merged"))
             data.tokenizer.save_pretrained(str(folder / "merged"))
 
         run.publish(write_merged)

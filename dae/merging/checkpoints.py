@@ -15,19 +15,21 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dae.merging.card import write_merge_card
 from dae.merging.recipe import MergeRecipe
-from kd.adapter_files import is_adapter
+from kd.adapter_files import is_adapter, read_adapter_config
 from kd.adapters import put_adapter
 from kd.compatibility import check_adapter, check_complete, empty_model
 from kd.config import resolved_yaml
 from kd.errors import UserError
 from kd.files import TEMPORARY_PREFIX, remove
 from kd.fingerprints import model_fingerprint, resolve_model, weight_files
+from kd.merged import merged
 from kd.provenance import base_fingerprint_of
-from kd.roles import STUDENT_ADAPTER, LoadSettings, load_model, refuse_bad_weights, refuse_unmergeable
+from kd.roles import STUDENT_ADAPTER, LoadSettings, load_model, refuse_bad_weights
 from kd.runs import RunFolder
 from kd.stage import RunResult
 
@@ -35,7 +37,7 @@ logger = logging.getLogger("dae")
 
 # What a model does beyond its weights. Where two configs differ in the first, weights do not mean the same to both.
 _SAME_MEANING = ("hidden_act", "hidden_activation", "activation_function", "num_attention_heads", "num_key_value_heads")
-_WORTH_A_WARNING = ("rope_parameters", "sliding_window", "rms_norm_eps", "layer_norm_epsilon", "tie_word_embeddings")
+_WORTH_A_WARNING = ("rope_parameters", "sliding_window", "rms_norm_eps", "layer_norm_epsilon")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 # Writes the result's files into the first folder and returns the summary; the second is for what goes afterwards.
@@ -144,13 +146,21 @@ def _shapes(model: torch.nn.Module) -> dict[str, list[int]]:
 def foundation(role: str, checkpoints: Checkpoints, candidates: Sequence[str]) -> str:
     """The checkpoint that a role's adapter stands on, among candidates (paths, the likeliest first).
 
-    Its provenance decides where it has any. Raises UserError where it fits none of them.
+    Its provenance decides where it has any.
     """
-    path = checkpoints.paths[role]
-    recorded = base_fingerprint_of(resolve_model(path))
-    standing = next((one for one in candidates if checkpoints.sha256[one] == recorded), candidates[0])
+    recorded = base_fingerprint_of(resolve_model(checkpoints.paths[role]))
+    return next((one for one in candidates if checkpoints.sha256[one] == recorded), candidates[0])
+
+
+def check_foundation(role: str, checkpoints: Checkpoints, candidates: Sequence[str]) -> None:
+    """Raise UserError where a role's adapter fits none of the candidates, or peft cannot merge it."""
+    path, standing = checkpoints.paths[role], foundation(role, checkpoints, candidates)
     check_adapter(role, path, standing, checkpoints.sha256[standing])
-    return standing
+    if read_adapter_config(path).get("kasa_config"):
+        return  # can be merged, but not without the weights of its base
+    empty = put_adapter(empty_model(standing), path, STUDENT_ADAPTER)
+    nn.Module.to(empty, "meta")  # the adapter was read, and would not meet the weights of the base
+    merged(empty, STUDENT_ADAPTER, path)
 
 
 # -- whole checkpoints -------------------------------------------------------------------------------------------------
@@ -161,24 +171,17 @@ def whole_checkpoint(role: str, checkpoints: Checkpoints, candidates: Sequence[s
 
     Merging is in float32 and saved so: the result is rounded once, when the merge that it goes into writes its own.
 
-    Raises UserError where an adapter's base is none of the candidates, or where it cannot be merged.
+    Raises UserError where its weights are not finite, or it cannot be merged.
     """
     path = checkpoints.paths[role]
     if not is_adapter(path):
         return resolve_model(path)
     base = foundation(role, checkpoints, candidates)
     logger.info("%s: merging the adapter %s into %s first", role, path, base)
-    model: Any = put_adapter(load_model(base, LoadSettings(torch.float32)), path, STUDENT_ADAPTER)
+    model = put_adapter(load_model(base, LoadSettings(torch.float32)), path, STUDENT_ADAPTER)
     refuse_bad_weights(model, path)
-    try:
-        refuse_unmergeable(model)
-    except UserError:
-        raise UserError(
-            f"{role} {path}: sits on one end of tied embeddings, so merging it would change both; "
-            "train an adapter that leaves embeddings and output layer out"
-        ) from None
     folder = scratch / role
-    model.merge_and_unload().save_pretrained(str(folder))
+    merged(model, STUDENT_ADAPTER, path).save_pretrained(str(folder))
     return folder
 
 

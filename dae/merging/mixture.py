@@ -18,9 +18,9 @@ from transformers import AutoConfig
 from dae.merging import mergekit_calls
 from dae.merging.checkpoints import (
     Checkpoints,
+    check_foundation,
     check_opens,
     check_same_architecture,
-    foundation,
     read_checkpoints,
     run_merge,
     stored_dtype,
@@ -32,6 +32,7 @@ from kd.adapter_files import is_adapter, refuse_adapter
 from kd.compatibility import check_tokenizers, empty_model
 from kd.errors import UserError
 from kd.fingerprints import resolve_model, weight_files
+from kd.merged import state_ties_of_files
 from kd.stage import RunResult
 
 logger = logging.getLogger("dae")
@@ -95,7 +96,7 @@ def check_experts(recipe: MoeRecipe, checkpoints: Checkpoints) -> None:
         )
     for role, path in checkpoints.paths.items():
         if is_adapter(path):
-            foundation(role, checkpoints, foundations(checkpoints))
+            check_foundation(role, checkpoints, foundations(checkpoints))
         elif path != recipe.base:
             check_same_architecture(role, path, recipe.base)
     check_tokenizers(recipe.base, checkpoints.paths)
@@ -139,6 +140,7 @@ def write_config(base: Path, folder: Path, dtype: torch.dtype) -> None:
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, key, getattr(ours, key, None))
     config.dtype = dtype
+    state_ties_of_files(folder, config)
     config.save_pretrained(str(folder))
 
 

@@ -117,11 +117,12 @@ def kind_of_rest(model: nn.Module, parameter: str) -> str:
 def left_out_energies(reference: nn.Module, expert: nn.Module) -> dict[str, float]:
     """Squared norm of expert - reference for each kind of parameter that is not carried."""
     carried = {f"{name}.weight" for name, _ in matrices(reference)}
-    theirs = dict(expert.named_parameters())
+    ours, theirs = (dict(model.named_parameters(remove_duplicate=False)) for model in (reference, expert))
     energies: dict[str, float] = defaultdict(float)
-    for name, ours in reference.named_parameters():
+    # Where one of the two has tied embeddings, only the other names its output layer.
+    for name in dict.fromkeys(name for model in (reference, expert) for name, _ in model.named_parameters()):
         if name not in carried:
-            difference = theirs[name].detach().float() - ours.detach().float()
+            difference = theirs[name].detach().float() - ours[name].detach().float()
             energies[kind_of_rest(reference, name)] += float(difference.square().sum(dtype=torch.float64))
     return dict(energies)
 

@@ -17,14 +17,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dae.merging import mergekit_calls
 from dae.merging.checkpoints import (
     Checkpoints,
+    check_foundation,
     check_opens,
     check_same_architecture,
-    foundation,
     read_checkpoints,
     run_merge,
     stored_dtype,
@@ -36,6 +37,7 @@ from kd.adapter_files import is_adapter, refuse_adapter
 from kd.compatibility import check_tokenizers
 from kd.errors import UserError
 from kd.fingerprints import resolve_model
+from kd.merged import state_ties_of_files
 from kd.stage import RunResult
 
 
@@ -52,25 +54,36 @@ def merge_weights(recipe: WeightsRecipe) -> RunResult:
     candidates = list(dict.fromkeys([recipe.base, home]))
 
     def make(folder: Path, scratch: Path) -> Mapping[str, Any]:
-        whole = {role: whole_checkpoint(role, checkpoints, candidates, scratch) for role in checkpoints.paths}
-        whole["base"] = resolve_model(recipe.base)
         dtype = stored_dtype(resolve_model(home))
-        configuration = merge_configuration(recipe, whole, not checkpoints.same("base", "reference"))
-        mergekit_calls.merge({**configuration, "out_dtype": str(dtype).removeprefix("torch.")}, folder, recipe.seed)
-        config = AutoConfig.from_pretrained(str(resolve_model(home)))
-        config.dtype = dtype
-        config.save_pretrained(str(folder))
+        if recipe.method in BETWEEN and recipe.weight == 1 and is_adapter(recipe.expert):
+            write_expert(whole_checkpoint("expert", checkpoints, candidates, scratch), folder, dtype)
+        else:
+            whole = {role: whole_checkpoint(role, checkpoints, candidates, scratch) for role in checkpoints.paths}
+            whole["base"] = resolve_model(recipe.base)
+            configuration = merge_configuration(recipe, whole, not checkpoints.same("base", "reference"))
+            mergekit_calls.merge({**configuration, "out_dtype": str(dtype).removeprefix("torch.")}, folder, recipe.seed)
+            config = AutoConfig.from_pretrained(str(resolve_model(home)))
+            config.dtype = dtype
+            state_ties_of_files(folder, config)
+            config.save_pretrained(str(folder))
         write_companions(home, folder)
         return {"method": recipe.method, "weight": recipe.weight, "parameters": check_opens(folder, home)}
 
     return run_merge(recipe, checkpoints, lambda: check_roles(recipe, checkpoints, candidates), make)
 
 
+def write_expert(whole: Path, folder: Path, dtype: torch.dtype) -> None:
+    """All of an expert that was an adapter and nothing of the reference: merged it is the result, and no architecture
+    is unknown to mergekit.
+    """
+    AutoModelForCausalLM.from_pretrained(str(whole), dtype=dtype).save_pretrained(str(folder))
+
+
 def check_roles(recipe: WeightsRecipe, checkpoints: Checkpoints, candidates: Sequence[str]) -> None:
     """Raise UserError where reference and expert cannot be laid over the base, or there is nothing between them."""
     for role, path in checkpoints.paths.items():
         if is_adapter(path):
-            foundation(role, checkpoints, candidates)
+            check_foundation(role, checkpoints, candidates)
         elif path != recipe.base:
             check_same_architecture(role, path, recipe.base)
     check_tokenizers(recipe.base, checkpoints.paths)

@@ -369,12 +369,11 @@ def test_an_attention_that_does_not_exist_is_refused(world: Path, tmp_path: Path
     make_plan(recipe_of(world, tmp_path / "o", attn_implementation="eager"))
 
 
-def test_a_merge_that_would_change_both_ends_of_tied_embeddings_is_refused(world: Path, tmp_path: Path) -> None:
-    tied = make_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
-    lora = {"rank": 2, "target_modules": ["embed_tokens"]}
-    told = message(recipe_of(world, tmp_path / "o", base=tied, expert=str(tied), lora=lora, merge=True))
-    assert "merge: true: this model's input and output embeddings are one matrix" in told
-    make_plan(recipe_of(world, tmp_path / "o", base=tied, expert=str(tied), lora=lora))
+def test_a_merge_that_has_no_place_for_a_bias_is_refused(world: Path, tmp_path: Path) -> None:
+    earlier = str(make_adapter(tmp_path / "earlier", world / "base", r=2, target_modules=["q_proj"], lora_bias=True))
+    told = message(recipe_of(world, tmp_path / "o", student_from=earlier, merge=True))
+    assert "merge: true: the adapter has a bias of its own (lora_bias)" in told
+    make_plan(recipe_of(world, tmp_path / "o", student_from=earlier))
 
 
 def test_a_student_that_goes_on_trains_what_it_trained_before(world: Path, tmp_path: Path) -> None:

@@ -241,13 +241,14 @@ def test_unknown_target_modules_are_the_users_mistake(tmp_path: Path) -> None:
         add_student_adapter(backbone, LoraRecipe(target_modules=("no_such_layer",)), None)
 
 
-def test_an_adapter_on_one_end_of_tied_embeddings_is_not_merged(tmp_path: Path) -> None:
-    for tied, targets in ((True, ("embed_tokens",)), (False, ("embed_tokens",)), (True, ("q_proj",))):
-        base = make_checkpoint(tmp_path / f"{tied}-{targets[0]}", tie_word_embeddings=tied)
+def test_a_bias_that_the_base_has_no_place_for_is_not_merged(tmp_path: Path) -> None:
+    for has_place in (False, True):
+        base = make_checkpoint(tmp_path / f"base-{has_place}", attention_bias=has_place)
+        earlier = make_adapter(base, tmp_path / f"a-{has_place}", target_modules=["q_proj"], lora_bias=True)
         backbone = Backbone(str(base), load_model(str(base), SETTINGS))
-        student = add_student_adapter(backbone, LoraRecipe(target_modules=targets), None)
-        if tied and targets == ("embed_tokens",):
-            with pytest.raises(UserError, match="merge: true: this model's input and output embeddings are one matrix"):
-                refuse_unmergeable(student)
-        else:
+        student = add_student_adapter(backbone, LoraRecipe(), str(earlier))
+        if has_place:
             refuse_unmergeable(student)
+        else:
+            with pytest.raises(UserError, match=r"merge: true: .*lora_bias.*q_proj.* set merge: false"):
+                refuse_unmergeable(student)

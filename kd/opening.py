@@ -1,0 +1,67 @@
+"""The border to the libraries that open a user's files: whatever they raise there is a fault of the files.
+
+transformers, tokenizers and peft answer a config or tokenizer that makes no sense with whichever exception the
+nonsense leads to (ZeroDivisionError, AssertionError, a panic of Rust), after their own checks and in place of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from kd.errors import MachineError, UserError
+
+LONGEST_REASON = 300
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+@contextlib.contextmanager
+def opening(what: str, remedy: str = "Save or download it again.") -> Iterator[None]:
+    """Around calls into a library that read or build what a user's files describe, and nothing of ours.
+
+    what: the beginning of the message, such as "FOLDER: cannot be read as a causal language model".
+
+    Raises UserError for every fault but those of the machine (memory, disk), which pass.
+    """
+    try:
+        yield
+    except (UserError, MachineError, MemoryError):
+        raise
+    except BaseException as error:
+        # tokenizers' panics are BaseExceptions of no public class.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            raise
+        if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+            raise
+        raise UserError(f"{what}: {reason(error)}. {remedy}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line without its full stop; its class too, where the words alone say little."""
+    words = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
+    if len(words) > LONGEST_REASON:
+        words = f"{words[:LONGEST_REASON]}..."
+    if not words:
+        return type(error).__name__
+    return words if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: {words}"
+
+
+def refuse_broken_json(folder: Path, *names: str) -> None:
+    """Raise UserError where one of these files is there and is no JSON object, with the place of the mistake."""
+    for name in names:
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            value = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}: is no JSON ({reason(error)}); save or download it again") from error
+        if not isinstance(value, dict):
+            raise UserError(f"{file}: is no JSON object; save or download it again")
