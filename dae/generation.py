@@ -17,9 +17,9 @@ from kd.adapter_files import TOKENIZER_FILES, base_of, has_tokenizer, tokenizer_
 from kd.adapters import put_adapter
 from kd.chat import chat_format
 from kd.compatibility import check_adapter
-from kd.completeness import first_line
 from kd.errors import UserError
 from kd.fingerprints import model_fingerprint
+from kd.opening import opening
 from kd.roles import STUDENT_ADAPTER, LoadSettings, load_model, refuse_bad_weights
 
 END_TOKEN, SPECIAL_TOKEN, LENGTH = "end token", "other special token", "length"
@@ -195,12 +195,14 @@ def open_writer(path: str, trust_remote_code: bool) -> Writer:
 def open_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, else that of an adapter's base. Raises UserError where neither can be opened."""
     home = tokenizer_home(path)
-    try:
+    where = "" if home == path else f", nor one in its base {home}"
+    if not has_tokenizer(home):
+        files = ", ".join(TOKENIZER_FILES)
+        raise UserError(
+            f"{path}: no tokenizer that transformers can open{where}: none of {files} is there; copy it to the weights"
+        )
+    with opening(f"{path}: no tokenizer that transformers can open{where}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(home, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        where = "" if home == path else f", nor one in its base {home}"
-        reason = first_line(error) if has_tokenizer(home) else f"none of {', '.join(TOKENIZER_FILES)} is there"
-        raise UserError(f"{path}: no tokenizer that transformers can open{where}: {reason}") from error
     return tokenizer
 
 

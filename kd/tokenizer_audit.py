@@ -13,11 +13,13 @@ import string
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.errors import UserError
+from kd.opening import opening
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -124,7 +126,8 @@ def audit(tokenizer: PreTrainedTokenizerBase, folder: str | Path, texts: Sequenc
     file = Path(folder) / FILE
     differing = lossy_as_is = 0
     if file.is_file() and type(tokenizer).__name__ != AS_IS:
-        differing, lossy_as_is = against_file(tokenizer, file, sample)
+        with opening(f"{file}: cannot be read as a tokenizer"):
+            differing, lossy_as_is = against_file(tokenizer, file, sample)
     return TokenizerAudit(
         type(tokenizer).__name__,
         len(sample),
@@ -304,7 +307,6 @@ def reads_file_as_is(folder: Path) -> bool:
                 shutil.copyfile(folder / name, copy / name)
         written = json.loads((folder / CONFIG).read_text(encoding="utf-8")) if (folder / CONFIG).is_file() else {}
         (copy / CONFIG).write_text(json.dumps({**written, "tokenizer_class": AS_IS}), encoding="utf-8")
-        try:
+        with suppress(UserError), opening(str(copy)):
             return type(AutoTokenizer.from_pretrained(str(copy))).__name__ == AS_IS
-        except (OSError, ValueError, KeyError, ImportError):
-            return False
+    return False

@@ -21,7 +21,7 @@ FOR_EVALUATION = {
     f"kd.{name}"
     for name in (
         *("config", "errors", "problems", "record_forms", "records", "chat", "drafts", "data", "mixing"),
-        *("tokenizer_audit", "tokenizer_files"),
+        *("tokenizer_audit", "tokenizer_files", "opening"),
         *("roles", "adapters", "adapter_files", "completeness", "compatibility", "losses", "objective"),
         *("runs", "files", "fingerprints", "provenance", "lock", "environment"),
     )

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from dae_eval.results import ModelFacts
 from kd.adapter_files import ADAPTER_CONFIG, is_adapter, read_adapter_config
 from kd.compatibility import check_adapter
-from kd.completeness import first_line
 from kd.errors import UserError
 from kd.fingerprints import model_fingerprint, resolve_model
+from kd.opening import opening
 from kd.provenance import read_provenance
 from kd.roles import (
     Backbone,
@@ -114,10 +114,8 @@ def base_of_adapter(path: str) -> str:
 def open_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises UserError where there is none that transformers can open."""
     folder = model.tokenizer_folder
-    try:
+    with opening(f"{model.path}: no tokenizer that transformers can open"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{model.path}: no tokenizer that transformers can open: {first_line(error)}") from error
     return tokenizer
 
 

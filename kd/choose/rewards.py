@@ -23,6 +23,7 @@ from kd.choose.responses import Response
 from kd.config import DataRecipe
 from kd.data import conversation_ids
 from kd.errors import UserError
+from kd.opening import opening
 from kd.roles import LoadSettings, refuse_bad_weights
 
 NOWHERE_NEAR = 1 << 30  # tokenizers without a limit give their model_max_length as some huge number
@@ -33,10 +34,8 @@ def open_tokenizer(path: str, fallback: str | None, key: str, trust_remote_code:
 
     key: the recipe's key of the fallback, for messages. Raises UserError.
     """
-    try:
+    with opening(f"{path}: no tokenizer that transformers can open"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{path}: no tokenizer that transformers can open: {first_line(error)}") from error
     if fallback is not None and not tokenizer.chat_template:
         if fallback != "plain" and not Path(fallback).is_file():
             raise UserError(f"{key}: {fallback}: there is no such file; give `plain` or a .jinja file")
@@ -52,10 +51,8 @@ def template_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def reward_config(path: str, trust_remote_code: bool = False) -> Any:
     """A reward model's configuration, seen without its weights. Raises UserError where it does not have one label."""
-    try:
+    with opening(f"reward_model: {path}: its config cannot be read"):
         config: Any = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"reward_model: {path}: its config cannot be read: {first_line(error)}") from error
     if config.num_labels != 1:
         raise UserError(
             f"reward_model: {path}: has {config.num_labels} labels, where a reward is one number; give a sequence "
@@ -111,7 +108,7 @@ def open_reward_model(path: str, settings: LoadSettings) -> Any:
     Raises UserError where it does not open, or brings no trained head: transformers would fill one in at random.
     """
     reward_config(path, settings.trust_remote_code)
-    try:
+    with opening(f"reward_model: {path}: cannot be opened"):
         model, found = AutoModelForSequenceClassification.from_pretrained(
             path,
             dtype=settings.dtype,
@@ -120,8 +117,6 @@ def open_reward_model(path: str, settings: LoadSettings) -> Any:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"reward_model: {path}: cannot be opened: {first_line(error)}") from error
     missing = sorted(map(str, found.get("missing_keys", ())))
     if missing:
         raise UserError(
