@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from kd.adapter_features import refuse_unknown_features, refuse_unshareable
@@ -270,7 +271,7 @@ def empty_model(path: str, trust_remote_code: bool = False) -> nn.Module:
     refuse_adapter(path)
     folder = resolve_model(path)
     refuse_broken_json(folder, "config.json")
-    with opening(f"{path}: config.json cannot be read as a causal language model", "Mend it, or save it again."):
+    with opening(f"{path}: cannot be read as a causal language model", "Mend its config.json, or save it again."):
         config: Any = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         _refuse_endless_layers(path, config)
         with torch.device("meta"):
@@ -301,6 +302,9 @@ def check_complete(path: str, trust_remote_code: bool = False) -> None:
     )
     with _no_progress_bar():
         opened_whole(path, open_model)
+    if (resolve_model(path) / GENERATION_CONFIG_NAME).is_file():  # which is opened with the weights
+        with opening(f"{path}: {GENERATION_CONFIG_NAME} cannot be read", "Mend or remove it."):
+            GenerationConfig.from_pretrained(str(resolve_model(path)))
 
 
 @contextmanager

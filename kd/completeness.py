@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kd.errors import UserError
+from kd.opening import opening
 
 NAMES_SHOWN = 3
 # Buffers that earlier releases of transformers wrote among the weights, and that all architectures now make themselves.
@@ -28,18 +29,17 @@ def opened_whole(path: str, open_model: Callable[..., Any]) -> PreTrainedModel:
     """
     found: Mapping[str, Any]
     model: PreTrainedModel
-    try:
-        model, found = open_model(output_loading_info=True, ignore_mismatched_sizes=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{path}: cannot be opened as a causal language model: {first_line(error)}") from error
-    except RuntimeError as error:
-        if "automatic conversion of the weights" not in str(error):
-            raise
-        raise UserError(
-            f"{path}: its weights are not those that its config.json describes: the parts of a layer (a mixture's "
-            "experts) that are stored one by one cannot be put together, as some are missing or of another shape. "
-            "Save or download it again."
-        ) from error
+    with opening(f"{path}: cannot be opened as a causal language model"):
+        try:
+            model, found = open_model(output_loading_info=True, ignore_mismatched_sizes=True)
+        except RuntimeError as error:
+            if "automatic conversion of the weights" not in str(error):
+                raise
+            raise UserError(
+                f"{path}: its weights are not those that its config.json describes: the parts of a layer (a mixture's "
+                "experts) that are stored one by one cannot be put together, as some are missing or of another shape. "
+                "Save or download it again."
+            ) from error
     refuse_other_weights(
         path,
         "config.json",

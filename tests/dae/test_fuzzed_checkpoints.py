@@ -27,7 +27,7 @@ from dae.recipe import AlignRecipe
 from kd.config import SftRecipe, load_recipe
 from kd.roles import LoadSettings, check_head
 
-EXAMPLES = int(os.environ.get("DAE_FUZZ_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("DAE_FUZZ_EXAMPLES", "60"))
 REMOVED = "a value that stands for no key at all"
 VALUES: list[Any] = [
     REMOVED, None, True, False, -1, 0, 1, 2, 3, 7, 288, 65536, 1.5, -0.5, float("nan"), "", "x", "auto", "sdpa",

@@ -175,3 +175,56 @@ MERGES = {
 def test_a_merge_of_what_is_not_whole(kind: str, world: Path) -> None:
     lacking(world)
     refused([*MERGES[kind], "--output", "merged"], world, "expert: ", "missing: model.layers.1.mlp.up_proj.weight")
+
+
+def pad_behind_the_vocabulary(world: Path) -> str:
+    set_key(world / "base" / "config.json", pad_token_id=288)
+    return "base: cannot be read as a causal language model: AssertionError: Padding_idx"
+
+
+def generation_settings_of_wrong_types(world: Path) -> str:
+    set_key(world / "base" / "generation_config.json", pad_token_id="auto")
+    return "base: generation_config.json cannot be read: TypeError"
+
+
+def merges_that_are_none(world: Path) -> str:
+    file = world / "base" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["merges"][0] = 1
+    file.write_text(json.dumps(tokenizer))
+    return "base: its tokenizer cannot be opened: Exception: data did not match"
+
+
+def alphas_that_are_none(world: Path) -> str:
+    set_key(world / "expert" / "adapter_config.json", alpha_pattern=None)
+    return "expert/adapter_config.json: does not fit its base: AttributeError"
+
+
+def a_key_of_a_later_peft(world: Path) -> str:
+    set_key(world / "expert" / "adapter_config.json", use_newest=True)
+    return "expert/adapter_config.json: use_newest: True: peft"
+
+
+def set_key(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pad_behind_the_vocabulary,
+        generation_settings_of_wrong_types,
+        merges_that_are_none,
+        alphas_that_are_none,
+        a_key_of_a_later_peft,
+    ],
+)
+def test_what_the_libraries_stumble_over_is_told_by_file(damage: Callable[[Path], str], world: Path) -> None:
+    told = damage(world)
+    refused(align_command(), world, told)
+    (world / "r.yaml").write_text(
+        "base: base\nexpert: expert\noutput: student\ndata: {general: general.jsonl, domain: shop.jsonl}\n"
+    )
+    ended = dae(["check", "r.yaml"], world, proof=False)
+    assert ended.status == 2, ended
+    assert told in ended.err
