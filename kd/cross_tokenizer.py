@@ -36,10 +36,7 @@ from kd.config import DataRecipe, SourceRecipe
 from kd.data import (
     BATCH_RECORDS,
     Encoded,
-    Ids,
-    Mask,
     SourceReport,
-    TokenRows,
     encode_records,
     refuse_empty,
 )
@@ -48,6 +45,7 @@ from kd.losses import ACCELERATOR_CHUNK_ELEMENTS, CPU_CHUNK_ELEMENTS, FEWEST_CHU
 from kd.objective import Batch, predicting_positions
 from kd.records import Reading, read_records
 from kd.roles import Role, final_hidden_states, head_of, speaking_as
+from kd.token_rows import Ids, Mask, TokenRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

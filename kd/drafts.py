@@ -11,7 +11,8 @@ from kd.chat import ChatFormat, Messages, RenderedChat, Span, UnrenderableError,
 from kd.chat_parts import argument_form, shape_of, unrendered_parts
 from kd.config import DataRecipe
 from kd.errors import UserError
-from kd.record_forms import REASONING, check_text, form_of, strings_of, weight_of
+from kd.messages import REASONING, check_text, strings_of, weight_of
+from kd.record_forms import form_of
 from kd.special_text import mark_for, marked, spelled, unmarked
 
 if TYPE_CHECKING:

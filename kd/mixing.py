@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from kd.data import Ids, Mask, TokenRows
 from kd.errors import UserError
+from kd.token_rows import Ids, Mask, TokenRows
 
 SHARE_TOLERANCE = 1e-6
 IGNORED_BY_ROUNDING = 1e-9

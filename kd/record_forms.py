@@ -10,15 +10,13 @@ not read is named, so that somebody can count it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from kd.errors import UserError
+from kd.messages import OLD_CALLS, check_text, json_of, kind_of, list_of_objects, messages_of, tool_of
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-REASONING = ("reasoning_content", "reasoning", "thinking")  # keys that hold an assistant turn's thoughts
 EXAMPLE = (
     '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, '
     '{"prompt": "...", "completion": "..."} or {"text": "..."}'
@@ -69,11 +67,6 @@ _SPEAKERS = {
     "function_response": "tool",
     "function_call": "assistant",
 }
-_OLD_CALLS = {
-    "function_call": "the former shape of `tool_calls`: write tool_calls: [{type: function, function: {name, "
-    "arguments}}]",
-    "functions": "the former shape of `tools`: write tools: [{type: function, function: {name, parameters}}]",
-}
 
 
 @dataclass(frozen=True)
@@ -113,7 +106,7 @@ def record_of(raw: Any, location: str, declared: Format | None = None, padded: b
             f"{location}: format {kind}: `{missing[0]}` is missing; its keys are {_listed(given)}; expected "
             f"{_EXAMPLES[kind]}"
         )
-    for key, words in _OLD_CALLS.items():
+    for key, words in OLD_CALLS.items():
         if given.get(key):
             raise UserError(f"{location}: {key}: {words}")
     unread = tuple(key for key in given if key not in (*_NEEDED[kind], *_ALSO_READ[kind]))
@@ -237,7 +230,7 @@ def _turn_of(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{where}.from: {speaker!r}: unknown speaker; expected one of {', '.join(_SPEAKERS)}")
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
     if speaker.lower() == "function_call":
-        calls = _json_of(turn.get("value"), f"{where}.value")
+        calls = json_of(turn.get("value"), f"{where}.value")
         return {"role": role, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls], **rest}
     return {"role": role, "content": turn.get("value"), **rest}
 
@@ -270,9 +263,6 @@ _READERS: Mapping[Format, Callable[[Mapping[str, Any], str], dict[str, Any]]] = 
 }
 
 
-# -- messages ----------------------------------------------------------------------------------------------------------
-
-
 def with_system(row: dict[str, Any], system: Any, location: str) -> dict[str, Any]:
     """The row with a `system` beside its messages as their first turn."""
     if system in (None, ""):
@@ -288,174 +278,3 @@ def with_system(row: dict[str, Any], system: Any, location: str) -> dict[str, An
             return row
         raise UserError(f"{location}: system: the messages have a system turn of their own; keep one of the two")
     return {**row, key: [{"role": "system", "content": system}, *messages]}
-
-
-def messages_of(value: Any, where: str, padded: bool = False) -> list[dict[str, Any]]:
-    """Messages with string contents and without keys that have no value. Raises UserError."""
-    messages = list_of_objects(value, where)
-    if not messages:
-        raise UserError(f"{where}: expected a list of at least one message, not {kind_of(value)}")
-    return [message_of(message, f"{where}[{place}]", padded) for place, message in enumerate(messages)]
-
-
-def message_of(message: Mapping[str, Any], where: str, padded: bool) -> dict[str, Any]:
-    """One message: `role`, `content` as a string, tool calls as a list, and its other keys that have a value."""
-    role = message.get("role")
-    if role not in ROLES:
-        raise UserError(f"{where}.role: {role!r}: unknown role; expected one of {', '.join(ROLES)}")
-    if message.get("function_call"):
-        raise UserError(f"{where}.function_call: {_OLD_CALLS['function_call']}")
-    calls = list_of_objects(message.get("tool_calls"), f"{where}.tool_calls")
-    if calls and role != "assistant":
-        raise UserError(f"{where}.tool_calls: only an assistant turn calls tools, and this is one of {role}")
-    known = ("role", "content", "tool_calls")
-    rest = {str(key): value for key, value in message.items() if value is not None and key not in known}
-    content = message.get("content")
-    if content is None and role == "assistant" and (calls or any(rest.get(key) for key in REASONING)):
-        content = ""
-    taken = {"role": role, "content": content_of(content, f"{where}.content"), **rest}
-    for key, extra in rest.items():
-        if isinstance(extra, str):
-            check_text(extra, f"{where}.{key}")
-    if calls:
-        taken["tool_calls"] = [
-            call_of(call, f"{where}.tool_calls[{place}]", padded) for place, call in enumerate(calls)
-        ]
-    return taken
-
-
-def content_of(content: Any, where: str) -> str:
-    """A message's content as a string; a list of text parts is put together. Raises UserError for other parts."""
-    if isinstance(content, (list, tuple)):
-        parts = []
-        for place, part in enumerate(content):
-            kind = part.get("type", "text") if isinstance(part, Mapping) else None
-            text = part.get("text") if isinstance(part, Mapping) else None
-            if kind != "text" or not isinstance(text, str):
-                told = f"type {kind!r}" if isinstance(kind, str) and kind != "text" else kind_of(part)
-                raise UserError(
-                    f"{where}[{place}]: expected {{type: text, text: ...}}, not {told}; these models read text only"
-                )
-            parts.append(text)
-        content = "".join(parts)
-    check_text(content, where)
-    assert isinstance(content, str)
-    return content
-
-
-def tool_of(tool: Mapping[str, Any], where: str, padded: bool) -> dict[str, Any]:
-    """One tool: {function: {name, parameters}}, or {name, parameters}. Raises UserError."""
-    tool = without_nulls(tool) if padded else dict(tool)
-    function = tool.get("function", tool)
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise UserError(
-            f"{where}: has no name; expected {{type: function, function: {{name: ..., parameters: {{...}}}}}}"
-        )
-    parameters = function.get("parameters")
-    if parameters is not None and not isinstance(parameters, Mapping):
-        raise UserError(f"{where}.parameters: expected a JSON schema (an object), not {kind_of(parameters)}")
-    return tool
-
-
-def call_of(call: Mapping[str, Any], where: str, padded: bool) -> dict[str, Any]:
-    """One tool call: {function: {name, arguments}}, or {name, arguments}. Raises UserError."""
-    call = without_nulls(call) if padded else dict(call)
-    function = call.get("function", call)
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise UserError(
-            f"{where}: has no name; expected {{type: function, function: {{name: ..., arguments: {{...}}}}}}"
-        )
-    arguments = function.get("arguments")
-    if arguments is not None and not isinstance(arguments, (Mapping, str)):
-        raise UserError(f"{where}.arguments: expected an object, or one as JSON text, not {kind_of(arguments)}")
-    return call
-
-
-def weight_of(message: Mapping[str, Any], where: str) -> bool:
-    """Whether a turn carries loss: `weight` 0 or 1 (OpenAI's), or `train` true or false (axolotl's).
-
-    Raises UserError for another weight.
-    """
-    for key in ("weight", "train"):
-        value = message.get(key, 1)
-        if value not in (0, 1):
-            raise UserError(
-                f"{where}.{key}: {value!r}: expected 0 (the turn carries no loss) or 1; other weights are not supported"
-            )
-        if not value:
-            return False
-    return True
-
-
-# -- values ------------------------------------------------------------------------------------------------------------
-
-
-def list_of_objects(value: Any, where: str) -> list[dict[str, Any]]:
-    """A list of objects, given as such or as JSON text; [] for nothing. Raises UserError."""
-    if isinstance(value, str) and value.strip() and where.endswith(("tools", "tool_calls")):
-        value = _json_of(value, where)
-    if value is None or value == "":
-        return []
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise UserError(f"{where}: expected a list of objects, not {kind_of(value)}")
-    for place, item in enumerate(value):
-        if not isinstance(item, Mapping):
-            raise UserError(f"{where}[{place}]: expected an object, not {kind_of(item)}")
-    return [dict(item) for item in value]
-
-
-def _json_of(value: Any, where: str) -> Any:
-    if not isinstance(value, str):
-        raise UserError(f"{where}: expected JSON text, not {kind_of(value)}")
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}); repair the row") from error
-
-
-def without_nulls(value: Any) -> Any:
-    """The value without keys that are null, all the way down."""
-    if isinstance(value, Mapping):
-        return {key: without_nulls(part) for key, part in value.items() if part is not None}
-    return [without_nulls(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-
-def strings_of(value: Any) -> Iterator[str]:
-    """All strings in a JSON value, keys of objects too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from strings_of(key)
-            yield from strings_of(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from strings_of(part)
-
-
-def check_text(value: Any, where: str) -> None:
-    """Raises UserError unless `value` is text that can be encoded."""
-    if not isinstance(value, str):
-        raise UserError(f"{where}: expected a string, not {kind_of(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: half of a surrogate pair ({value[error.start]!a}) at character {error.start + 1}, which no "
-            "tokenizer takes; repair the text"
-        ) from error
-
-
-def kind_of(value: Any) -> str:
-    """A JSON value's kind, in words."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, (int, float)):
-        return "a number"
-    if isinstance(value, str):
-        return "a string"
-    if isinstance(value, Mapping):
-        return "an object"
-    return "an empty list" if isinstance(value, Sequence) and not value else "a list"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kd.errors import UserError
-from kd.record_forms import strings_of
+from kd.messages import strings_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -20,7 +20,19 @@ MODULES = [(name, path) for name, folder in PACKAGES.items() for path in sorted(
 FOR_EVALUATION = {
     f"kd.{name}"
     for name in (
-        *("config", "errors", "problems", "record_forms", "records", "chat", "drafts", "data", "mixing"),
+        *(
+            "config",
+            "errors",
+            "problems",
+            "messages",
+            "record_forms",
+            "records",
+            "chat",
+            "drafts",
+            "data",
+            "token_rows",
+            "mixing",
+        ),
         *("tokenizer_audit", "tokenizer_files", "opening"),
         *("roles", "adapters", "adapter_files", "completeness", "compatibility", "losses", "objective"),
         *("runs", "files", "fingerprints", "provenance", "lock", "environment"),

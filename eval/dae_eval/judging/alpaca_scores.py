@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.errors import UserError
-from kd.record_forms import kind_of
+from kd.messages import kind_of
 
 NOT_IN_FILE = "not in file"
 GAMED_FILE = "df_gamed.csv of the data set tatsu-lab/alpaca_eval"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kd.errors import UserError
-from kd.record_forms import kind_of
+from kd.messages import kind_of
 from kd.records import read_jsonl
 
 HUB = "hub:"
