@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dae.generation import LENGTH, Continuation
@@ -61,7 +61,7 @@ def read_prompts(path: str) -> list[Prompt]:
     return prompts
 
 
-def _prompt_of(raw: Any, location: str, padded: bool) -> Prompt:
+def _prompt_of(raw: Any, location: str, padded: Collection[str]) -> Prompt:
     if isinstance(raw, Mapping) and raw.get("prompt") is not None:
         # Whether or not it is answered already.
         raw = {key: raw[key] for key in ("prompt", "system", "tools") if key in raw}

@@ -56,7 +56,7 @@ def put_adapter(
     with opening(f"{Path(path) / ADAPTER_CONFIG}: {words}", remedy):
         adapted = _with_layers(model, path, name, trainable=trainable, shared=shared_with is not None)
         if shared_with is not None:
-            _refuse_nested(adapted)
+            _refuse_nested(adapted, path)
             _answer_for_own_rows(adapted)
     if shared_with is not None:
         _refuse_own_base_weights(adapted, path, name, shared_with)
@@ -79,8 +79,8 @@ def _with_layers(model: nn.Module, path: str, name: str, *, trainable: bool, sha
     return PeftModelForCausalLM(model, config, name, low_cpu_mem_usage=empty)
 
 
-def _refuse_nested(adapted: PeftModel) -> None:
-    """Raise ValueError where a module or token rows that an adapter keeps whole hold another adapter's layers.
+def _refuse_nested(adapted: PeftModel, path: str) -> None:
+    """Raise UserError where a module or token rows that an adapter keeps whole hold further layers.
 
     peft copies these with what is on them, and says something else than either adapter then.
     """
@@ -91,8 +91,10 @@ def _refuse_nested(adapted: PeftModel) -> None:
         elif isinstance(module, BaseTunerLayer):
             inner = [module.get_base_layer()]
         if any(isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for part in inner):
-            raise ValueError(
-                f"{name} is kept whole (modules_to_save, trainable_token_indices) by one and has layers of another"
+            raise UserError(
+                f"{Path(path) / ADAPTER_CONFIG}: cannot stand beside the other adapters on its base: {name} is kept "
+                "whole (modules_to_save, trainable_token_indices) and has further layers (target_modules), its own or "
+                f"another adapter's. Train it with one of the two; or {merge_command(path)}."
             )
 
 

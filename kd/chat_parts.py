@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from kd.chat import ChatFormat, UnrenderableError
+from kd.messages import REASONING
+from kd.special_text import spelled_in_order
 
 ArgumentForm = Literal["object", "text", "either"]
 
+SCHEMAS = ("parameters", "input_schema")  # keys under which a tool says what arguments it takes
 _ARGUMENTS = {"probekey": 'probe "value"'}
 
 
@@ -41,18 +44,23 @@ class TurnShape:
 
 @dataclass(frozen=True)
 class ChatShape:
-    """A conversation's shape; tools: for each, whether it is nested in `function`, and whether it has parameters."""
+    """A conversation's shape; tools: for each, whether it is nested in `function`, and the keys beside its name."""
 
     turns: tuple[TurnShape, ...]
-    tools: tuple[tuple[bool, bool], ...]
+    tools: tuple[tuple[bool, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a conversation, as messages name it (`messages[1].tool_calls[0]`), and whether it carries meaning."""
+    """A part of a conversation, as messages name it (`messages[1].tool_calls[0]`).
+
+    essential: it carries meaning; lasting: it must still be rendered where later turns follow (content, calls), which
+    what belongs to the last turn only, such as a thought, need not be.
+    """
 
     name: str
     essential: bool = True
+    lasting: bool = True
 
 
 def unrendered_parts(fmt: ChatFormat, messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[Part, ...]:
@@ -75,12 +83,15 @@ def shape_of(messages: Sequence[Mapping[str, Any]], tools: Any) -> ChatShape:
         for call in message.get("tool_calls", ()):
             function = call.get("function", call)
             arguments = function.get("arguments")
-            kind = "none" if arguments is None else "text" if isinstance(arguments, str) else "object"
+            kind = "none" if "arguments" not in function else "text" if isinstance(arguments, str) else "object"
             keys = tuple(sorted(key for key in call if key not in ("function", "name", "arguments")))
             calls.append(CallShape("function" in call, kind, keys))  # type: ignore[arg-type]
         keys = tuple(sorted(key for key in message if key not in ("role", "content", "tool_calls")))
         turns.append(TurnShape(message["role"], bool(message["content"]), tuple(calls), keys))
-    described = tuple(("function" in tool, bool(tool.get("function", tool).get("parameters"))) for tool in tools or ())
+    described = tuple(
+        ("function" in tool, tuple(sorted(key for key, value in tool.get("function", tool).items() if value)))
+        for tool in tools or ()
+    )
     return ChatShape(tuple(turns), described)
 
 
@@ -89,6 +100,17 @@ def _unrendered_in_shape(fmt: ChatFormat, shape: ChatShape) -> tuple[Part, ...]:
     messages = [_message_like(turn, place) for place, turn in enumerate(shape.turns)]
     tools = [_tool_like(*tool, place) for place, tool in enumerate(shape.tools)]
     return _unrendered(fmt, messages, tools)
+
+
+@functools.lru_cache(maxsize=4096)
+def control_tokens(fmt: ChatFormat, shape: ChatShape, ask: bool) -> tuple[str, ...] | None:
+    """The special tokens that the template writes into a conversation of this shape, in order; None: it refuses it."""
+    messages = [_message_like(turn, place) for place, turn in enumerate(shape.turns)]
+    tools = [_tool_like(*tool, place) for place, tool in enumerate(shape.tools)]
+    try:
+        return spelled_in_order(fmt.render(messages, tools, ask), fmt.tokenizer)
+    except UnrenderableError:
+        return None
 
 
 def _message_like(turn: TurnShape, place: int) -> dict[str, Any]:
@@ -110,12 +132,15 @@ def _call_like(call: CallShape, place: int) -> dict[str, Any]:
     )
 
 
-def _tool_like(nested: bool, parameters: bool, place: int) -> dict[str, Any]:
-    function: dict[str, Any] = {"name": f"tool{place}", "description": "what it does"}
-    if parameters:
-        properties = {f"field{place}": {"type": "string", "description": "what it is"}}
-        function["parameters"] = {"type": "object", "properties": properties, "required": [f"field{place}"]}
+def _tool_like(nested: bool, keys: Sequence[str], place: int) -> dict[str, Any]:
+    function = {key: _schema(f"field{place}") if key in SCHEMAS else f"{key}{place}" for key in keys}
+    function["name"] = f"tool{place}"
     return {"type": "function", "function": function} if nested else function
+
+
+def _schema(field: str, description: str = "what it is") -> dict[str, Any]:
+    described = {"type": "string", "description": description, "enum": ["one"]}
+    return {"type": "object", "properties": {field: described}, "required": [field]}
 
 
 def _unrendered(fmt: ChatFormat, messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[Part, ...]:
@@ -125,7 +150,7 @@ def _unrendered(fmt: ChatFormat, messages: Sequence[Mapping[str, Any]], tools: A
         for part, changed, changed_tools, upto in _variants(messages, tools or [])
         if _same(fmt, changed, changed_tools, text)
         # What a later turn hides counts as rendered if it is there while the turn is the last one.
-        and (part.essential or _same(fmt, changed[:upto], tools, _rendered(fmt, messages[:upto], tools)))
+        and (part.lasting or _same(fmt, changed[:upto], tools, _rendered(fmt, messages[:upto], tools)))
     )
 
 
@@ -160,8 +185,9 @@ def _variants(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str
                 yield with_message(place, {**message, "tool_calls": calls}, part)
         for key in message:
             if key not in ("role", "content", "tool_calls"):
-                rest = {name: value for name, value in message.items() if name != key}
-                yield with_message(place, rest, Part(f"messages[].{key}", essential=False))
+                is_thought = key in REASONING and message["role"] == "assistant"
+                name = f"{where}.{key}" if is_thought else f"messages[].{key}"
+                yield with_message(place, _without(message, key), Part(name, essential=is_thought, lasting=False))
     for at, tool in enumerate(tools):
         for part, changed in _tool_variants(tool, f"tools[{at}]"):
             yield part, list(messages), [*tools[:at], changed, *tools[at + 1 :]], len(messages)
@@ -171,31 +197,44 @@ def _other(text: str) -> str:
     return text + "x"
 
 
-def _in_function(whole: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """A call or tool whose function (itself, where it is not nested) is changed."""
-    if "function" in whole:
-        return {**whole, "function": change(dict(whole["function"]))}
-    return change(dict(whole))
+def _with_function(whole: Mapping[str, Any], function: Mapping[str, Any]) -> dict[str, Any]:
+    """A call or tool with another function (itself, where it is not nested)."""
+    return {**whole, "function": dict(function)} if "function" in whole else dict(function)
 
 
 def _call_variants(call: Mapping[str, Any], where: str) -> Iterator[tuple[Part, dict[str, Any]]]:
     function = call.get("function", call)
-    yield Part(where), _in_function(call, lambda f: {**f, "name": _other(f["name"])})
+    yield Part(where), _with_function(call, {**function, "name": _other(function["name"])})
     arguments = function.get("arguments")
     if arguments:
         other: Any = {**arguments, "another": 1} if isinstance(arguments, Mapping) else json.dumps({"another": 1})
-        yield Part(f"{where}.arguments"), _in_function(call, lambda f: {**f, "arguments": other})
+        yield Part(f"{where}.arguments"), _with_function(call, {**function, "arguments": other})
     for key in call:
         if key not in ("function", "name", "arguments", "type"):
-            rest = {name: value for name, value in call.items() if name != key}
-            yield Part(f"messages[].tool_calls[].{key}", essential=False), rest
+            yield _counted(f"messages[].tool_calls[].{key}"), _without(call, key)
 
 
 def _tool_variants(tool: Mapping[str, Any], where: str) -> Iterator[tuple[Part, dict[str, Any]]]:
-    yield Part(where), _in_function(tool, lambda f: {**f, "name": _other(f["name"])})
-    if tool.get("function", tool).get("parameters"):
-        other = {"type": "object", "properties": {"another": {"type": "string", "description": "x"}}}
-        yield Part(f"{where}.parameters"), _in_function(tool, lambda f: {**f, "parameters": other})
+    function = tool.get("function", tool)
+    yield Part(where), _with_function(tool, {**function, "name": _other(function["name"])})
+    for key, value in function.items():
+        if key in SCHEMAS and value:
+            yield Part(f"{where}.{key}"), _with_function(tool, {**function, key: _schema("another")})
+            fields = value.get("properties") if isinstance(value, Mapping) else None
+            if isinstance(fields, Mapping) and fields:
+                told = {**value, "properties": {name: {"type": "x", "description": "y"} for name in fields}}
+                part = _counted(f"tools[].{key}: types and descriptions")
+                yield part, _with_function(tool, {**function, key: told})
+        elif key not in ("name", "type"):
+            yield _counted(f"tools[].{key}"), _with_function(tool, _without(function, key))
+
+
+def _without(whole: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in whole.items() if name != key}
+
+
+def _counted(name: str) -> Part:
+    return Part(name, essential=False, lasting=False)
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------

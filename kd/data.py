@@ -20,7 +20,7 @@ from kd.drafts import Draft, Dropped, draft, unanswered_draft
 from kd.errors import UserError
 from kd.record_forms import record_of
 from kd.records import Reading, read_records
-from kd.special_text import encode_with_literals, special_ids
+from kd.special_text import encode_with_literals, has_surplus, reads_normalised, special_ids
 from kd.token_rows import Mask, TokenRow, TokenRows
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ __all__ = [
 BATCH_RECORDS = 1024
 
 NO_RESPONSE = "no response token"
+PADDING = "null keys of tools and calls dropped: Arrow's padding"
 PROMPT_TOO_LONG = "prompt fills max_length: no response token left"
 
 
@@ -69,6 +70,8 @@ class SourceReport:
 
     def fill(self, reading: Reading, dropped: Mapping[str, int], notes: Mapping[str, int]) -> None:
         """Take over what was counted while the records were read and encoded."""
+        if reading.without_nulls:
+            notes = {**notes, PADDING: reading.without_nulls}
         self.dropped = dict(dropped)
         self.notes = [f"{count} {'row' if count == 1 else 'rows'}: {note}" for note, count in notes.items()]
         self.formats, self.unread, self.texts = dict(reading.formats), dict(reading.unread), reading.texts
@@ -277,6 +280,7 @@ def encode_chats(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase) ->
                 raise UserError(literal_remedy(item, tokenizer))
             yield ids, mask_from_prefixes(item, len(ids), tokenizer)
         return
+    normalises = reads_normalised(tokenizer)
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     for item, ids, offsets in zip(drafts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         if item.literal:
@@ -284,6 +288,10 @@ def encode_chats(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase) ->
             if found is None:
                 raise UserError(literal_remedy(item, tokenizer))
             ids, offsets = found  # noqa: PLW2901
+        elif normalises and has_surplus(ids, item.text, (), tokenizer):
+            raise UserError(
+                f"{item.location}: the tokenizer's normaliser makes a control token of its text; write it otherwise"
+            )
         yield ids, mask_from_offsets(item.text, item.spans or (), offsets)
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kd.chat import ChatFormat, Messages, RenderedChat, Span, UnrenderableError, chat_format, render_chat, template_of
-from kd.chat_parts import argument_form, shape_of, unrendered_parts
+from kd.chat_parts import argument_form, control_tokens, shape_of, unrendered_parts
 from kd.config import DataRecipe
 from kd.errors import UserError
-from kd.messages import REASONING, check_text, strings_of, weight_of
+from kd.messages import REASONING, carries_loss, check_text, json_of, strings_of
 from kd.record_forms import form_of
-from kd.special_text import mark_for, marked, spelled, unmarked
+from kd.special_text import marked, marks_for, spelled, spelled_in_order, unmarked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +29,7 @@ REWRITTEN = "the template rewrites earlier turns: last assistant turn only"
 UNWEIGHTED = "assistant turns with weight 0: without loss"
 EMPTY_TURNS = "empty assistant turns: without loss"
 TRAILING = "messages after the last assistant turn: left away"
+CHANGED = "the template leaves out or changes words of a message"
 CUT_OFF = "finish_reason is length: the response has no end token"
 DEVELOPER = "the template knows no developer turn: rendered as system"
 READ_AS_OBJECT = "tool arguments given as JSON text: rendered as the object that the chat template wants"
@@ -103,7 +104,7 @@ def draft(
         return Dropped(EMPTY_RESPONSE)
     else:
         drafted = pair_draft(row["prompt"], row["completion"], tokenizer, settings, append_eos, location)
-    notes = [CUT_OFF] if cut_off and form == "pair" else []
+    notes = [CUT_OFF] if cut_off and (form == "pair" or settings.append_eos) else []
     if tokens := spelled([drafted.text], tokenizer):
         how = "read as control tokens" if settings.special_tokens == "parse" else "encoded as text"
         notes.append(f"the text spells {listed(tokens)}: {how} (data.special_tokens: {settings.special_tokens})")
@@ -169,6 +170,7 @@ def conversation_draft(
         raise NoChatTemplateError(f"{location}: a conversation, but {tokenizer.name_or_path} has no chat template")
     fmt = chat_format(tokenizer, template)
     roles = ", ".join(message["role"] for message in messages)
+    last_reply = max(k for k, message in enumerate(messages) if message["role"] == "assistant")
     try:
         messages, more = as_the_template_wants(fmt, messages[: places[-1] + 1], tools, location)
         unread = refuse_lost_parts(fmt, messages, tools, location)
@@ -184,10 +186,15 @@ def conversation_draft(
         return Dropped(RESPONSE_NOT_FOUND)
     chat, literal, spelled_notes = rendered
     notes = [*notes, *more, *spelled_notes]
+    # Earlier turns that a template rewrites carry no loss, and have a note of their own.
+    kept = [m for k, m in enumerate(messages) if not chat.rewritten or m["role"] != "assistant" or k == places[-1]]
+    if not says_all(chat.text, kept):
+        notes.append(CHANGED)
     drafted = Draft(
         location, chat.text, False, append_eos, spans=chat.spans, literal=literal, notes=tuple(notes), unread=unread
     )
-    return finished(drafted, chat, cut_off, tokenizer)
+    # Where the turn that was cut off carries no loss, the row ends with an earlier one, which was not.
+    return finished(drafted, chat, cut_off and places[-1] == last_reply, tokenizer)
 
 
 def turns_with_loss(
@@ -195,9 +202,10 @@ def turns_with_loss(
 ) -> tuple[list[int], list[str]] | Dropped:
     """Places of the assistant turns from `first` on that carry loss, and notes on those that carry none."""
     asked = [k for k in range(first, len(messages)) if messages[k]["role"] == "assistant"]
+    carrying = [k for k, message in enumerate(messages) if carries_loss(message, f"{location}: messages[{k}]")]
     if not asked:
         return Dropped(NO_ASSISTANT)
-    weighted = [k for k in asked if weight_of(messages[k], f"{location}: messages[{k}]")]
+    weighted = [k for k in asked if k in carrying]
     if not weighted:
         return Dropped(NO_WEIGHT)
     keeps = settings.empty_responses == "keep"
@@ -210,6 +218,12 @@ def turns_with_loss(
         TRAILING: turns[-1] == asked[-1] and turns[-1] < len(messages) - 1,
     }
     return turns, [note for note, holds in facts.items() if holds]
+
+
+def says_all(text: str, messages: Messages) -> bool:
+    """Whether what the messages say stands in the rendered text, white space left aside."""
+    rendered = "".join(text.split())
+    return all("".join(message["content"].split()) in rendered for message in messages)
 
 
 def is_empty(message: Mapping[str, Any]) -> bool:
@@ -231,35 +245,41 @@ def as_the_template_wants(
         taken = [{**m, "role": "system"} if m["role"] == "developer" else m for m in taken]
     for text in strings_of([taken, tools]):
         check_text(text, f"{location}: messages")
-    calls = [call for message in taken for call in message.get("tool_calls", ())]
-    if not any(call.get("function", call).get("arguments") for call in calls):
+    if not any("tool_calls" in message for message in taken):
         return taken, notes
     wanted = argument_form(fmt, shape_of(taken, tools))
     for place, message in enumerate(taken):
-        if wanted in ("object", "text") and "tool_calls" in message:
+        if "tool_calls" in message:
             where = f"{location}: messages[{place}].tool_calls"
             converted = [in_form(call, wanted, f"{where}[{at}]") for at, call in enumerate(message["tool_calls"])]
             if converted != message["tool_calls"]:
-                notes.append(READ_AS_OBJECT if wanted == "object" else READ_AS_TEXT)
+                notes.append(READ_AS_TEXT if wanted == "text" else READ_AS_OBJECT)
             taken[place] = {**message, "tool_calls": converted}
     return taken, list(dict.fromkeys(notes))
 
 
-def in_form(call: Mapping[str, Any], wanted: str, where: str) -> dict[str, Any]:
-    """A tool call with its arguments as an object or as JSON text. Raises UserError where text is no JSON object."""
+def in_form(call: Mapping[str, Any], wanted: str | None, where: str) -> dict[str, Any]:
+    """A tool call with its arguments as the template wants them: an object, JSON text, or as they are.
+
+    No arguments (null, or text without a character, as servers write it) are an empty object. Raises UserError where
+    text is no JSON object.
+    """
     function = dict(call.get("function", call))
-    arguments = function.get("arguments")
-    if wanted == "object" and isinstance(arguments, str):
-        try:
-            function["arguments"] = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}.arguments: not valid JSON ({error}); repair the row") from error
-        if not isinstance(function["arguments"], dict):
-            raise UserError(f"{where}.arguments: {arguments[:60]!r}: expected a JSON object; repair the row")
-        for text in strings_of(function["arguments"]):
+    if "arguments" not in function:
+        return dict(call)
+    given = function["arguments"]
+    value = given if given is not None else {}
+    if isinstance(given, str):
+        value = json_of(given, f"{where}.arguments") if given.strip() else {}
+        if not isinstance(value, dict):
+            raise UserError(f"{where}.arguments: {given[:60]!r}: expected a JSON object; repair the row")
+        for text in strings_of(value):
             check_text(text, f"{where}.arguments")
-    elif wanted == "text" and isinstance(arguments, Mapping):
-        function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+    is_text = isinstance(given, str) and bool(given.strip())
+    if wanted == "text":
+        function["arguments"] = given if is_text else json.dumps(value, ensure_ascii=False)
+    elif wanted == "object" or not is_text:
+        function["arguments"] = value
     return {**call, "function": function} if "function" in call else function
 
 
@@ -283,7 +303,7 @@ Render = Callable[[Messages, Any, str], RenderedChat | None]
 
 
 def render_literally(
-    fmt: ChatFormat, messages: Messages, tools: Any, location: str, render: Render
+    fmt: ChatFormat, messages: Messages, tools: Any, location: str, render: Render, ask: bool = False
 ) -> tuple[RenderedChat, tuple[Span, ...], list[str]] | None:
     """A conversation rendered so that special tokens which its own strings spell stay text.
 
@@ -293,6 +313,7 @@ def render_literally(
         tools: its tools.
         location: named in messages to the user.
         render: (messages, tools, mark) -> the rendered conversation, with the mark before what is to stay text.
+        ask: whether it goes on to where the model answers next.
 
     Returns:
         The rendered conversation without marks, [start, end) of what is literal in it, and notes; None where `render`
@@ -303,23 +324,32 @@ def render_literally(
     """
     tokens = spelled(list(strings_of([messages, tools])), fmt.tokenizer)
     plain = render(messages, tools, "")
-    if not tokens or plain is None:
-        return None if plain is None else (plain, (), [])
+    if plain is None:
+        return None
+    if not tokens and spelled_in_order(plain.text, fmt.tokenizer) == control_tokens(
+        fmt, shape_of(messages, tools), ask
+    ):
+        return plain, (), []
     try:
-        mark = mark_for([messages, tools])
+        marks = marks_for([messages, tools])
     except UserError as error:
         raise UserError(f"{location}: {error}") from error
     # A template that takes a token out of the content itself, such as </think>, must find it there.
     unknown = [token for token in tokens if token in fmt.end_tokens or token not in fmt.template]
-    for chosen in (list(tokens), unknown):
-        chat = render(marked(messages, chosen, mark), marked(tools, chosen, mark), mark) if chosen else plain
+    for chosen, edges in ((list(tokens), True), (list(tokens), False), (unknown, False)):
+        shown, shown_tools = (marked(value, chosen, marks, edges) for value in (messages, tools))
+        try:
+            chat = render(shown, shown_tools, marks.token)
+        except UnrenderableError:  # what the template looks at is no longer there
+            continue
         if chat is None:
-            return None
-        clear = unmarked(chat.text, mark, fmt.tokenizer)
+            continue
+        clear = unmarked(chat.text, marks, fmt.tokenizer)
         if clear.text == plain.text:
             spans = tuple((clear.places[start], clear.places[end]) for start, end in chat.spans)
             end = None if chat.end is None else clear.places[chat.end]
-            notes = [f"messages spell {listed(chosen)}: encoded as text"] if clear.literal else []
+            found = listed(tuple(dict.fromkeys(clear.text[start:stop] for start, stop in clear.literal)))
+            notes = [f"messages spell {found}: encoded as text"] if clear.literal else []
             if left := [token for token in tokens if token not in chosen]:
                 notes.append(f"messages spell {listed(left)}, which the chat template reads: control tokens")
             return replace(chat, text=clear.text, spans=spans, end=end), clear.literal, notes
@@ -343,7 +373,7 @@ def unanswered_draft(fmt: ChatFormat, messages: Messages, tools: Any, location: 
     def render(given: Messages, given_tools: Any, _mark: str) -> RenderedChat:
         return RenderedChat(fmt.render(given, given_tools, ask=ask), (), None, rewritten=False)
 
-    rendered = render_literally(fmt, wanted, tools, location, render)
+    rendered = render_literally(fmt, wanted, tools, location, render, ask)
     assert rendered is not None
     chat, literal, _ = rendered
     return Draft(location, chat.text, False, False, spans=(), literal=literal, notes=tuple(notes))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -35,9 +36,21 @@ def merged(model: PeftModel, adapter: str, path: str) -> PreTrainedModel:
         base: Any = model.get_base_model()
         tied = is_tied(base.config)
         whole: PreTrainedModel = model.merge_and_unload(adapter_names=[adapter])
+        refuse_unmerged(whole)
         set_tied(whole.config, tied)  # peft lets it say no where the copies are equal, too
     state_ties(whole)
     return whole
+
+
+def refuse_unmerged(whole: nn.Module) -> None:
+    """Raise ValueError where peft has left a layer of the adapter in place."""
+    layers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    left = [name for name, module in whole.named_modules() if isinstance(module, layers)]
+    if left:
+        raise ValueError(
+            f"peft leaves {left[0]} unmerged, which is kept whole (modules_to_save, trainable_token_indices) and has a "
+            "layer of target_modules as well"
+        )
 
 
 def take_off_wrappers_of_others(model: PeftModel, adapter: str) -> None:

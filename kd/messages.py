@@ -10,6 +10,8 @@ from kd.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys that hold an assistant turn's thoughts
+_OF_A_TEXT_PART = ("type", "text", "cache_control", "annotations", "citations")
+_AS_JSON_TEXT = ("tools", "tool_calls", "messages", "conversations", "history")  # keys whose lists may be JSON text
 OLD_CALLS = {
     "function_call": "the former shape of `tool_calls`: write tool_calls: [{type: function, function: {name, "
     "arguments}}]",
@@ -63,6 +65,8 @@ def content_of(content: Any, where: str) -> str:
                 raise UserError(
                     f"{where}[{place}]: expected {{type: text, text: ...}}, not {told}; these models read text only"
                 )
+            if unknown := [key for key in part if part[key] is not None and key not in _OF_A_TEXT_PART]:
+                raise UserError(f"{where}[{place}].{unknown[0]}: unknown key of a text part; remove it")
             parts.append(text)
         content = "".join(parts)
     check_text(content, where)
@@ -92,10 +96,24 @@ def call_of(call: Mapping[str, Any], where: str, padded: bool) -> dict[str, Any]
         raise UserError(
             f"{where}: has no name; expected {{type: function, function: {{name: ..., arguments: {{...}}}}}}"
         )
+    if "arguments" not in function and (
+        other := next((key for key in ("parameters", "input") if key in function), None)
+    ):
+        raise UserError(f"{where}.{other}: a call has `arguments`; rename it")
     arguments = function.get("arguments")
     if arguments is not None and not isinstance(arguments, (Mapping, str)):
         raise UserError(f"{where}.arguments: expected an object, or one as JSON text, not {kind_of(arguments)}")
     return call
+
+
+def carries_loss(message: Mapping[str, Any], where: str) -> bool:
+    """Whether an assistant turn carries loss; other turns never do. Raises UserError where one is told to."""
+    weighted = weight_of(message, where)
+    if message["role"] != "assistant" and message.get("train"):
+        raise UserError(
+            f"{where}.train: {message['train']!r}: only assistant turns carry loss; remove it from this turn"
+        )
+    return weighted and message["role"] == "assistant"
 
 
 def weight_of(message: Mapping[str, Any], where: str) -> bool:
@@ -116,7 +134,7 @@ def weight_of(message: Mapping[str, Any], where: str) -> bool:
 
 def list_of_objects(value: Any, where: str) -> list[dict[str, Any]]:
     """A list of objects, given as such or as JSON text; [] for nothing. Raises UserError."""
-    if isinstance(value, str) and value.strip() and where.endswith(("tools", "tool_calls")):
+    if isinstance(value, str) and value.strip() and where.endswith(_AS_JSON_TEXT):
         value = json_of(value, where)
     if value is None or value == "":
         return []
@@ -132,9 +150,36 @@ def json_of(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         raise UserError(f"{where}: expected JSON text, not {kind_of(value)}")
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=without_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error}); repair the row") from error
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's keys and values. Raises ValueError for a key that it has twice: json would keep the last one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise DuplicateKeyError(next(key for key in keys if keys.count(key) > 1))
+    return found
+
+
+class DuplicateKeyError(ValueError):
+    """A key that an object has twice."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: duplicate key"
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def holds_nulls(value: Any) -> bool:
+    """Whether a JSON value has a null anywhere in it."""
+    if isinstance(value, Mapping):
+        return any(part is None or holds_nulls(part) for part in value.values())
+    return isinstance(value, (list, tuple)) and any(map(holds_nulls, value))
 
 
 def without_nulls(value: Any) -> Any:

@@ -10,12 +10,12 @@ not read is named, so that somebody can count it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from kd.errors import UserError
-from kd.messages import OLD_CALLS, check_text, json_of, kind_of, list_of_objects, messages_of, tool_of
+from kd.messages import OLD_CALLS, check_text, holds_nulls, json_of, kind_of, list_of_objects, messages_of, tool_of
 
 EXAMPLE = (
     '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, '
@@ -35,6 +35,10 @@ _NEEDED: Mapping[Format, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "prompt-response": ("prompt", "response"),
 }
+# What servers say of an answer that was broken off, and of one that was not.
+_CUT_OFF = ("length", "max_tokens", "max_output_tokens", "max_length", "content_filter", "safety")
+_COMPLETE = ("stop", "eos", "end", "end_turn", "end_token", "eos_token", "stop_sequence", "tool_calls", "tool_use",
+             "function_call", "")  # fmt: skip
 _CONVERSATION = ("system", "tools", "finish_reason")
 _ALSO_READ: Mapping[Format, tuple[str, ...]] = {
     "messages": _CONVERSATION,
@@ -78,21 +82,23 @@ class Record:
             are any. A message has `role`, `content` (a string) and what else it was given with a value.
         format: what the row was given as.
         unread: keys of the row that mean nothing here, such as an id.
+        without_nulls: whether null keys were taken out of its tools or calls, as Arrow's padding.
     """
 
     row: dict[str, Any]
     format: Format
     unread: tuple[str, ...] = ()
+    without_nulls: bool = False
 
 
-def record_of(raw: Any, location: str, declared: Format | None = None, padded: bool = False) -> Record:
+def record_of(raw: Any, location: str, declared: Format | None = None, padded: Collection[str] = frozenset()) -> Record:
     """A row as it was read, in a shape that the toolkit knows.
 
     Args:
         raw: the row.
         location: named in messages, such as `rows.jsonl:7`.
         declared: the source's `format`; None: the one that the row's keys tell.
-        padded: the row comes from Arrow, which fills structs up with nulls: those in tools and calls are dropped.
+        padded: its columns that Arrow fills up with nulls: those in tools and calls are dropped.
 
     Raises:
         UserError: the row has none of the shapes, several at once, or a value that its shape does not take.
@@ -116,13 +122,24 @@ def record_of(raw: Any, location: str, declared: Format | None = None, padded: b
         refuse_conversation_keys(given, location, kind)
         return Record(row, kind, unread)
     if tools := list_of_objects(given.get("tools"), f"{location}: tools"):
-        row["tools"] = [tool_of(tool, f"{location}: tools[{place}]", padded) for place, tool in enumerate(tools)]
+        row["tools"] = [
+            tool_of(tool, f"{location}: tools[{place}]", "tools" in padded) for place, tool in enumerate(tools)
+        ]
     row = with_system(row, given.get("system"), location)
     for key in ("messages", "prompt", "completion"):
         if key in row:
             given_as = "conversations" if kind == "sharegpt" else key
-            row[key] = messages_of(row[key], f"{location}: {given_as}", padded)
-    return Record(row, kind, unread)
+            row[key] = messages_of(row[key], f"{location}: {given_as}", given_as in padded)
+    dropped = ("tools" in padded and holds_nulls(tools)) or any(
+        holds_nulls(message.get("tool_calls")) for column in padded for message in messages_in(given.get(column))
+    )
+    return Record(row, kind, unread, dropped)
+
+
+def messages_in(value: Any) -> Iterator[Mapping[str, Any]]:
+    """The messages of a column, where it has any."""
+    if isinstance(value, (list, tuple)):
+        yield from (message for message in value if isinstance(message, Mapping))
 
 
 def format_of(given: Mapping[str, Any], location: str) -> Format:
@@ -172,7 +189,12 @@ def _finish(given: Mapping[str, Any], location: str) -> dict[str, Any]:
         return {}
     if not isinstance(reason, str):
         raise UserError(f"{location}: finish_reason: expected a string such as stop or length, not {kind_of(reason)}")
-    return {"finish_reason": reason} if reason == "length" else {}
+    known = reason.lower().removeprefix("finish_reason_")
+    if known not in (*_CUT_OFF, *_COMPLETE):
+        raise UserError(
+            f"{location}: finish_reason: {reason!r}: not known; write length where the answer was cut off, else stop"
+        )
+    return {"finish_reason": "length"} if known in _CUT_OFF else {}
 
 
 def refuse_conversation_keys(given: Mapping[str, Any], location: str, kind: Format) -> None:
@@ -222,13 +244,17 @@ def _read_sharegpt(given: Mapping[str, Any], location: str) -> dict[str, Any]:
 
 
 def _turn_of(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if "from" not in turn:
+    if turn.get("from") is None:
         return dict(turn)
+    if other := next((key for key in ("role", "content") if turn.get(key) is not None), None):
+        raise UserError(f"{where}: has `from` and `{other}`, which are ambiguous; keep `from` and `value`")
+    if not isinstance(turn.get("value"), str):
+        raise UserError(f"{where}.value: expected a string, not {kind_of(turn.get('value'))}")
     speaker = turn["from"]
     role = _SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
         raise UserError(f"{where}.from: {speaker!r}: unknown speaker; expected one of {', '.join(_SPEAKERS)}")
-    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
     if speaker.lower() == "function_call":
         calls = json_of(turn.get("value"), f"{where}.value")
         return {"role": role, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls], **rest}
@@ -241,7 +267,8 @@ def _read_alpaca(given: Mapping[str, Any], location: str) -> dict[str, Any]:
         if key in given:
             check_text(given[key], f"{location}: {key}")
     messages = []
-    for place, turn in enumerate(given.get("history") or ()):
+    history = given.get("history") or ()
+    for place, turn in enumerate(json_of(history, f"{location}: history") if isinstance(history, str) else history):
         if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
             raise UserError(f"{location}: history[{place}]: expected [question, answer], not {kind_of(turn)}")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]

@@ -9,21 +9,23 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from kd.config import SourceRecipe
 from kd.errors import UserError
+from kd.messages import DuplicateKeyError, without_duplicates
 from kd.record_forms import EXAMPLE, Record, record_of, texts_of
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 FILE_ENDINGS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".arrow")
 # What a file is read as, by its name without `.gz`; other names are JSONL.
 _BY_ENDING = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-_READ_IN_FOLDERS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".tsv", ".parquet")
+_READ_IN_FOLDERS = tuple(f".{kind}{gz}" for kind in ("jsonl", "ndjson", "json", "csv", "tsv") for gz in ("", ".gz"))
+_READ_IN_FOLDERS += (".parquet",)
 _NOT_READ = (".zst", ".arrow", ".bz2", ".xz", ".zip", ".xlsx", ".npz", ".pkl")
 PARQUET_ROWS = 1024  # read at a time
 TEXTS_KEPT = 1000
@@ -35,12 +37,14 @@ csv.field_size_limit(1 << 30)  # a row's text may be long
 class Reading:
     """What was seen of the rows of a source: formats, and keys that were not read, with numbers of rows; some texts.
 
-    texts: of rows spread evenly over the source, at most `TEXTS_KEPT`.
+    texts: of rows spread evenly over the source, at most `TEXTS_KEPT`; without_nulls: rows whose tools or calls lost
+    null keys, as Arrow's padding.
     """
 
     formats: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
     texts: list[str] = field(default_factory=list)
+    without_nulls: int = 0
     _rows: int = 0
     _stride: int = 1
 
@@ -48,6 +52,7 @@ class Reading:
         """Count one row."""
         self.formats[record.format] += 1
         self.unread.update(record.unread)
+        self.without_nulls += record.without_nulls
         if self._rows % self._stride == 0:
             self.texts.append("\n".join(texts_of(record.row)))
             if len(self.texts) > TEXTS_KEPT:
@@ -79,8 +84,11 @@ def read_records(source: SourceRecipe, reading: Reading | None = None) -> Iterat
         raise UserError(f"{source.path}: has no rows; give a source with at least one, or remove it from the recipe")
 
 
-def read_raw(source: SourceRecipe) -> Iterator[tuple[str, Any, bool]]:
-    """Yields (location, row as it lies there, whether Arrow filled it up with nulls). Raises UserError."""
+Raw = tuple[str, Any, frozenset[str]]
+
+
+def read_raw(source: SourceRecipe) -> Iterator[Raw]:
+    """Yields (location, row as it lies there, its columns that Arrow fills up with nulls). Raises UserError."""
     path = Path(source.path)
     if path.is_file():
         yield from read_file(source.path)
@@ -90,14 +98,30 @@ def read_raw(source: SourceRecipe) -> Iterator[tuple[str, Any, bool]]:
             yield from read_file(str(file))
         return
     dataset = open_saved_dataset(source) if path.is_dir() else open_hub_dataset(source)
+    padded = padded_columns(getattr(dataset, "features", None) or {})
     for index, row in enumerate(dataset):
-        yield f"{source.path}[{source.split}][{index}]", row, True
+        yield f"{source.path}[{source.split}][{index}]", row, padded
+
+
+def padded_columns(features: Mapping[str, Any]) -> frozenset[str]:
+    """The columns whose objects all get each other's keys, as null: structs do, values kept as JSON do not."""
+    return frozenset(name for name, feature in features.items() if not holds_json(feature))
+
+
+def holds_json(feature: Any) -> bool:
+    """Whether a feature of `datasets` keeps JSON somewhere in it."""
+    if isinstance(feature, Mapping):
+        return any(map(holds_json, feature.values()))
+    if isinstance(feature, (list, tuple)):
+        return any(map(holds_json, feature))
+    inner = getattr(feature, "feature", None)
+    return type(feature).__name__ == "Json" or (inner is not None and holds_json(inner))
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def read_file(path: str) -> Iterator[tuple[str, Any, bool]]:
+def read_file(path: str) -> Iterator[Raw]:
     """The rows of one file, by its ending. Raises UserError."""
     name = Path(path).name.lower()
     if name.endswith(_NOT_READ):
@@ -108,7 +132,7 @@ def read_file(path: str) -> Iterator[tuple[str, Any, bool]]:
         return
     reader = {"json": read_json_file, "csv": read_csv}.get(kind, read_jsonl)
     for location, row in reader(path):
-        yield location, row, False
+        yield location, row, frozenset()
 
 
 @contextmanager
@@ -143,29 +167,17 @@ def parse_line(line: bytes, location: str) -> Any:
     """One line of a JSONL file. Raises UserError where it is no UTF-8 or no JSON, or names a key twice."""
     try:
         # "-sig": editors on Windows put a byte order mark before the first row.
-        return json.loads(line.decode("utf-8-sig").rstrip(), object_pairs_hook=_without_duplicates)
+        return json.loads(line.decode("utf-8-sig").rstrip(), object_pairs_hook=without_duplicates)
     except UnicodeDecodeError as error:
         raise UserError(f"{location}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise UserError(
             f"{location}: not valid JSON ({error.msg}, column {error.colno}); a JSONL file has one object on each line"
         ) from error
-    except _DuplicateKeyError as error:
-        raise UserError(f"{location}: {error}: duplicate key; keep one") from error
+    except DuplicateKeyError as error:
+        raise UserError(f"{location}: {error}; keep one") from error
     except RecursionError as error:
         raise UserError(f"{location}: JSON nested too deeply; a row is one flat object") from error
-
-
-class _DuplicateKeyError(Exception):
-    """A key that an object has twice: json would keep the last one and say nothing."""
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _DuplicateKeyError(next(key for key in keys if keys.count(key) > 1))
-    return found
 
 
 def read_json_file(path: str) -> Iterator[tuple[str, Any]]:
@@ -176,8 +188,8 @@ def read_json_file(path: str) -> Iterator[tuple[str, Any]]:
         yield from read_jsonl(path)
         return
     try:
-        rows = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError, _DuplicateKeyError) as error:
+        rows = json.loads(content.decode("utf-8-sig"), object_pairs_hook=without_duplicates)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); expected a list of objects, or one on each line") from error
     for index, row in enumerate(rows):
         yield f"{path}[{index}]", row
@@ -201,23 +213,29 @@ def read_csv(path: str) -> Iterator[tuple[str, Any]]:
                     count = len(row.get(None, ())) + sum(value is not None for key, value in row.items() if key)
                     raise UserError(f"{location}: has {count} cells, the header has {len(header)}; repair the row")
                 yield location, row
-        except (csv.Error, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{begin}: not valid CSV in UTF-8 ({error}); save the file as UTF-8") from error
+        except csv.Error as error:
             raise UserError(f"{path}:{begin}: not valid CSV in UTF-8 ({error}); repair the row") from error
 
 
-def read_parquet(path: str) -> Iterator[tuple[str, Any, bool]]:
-    """Rows of a parquet file. Yields (`path[index]`, row, True). Raises UserError."""
+def read_parquet(path: str) -> Iterator[Raw]:
+    """Rows of a parquet file, with what `datasets` keeps as JSON in it. Raises UserError."""
     import pyarrow as pa
+    from datasets import Features
     from pyarrow.parquet import ParquetFile
 
     index = 0
     try:
         with ParquetFile(path) as file:
+            features = Features.from_arrow_schema(file.schema_arrow)
+            padded = padded_columns(features)
             for batch in file.iter_batches(PARQUET_ROWS):
                 for row in batch.to_pylist():
-                    yield f"{path}[{index}]", row, True
+                    whole = row if len(padded) == len(features) else features.decode_example(row)
+                    yield f"{path}[{index}]", whole, padded
                     index += 1
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
 
 
@@ -239,8 +257,16 @@ def files_of_folder(source: SourceRecipe) -> list[Path]:
         UserError: there are none, or none of this split.
     """
     folder = Path(source.path)
-    inside = (file for file in folder.rglob("*") if not any(part.startswith(".") for part in file.parts[1:]))
-    files = sorted(file for file in inside if file.is_file() and file.name.lower().endswith(_READ_IN_FOLDERS))
+    inside = sorted(file for file in folder.rglob("*") if file.is_file() and not is_hidden(file.relative_to(folder)))
+    files = [file for file in inside if file.name.lower().endswith(_READ_IN_FOLDERS)]
+    left = [file for file in inside if file.name.lower().endswith(_NOT_READ)]
+    if left:
+        raise UserError(f"{left[0]}: this kind of file is not read; convert it to JSONL, CSV or parquet, or remove it")
+    if declares_files(folder / "README.md"):
+        raise UserError(
+            f"{source.path}: its README.md declares which files belong to which split (configs); give the files "
+            "themselves, each as a source"
+        )
     if not files:
         raise UserError(
             f"{source.path}: a folder without data files; give JSONL, JSON, CSV or parquet files (gzip too), or a "
@@ -249,7 +275,32 @@ def files_of_folder(source: SourceRecipe) -> list[Path]:
     splits = splits_of(folder, files)
     if source.split not in splits:
         raise UserError(f"{source.path}: split: {source.split!r}: not there; it has {', '.join(splits)}")
-    return splits[source.split]
+    chosen = splits[source.split]
+    stray = [file for file in files if not any(file in several for several in splits.values())]
+    kinds = {Path(file.name.lower().removesuffix(".gz")).suffix for file in chosen}
+    if stray or len(kinds) > 1:
+        what = (
+            f"{stray[0].name} belongs to no split by its name" if stray else f"has {' and '.join(sorted(kinds))} files"
+        )
+        raise UserError(f"{source.path}: {what}; give the files themselves, each as a source")
+    return chosen
+
+
+def is_hidden(file: Path) -> bool:
+    """Whether a file or a folder above it has a name that begins with a dot."""
+    return any(part.startswith(".") for part in file.parts)
+
+
+def declares_files(card: Path) -> bool:
+    """Whether a data set's card has `configs` with `data_files` in its front matter."""
+    if not card.is_file():
+        return False
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
+    return (
+        len(parts) == 3
+        and not parts[0].strip()
+        and re.search(r"^\s+(- )?data_files:", parts[1], re.MULTILINE) is not None
+    )
 
 
 def splits_of(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
@@ -263,7 +314,10 @@ def splits_of(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
     by_path = {str(file.absolute()): file for file in files}
     found: dict[str, list[Path]] = {}
     for split, wanted in patterns.items():
-        paths = {str(path) for pattern in wanted for path in resolve_pattern(pattern, str(folder.absolute()))}
+        paths: set[str] = set()
+        for pattern in wanted:
+            with suppress(FileNotFoundError):  # one of several that nothing matches
+                paths |= set(resolve_pattern(pattern, str(folder.absolute())))
         if taken := [file for path, file in by_path.items() if path in paths]:
             found[str(split)] = taken
     return found or {"train": files}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kd.errors import UserError
-from kd.messages import strings_of
+from kd.messages import REASONING, strings_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 _MARKS = tuple(chr(code) for code in range(0xE000, 0xE010))
+# Keys by which templates find their way: they carry no marks.
+_STRUCTURE = frozenset(
+    ("role", "content", "tool_calls", "function", "name", "arguments", "type", "id", "tool_call_id", "parameters",
+     "description", "properties", "required", "input_schema", *REASONING)
+)  # fmt: skip
 _STAND_INS = (0xF0000, 0x100000)  # first characters of the two supplementary private use planes
 
 
@@ -54,24 +59,50 @@ def spelled(texts: Iterator[str] | Sequence[str], tokenizer: PreTrainedTokenizer
     return tuple(dict.fromkeys(token for text in texts for token in pattern.findall(text)))
 
 
-def mark_for(value: Any) -> str:
-    """A character that none of a value's strings has."""
+def spelled_in_order(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Every special token that a text spells, as often as it does."""
+    return tuple(special_pattern(tokenizer).findall(text))
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Two characters that no string of a row has: one before tokens that it spells, one at both ends of its strings."""
+
+    token: str
+    edge: str
+
+
+def marks_for(value: Any) -> Marks:
+    """Characters that none of a value's strings has. Raises UserError where there are none."""
     used = set().union(*map(set, strings_of(value)))
-    free = next((mark for mark in _MARKS if mark not in used), None)
-    if free is None:
-        raise UserError(f"uses all of {_MARKS[0]!a} to {_MARKS[-1]!a}, private use characters; remove one from the row")
-    return free
+    free = [mark for mark in _MARKS if mark not in used]
+    if len(free) < 2:
+        raise UserError(
+            f"uses all of {_MARKS[0]!a} to {_MARKS[-1]!a}, private use characters; remove some from the row"
+        )
+    return Marks(*free[:2])
 
 
-def marked(value: Any, tokens: Sequence[str], mark: str) -> Any:
-    """A JSON value whose strings have the mark before each of these tokens; `role` stays as it is."""
-    pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+def marked(value: Any, tokens: Sequence[str], marks: Marks, edges: bool) -> Any:
+    """A JSON value whose strings have a mark before each of these tokens and, with `edges`, at both of their ends.
+
+    `role` and `type` stay as they are. White space at the ends stays outside of the marks, for templates that trim.
+    """
+    pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+
+    def string(text: str) -> str:
+        text = pattern.sub(lambda match: marks.token + match[0], text)
+        core = text.strip()
+        return text.replace(core, f"{marks.edge}{core}{marks.edge}", 1) if edges and core else text
 
     def of(part: Any) -> Any:
         if isinstance(part, str):
-            return pattern.sub(lambda match: mark + match[0], part)
+            return string(part)
         if isinstance(part, Mapping):
-            return {of(key): inner if key == "role" else of(inner) for key, inner in part.items()}
+            return {
+                (key if key in _STRUCTURE else string(key)): inner if key in ("role", "type") else of(inner)
+                for key, inner in part.items()
+            }
         return [of(inner) for inner in part] if isinstance(part, (list, tuple)) else part
 
     return of(value)
@@ -81,7 +112,8 @@ def marked(value: Any, tokens: Sequence[str], mark: str) -> Any:
 class Unmarked:
     """Text without its marks.
 
-    text: the text; literal: [start, end) of what was marked; places: where each character of the marked text went.
+    text: the text; literal: [start, end) of the special tokens in it that the template did not write; places: where
+    each character of the marked text went.
     """
 
     text: str
@@ -89,22 +121,38 @@ class Unmarked:
     places: tuple[int, ...]
 
 
-def unmarked(text: str, mark: str, tokenizer: PreTrainedTokenizerBase) -> Unmarked:
-    """Takes the marks out of a rendered text. A mark whose token the template took away marks nothing."""
+def unmarked(text: str, marks: Marks, tokenizer: PreTrainedTokenizerBase) -> Unmarked:
+    """Takes the marks out of a rendered text. What is a special token only without them, the template did not write."""
     pattern = special_pattern(tokenizer)
     kept: list[str] = []
-    literal: list[Span] = []
     places: list[int] = []
-    length = 0
-    for place, character in enumerate(text):
-        places.append(length)
-        if character != mark:
+    for character in text:
+        places.append(len(kept))
+        if character not in (marks.token, marks.edge):
             kept.append(character)
-            length += 1
-        elif match := pattern.match(text, place + 1):
-            literal.append((length, length + len(match[0])))
-    places.append(length)
-    return Unmarked("".join(kept), tuple(literal), tuple(places))
+    places.append(len(kept))
+    clear = "".join(kept)
+    written = {
+        (places[match.start()], places[match.end()])
+        for match in pattern.finditer(text)
+        if text[match.start() - 1 : match.start()] != marks.token
+    }
+    literal = tuple(match.span() for match in pattern.finditer(clear) if match.span() not in written)
+    return Unmarked(clear, literal, tuple(places))
+
+
+def reads_normalised(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether this tokenizer looks for special tokens in text that its normaliser has changed."""
+    normaliser = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
+    tokens = tokenizer.added_tokens_decoder.values()
+    return normaliser is not None and any(token.special and token.normalized for token in tokens)
+
+
+def has_surplus(ids: Sequence[int], text: str, literal: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether ids hold more control tokens than a text spells, where it is not literal (unknown tokens left aside)."""
+    control = special_ids(tokenizer) - {tokenizer.unk_token_id}
+    spelt = sum(match.span() not in literal for match in special_pattern(tokenizer).finditer(text))
+    return sum(token in control for token in ids) > spelt
 
 
 def encode_with_literals(

@@ -146,7 +146,7 @@ ROWS = {
     ),
     "unknown field": Case(
         lambda w: replace_line(w / "shop.jsonl", 3, '{"question": "a", "answer": "b"}'),
-        ("shop.jsonl:3: its fields are question, answer", "`prompt` and `completion`"),
+        ("shop.jsonl:3: its keys are question, answer", '{"prompt": "...", "completion": "..."}'),
     ),
     "unknown role": Case(
         lambda w: replace_line(
@@ -167,7 +167,7 @@ ROWS = {
     ),
     "held-out rows missing": Case(nothing, ("no.jsonl: no such file",), ("data.eval.domain=no.jsonl",)),
     "a folder that `datasets` did not write": Case(
-        lambda w: (w / "rows").mkdir(), ("rows: a folder, but none that `datasets` saved",), ("data.domain=rows",)
+        lambda w: (w / "rows").mkdir(), ("rows: a folder without data files; give",), ("data.domain=rows",)
     ),
     "more rows in a step than in an epoch": Case(
         nothing,

@@ -150,9 +150,9 @@ def test_arguments_that_are_no_json_object_are_refused(arguments):
 
 
 def test_keys_that_a_template_does_not_render_are_counted(tmp_path):
-    record = {"messages": [{**ASK, "name": "Ada"}, {**ANSWER, "reasoning_content": "hm"}], "id": 3, "topic": "tea"}
+    record = {"messages": [{**ASK, "name": "Ada"}, {**ANSWER, "annotator": 7}], "id": 3, "topic": "tea"}
     report = report_of(tmp_path / "a.jsonl", [record, {**record, "id": None}], TOOLS_AS_OBJECT)
-    assert report.unread == {"id": 1, "topic": 2, "messages[].name": 2, "messages[].reasoning_content": 2}
+    assert report.unread == {"id": 1, "topic": 2, "messages[].name": 2, "messages[].annotator": 2}
     named = KEEPS.replace("m['content']", "(m.name or '') + m['content']")
     assert "messages[].name" not in report_of(tmp_path / "a.jsonl", [record], named).unread
 

@@ -43,7 +43,7 @@ def test_jsonl_rows_are_named_by_their_line(tmp_path):
             "prompt is a string, completion is a list",
         ),
         (b'{"messages": []}', "messages: expected a list of at least one message"),
-        (b'{"messages": "hello"}', "messages: expected a list of objects, not a string"),
+        (b'{"messages": "hello"}', "messages: not valid JSON"),
         (b'{"messages": ["hello"]}', r"messages\[0\]: expected an object, not a string"),
         (
             b'{"messages": [{"role": "gpt", "content": "a"}]}',
