@@ -66,8 +66,8 @@ class ChatFormat:
 
     @property
     def title(self) -> str:
-        """How messages call the tokenizer whose template this is."""
-        return self.tokenizer.name_or_path or "the tokenizer"
+        """How messages name the template, after the words "the chat template"."""
+        return "`plain`" if self.template == PLAIN_TEMPLATE else f"of {self.tokenizer.name_or_path or 'the tokenizer'}"
 
     def render(self, messages: Messages, tools: Any = None, ask: bool = False) -> str:
         """Messages as text; with `ask`, up to where the model answers next. Raises UnrenderableError."""

@@ -290,9 +290,10 @@ def refuse_lost_parts(
     lost = unrendered_parts(fmt, messages, tools)
     essential = [part.name for part in lost if part.essential]
     if essential:
-        more = f", nor {len(essential) - 1} more" if len(essential) > 1 else ""
+        others = len(essential) - 1
+        more = f" and {others} other {'part' if others == 1 else 'parts'}" if others else ""
         raise LostPartError(
-            f"{location}: {essential[0]}: the chat template of {fmt.title} does not render it{more}, so it would be "
+            f"{location}: {essential[0]}: the chat template {fmt.title} does not render it{more}, so it would be "
             "lost; take it out of the row, or use a chat template that renders it (chat_template.jinja beside the "
             "tokenizer)"
         )
@@ -354,7 +355,7 @@ def render_literally(
                 notes.append(f"messages spell {listed(left)}, which the chat template reads: control tokens")
             return replace(chat, text=clear.text, spans=spans, end=end), clear.literal, notes
     raise UserError(
-        f"{location}: its text spells {listed(tokens)}, and the chat template of {fmt.title} changes it, so text "
+        f"{location}: its text spells {listed(tokens)}, and the chat template {fmt.title} changes it, so text "
         "and control tokens cannot be told apart; write it otherwise in the row"
     )
 

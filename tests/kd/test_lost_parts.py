@@ -96,7 +96,7 @@ ANSWER = {"role": "assistant", "content": "9"}
     ],
 )
 def test_a_part_that_the_template_loses_is_refused_by_name(template, record, part):
-    with pytest.raises(UserError, match=rf"rows\.jsonl:7: {part}: the chat template of .* does not render it"):
+    with pytest.raises(UserError, match=rf"rows\.jsonl:7: {part}: the chat template .* does not render it"):
         encode(record, template)
 
 
