@@ -182,7 +182,8 @@ def open_writer(path: str, trust_remote_code: bool) -> Writer:
         }
     if not end_ids:
         raise UserError(
-            f"{path}: has no end token in its tokenizer or generation_config.json, so no text would ever end"
+            f"{path}: has no end token in its tokenizer or generation_config.json, so no text would ever end; "
+            "set eos_token in tokenizer_config.json"
         )
     special_ids = {*end_ids, *tokenizer.all_special_ids}
     special_ids |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}

@@ -38,7 +38,8 @@ def base_of(path: str) -> str | None:
         return None
     base = read_adapter_config(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise UserError(f"{resolve_model(path) / ADAPTER_CONFIG}: names no base (base_model_name_or_path)")
+        file = resolve_model(path) / ADAPTER_CONFIG
+        raise UserError(f"{file}: names no base (base_model_name_or_path); write its base's path or hub id there")
     return base
 
 

@@ -122,7 +122,8 @@ def weight_files(folder: Path) -> list[str]:
     index = "model.safetensors.index.json"
     if not (folder / config).is_file():
         raise UserError(
-            f"{folder}: has no config.json and no adapter_config.json, so it is neither checkpoint nor adapter"
+            f"{folder}: has no config.json and no adapter_config.json, so it is neither checkpoint nor adapter; "
+            "give the folder that holds them"
         )
     if (folder / single).is_file():
         return [config, single]
@@ -136,7 +137,7 @@ def weight_files(folder: Path) -> list[str]:
             f"{folder}: its weights are pickled ({', '.join(pickles[:3])}), and a pickle can run any code; "
             'convert them: load them where you trust them and call model.save_pretrained("NEW_FOLDER")'
         )
-    raise UserError(f"{folder}: has {config} but no {single}")
+    raise UserError(f"{folder}: has {config} but no {single}; save it again with safetensors, or download it again")
 
 
 def _shards(index: Path) -> list[str]:
@@ -146,7 +147,9 @@ def _shards(index: Path) -> list[str]:
         raise UserError(f"{index}: cannot be read ({error!r}); save or download the checkpoint again") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{index}: names {name!r}, which is no safetensors file beside it")
+            raise UserError(
+                f"{index}: names {name!r}, which is no safetensors file beside it; save or download it again"
+            )
         if not (index.parent / name).is_file():
             raise UserError(f"{index}: lists {name}, which is missing; save or download the checkpoint again")
     return names

@@ -139,11 +139,11 @@ def parse_file(path: Path) -> tuple[yaml.Node, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such recipe file") from None
+        raise UserError(f"{path}: there is no such recipe file; check the path") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name the recipe file in it") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text, so it is no recipe") from None
+        raise UserError(f"{path}: is not UTF-8 text, so it is no recipe; save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:

@@ -36,7 +36,7 @@ def message_of(message: Mapping[str, Any], where: str, padded: bool) -> dict[str
         raise UserError(f"{where}.function_call: {OLD_CALLS['function_call']}")
     calls = list_of_objects(message.get("tool_calls"), f"{where}.tool_calls")
     if calls and role != "assistant":
-        raise UserError(f"{where}.tool_calls: only an assistant turn calls tools, and this is one of {role}")
+        raise UserError(f"{where}.tool_calls: only an assistant turn calls tools, and this is one of {role}; remove it")
     known = ("role", "content", "tool_calls")
     rest = {str(key): value for key, value in message.items() if value is not None and key not in known}
     content = message.get("content")

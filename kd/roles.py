@@ -364,7 +364,10 @@ def check_head(role: Role, vocabulary_rows: int) -> None:
             raise UserError(f"role {role.name}: {unknown}") from unknown
         got = head.logits(final_hidden_states(model, {"input_ids": ids})[0])
     if not torch.isfinite(expected).all():
-        raise UserError(f"role {role.name}: gives logits that are not finite; its checkpoint or its config is damaged.")
+        raise UserError(
+            f"role {role.name}: gives logits that are not finite; its checkpoint or its config is damaged. Save or "
+            "download it again."
+        )
     scale = expected.abs().max().clamp(min=1e-3).item()
     error = (expected.to(got.dtype) - got).abs().max().item() / scale
     if not error < (1e-4 if got.dtype == expected.dtype else 3e-2):

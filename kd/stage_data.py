@@ -169,7 +169,7 @@ def refuse_unfit_rows(recipe: StageRecipe, data: StageData, vocabulary_rows: int
     if data.largest_id >= vocabulary_rows:
         raise UserError(
             f"{recipe.base}: its tokenizer gives token {data.largest_id}, but the models share only "
-            f"{vocabulary_rows} vocabulary rows; the checkpoints do not belong together."
+            f"{vocabulary_rows} vocabulary rows; the checkpoints do not belong together: pass those of one family."
         )
     if positions is not None and data.longest > positions:
         raise UserError(

@@ -115,7 +115,10 @@ def check_same_architecture(role: str, path: str, base: str) -> None:
     """
     theirs, ours = empty_model(path), empty_model(base)
     if type(theirs) is not type(ours):
-        raise UserError(f"{role} {path}: is a {type(theirs).__name__}, {base} is a {type(ours).__name__}")
+        raise UserError(
+            f"{role} {path}: is a {type(theirs).__name__}, {base} is a {type(ours).__name__}; pass checkpoints of one "
+            "architecture"
+        )
     shapes, wanted = _shapes(theirs), _shapes(ours)
     for name in [*wanted, *(shapes.keys() - wanted.keys())]:
         if shapes.get(name) == wanted.get(name):

@@ -80,7 +80,9 @@ def to_lora(recipe: ToLoraRecipe) -> RunResult:
 def check_pair(recipe: ToLoraRecipe, checkpoints: Checkpoints) -> None:
     """Raise UserError where the expert is no fine-tune of the reference, or LoRA cannot carry it."""
     if checkpoints.same("base", "expert"):
-        raise UserError(f"expert {recipe.expert}: is the reference itself, so there is nothing to carry")
+        raise UserError(
+            f"expert {recipe.expert}: is the reference itself, so there is nothing to carry; pass the tuned one"
+        )
     check_same_architecture("expert", recipe.expert, recipe.reference)
     check_tokenizers(recipe.reference, {"expert": recipe.expert})
     for name, parameter in empty_model(recipe.reference).named_parameters():

@@ -156,7 +156,8 @@ def rewards_of(
     if largest >= model.get_input_embeddings().num_embeddings:
         raise UserError(
             f"reward_model: its tokenizer writes token {largest}, but the model has "
-            f"{model.get_input_embeddings().num_embeddings}; they do not belong together"
+            f"{model.get_input_embeddings().num_embeddings}; they do not belong together: pass the "
+            "tokenizer of the model"
         )
     rewards = [math.nan] * len(rows)
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]))

@@ -127,7 +127,8 @@ def refuse_unfit(role: Role, rows: Sequence[TokenRow]) -> None:
     largest, known = max(max(row.input_ids) for row in rows), vocabulary_rows([role])
     if largest >= known:
         raise UserError(
-            f"student: its tokenizer writes token {largest}, but the model has {known}; they do not belong together"
+            f"student: its tokenizer writes token {largest}, but the model has {known}; they do not belong "
+            "together: pass the tokenizer of the model"
         )
     positions, longest = learned_positions(role.model), max(len(row.input_ids) for row in rows)
     if positions is not None and longest > positions:

@@ -211,7 +211,8 @@ def open_local_chat(model: Model, template: str | None, batch_size: int) -> Loca
     known = tuple(sorted(end for end in end_ids if end is not None))
     if not known:
         raise UserError(
-            f"{model.path}: no end token in its tokenizer or generation_config.json, so no answer would end"
+            f"{model.path}: no end token in its tokenizer or generation_config.json, so no answer would end; "
+            "set eos_token in tokenizer_config.json"
         )
     # Its own settings (top_p, repetition_penalty, ...) would fill in whatever a call leaves open.
     loaded.generation_config = GenerationConfig()
