@@ -61,7 +61,7 @@ def checks() -> None:
         the command to come, with `check` before it: align, sft or distill with
         their own flags. `dae align ... --check` is the same.
     dae check FILE [KEY=VALUE]... [--stage STAGE]
-        a recipe in YAML; its stage is as it tells: align if it names an expert,
+        a recipe in YAML; its keys decide the stage: align if it names an expert,
         distill if it names a teacher, else sft.
 
     A stage's name goes before a file of that name: for the file, write ./align.
@@ -73,7 +73,7 @@ def check_recipe(
     recipe: Annotated[Path | None, typer.Argument(metavar="FILE", help="the recipe, in YAML")] = None,
     assignments: Assignments = None,
     stage: Annotated[
-        str | None, typer.Option(metavar="STAGE", help="sft, distill or align (default: as the recipe tells)")
+        str | None, typer.Option(metavar="STAGE", help="sft, distill or align (default: by the recipe's keys)")
     ] = None,
 ) -> None:
     """Check a recipe file."""
@@ -95,7 +95,7 @@ def stage_of(recipe: Path, assignments: Sequence[str]) -> str:
     command = other_command(set(layers.raw))
     if command is not None:
         raise UserError(
-            f"{recipe}: is a recipe of `dae {command}`, which tells all its mistakes itself before anything runs; "
+            f"{recipe}: is a recipe of `dae {command}`, which reports all mistakes itself before it runs; "
             f"`dae check` looks at recipes of {one_of(CHECKED)}"
         )
     for key, stage in (("expert", "align"), ("teacher", "distill")):

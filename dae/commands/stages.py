@@ -41,11 +41,11 @@ def align(
     ] = None,
     domain_data: Annotated[
         list[str] | None,
-        typer.Option(metavar="[NAME=]PATH", help="rows of an expert (default: those its run folder tells)"),
+        typer.Option(metavar="[NAME=]PATH", help="rows of an expert (default: those recorded in its run folder)"),
     ] = None,
     general_data: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH", help="general rows (default: those the reference's run folder tells)"),
+        typer.Option(metavar="PATH", help="general rows (default: those recorded in the reference's run folder)"),
     ] = None,
     output: Annotated[str | None, typer.Option(metavar="DIR", help="run folder (default: runs/align)")] = None,
     recipe: RecipeFile = None,
