@@ -224,7 +224,7 @@ def test_check_names_the_command_of_another_recipe(
     (tmp_path / "r.yaml").write_text(text)
     assert cli.run(["check", str(tmp_path / "r.yaml")]) == 2
     told = capsys.readouterr().err
-    assert f"r.yaml: is a recipe of `dae {command}`, which tells all its mistakes itself before anything runs" in told
+    assert f"r.yaml: is a recipe of `dae {command}`, which reports all mistakes itself before it runs" in told
     assert len(told.splitlines()) == 1
 
 
