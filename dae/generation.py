@@ -21,6 +21,7 @@ from kd.errors import UserError
 from kd.fingerprints import model_fingerprint
 from kd.opening import opening
 from kd.roles import STUDENT_ADAPTER, LoadSettings, load_model, refuse_bad_weights
+from kd.special_text import special_ids
 
 END_TOKEN, SPECIAL_TOKEN, LENGTH = "end token", "other special token", "length"
 
@@ -185,12 +186,11 @@ def open_writer(path: str, trust_remote_code: bool) -> Writer:
             f"{path}: has no end token in its tokenizer or generation_config.json, so no text would ever end; "
             "set eos_token in tokenizer_config.json"
         )
-    special_ids = {*end_ids, *tokenizer.all_special_ids}
-    special_ids |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    control_ids = {*end_ids, *special_ids(tokenizer)}
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     # Its own settings (top_p, repetition_penalty, ...) would fill in whatever a call leaves open.
     model.generation_config = GenerationConfig()
-    return Writer(model, tokenizer, frozenset(end_ids), frozenset(special_ids), context)
+    return Writer(model, tokenizer, frozenset(end_ids), frozenset(control_ids), context)
 
 
 def open_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:

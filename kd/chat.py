@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kd.config import DataRecipe
 from kd.errors import UserError
 from kd.opening import opening
+from kd.special_text import special_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -181,8 +182,7 @@ def chat_format(tokenizer: PreTrainedTokenizerBase, template: str) -> ChatFormat
     `<end_of_turn>`, ...): seen by rendering a short conversation, since templates do not say. A marker that this
     tokenizer has no special token for is ordinary text.
     """
-    special = {str(token) for token in tokenizer.all_special_tokens}
-    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special = special_texts(tokenizer)
     ends = set() if tokenizer.eos_token is None else {str(tokenizer.eos_token)}
     reply = [{"role": "user", "content": "question"}, {"role": "assistant", "content": PROBE}]
     for messages in (reply, [{"role": "system", "content": "instruction"}, *reply]):
@@ -190,7 +190,7 @@ def chat_format(tokenizer: PreTrainedTokenizerBase, template: str) -> ChatFormat
             _, probe, after = render(tokenizer, template, messages).rpartition(PROBE)
         except UnrenderableError:
             continue
-        found = [(after.find(token), -len(token), token) for token in special if token and token in after]
+        found = [(after.find(token), -len(token), token) for token in special if token in after]
         if probe and found:
             ends.add(min(found)[2])
         break

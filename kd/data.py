@@ -70,8 +70,8 @@ class SourceReport:
 
     def fill(self, reading: Reading, dropped: Mapping[str, int], notes: Mapping[str, int]) -> None:
         """Take over what was counted while the records were read and encoded."""
-        if reading.without_nulls:
-            notes = {**notes, PADDING: reading.without_nulls}
+        if reading.nulls_dropped:
+            notes = {**notes, PADDING: reading.nulls_dropped}
         self.dropped = dict(dropped)
         self.notes = [f"{count} {'row' if count == 1 else 'rows'}: {note}" for note, count in notes.items()]
         self.formats, self.unread, self.texts = dict(reading.formats), dict(reading.unread), reading.texts

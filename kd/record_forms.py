@@ -82,13 +82,13 @@ class Record:
             are any. A message has `role`, `content` (a string) and what else it was given with a value.
         format: what the row was given as.
         unread: keys of the row that mean nothing here, such as an id.
-        without_nulls: whether null keys were taken out of its tools or calls, as Arrow's padding.
+        nulls_dropped: whether null keys were taken out of its tools or calls, as Arrow's padding.
     """
 
     row: dict[str, Any]
     format: Format
     unread: tuple[str, ...] = ()
-    without_nulls: bool = False
+    nulls_dropped: bool = False
 
 
 def record_of(raw: Any, location: str, declared: Format | None = None, padded: Collection[str] = frozenset()) -> Record:

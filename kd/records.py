@@ -18,7 +18,7 @@ from typing import IO, Any
 from kd.config import SourceRecipe
 from kd.errors import UserError
 from kd.messages import DuplicateKeyError, without_duplicates
-from kd.record_forms import EXAMPLE, Record, record_of, texts_of
+from kd.record_forms import Record, record_of, texts_of
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 FILE_ENDINGS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".arrow")
@@ -37,14 +37,14 @@ csv.field_size_limit(1 << 30)  # a row's text may be long
 class Reading:
     """What was seen of the rows of a source: formats, and keys that were not read, with numbers of rows; some texts.
 
-    texts: of rows spread evenly over the source, at most `TEXTS_KEPT`; without_nulls: rows whose tools or calls lost
+    texts: of rows spread evenly over the source, at most `TEXTS_KEPT`; nulls_dropped: rows whose tools or calls lost
     null keys, as Arrow's padding.
     """
 
     formats: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
     texts: list[str] = field(default_factory=list)
-    without_nulls: int = 0
+    nulls_dropped: int = 0
     _rows: int = 0
     _stride: int = 1
 
@@ -52,7 +52,7 @@ class Reading:
         """Count one row."""
         self.formats[record.format] += 1
         self.unread.update(record.unread)
-        self.without_nulls += record.without_nulls
+        self.nulls_dropped += record.nulls_dropped
         if self._rows % self._stride == 0:
             self.texts.append("\n".join(texts_of(record.row)))
             if len(self.texts) > TEXTS_KEPT:
@@ -345,7 +345,7 @@ def open_hub_dataset(source: SourceRecipe) -> Iterable[Any]:
     if not HUB_ID.fullmatch(source.path) or source.path.endswith(FILE_ENDINGS):
         raise UserError(
             f"{missing}; give a file or folder of rows (JSONL, JSON, CSV, parquet), a folder saved by `datasets`, or a "
-            f"hub data set as owner/name; a row is {EXAMPLE}"
+            "hub data set as owner/name"
         )
     import datasets
 

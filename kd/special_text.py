@@ -33,24 +33,38 @@ _STRUCTURE = frozenset(
 _STAND_INS = (0xF0000, 0x100000)  # first characters of the two supplementary private use planes
 
 
-@functools.lru_cache(maxsize=8)
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """The texts that this tokenizer reads as control tokens, the longest first."""
-    found = {str(token) for token in tokenizer.all_special_tokens}
-    found |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return tuple(sorted(found - {""}, key=lambda text: (-len(text), text)))
+    return _control(tokenizer, len(tokenizer)).texts
 
 
-@functools.lru_cache(maxsize=8)
 def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Matches what `special_texts` has, the longest where several begin at one place."""
-    return re.compile("|".join(map(re.escape, special_texts(tokenizer))) or r"(?!)")
+    return _control(tokenizer, len(tokenizer)).pattern
 
 
-@functools.lru_cache(maxsize=8)
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The ids of what `special_texts` has."""
-    return frozenset(int(tokenizer.convert_tokens_to_ids(text)) for text in special_texts(tokenizer))  # type: ignore[arg-type]
+    return _control(tokenizer, len(tokenizer)).ids
+
+
+@dataclass(frozen=True)
+class _Control:
+    """A tokenizer's control tokens: their texts, a pattern that matches these, their ids."""
+
+    texts: tuple[str, ...]
+    pattern: re.Pattern[str]
+    ids: frozenset[int]
+
+
+@functools.lru_cache(maxsize=16)
+def _control(tokenizer: PreTrainedTokenizerBase, _size: int) -> _Control:
+    """_size: of the vocabulary, so that tokens which are added later are not missed."""
+    found = {str(token) for token in tokenizer.all_special_tokens}
+    found |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    texts = tuple(sorted(found - {""}, key=lambda text: (-len(text), text)))
+    ids: Any = tokenizer.convert_tokens_to_ids(list(texts))
+    return _Control(texts, re.compile("|".join(map(re.escape, texts)) or r"(?!)"), frozenset(ids))
 
 
 def spelled(texts: Iterator[str] | Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -165,7 +179,8 @@ def encode_with_literals(
     """
     if not tokenizer.is_fast:
         return None
-    twin = _twin(tokenizer, next((first for first in _STAND_INS if not _uses(text, first)), _STAND_INS[0]))
+    first = next((first for first in _STAND_INS if not _uses(text, first)), _STAND_INS[0])
+    twin = _twin(tokenizer, len(tokenizer), first)
     begins = dict(literal)
     written: list[str] = []
     place = 0
@@ -206,7 +221,7 @@ class _Twin:
 
 
 @functools.lru_cache(maxsize=8)
-def _twin(tokenizer: PreTrainedTokenizerBase, first: int) -> _Twin:
+def _twin(tokenizer: PreTrainedTokenizerBase, _size: int, first: int) -> _Twin:
     from tokenizers import Tokenizer
 
     content = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd.errors import UserError
 from kd.opening import opening
+from kd.special_text import special_pattern
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -254,11 +255,7 @@ def normalised(tokenizer: Any, text: str) -> str:
 
 def without_special(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """The text without what spells a special token: rows may hold such, and each tokenizer treats it in its own way."""
-    special = {str(token) for token in tokenizer.all_special_tokens}
-    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    for token in sorted(special - {""}, key=len, reverse=True):
-        text = text.replace(token, " ")
-    return text.strip()
+    return special_pattern(tokenizer).sub(" ", text).strip()
 
 
 def encoded(

@@ -19,6 +19,7 @@ from dae_eval.results import TrainingRows
 from kd.config import SourceRecipe
 from kd.fingerprints import data_sha256
 from kd.provenance import read_provenance
+from kd.record_forms import texts_of
 from kd.records import HUB_ID, read_records
 
 ANCHOR = 8  # words by which a text is looked up before it is compared
@@ -89,15 +90,8 @@ def _is_word(character: str) -> bool:
 
 
 def row_text(record: Mapping[str, Any]) -> str:
-    """All words of a training row, in order."""
-    parts = []
-    for name in ("prompt", "completion", "messages", "text"):
-        value = record.get(name)
-        if isinstance(value, str):
-            parts.append(value)
-        elif isinstance(value, (list, tuple)):
-            parts += [str(message.get("content") or "") for message in value if isinstance(message, Mapping)]
-    return " ".join(parts)
+    """All words of a training row, as kd.records reads it, in order."""
+    return " ".join(texts_of(record))
 
 
 def training_rows(paths: Sequence[str]) -> list[tuple[TrainingRows, SourceRecipe | None]]:

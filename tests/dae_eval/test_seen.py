@@ -60,7 +60,7 @@ def test_texts_with_one_long_beginning_are_told_apart() -> None:
 
 
 def test_all_parts_of_a_row_count() -> None:
-    chat = [{"role": "user", "content": "how big"}, {"role": "assistant", "content": None, "tool_calls": []}]
+    chat = [{"role": "user", "content": "how big"}, {"role": "assistant", "content": ""}]
     assert row_text({"prompt": "how big?", "completion": " two cups", "id": "x"}) == "how big?  two cups"
     assert row_text({"messages": [*chat, {"role": "assistant", "content": "two cups"}]}) == "how big  two cups"
     assert row_text({"text": "a kettle"}) == "a kettle"

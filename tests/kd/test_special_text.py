@@ -182,3 +182,12 @@ def test_prompts_are_text_as_well():
     asked = chat("<s>12</s>?")["messages"]
     row = encode(chat("<s>12</s>?", "b"), tokenizer)
     assert conversation_ids(fmt, asked, ask=True, location="a prompt") == row.input_ids[: row.response_mask.index(True)]
+
+
+def test_tokens_that_are_added_later_are_known():
+    tokenizer = with_template(byte_level(), KEEPS)
+    encode(chat("a", "b"), tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    row = encode(chat("a", "b <|new|> c"), tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<|new|>") not in row.input_ids
+    assert response(row, tokenizer) == "b <|new|> c<|im_end|>"
