@@ -318,9 +318,7 @@ def start_metrics(
     for key, value in first_kl.items():
         route = key.removesuffix("_kl")
         if not math.isfinite(value):
-            raise UserError(
-                f"route {route}: the teacher's distribution is not finite; its checkpoint is damaged: save it again."
-            )
+            raise UserError(f"route {route}: the teacher's distribution is not finite; save its checkpoint again.")
         if value > LARGE_KL:
             logger.warning(
                 "route %s: KL(teacher || student) is %.2f nats per token before the first step (over %.0f is far): "

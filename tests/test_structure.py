@@ -20,19 +20,8 @@ MODULES = [(name, path) for name, folder in PACKAGES.items() for path in sorted(
 FOR_EVALUATION = {
     f"kd.{name}"
     for name in (
-        *(
-            "config",
-            "errors",
-            "problems",
-            "messages",
-            "record_forms",
-            "records",
-            "chat",
-            "drafts",
-            "data",
-            "token_rows",
-            "mixing",
-        ),
+        *("config", "errors", "problems", "messages", "record_forms", "records", "data", "token_rows", "mixing"),
+        *("chat", "chat_fitting", "drafts"),
         *("tokenizer_audit", "tokenizer_files", "opening"),
         *("roles", "adapters", "adapter_files", "completeness", "compatibility", "losses", "objective"),
         *("runs", "files", "fingerprints", "provenance", "lock", "environment"),

@@ -19,9 +19,10 @@ from chat_tokenizers import (
 )
 
 from kd.chat import PLAIN_TEMPLATE
+from kd.chat_fitting import DEVELOPER, READ_AS_OBJECT, READ_AS_TEXT
 from kd.config import DataRecipe, SourceRecipe
 from kd.data import encode_record, load_rows
-from kd.drafts import DEVELOPER, NO_WEIGHT, READ_AS_OBJECT, READ_AS_TEXT, TRAILING, UNWEIGHTED, Dropped
+from kd.drafts import NO_WEIGHT, TRAILING, UNWEIGHTED, Dropped
 from kd.errors import UserError
 
 ASK = {"role": "user", "content": "Price?"}

@@ -19,8 +19,8 @@ from dae_eval.judging.asking import LENGTH, NO_ROOM, Reply, Request
 from dae_eval.judging.endpoints import NO_SYSTEM, without_system
 from dae_eval.models import Model, load_settings, open_tokenizer, own_chat_template, tell_losses
 from kd.chat import PLAIN_TEMPLATE, ChatFormat, UnrenderableError, chat_format
+from kd.chat_fitting import LostPartError
 from kd.data import conversation_ids
-from kd.drafts import LostPartError
 from kd.errors import UserError
 from kd.roles import Backbone, add_frozen_adapter, load_model
 
