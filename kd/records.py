@@ -28,7 +28,8 @@ _READ_IN_FOLDERS = tuple(f".{kind}{gz}" for kind in ("jsonl", "ndjson", "json", 
 _READ_IN_FOLDERS += (".parquet",)
 _NOT_READ = (".zst", ".arrow", ".bz2", ".xz", ".zip", ".xlsx", ".npz", ".pkl")
 PARQUET_ROWS = 1024  # read at a time
-TEXTS_KEPT = 1000
+TEXTS_KEPT = 1000  # per source, for a look at what the tokenizer does to them
+CHARACTERS_KEPT = 2000  # of each
 
 csv.field_size_limit(1 << 30)  # a row's text may be long
 
@@ -54,7 +55,7 @@ class Reading:
         self.unread.update(record.unread)
         self.nulls_dropped += record.nulls_dropped
         if self._rows % self._stride == 0:
-            self.texts.append("\n".join(texts_of(record.row)))
+            self.texts.append("\n".join(texts_of(record.row))[:CHARACTERS_KEPT])
             if len(self.texts) > TEXTS_KEPT:
                 self.texts = self.texts[::2]
                 self._stride *= 2
