@@ -2,8 +2,8 @@
 
 Control tokens come from the chat template alone. So before a conversation is rendered, each special token that its own
 strings spell gets a mark in front (one character of Unicode's private use area), which the template carries along. In
-the rendered text what is marked is literal, and what is not was written by the template. Marks at both ends of each string
-show tokens that content and template form together, such as `<` + key + `>`: these are literal, too.
+the rendered text what is marked is literal, and what is not was written by the template. Marks at both ends of each
+string show tokens that content and template form together, such as `<` + key + `>`: these are literal, too.
 
     render(marked messages)  ->  text with marks  ->  text, and the [start, end) that are literal  ->  token ids
 """
