@@ -274,9 +274,22 @@ def empty_model(path: str, trust_remote_code: bool = False) -> nn.Module:
     with opening(f"{path}: cannot be read as a causal language model", "Mend its config.json, or save it again."):
         config: Any = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         _refuse_endless_layers(path, config)
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        try:
+            with torch.device("meta"):
+                model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        except AssertionError:
+            _refuse_padding_outside(path, config)
+            raise
     return model
+
+
+def _refuse_padding_outside(path: str, config: Any) -> None:
+    """Raise UserError for a padding token that the embeddings have no row for; not every architecture needs one."""
+    text = config.get_text_config()
+    token, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if isinstance(token, int) and isinstance(rows, int) and token >= rows:
+        words = f"the vocabulary has {rows} rows; set it below {rows}, or to null"
+        raise UserError(f"{path}: config.json: pad_token_id: {token}: {words}")
 
 
 def _refuse_endless_layers(path: str, config: Any) -> None:

@@ -179,7 +179,7 @@ def test_a_merge_of_what_is_not_whole(kind: str, world: Path) -> None:
 
 def pad_behind_the_vocabulary(world: Path) -> str:
     set_key(world / "base" / "config.json", pad_token_id=288)
-    return "base: cannot be read as a causal language model: AssertionError: Padding_idx"
+    return "base: config.json: pad_token_id: 288: the vocabulary has 288 rows"
 
 
 def generation_settings_of_wrong_types(world: Path) -> str:
