@@ -5,8 +5,8 @@
 Three ways to take the same optimizer step, each in a process of its own, in alternation:
 
     without          the token loss alone: what any distillation step costs
-    ours             kd.attention: models keep their attention (sdpa), maps are made again from queries and keys, a few
-                     rows at a time
+    ours             kd.losses.attention: models keep their attention (sdpa), maps are made again from queries and
+                     keys, a few rows at a time
     straightforward  both models with eager attention and output_attentions=True; KL between the whole maps
 
 All start from the same student (LoRA) and teacher and take the same rows, in fp32 on the CPU. `ours` and
@@ -98,11 +98,12 @@ def make_batch(shape: Shape) -> dict[str, Any]:
 
 def loss_of(way: str, student: Any, teacher: Any, batch: Mapping[str, Any]) -> Callable[[], Any]:
     """The loss per response token, as a function that runs both models."""
-    from kd.attention import attention_loss
-    from kd.layer_pairs import layer_pairs
-    from kd.losses import TokenLoss
-    from kd.objective import Objective, Route, response_token_counts, route_sums
-    from kd.roles import STUDENT_ADAPTER, Role
+    from kd.data.batches import response_token_counts
+    from kd.losses.attention import attention_loss
+    from kd.losses.layer_pairs import layer_pairs
+    from kd.losses.token_loss import TokenLoss
+    from kd.models.roles import STUDENT_ADAPTER, Role
+    from kd.training.objective import Objective, Route, route_sums
 
     roles = (Role("student", student, STUDENT_ADAPTER), Role("teacher", teacher, None))
     depths = (student.config.num_hidden_layers, teacher.config.num_hidden_layers)
@@ -119,9 +120,9 @@ def straightforward_loss(student: Any, teacher: Any, batch: Mapping[str, Any], p
     """The same sum from whole maps, with ordinary autograd; token loss and its chunks as ours."""
     import torch
 
-    from kd.losses import TokenLoss, token_loss_sums
-    from kd.objective import predicting_positions
-    from kd.roles import head_of
+    from kd.data.batches import predicting_positions
+    from kd.losses.token_loss import TokenLoss, token_loss_sums
+    from kd.models.forward import head_of
 
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
     with torch.no_grad():

@@ -20,8 +20,8 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dae.check import check
-from kd.config import SftRecipe
+from dae.checking.check import check
+from kd.stages.sft_recipe import SftRecipe
 
 PICTURE = Path(__file__).parents[1] / "docs" / "check-rows.svg"
 TEMPLATE = (

@@ -46,8 +46,8 @@ from benchmarks.real_pair_scores import (
     score_tasks,
 )
 from benchmarks.real_pair_tables import BIT_TASKS, ENDINGS, STORIES, markdown
-from kd.files import write_text_durably
-from kd.fingerprints import model_fingerprint
+from kd.models.checkpoint_files import model_fingerprint
+from kd.runs.files import write_text_durably
 
 TASKS = Path(__file__).parent / "tasks"
 # those of the experts in shared/README.md; here for experts and students of both objectives

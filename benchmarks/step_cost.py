@@ -4,7 +4,7 @@
 
 Five ways to take the same step, each in a process of its own, in alternation:
 
-    ours             kd.trainer.route_sums: three roles on one backbone, each row through its own teacher, chunked loss
+    ours             kd.training.objective: three roles on one backbone, each row through its teacher, chunked loss
     both-divergences student, expert and reference are three models; both teachers see all rows; full logits; each
                      teacher's divergence (torch.nn.functional.kl_div) is taken on all rows and then masked
     straightforward  the same, but each row's teacher is chosen before the one divergence: half the softmax work

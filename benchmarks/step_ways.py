@@ -18,19 +18,12 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from kd.config import LoraRecipe
-from kd.losses import TokenLoss, token_loss_sums
-from kd.objective import Objective, Route, model_inputs, response_token_counts, route_sums, teacher_views
-from kd.roles import (
-    Backbone,
-    LoadSettings,
-    Role,
-    add_frozen_adapter,
-    add_student_adapter,
-    final_hidden_states,
-    head_of,
-    load_model,
-)
+from kd.config.stage_recipe import LoraRecipe
+from kd.data.batches import model_inputs, response_token_counts
+from kd.losses.token_loss import TokenLoss, token_loss_sums
+from kd.models.forward import final_hidden_states, head_of
+from kd.models.roles import Backbone, LoadSettings, Role, add_frozen_adapter, add_student_adapter, load_model
+from kd.training.objective import Objective, Route, route_sums, teacher_views
 
 GENERAL, DOMAIN = 0, 1
 LEARNING_RATE = 1e-3
@@ -63,7 +56,7 @@ SHAPES = {
 
 
 def make_batch(shape: Shape) -> dict[str, Tensor]:
-    """What kd.mixing.collate makes of rows of equal length: the first rows are domain rows, the others general."""
+    """What kd.data.mixing.collate makes of rows of equal length: the first rows are domain rows, the others general."""
     generator = torch.Generator().manual_seed(1)
     size = (shape.rows, shape.tokens)
     response_mask_BT = torch.zeros(size, dtype=torch.bool)
@@ -123,7 +116,7 @@ def _shared_roles(shape: Shape, folder: Path) -> tuple[nn.Module, Objective]:
 
 
 def ours(shape: Shape, folder: Path) -> tuple[nn.Module, LossOfStep]:
-    """The step as kd.trainer.RoutedTrainer takes it: a count of response tokens, route sums, one normaliser."""
+    """The step as kd.training.trainer.RoutedTrainer takes it: response tokens, route sums, one normaliser."""
     model, objective = _shared_roles(shape, folder)
     batch = make_batch(shape)
 

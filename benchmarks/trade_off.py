@@ -38,7 +38,7 @@ from benchmarks.trade_off_plan import BLOCKS, ENDS, GRID, Plan, Rates, grid_runs
 from benchmarks.trade_off_plot import write_picture
 from benchmarks.trade_off_scores import chosen_rates, collect, grids, tuning
 from benchmarks.trade_off_tables import markdown
-from kd.files import write_text_durably
+from kd.runs.files import write_text_durably
 
 PACKAGES = ("torch", "transformers", "peft", "mergekit", "lm-eval")
 STOPPED = 130

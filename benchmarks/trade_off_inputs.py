@@ -19,7 +19,7 @@ import yaml
 from dae.demo import vocabulary as words
 from dae.demo import world
 from dae.demo.world import Quartet, Question
-from kd.files import write_text_durably
+from kd.runs.files import write_text_durably
 
 VALIDATED_SKILLS = tuple(world.DRILLS)
 KEPT_LAYERS = (0, 2, 4)  # of the five of stories260k

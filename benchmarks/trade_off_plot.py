@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.trade_off_tables import mean, values_of
-from kd.files import write_bytes_durably
+from kd.runs.files import write_bytes_durably
 
 # way: (colour, marker, line). Colours after Okabe and Ito, for colour-blind readers; markers say the same again.
 STYLES = {

@@ -6,8 +6,9 @@ reference on `general`. The student matches its row's teacher, token by token:
     l_t = (1 - lambda) * NTP_t + lambda * T^2 * KL( p_teacher(route) || p_student )_t      per response token t
     L   = sum_r w_r sum_{t in r} l_t  /  sum_r w_r N_r                                     per optimizer step
 
-Where to look next: kd/losses.py (l_t), kd/objective.py (L), kd/roles.py (three roles on one backbone), kd/mixing.py
-(which rows), kd/stage.py (what every stage does around its objective), dae_eval/drift.py (what the student forgets).
+Where to look next: kd/losses/token_loss.py (l_t), kd/training/objective.py (L), kd/models/roles.py (three roles on one
+backbone), kd/data/mixing.py (which rows), kd/training/run_stage.py (what every stage does around its objective),
+dae_eval/drift.py (what the student forgets).
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from dae.earlier_student import with_lora_of_student
 from dae.recipe import AlignRecipe
 from dae.routing import GENERAL, default_route_shares, teachers_by_route
 from dae.templates import chosen_template, remedy, templates_of_roles, warn_of_other_templates
-from kd.adapter_files import is_adapter, refuse_adapter
-from kd.compatibility import check_adapter, check_complete, check_tokenizers
-from kd.drafts import NoChatTemplateError
+from kd.data.drafts import NoChatTemplateError
+from kd.data.stage_data import StageData, load_stage_data
 from kd.errors import UserError
-from kd.fingerprints import model_fingerprint
-from kd.losses import TokenLoss
-from kd.objective import Objective, Route
-from kd.roles import (
+from kd.losses.token_loss import TokenLoss
+from kd.models.adapter_files import is_adapter, refuse_adapter
+from kd.models.checkpoint_files import model_fingerprint
+from kd.models.compatibility import check_adapter, check_complete, check_tokenizers
+from kd.models.roles import (
     STUDENT_ADAPTER,
     Backbone,
     LoadSettings,
@@ -38,9 +39,10 @@ from kd.roles import (
     trainable_model,
     vocabulary_rows,
 )
-from kd.stage import RunResult, StageRoles, run_stage, student_dtype
-from kd.stage_data import StageData, load_stage_data
-from kd.trainer import RoutedTrainer
+from kd.training.objective import Objective, Route
+from kd.training.run_stage import RunResult, StageRoles, run_stage
+from kd.training.settings import student_dtype
+from kd.training.trainer import RoutedTrainer
 
 
 def align(recipe: AlignRecipe) -> RunResult:

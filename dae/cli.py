@@ -28,10 +28,11 @@ from dae.commands.pipeline import run_recipe
 from dae.commands.ranking import rank_teachers
 from dae.commands.schemas import SCHEMAS
 from dae.commands.stages import Assignments, RecipeFile, align, distill, is_first_rank, sft
-from dae.recipe import SampleRecipe
-from kd.config import LARGEST_SEED, load_recipe
+from dae.sampling.recipe import SampleRecipe
+from kd.config.loading import load_recipe
+from kd.config.problems import one_of
+from kd.config.schema import LARGEST_SEED
 from kd.errors import MachineError, Stopped, UserError
-from kd.problems import one_of
 
 USER, OURS, MACHINE, INTERRUPTED, BROKEN_PIPE = 2, 3, 4, 130, 141
 # What a shell sets to be told how a word may go on, and what a user types to set that up.
@@ -95,7 +96,7 @@ def sample(
     }
     loaded = load_recipe(SampleRecipe, recipe, flags, assignments or [])
 
-    from dae.sampling import sample as run
+    from dae.sampling.sample import sample as run
 
     typer.echo(run(loaded))
 
@@ -108,7 +109,7 @@ def keys(stage: Annotated[str, typer.Argument(metavar=f"[{'|'.join(SCHEMAS)}]")]
     from rich.console import Console
     from rich.markup import escape
 
-    from kd.key_docs import key_docs
+    from kd.config.key_docs import key_docs
 
     console = Console(highlight=False)
     for doc in key_docs(SCHEMAS[stage]):

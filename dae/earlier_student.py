@@ -7,11 +7,11 @@ from typing import Any
 from peft import PeftModel
 
 from dae.recipe import AlignRecipe
-from kd.adapters import put_adapter
-from kd.compatibility import empty_model
-from kd.config import LoraRecipe
+from kd.config.stage_recipe import LoraRecipe
 from kd.errors import UserError
-from kd.roles import STUDENT_ADAPTER, Backbone, add_student_adapter
+from kd.models.adapters import put_adapter
+from kd.models.compatibility import empty_model
+from kd.models.roles import STUDENT_ADAPTER, Backbone, add_student_adapter
 
 ALL_LINEAR = "all-linear"
 

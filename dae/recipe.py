@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import yaml
 from pydantic import Field, field_validator
 
-from dae.routing import GENERAL
-from kd.config import DATA_SETTINGS, LARGEST_SEED, ROUTE_NAME, Frozen, StageRecipe, route_problems
-from kd.errors import UserError
-from kd.fingerprints import data_sha256
-from kd.problems import NO_VALUE, Problem
-from kd.provenance import read_provenance
-
-UNNAMED = "domain"  # what an expert without a name is called
+from dae.recorded_rows import complete_from_run_folders, domain_remedy, general_remedy
+from dae.routing import GENERAL, UNNAMED
+from kd.config.data_recipe import DATA_SETTINGS, ROUTE_NAME, route_problems
+from kd.config.problems import NO_VALUE, Problem
+from kd.config.stage_recipe import StageRecipe
 
 
 class AlignRecipe(StageRecipe):
@@ -110,123 +105,3 @@ def weight_problems(weights: Any, routes: list[str]) -> list[Problem]:
         elif isinstance(factor, (int, float)) and not isinstance(factor, bool) and not factor > 0:
             problems.append(Problem(("weights", name), factor, "must be above 0"))
     return problems
-
-
-def domain_remedy(name: str, path: Any) -> str:
-    """What to add where an expert's rows are not known, and why its run folder does not tell them."""
-    flag = "--domain-data PATH" if name == UNNAMED else f"--domain-data {name}=PATH"
-    return f"add {flag}{why_unknown(path, name)}"
-
-
-def general_remedy(raw: Mapping[str, Any]) -> str:
-    """The same for general rows."""
-    path = raw.get("reference") or raw.get("base")
-    return f"add --general-data PATH (`dae sample` writes such rows){why_unknown(path, GENERAL)}"
-
-
-def why_unknown(path: Any, route: str) -> str:
-    """Why the run folder at `path` does not tell the rows, as the end of a sentence."""
-    if not isinstance(path, str) or not path:
-        return ""
-    found = recorded_sources(path, route)
-    return f"; {found}" if isinstance(found, str) else ""
-
-
-def complete_from_run_folders(raw: dict[str, Any]) -> dict[str, Any]:
-    """Rows that a recipe does not name, as the run folders of its checkpoints tell them.
-
-    An expert's rows are those that it was trained on; general rows are those of the reference (or the base). A file is
-    used only if its content still is what it was then. Settings of single sources, such as `data.domain.0.share=0.2`,
-    go over them.
-    """
-    experts, data = raw.get("expert"), raw.get("data")
-    if not isinstance(experts, Mapping) or not isinstance(data, Mapping):
-        return raw
-    routes = dict(data["routes"])
-    for name, path in {**experts, GENERAL: raw.get("reference") or raw.get("base")}.items():
-        settings = settings_by_place(routes.get(name, ()))
-        if not isinstance(path, str) or settings is None:
-            continue
-        routes.pop(name, None)
-        found = recorded_sources(path, name)
-        if not isinstance(found, str):
-            routes[name] = with_settings(found, settings, name, path)
-    return {**raw, "data": {**data, "routes": routes}}
-
-
-def settings_by_place(route: Any) -> Mapping[str, Any] | None:
-    """{"0": {"share": 0.2}} where that is all that is written of a route; None where it names rows of its own.
-
-    `data.domain.0.share=0.2` leaves this behind where nothing stands at `data.domain`, read as a single source.
-    """
-    if not isinstance(route, Sequence) or len(route) > 1:
-        return None
-    written = route[0] if route else {}
-    return written if isinstance(written, Mapping) and all(str(place).isdigit() for place in written) else None
-
-
-def with_settings(
-    sources: Sequence[Mapping[str, Any]], settings: Mapping[Any, Any], route: str, folder: str
-) -> list[dict[str, Any]]:
-    """Sources with settings over them, by place. Raises UserError for a place that none of them has."""
-    found = [dict(source) for source in sources]
-    for place, values in settings.items():
-        if int(place) >= len(found):
-            last = f"only 0 to {len(found) - 1}" if len(found) > 1 else "only 0"
-            raise UserError(f"data.{route}.{place}: {folder} was trained on no such source for it: {last}")
-        found[int(place)] |= values
-    return found
-
-
-def recorded_sources(folder: str, route: str) -> list[dict[str, Any]] | str:
-    """The sources that a run folder was trained on: those of its route of this name, else those of `train`.
-
-    Returns:
-        The sources, without shares (those belong to the run they were recorded in); or, as text, why there are none.
-    """
-    provenance = read_provenance(folder)
-    if provenance is None:
-        return f"{folder} is no run folder of dae, which would tell"
-    data = provenance.get("data", {})
-    name = route if route in data else "train"
-    if name not in data:
-        return f"{folder} was not trained on rows for it"
-    settings = recorded_settings(Path(folder) / "recipe.yaml", name)
-    sources = []
-    for place, source in enumerate(data[name]):
-        try:
-            unchanged = data_sha256(source["path"]) == source["sha256"]
-        except UserError:
-            from_here = "" if Path(source["path"]).is_absolute() else " from this folder"
-            return f"{folder} was trained on {source['path']}, which is not there{from_here}"
-        if not unchanged:
-            return f"{folder} was trained on {source['path']}, which has changed since"
-        sources.append({"path": source["path"], **(settings[place] if place < len(settings) else {"split": "train"})})
-    return sources
-
-
-def recorded_settings(recipe: Path, route: str) -> list[dict[str, Any]]:
-    """How each source of a route was read (split, format), from a run folder's resolved recipe."""
-    if not recipe.is_file():
-        return []
-    written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    sources = written["data"].get(route, [])
-    return [{key: source[key] for key in ("split", "format") if source.get(key) is not None} for source in sources]
-
-
-class SampleRecipe(Frozen):
-    """`dae sample`: a model writes general rows itself."""
-
-    model: str = Field(min_length=1, description="checkpoint that writes: folder or hub id")
-    output: str = Field(min_length=1, description="the JSONL file to write")
-    rows: int = Field(default=1000, ge=1, description="how many rows")
-    max_new_tokens: int = Field(default=256, ge=1, description="longest row in tokens; the model's context caps it")
-    temperature: float = Field(default=1.0, gt=0, description="of the sampling; 1 is the model's own distribution")
-    batch_size: int = Field(default=16, ge=1, description="rows written at a time")
-    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="the same seed gives the same rows")
-    prompts: str | None = Field(
-        default=None,
-        min_length=1,
-        description="a JSONL file whose prompts are answered; null: the model starts by itself",
-    )
-    trust_remote_code: bool = Field(default=False, description="run code that comes with the checkpoint")

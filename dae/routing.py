@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
+UNNAMED = "domain"  # what an expert without a name is called
 GENERAL = "general"
 DOMAIN_SHARE = 0.1  # of all rows, over all domain routes together, where a recipe names no shares
 

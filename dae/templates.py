@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dae.recipe import AlignRecipe
-from kd.adapter_files import has_tokenizer
-from kd.chat import load_tokenizer
-from kd.config import DataRecipe
+from kd.config.data_recipe import DataRecipe
+from kd.data.chat import load_tokenizer
+from kd.data.stage_data import StageData
 from kd.errors import UserError
-from kd.stage_data import StageData
+from kd.models.adapter_files import has_tokenizer
 
 logger = logging.getLogger("dae")
 

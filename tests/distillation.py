@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.mixing import collate
-from kd.objective import Batch, Objective, predicting_positions, route_sums
+from kd.data.batches import Batch, predicting_positions
+from kd.data.mixing import collate
+from kd.training.objective import Objective, route_sums
 
 Row = dict[str, Any]
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PRELOADED = ["dae.alignment", "kd.sft", "transformers.models.llama.modeling_llama"]
+PRELOADED = ["dae.alignment", "kd.stages.sft", "transformers.models.llama.modeling_llama"]
 PATIENCE = 120  # seconds after which a command of a few steps is given up as hung
 _numbers = itertools.count()
 
@@ -160,13 +160,13 @@ def _dae(
         signal.signal(signal.SIGINT, signal.default_int_handler)
         import torch
 
-        import kd.stage
+        import kd.training.run_stage
         from dae import cli
 
         torch.set_num_threads(1)
         cli.prepare_process(os.environ)
         if not proof:
-            setattr(kd.stage, "verify_saved", lambda *_: None)  # noqa: B010
+            setattr(kd.training.run_stage, "verify_saved", lambda *_: None)  # noqa: B010
         for one in signals:
             one.arm()
         status = cli.run(arguments)

@@ -19,17 +19,19 @@ from pico import make_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from kd.attention import attention_loss
-from kd.choose.rewards import rewards_of
-from kd.choose.student_losses import losses_of
-from kd.cross_tokenizer import CrossTokenizerLoss
-from kd.data import TokenRow, TokenRows
-from kd.hidden_states import hidden_state_loss
-from kd.losses import TokenLoss
-from kd.mixing import collate
-from kd.objective import Objective, Route, Term
-from kd.roles import STUDENT_ADAPTER, Role, check_head, check_packing
-from kd.trainer import RoutedTrainer, _Window, evaluate_routes
+from dae.rank_teachers.rewards import rewards_of
+from dae.rank_teachers.student_losses import losses_of
+from kd.data.mixing import collate
+from kd.data.token_rows import TokenRow, TokenRows
+from kd.losses.attention import attention_loss
+from kd.losses.auxiliary import Term
+from kd.losses.cross_tokenizer import CrossTokenizerLoss
+from kd.losses.hidden_states import hidden_state_loss
+from kd.losses.token_loss import TokenLoss
+from kd.models.roles import STUDENT_ADAPTER, Role, check_head, check_packing
+from kd.training.metrics import _Window
+from kd.training.objective import Objective, Route
+from kd.training.trainer import RoutedTrainer, evaluate_routes
 
 CPU = torch.device("cpu")
 WIDE = {"hidden_size": 24, "num_hidden_layers": 3}

@@ -13,8 +13,11 @@ from benchmarks import real_pair
 from benchmarks.real_pair import SETS, Job, Plan, jobs
 from benchmarks.real_pair_scores import Document, TaskScores
 from benchmarks.real_pair_tables import ENDINGS, STORIES, markdown
-from dae.recipe import AlignRecipe, SampleRecipe
-from kd.config import Frozen, SftRecipe, load_recipe
+from dae.recipe import AlignRecipe
+from dae.sampling.recipe import SampleRecipe
+from kd.config.loading import load_recipe
+from kd.config.schema import Frozen
+from kd.stages.sft_recipe import SftRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMAS: dict[str, type[Frozen]] = {"sft": SftRecipe, "align": AlignRecipe, "sample": SampleRecipe}

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,17 +17,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"kd": ROOT / "kd", "dae": ROOT / "dae", "dae_eval": ROOT / "eval" / "dae_eval"}
 MODULES = [(name, path) for name, folder in PACKAGES.items() for path in sorted(folder.rglob("*.py"))]
-# Recipes and errors, rows, models, losses, the run folder and its parts: nothing that trains.
-FOR_EVALUATION = {
-    f"kd.{name}"
-    for name in (
-        *("config", "errors", "problems", "messages", "record_forms", "records", "data", "token_rows", "mixing"),
-        *("chat", "chat_fitting", "drafts"),
-        *("tokenizer_audit", "tokenizer_files", "opening"),
-        *("roles", "adapters", "adapter_files", "completeness", "compatibility", "losses", "objective"),
-        *("runs", "files", "fingerprints", "provenance", "lock", "environment"),
-    )
-}
+# A package imports those before it and nothing behind it.
+ORDER = ("errors", "config", "runs", "models", "data", "losses", "training", "stages")
+FOR_EVALUATION = {"errors", "config", "runs", "models", "data", "losses"}  # packages of kd: nothing that trains
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -50,13 +43,25 @@ def test_the_packages_are_there() -> None:
 @pytest.mark.parametrize(("package", "path"), MODULES, ids=lambda value: str(value).removeprefix(f"{ROOT}/"))
 def test_imports_go_one_way(package: str, path: Path) -> None:
     ours = {name for name in imported(path) if name.split(".")[0] in PACKAGES}
+    of_kd = {name.split(".")[1] for name in ours if name.startswith("kd.")}
     if package == "kd":
         assert not {name for name in ours if not name.startswith("kd")}
+        own = path.relative_to(ROOT / "kd").parts[0].removesuffix(".py")
+        assert of_kd <= {*ORDER[: ORDER.index(own) + 1]} if own in ORDER else not of_kd
     if package == "dae_eval":
-        assert {name for name in ours if name.split(".")[0] != "dae_eval"} <= FOR_EVALUATION
+        assert not {name for name in ours if name.split(".")[0] == "dae"}
+        assert of_kd <= FOR_EVALUATION
 
 
-@pytest.mark.parametrize("module", ["dae", "dae.cli", "dae.recipe", "kd.config", "kd.errors", "kd.key_docs"])
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    names = {str(path.relative_to(ROOT)).removeprefix("eval/")[:-3].replace("/", "."): path for _, path in MODULES}
+    graph = {name: {one for one in imported(path) if one in names} for name, path in names.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError with the circle
+
+
+@pytest.mark.parametrize(
+    "module", ["dae", "dae.cli", "dae.recipe", "kd.config.schema", "kd.errors", "kd.config.key_docs"]
+)
 def test_importing_the_command_line_is_light(module: str) -> None:
     heavy = "{'torch', 'transformers', 'peft', 'datasets', 'numpy', 'accelerate', 'matplotlib', 'openai', 'mergekit'}"
     code = f"import sys, {module}; print(*{heavy} & set(sys.modules))"

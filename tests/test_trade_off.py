@@ -28,8 +28,10 @@ from benchmarks.trade_off_plan import BLOCKS, GRID, WAYS, Plan, Run, grid_runs, 
 from dae.demo import story, world
 from dae.merging.recipe import MoeRecipe, WeightsRecipe
 from dae.recipe import AlignRecipe
-from kd.config import Frozen, SftRecipe, load_recipe
-from kd.distill_recipe import DistillRecipe
+from kd.config.loading import load_recipe
+from kd.config.schema import Frozen
+from kd.stages.distill_recipe import DistillRecipe
+from kd.stages.sft_recipe import SftRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMAS: dict[str, type[Frozen]] = {
@@ -139,7 +141,13 @@ def test_sides_differ_in_what_is_compared_alone(plan: Plan, pair: trade_off_plan
     sft, kd, attention = (
         recipe_of_run(plan, Run(pair, way, None, 1, 3e-3)) for way in ("small_sft", "small_kd", "small_attention")
     )
-    assert (kd.base, kd.data, kd.train, kd.lora, kd.seed) == (sft.base, sft.data, sft.train, sft.lora, sft.seed)
+    assert (kd.base, kd.data, kd.train, kd.lora, kd.seed) == (
+        sft.base,
+        sft.data,
+        sft.train,
+        sft.lora,
+        sft.seed,
+    )
     assert kd.lambda_ == 1.0
     same_but(kd, attention, attention=attention.attention)
     assert attention.attention.weight == 1.0

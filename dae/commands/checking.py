@@ -12,10 +12,11 @@ from typer.core import TyperGroup
 
 from dae.commands.schemas import CHECKED, SCHEMAS
 from dae.commands.stages import Assignments, align, distill, look_at, sft
-from kd.config import Frozen, address, load_recipe
+from kd.config.layering import Layers
+from kd.config.loading import address, load_recipe
+from kd.config.problems import one_of, suggestion
+from kd.config.schema import Frozen
 from kd.errors import UserError
-from kd.layers import Layers
-from kd.problems import one_of, suggestion
 
 RECIPE_FORM = "RECIPE"  # the command behind `dae check FILE`
 OPTIONS = ("--stage", "--help")

@@ -12,7 +12,7 @@ import typer
 
 from dae.commands.judging import register as register_judging
 from dae.commands.stopping import going_on
-from kd.config import ROUTE_NAME
+from kd.config.data_recipe import ROUTE_NAME
 from kd.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def report(
     from dae_eval.rendering import terminal, write_report
     from rich.console import Console
 
-    from kd.environment import masked
+    from kd.runs.environment import masked
 
     others = [name for name in evaluations if name not in ROLES]
     result = compare_evaluations(
@@ -185,7 +185,7 @@ def ask_models(
     from dae_eval.evaluation import evaluate
     from dae_eval.models import locate
 
-    from kd.adapter_files import is_adapter
+    from kd.models.adapter_files import is_adapter
 
     base = paths.get("base", paths.get("reference"))
     shared = base if base is not None and not is_adapter(base) else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dae.commands.stopping import going_on
-from kd.config import LARGEST_SEED
+from kd.config.schema import LARGEST_SEED
 from kd.errors import UserError
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from dae.merging.recipe import MoeRecipe, ToLoraRecipe, WeightsRecipe
-from kd.config import ROUTE_NAME, load_recipe
+from kd.config.data_recipe import ROUTE_NAME
+from kd.config.loading import load_recipe
 from kd.errors import UserError
 
 merge_app = typer.Typer(

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kd.choose.recipe import RankRecipe
-from kd.config import ROUTE_NAME, load_recipe
+from dae.rank_teachers.recipe import RankRecipe
+from kd.config.data_recipe import ROUTE_NAME
+from kd.config.loading import load_recipe
 from kd.errors import UserError
 
 
@@ -37,9 +38,9 @@ def rank_teachers(
 
     from rich.console import Console
 
-    from dae.ranking import rank_teachers as run
-    from dae.ranking_table import show
-    from kd.choose.folder import RESULT
+    from dae.rank_teachers.folder import RESULT
+    from dae.rank_teachers.rank_teachers import rank_teachers as run
+    from dae.rank_teachers.table import show
 
     show(run(loaded), Console(highlight=False))
     typer.echo(f"{Path(loaded.output) / RESULT}: all numbers, with intervals")

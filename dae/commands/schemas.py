@@ -5,10 +5,12 @@ from __future__ import annotations
 from dae_eval.suites import Suite
 
 from dae.merging.recipe import MoeRecipe, ToLoraRecipe, WeightsRecipe
-from dae.recipe import AlignRecipe, SampleRecipe
-from kd.choose.recipe import RankRecipe
-from kd.config import Frozen, SftRecipe
-from kd.distill_recipe import DistillRecipe
+from dae.rank_teachers.recipe import RankRecipe
+from dae.recipe import AlignRecipe
+from dae.sampling.recipe import SampleRecipe
+from kd.config.schema import Frozen
+from kd.stages.distill_recipe import DistillRecipe
+from kd.stages.sft_recipe import SftRecipe
 
 SCHEMAS: dict[str, type[Frozen]] = {
     "align": AlignRecipe,

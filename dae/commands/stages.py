@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dae.recipe import UNNAMED, AlignRecipe
-from dae.routing import GENERAL
-from kd.config import ROUTE_NAME, SftRecipe, load_recipe
-from kd.distill_recipe import DistillRecipe
+from dae.recipe import AlignRecipe
+from dae.routing import GENERAL, UNNAMED
+from kd.config.data_recipe import ROUTE_NAME
+from kd.config.loading import load_recipe
 from kd.errors import UserError
-from kd.provenance import HELD_OUT
+from kd.runs.provenance import HELD_OUT
+from kd.stages.distill_recipe import DistillRecipe
+from kd.stages.sft_recipe import SftRecipe
 
 if TYPE_CHECKING:
-    from kd.stage import RunResult
+    from kd.training.run_stage import RunResult
 
 Assignments = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="any key of the recipe; `dae keys` lists them")
@@ -83,7 +85,7 @@ def sft(
         look_at(loaded)
         return
 
-    from kd.sft import sft as run
+    from kd.stages.sft import sft as run
 
     tell(run(loaded))
 
@@ -106,14 +108,14 @@ def distill(
         look_at(loaded)
         return
 
-    from kd.distill import distill as run
+    from kd.stages.distill import distill as run
 
     tell(run(loaded))
 
 
 def look_at(recipe: AlignRecipe | SftRecipe | DistillRecipe) -> None:
     """Show what a run by this recipe would do. Raises UserError for what would go wrong."""
-    from dae.check import check
+    from dae.checking.check import check
 
     check(recipe)
 

@@ -9,9 +9,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from dae.merging.recipe import MergeRecipe, MoeRecipe, ToLoraRecipe, WeightsRecipe
-from kd.config import resolved_yaml
-from kd.environment import library_versions
-from kd.model_card import CARD, is_on_hub, licence_of, result_rows, table
+from kd.config.loading import resolved_yaml
+from kd.runs.environment import library_versions
+from kd.training.model_card import CARD, is_on_hub, licence_of, result_rows, table
 
 _METHODS = {
     "linear": "the straight line between reference and expert, {weight:g} of the way to the expert "

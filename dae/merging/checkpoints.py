@@ -20,18 +20,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from dae.merging.card import write_merge_card
 from dae.merging.recipe import MergeRecipe
-from kd.adapter_files import is_adapter, read_adapter_config
-from kd.adapters import put_adapter
-from kd.compatibility import check_adapter, check_complete, empty_model
-from kd.config import resolved_yaml
+from kd.config.loading import resolved_yaml
 from kd.errors import UserError
-from kd.files import TEMPORARY_PREFIX, remove
-from kd.fingerprints import model_fingerprint, resolve_model, weight_files
-from kd.merged import merged
-from kd.provenance import base_fingerprint_of
-from kd.roles import STUDENT_ADAPTER, LoadSettings, load_model, refuse_bad_weights
-from kd.runs import RunFolder
-from kd.stage import RunResult
+from kd.models.adapter_files import is_adapter, read_adapter_config
+from kd.models.adapters import put_adapter
+from kd.models.checkpoint_files import model_fingerprint, resolve_model, weight_files
+from kd.models.compatibility import check_adapter, check_complete, empty_model
+from kd.models.merged import merged
+from kd.models.roles import STUDENT_ADAPTER, LoadSettings, load_model, refuse_bad_weights
+from kd.runs.files import TEMPORARY_PREFIX, remove
+from kd.runs.provenance import base_fingerprint_of
+from kd.runs.run_folder import RunFolder
+from kd.training.run_stage import RunResult
 
 logger = logging.getLogger("dae")
 

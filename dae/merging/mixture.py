@@ -28,12 +28,12 @@ from dae.merging.checkpoints import (
     write_companions,
 )
 from dae.merging.recipe import MoeRecipe
-from kd.adapter_files import is_adapter, refuse_adapter
-from kd.compatibility import check_tokenizers, empty_model
 from kd.errors import UserError
-from kd.fingerprints import resolve_model, weight_files
-from kd.merged import state_ties_of_files
-from kd.stage import RunResult
+from kd.models.adapter_files import is_adapter, refuse_adapter
+from kd.models.checkpoint_files import resolve_model, weight_files
+from kd.models.compatibility import check_tokenizers, empty_model
+from kd.models.merged import state_ties_of_files
+from kd.training.run_stage import RunResult
 
 logger = logging.getLogger("dae")
 

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from kd.config import LARGEST_SEED, ROUTE_NAME, Frozen
-from kd.problems import NO_VALUE, Problem
+from kd.config.data_recipe import ROUTE_NAME
+from kd.config.problems import NO_VALUE, Problem
+from kd.config.schema import LARGEST_SEED, Frozen
 
 Gate = Literal["hidden", "cheap_embed", "random"]
 Method = Literal["linear", "slerp", "task_arithmetic", "ties", "dare_ties"]

@@ -28,13 +28,13 @@ from transformers.pytorch_utils import Conv1D
 
 from dae.merging.checkpoints import Checkpoints, check_same_architecture, read_checkpoints, run_merge, stored_dtype
 from dae.merging.recipe import ToLoraRecipe
-from kd.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, refuse_adapter
-from kd.compatibility import check_tokenizers, empty_model
 from kd.errors import UserError
-from kd.files import json_text, read_json
-from kd.fingerprints import resolve_model
-from kd.roles import LoadSettings, load_model
-from kd.stage import RunResult
+from kd.models.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, refuse_adapter
+from kd.models.checkpoint_files import resolve_model
+from kd.models.compatibility import check_tokenizers, empty_model
+from kd.models.roles import LoadSettings, load_model
+from kd.runs.files import json_text, read_json
+from kd.training.run_stage import RunResult
 
 logger = logging.getLogger("dae")
 

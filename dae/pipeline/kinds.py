@@ -10,11 +10,14 @@ import yaml
 from pydantic import Field
 
 from dae.merging.recipe import MoeRecipe, ToLoraRecipe, WeightsRecipe
-from dae.recipe import AlignRecipe, SampleRecipe
-from kd.config import ROUTE_NAME, Frozen, SftRecipe
-from kd.distill_recipe import DistillRecipe
-from kd.layers import RecipeDumper
-from kd.problems import NO_VALUE, Key, Problem
+from dae.recipe import AlignRecipe
+from dae.sampling.recipe import SampleRecipe
+from kd.config.data_recipe import ROUTE_NAME
+from kd.config.layering import RecipeDumper
+from kd.config.problems import NO_VALUE, Key, Problem
+from kd.config.schema import Frozen
+from kd.stages.distill_recipe import DistillRecipe
+from kd.stages.sft_recipe import SftRecipe
 
 Wanted = Literal["checkpoint", "full checkpoint", "rows", "evaluation", "suite", "template"]
 Gives = Literal["checkpoint", "rows", "evaluation", "report"]

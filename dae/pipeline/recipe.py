@@ -25,10 +25,12 @@ from dae.pipeline.kinds import KINDS, found_at
 from dae.pipeline.references import Draft, Input, misfits, parse
 from dae.recipe import AlignRecipe
 from dae.routing import GENERAL
-from kd.config import ROUTE_NAME, Frozen, address, resolved_yaml
+from kd.config.data_recipe import ROUTE_NAME
+from kd.config.layering import Layers
+from kd.config.loading import address, resolved_yaml
+from kd.config.problems import NO_VALUE, Key, Problem, as_written, one_of, report, suggestion
+from kd.config.schema import Frozen
 from kd.errors import UserError
-from kd.layers import Layers
-from kd.problems import NO_VALUE, Key, Problem, as_written, one_of, report, suggestion
 
 RECIPES = "recipes"  # folder of the pipeline, for the stages' resolved recipes
 

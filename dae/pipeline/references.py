@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dae.pipeline.kinds import KINDS, Wanted
-from kd.config import Frozen
-from kd.problems import Key, as_written
+from kd.config.problems import Key, as_written
+from kd.config.schema import Frozen
 
 MERGED = "merged"
 EVALUATIONS = "evaluations"

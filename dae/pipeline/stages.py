@@ -1,8 +1,8 @@
 """`dae run`: stages in a row. Each is a command of its own; what is finished and unchanged is not run again.
 
 A stage is done as long as its settings, the fingerprints of its inputs (earlier stages' outputs among them) and its
-result are what they were when it finished. How a stage goes on after a stop is the stage's own affair (kd/runs.py,
-dae/sampling.py, dae_eval/folders.py): the same command is given again.
+result are what they were when it finished. How a stage goes on after a stop is the stage's own affair
+(kd/runs/run_folder.py, dae/sampling/sample.py, dae_eval/folders.py): the same command is given again.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dae.pipeline.recipe import Loaded, Stage, read_pipeline, recipe_text
 from dae.pipeline.stage_process import Signals, run_command
 from dae.pipeline.state import Fingerprints, PipelineFolder, Standing, read_state
 from dae.pipeline.view import View
+from kd.config.problems import NO_VALUE, Problem
 from kd.errors import Stopped, UserError
-from kd.files import disk_errors, write_text_durably
-from kd.problems import NO_VALUE, Problem
+from kd.runs.files import disk_errors, write_text_durably
 
 DONE, NOT_PASSED = 0, 1
 LAUNCHED = "RANK"  # torchrun and accelerate number their processes

@@ -23,13 +23,15 @@ import yaml
 from dae.pipeline.kinds import KINDS, EvalStage, ReportStage, Wanted
 from dae.pipeline.recipe import RECIPES, Pipeline, Stage
 from dae.pipeline.references import Input
-from kd.adapter_files import base_of, is_adapter
+from kd.data.fingerprint import data_sha256
 from kd.errors import UserError
-from kd.files import TEMPORARY_PREFIX, disk_errors, json_text, read_json, write_text_durably
-from kd.fingerprints import data_sha256, file_sha256, model_fingerprint, resolve_model
-from kd.lock import hold
-from kd.provenance import TOOLKIT, differences
-from kd.tokenizer_files import tokenizer_sha256
+from kd.models.adapter_files import base_of, is_adapter
+from kd.models.checkpoint_files import model_fingerprint, resolve_model
+from kd.models.tokenizer_files import tokenizer_sha256
+from kd.runs.files import TEMPORARY_PREFIX, disk_errors, json_text, read_json, write_text_durably
+from kd.runs.hashes import file_sha256
+from kd.runs.lock import hold
+from kd.runs.provenance import TOOLKIT, differences
 
 STATE = "pipeline.json"
 LOCK = ".lock"

@@ -4,7 +4,7 @@
 
 over the N response tokens of a route, in nats: what a student forgets is KL(reference || student) on general rows, how
 far it still is from what it was to learn is KL(expert || student) on domain rows. Both come from final hidden states
-through the chunked functions of kd.losses, so no tensor of rows x positions x vocabulary is made.
+through the chunked functions of kd.losses.token_loss, so no tensor of rows x positions x vocabulary is made.
 
 During training `DriftCallback` logs both at every evaluation: a forgetting curve. For finished checkpoints:
 
@@ -27,14 +27,17 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dae_eval.results import HeldOutLoss
-from kd.config import DataRecipe, SourceRecipe
-from kd.data import TokenRows, load_rows
+from kd.config.data_recipe import DataRecipe, SourceRecipe
+from kd.data.batches import Batch, model_inputs, predicting_positions
+from kd.data.examples import load_rows
+from kd.data.fingerprint import data_sha256
+from kd.data.mixing import MixedRows, pad_rows
+from kd.data.token_rows import TokenRows
 from kd.errors import UserError
-from kd.fingerprints import data_sha256
-from kd.losses import Head, TokenLoss, token_loss_sums
-from kd.mixing import MixedRows, pad_rows
-from kd.objective import Batch, model_inputs, predicting_positions
-from kd.roles import Role, final_hidden_states, head_of, learned_positions, speaking_as, vocabulary_rows
+from kd.losses.token_loss import TokenLoss, token_loss_sums
+from kd.models.forward import final_hidden_states, head_of, learned_positions
+from kd.models.head import Head
+from kd.models.roles import Role, speaking_as, vocabulary_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,7 +87,7 @@ def read_held_out(
 
     Args:
         sources: route -> JSONL files (or folders of `datasets`).
-        tokenizer: as `kd.data.load_tokenizer` gives it.
+        tokenizer: as `kd.data.chat.load_tokenizer` gives it.
         settings: `max_length`, `append_eos` and `chat_template` are used; those of the run make losses comparable to
             its own.
 

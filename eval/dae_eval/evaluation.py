@@ -33,11 +33,11 @@ from dae_eval.progress import Display
 from dae_eval.results import Document, Evaluation, HeldOutLoss, TaskResult
 from dae_eval.suites import Suite
 from kd.errors import MachineError
-from kd.files import disk_errors, json_text, plain, read_json, write_bytes_durably, write_text_durably
-from kd.fingerprints import resolve_model
-from kd.lock import hold
-from kd.provenance import read_provenance
-from kd.runs import RunFolder
+from kd.models.checkpoint_files import resolve_model
+from kd.runs.files import disk_errors, json_text, plain, read_json, write_bytes_durably, write_text_durably
+from kd.runs.lock import hold
+from kd.runs.provenance import read_provenance
+from kd.runs.run_folder import RunFolder
 
 _NO_MEMORY = ("out of memory", "allocate memory")
 

@@ -13,7 +13,15 @@ from typing import Any
 
 from dae_eval.results import Document, Evaluation, HeldOutLoss, ModelFacts, TaskResult, TrainingRows
 from kd.errors import UserError
-from kd.files import TEMPORARY_PREFIX, disk_errors, json_text, plain, read_json, write_bytes_durably, write_text_durably
+from kd.runs.files import (
+    TEMPORARY_PREFIX,
+    disk_errors,
+    json_text,
+    plain,
+    read_json,
+    write_bytes_durably,
+    write_text_durably,
+)
 
 EVALUATION = "evaluation.json"
 DOCUMENTS = "documents"

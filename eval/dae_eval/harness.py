@@ -28,8 +28,8 @@ from lm_eval.models.utils import resolve_max_length
 from lm_eval.tasks import TaskManager
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from kd.config.problems import suggestion
 from kd.errors import UserError
-from kd.problems import suggestion
 
 # lm-eval's own defaults, so that its command line draws the same shots and, where a task samples, the same answers.
 SHOTS_SEED = 1234

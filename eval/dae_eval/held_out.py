@@ -15,8 +15,8 @@ from dae_eval.folders import HELD_OUT, KEY_DIGITS, digest
 from dae_eval.models import Memory, Model
 from dae_eval.results import HeldOutLoss
 from dae_eval.suites import Suite
-from kd.config import DataRecipe
-from kd.files import disk_errors, json_text, plain, read_json, write_text_durably
+from kd.config.data_recipe import DataRecipe
+from kd.runs.files import disk_errors, json_text, plain, read_json, write_text_durably
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

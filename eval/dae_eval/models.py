@@ -14,22 +14,15 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dae_eval.results import ModelFacts
-from kd.adapter_files import ADAPTER_CONFIG, is_adapter, read_adapter_config
-from kd.compatibility import check_adapter
+from kd.data.tokenizer_audit import PROBES, audit
 from kd.errors import UserError
-from kd.fingerprints import model_fingerprint, resolve_model
-from kd.opening import opening
-from kd.provenance import read_provenance
-from kd.roles import (
-    Backbone,
-    LoadSettings,
-    Role,
-    add_frozen_adapter,
-    load_model,
-    speaking_as,
-    unwrapped,
-)
-from kd.tokenizer_audit import PROBES, audit
+from kd.models.adapter_files import ADAPTER_CONFIG, is_adapter, read_adapter_config
+from kd.models.checkpoint_files import model_fingerprint, resolve_model
+from kd.models.compatibility import check_adapter
+from kd.models.forward import unwrapped
+from kd.models.opening import opening
+from kd.models.roles import Backbone, LoadSettings, Role, add_frozen_adapter, load_model, speaking_as
+from kd.runs.provenance import read_provenance
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -38,7 +31,7 @@ logger = logging.getLogger("dae")
 
 @dataclass(frozen=True)
 class Model:
-    """A full checkpoint (base None), or an adapter on a base. Paths as typed, fingerprints as of kd.fingerprints."""
+    """A full checkpoint (base None), or an adapter on a base. Paths are as typed."""
 
     path: str
     fingerprint: str

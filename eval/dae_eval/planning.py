@@ -31,11 +31,11 @@ from dae_eval.models import Model, chat_template_of, open_tokenizer, tell_losses
 from dae_eval.results import TrainingRows
 from dae_eval.seen import SeenTexts, seen_texts, training_rows
 from dae_eval.suites import Suite
-from kd.config import SourceRecipe
-from kd.environment import environment
-from kd.fingerprints import resolve_model
-from kd.roles import LoadSettings
-from kd.tokenizer_files import tokenizer_sha256
+from kd.config.data_recipe import SourceRecipe
+from kd.models.checkpoint_files import resolve_model
+from kd.models.roles import LoadSettings
+from kd.models.tokenizer_files import tokenizer_sha256
+from kd.runs.environment import environment
 
 _LIBRARIES = ("lm-eval", "transformers", "peft", "torch")
 

@@ -16,11 +16,11 @@ from typing import Any
 import yaml
 
 from dae_eval.results import TrainingRows
-from kd.config import SourceRecipe
-from kd.fingerprints import data_sha256
-from kd.provenance import read_provenance
-from kd.record_forms import texts_of
-from kd.records import HUB_ID, read_records
+from kd.config.data_recipe import SourceRecipe
+from kd.data.fingerprint import data_sha256
+from kd.data.record_forms import texts_of
+from kd.data.records import HUB_ID, read_records
+from kd.runs.provenance import read_provenance
 
 ANCHOR = 8  # words by which a text is looked up before it is compared
 _WORDS = re.compile(r"\w+|[^\w\s]")
@@ -90,7 +90,7 @@ def _is_word(character: str) -> bool:
 
 
 def row_text(record: Mapping[str, Any]) -> str:
-    """All words of a training row, as kd.records reads it, in order."""
+    """All words of a training row, as kd.data.records reads it, in order."""
     return " ".join(texts_of(record))
 
 

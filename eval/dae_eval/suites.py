@@ -20,8 +20,9 @@ from typing import Any, get_args
 from pydantic import Field, field_validator
 
 from dae_eval.results import Kind
-from kd.config import Frozen, load_recipe, plain
-from kd.problems import NO_VALUE, Problem, one_of
+from kd.config.loading import load_recipe
+from kd.config.problems import NO_VALUE, Problem, one_of
+from kd.config.schema import Frozen, plain
 
 TASKS = Path(__file__).parent / "tasks"
 KINDS: tuple[Kind, ...] = get_args(Kind)

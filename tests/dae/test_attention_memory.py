@@ -10,15 +10,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from pico import make_checkpoint, make_model
 
-import kd.attention
-from dae.check import make_plan
-from dae.estimates import held_for_maps, memory
-from kd.attention import attention_loss
-from kd.distill_recipe import AttentionRecipe, DistillRecipe
-from kd.layer_pairs import layer_pairs
-from kd.losses import TokenLoss
-from kd.objective import Objective, Route, route_sums
-from kd.roles import STUDENT_ADAPTER, Role
+import kd.losses.attention
+from dae.checking.check import make_plan
+from dae.checking.estimates import held_for_maps, memory
+from kd.config.layer_recipes import AttentionRecipe
+from kd.losses.attention import attention_loss
+from kd.losses.layer_pairs import layer_pairs
+from kd.losses.token_loss import TokenLoss
+from kd.models.roles import STUDENT_ADAPTER, Role
+from kd.stages.distill_recipe import DistillRecipe
+from kd.training.objective import Objective, Route, route_sums
 
 ROWS, TOKENS = 2, 48
 
@@ -45,7 +46,7 @@ def held_bytes(student: Role, teacher: Role, monkeypatch: pytest.MonkeyPatch, *,
         held[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    real = kd.attention.map_kl_sum
+    real = kd.losses.attention.map_kl_sum
 
     def noting(ours: Any, theirs: Any, rows: Any) -> torch.Tensor:
         for inputs in (ours, theirs):
@@ -53,7 +54,7 @@ def held_bytes(student: Role, teacher: Role, monkeypatch: pytest.MonkeyPatch, *,
             hold(inputs.key_BKTC)
         return real(ours, theirs, rows)
 
-    monkeypatch.setattr(kd.attention, "map_kl_sum", noting)
+    monkeypatch.setattr(kd.losses.attention, "map_kl_sum", noting)
     terms = (attention_loss(1.0, student, teacher, layer_pairs("even", 2, 4, "")),) if with_maps else ()
     objective = Objective((Route("train", teacher),), TokenLoss(), terms=terms)
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):

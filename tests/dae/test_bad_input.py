@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from worlds import align_command, make_adapter, make_world, metrics_of
 
-from kd.runs import checkpoint_fault
+from kd.runs.run_folder import checkpoint_fault
 
 SFT = ["sft", "--base", "base", "--data", "shop.jsonl", "--output", "student", "train.max_steps=4"]
 
@@ -244,7 +244,7 @@ MODELS = {
     ),
     "a base that is an adapter": Case(nothing, ("base: expert: is an adapter",), ("base=expert",)),
     "an expert's run that has not finished": Case(
-        lambda w: dae([*SFT[:-2], "half", SFT[-1]], w, signals=[Signal("kd.stage:publish")]),
+        lambda w: dae([*SFT[:-2], "half", SFT[-1]], w, signals=[Signal("kd.training.publishing:publish")]),
         ("half: this run has not finished",),
         ("expert=half",),
     ),
@@ -330,7 +330,7 @@ def test_rows_that_are_dropped_are_not_a_mistake_while_others_are_left(world: Pa
 
 def test_a_folder_held_by_a_live_run(world: Path) -> None:
     running = Running(
-        align_command(), world, proof=False, signals=[Signal("kd.stage:start_metrics", 1, signal.SIGSTOP)]
+        align_command(), world, proof=False, signals=[Signal("kd.training.run_stage:start_metrics", 1, signal.SIGSTOP)]
     )
     try:
         while not running.is_stopped():
@@ -375,7 +375,7 @@ def test_a_read_only_place(world: Path, mounted: Callable[[str], Path]) -> None:
 def test_a_run_whose_place_has_become_read_only(world: Path, mounted: Callable[[str], Path]) -> None:
     place = mounted("size=8m")
     command = align_command(output=str(place / "student"))
-    dae(command, world, proof=False, signals=[Signal("kd.trainer:RoutedTrainer.training_step", 6)])
+    dae(command, world, proof=False, signals=[Signal("kd.training.trainer:RoutedTrainer.training_step", 6)])
     mounted("ro")
     refused(command, world, str(place))
     mounted("rw")

@@ -15,18 +15,20 @@ from pico import make_checkpoint, make_model
 from transformers import AutoModelForCausalLM
 from worlds import make_adapter
 
-from dae import estimates
 from dae.alignment import fingerprints
-from dae.check import Plan, check, in_words, make_plan, marked_row, shortened
-from dae.estimates import bytes_of_logits, disk, memory, tokens_of_run
-from dae.loss_shares import LossShare, loss_shares
-from dae.overlap import normalised, overlaps, parts
+from dae.checking import estimates
+from dae.checking.check import Plan, check, in_words, make_plan, marked_row, shortened
+from dae.checking.estimates import bytes_of_logits, disk, memory, tokens_of_run
+from dae.checking.loss_shares import LossShare, loss_shares
+from dae.checking.overlap import normalised, overlaps, parts
 from dae.recipe import AlignRecipe
-from kd import losses
-from kd.config import DataRecipe, SftRecipe, resolved_yaml
-from kd.data import SourceReport
+from kd.config.data_recipe import DataRecipe
+from kd.config.loading import resolved_yaml
+from kd.data.examples import SourceReport
 from kd.errors import UserError
-from kd.runs import RunFolder
+from kd.losses import token_loss as losses
+from kd.runs.run_folder import RunFolder
+from kd.stages.sft_recipe import SftRecipe
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

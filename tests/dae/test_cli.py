@@ -18,9 +18,10 @@ import dae as package
 from dae import cli
 from dae.commands.stages import tell
 from dae.recipe import AlignRecipe
-from kd.config import SftRecipe, load_recipe
-from kd.distill_recipe import DistillRecipe
+from kd.config.loading import load_recipe
 from kd.errors import MachineError, Stopped, UserError
+from kd.stages.distill_recipe import DistillRecipe
+from kd.stages.sft_recipe import SftRecipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -137,10 +138,10 @@ def test_mistakes_in_flags(arguments: list[str], expected: str, capsys: pytest.C
 def test_check_knows_the_stage(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, more: list[str], schema: type[Any]
 ) -> None:
-    import dae.check
+    import dae.checking.check
 
     checked: list[Any] = []
-    monkeypatch.setattr(dae.check, "check", checked.append)
+    monkeypatch.setattr(dae.checking.check, "check", checked.append)
     (tmp_path / "r.yaml").write_text(text)
     assert cli.run(["check", str(tmp_path / "r.yaml"), *more]) == 0
     assert [type(recipe) for recipe in checked] == [schema]
@@ -157,10 +158,10 @@ CHECKED: list[tuple[list[str], type[Any]]] = [
 def test_the_command_to_come_is_checked_by_a_word_before_it_or_a_flag_behind_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str], schema: type[Any]
 ) -> None:
-    import dae.check
+    import dae.checking.check
 
     checked: list[Any] = []
-    monkeypatch.setattr(dae.check, "check", checked.append)
+    monkeypatch.setattr(dae.checking.check, "check", checked.append)
     monkeypatch.chdir(tmp_path)
     (tmp_path / command[0]).write_text("no recipe")  # the stage goes before a file of its name
     assert cli.run(["check", *command]) == 0
@@ -172,10 +173,10 @@ def test_the_command_to_come_is_checked_by_a_word_before_it_or_a_flag_behind_it(
 def test_a_file_with_the_name_of_a_stage_is_had_by_its_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import dae.check
+    import dae.checking.check
 
     checked: list[Any] = []
-    monkeypatch.setattr(dae.check, "check", checked.append)
+    monkeypatch.setattr(dae.checking.check, "check", checked.append)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "align").write_text("base: b\noutput: o\ndata: {train: d}\n")
     assert cli.run(["check", "./align", "seed=4"]) == 0

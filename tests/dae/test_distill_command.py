@@ -16,12 +16,12 @@ from processes import ROOT
 from safetensors.torch import load_file
 from worlds import make_rows, metrics_of
 
-import kd.stage
+import kd.training.run_stage
 from dae import cli
-from dae.check import make_plan
-from dae.estimates import parameters
-from kd.compatibility import empty_model
-from kd.distill_recipe import DistillRecipe
+from dae.checking.check import make_plan
+from dae.checking.estimates import parameters
+from kd.models.compatibility import empty_model
+from kd.stages.distill_recipe import DistillRecipe
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_checkpoint(tmp_path / "teacher", vocab_size=320, seed=5, num_hidden_layers=3)
     make_rows(tmp_path / "rows.jsonl", 1, 40)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kd.stage, "verify_saved", lambda *_: None)
+    monkeypatch.setattr(kd.training.run_stage, "verify_saved", lambda *_: None)
     return tmp_path
 
 

@@ -12,12 +12,13 @@ from pico import make_checkpoint
 from processes import dae
 from worlds import align_command, make_adapter, make_rows, make_world
 
-from dae.check import make_plan
+from dae.checking.check import make_plan
 from dae.earlier_student import with_lora_of_student
 from dae.recipe import AlignRecipe
-from kd.config import LoraRecipe, load_recipe
+from kd.config.loading import load_recipe
+from kd.config.stage_recipe import LoraRecipe
 from kd.errors import UserError
-from kd.roles import Backbone, LoadSettings, add_student_adapter, load_model
+from kd.models.roles import Backbone, LoadSettings, add_student_adapter, load_model
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,12 @@ from pico import make_checkpoint
 from worlds import GENERAL_WORDS, make_adapter, make_rows
 
 from dae.alignment import build_roles, fingerprints
-from dae.check import make_plan
+from dae.checking.check import make_plan
 from dae.cli import status_of
 from dae.recipe import AlignRecipe
-from kd.config import SftRecipe, load_recipe
-from kd.roles import LoadSettings, check_head
+from kd.config.loading import load_recipe
+from kd.models.roles import LoadSettings, check_head
+from kd.stages.sft_recipe import SftRecipe
 
 EXAMPLES = int(os.environ.get("DAE_FUZZ_EXAMPLES", "60"))
 REMOVED = "a value that stands for no key at all"

@@ -16,7 +16,7 @@ from judge_server import JudgeServer
 from processes import Ended, Running, Signal, dae
 
 from dae import cli
-from kd.fingerprints import model_fingerprint
+from kd.models.checkpoint_files import model_fingerprint
 
 KEY = "sk-very-secret-0123456789"
 APPEND = "dae_eval.judging.asking:append_lines"

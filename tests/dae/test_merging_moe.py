@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from worlds import make_adapter, make_rows, metrics_of
 
-import kd.stage
+import kd.training.run_stage
 from dae import cli
-from kd.compatibility import check_adapter
-from kd.config import LoraRecipe
+from kd.config.stage_recipe import LoraRecipe
 from kd.errors import UserError
-from kd.roles import (
+from kd.models.checkpoint_files import model_fingerprint
+from kd.models.compatibility import check_adapter
+from kd.models.roles import (
     STUDENT_ADAPTER,
     Backbone,
     LoadSettings,
@@ -33,7 +34,6 @@ from kd.roles import (
     load_model,
     speaking_as,
 )
-from kd.runs import model_fingerprint
 
 LONG = torch.randint(3, 288, (1, 150), generator=torch.Generator().manual_seed(0))  # longer than the window of 64
 PROMPTS = {"general": ["how big is it?", "red green blue"], "shop": ["KETTLE COSTS NINE COINS", "PRICE OF A POT 4X"]}
@@ -56,7 +56,7 @@ def world(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     for entry in origin.iterdir():
         (tmp_path / entry.name).symlink_to(entry)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kd.stage, "verify_saved", lambda *_: None)  # a fresh process takes seconds
+    monkeypatch.setattr(kd.training.run_stage, "verify_saved", lambda *_: None)  # a fresh process takes seconds
     logger = logging.getLogger("dae")
     before = logger.propagate
     logger.propagate = True

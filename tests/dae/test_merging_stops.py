@@ -25,7 +25,7 @@ MOMENTS = {
     "with the weights written": Signal("dae.merging.mergekit_calls:mix", after=True),
     "with half the result written": Signal("dae.merging.checkpoints:write_merge_card"),
     "with half the result in place": Signal("os:replace", name="model.safetensors", after=True),
-    "just before it is called finished": Signal("kd.runs:RunFolder.mark_finished"),
+    "just before it is called finished": Signal("kd.runs.run_folder:RunFolder.mark_finished"),
 }
 
 

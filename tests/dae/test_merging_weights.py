@@ -21,9 +21,10 @@ from worlds import make_adapter
 
 from dae import cli
 from dae.merging.recipe import MoeRecipe, ToLoraRecipe, WeightsRecipe
-from kd.config import Frozen, load_recipe, resolved_yaml
-from kd.provenance import read_provenance
-from kd.runs import model_fingerprint
+from kd.config.loading import load_recipe, resolved_yaml
+from kd.config.schema import Frozen
+from kd.models.checkpoint_files import model_fingerprint
+from kd.runs.provenance import read_provenance
 
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_ties")
 

@@ -33,7 +33,7 @@ ALIGNED = {
 REPORT = {"base": "base", "expert": "@expert", "student": "@aligned", "suite": "suite.yaml"}
 WRITTEN = {"stage": "sample", "model": "base", "prompts": "shop.jsonl", "rows": 4, "max_new_tokens": 4}
 TIMINGS = {"response_tokens_per_second", "peak_memory_gib", "peak_memory_bytes"}
-STEP = "kd.trainer:RoutedTrainer.training_step"
+STEP = "kd.training.trainer:RoutedTrainer.training_step"
 
 
 def write_path(folder: Path, stages: Mapping[str, Any], name: str = "path.yaml", output: str = "runs") -> None:
@@ -280,7 +280,7 @@ KILLS: dict[str, dict[str, Any]] = {
     "while the expert trains": {"forks": Forks(to_pipeline={"sft": Signal(STEP, 3)})},
     "the expert alone": {"forks": Forks(to_stage={"sft": Signal(STEP, 2)})},
     "while the expert is called finished": {
-        "forks": Forks(to_pipeline={"sft": Signal("kd.runs:RunFolder.mark_finished", after=True)})
+        "forks": Forks(to_pipeline={"sft": Signal("kd.runs.run_folder:RunFolder.mark_finished", after=True)})
     },
     "with the expert finished and not noted": {"signals": [Signal(f"{FOLDER}.finish")]},
     "between two stages": {"signals": [Signal(f"{FOLDER}.finish", after=True)]},
@@ -289,7 +289,7 @@ KILLS: dict[str, dict[str, Any]] = {
     "while the models are asked": {
         "forks": Forks(to_pipeline={"report": Signal("dae_eval.evaluation:run_task", 2)})
     },
-    "with some rows written": {"forks": Forks(to_pipeline={"sample": Signal("dae.sampling:SampleFile.finish")})},
+    "with some rows written": {"forks": Forks(to_pipeline={"sample": Signal("dae.sampling.sample:SampleFile.finish")})},
     "with all done and not noted": {"signals": [Signal(f"{FOLDER}.finish")]},
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from dae.demo.model import save_untrained
 from dae.demo.world import write_world
-from kd.fingerprints import model_fingerprint
+from kd.models.checkpoint_files import model_fingerprint
 
 
 def written_at(folder: Path) -> dict[Path, int]:

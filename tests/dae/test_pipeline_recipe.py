@@ -20,9 +20,9 @@ from dae.pipeline.stages import command_of, run_pipeline
 from dae.pipeline.state import Fingerprints, PipelineFolder
 from dae.pipeline.view import View, duration
 from dae.recipe import AlignRecipe
-from kd.config import load_recipe
+from kd.config.loading import load_recipe
 from kd.errors import UserError
-from kd.fingerprints import model_fingerprint
+from kd.models.checkpoint_files import model_fingerprint
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
 EXPERT = {"stage": "sft", "base": "base", "data": {"train": "shop.jsonl"}}

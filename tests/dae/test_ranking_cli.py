@@ -22,12 +22,12 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from dae.ranking import refuse_to_ask_for_ever, unanswered
-from dae.ranking_table import show
-from dae.written_rows import Batch
-from kd.choose.car import Measured, rank
-from kd.choose.recipe import RankRecipe
-from kd.config import load_recipe, resolved_yaml
+from dae.rank_teachers.car import Measured, rank
+from dae.rank_teachers.rank_teachers import refuse_to_ask_for_ever, unanswered
+from dae.rank_teachers.recipe import RankRecipe
+from dae.rank_teachers.table import show
+from dae.sampling.written_rows import Batch
+from kd.config.loading import load_recipe, resolved_yaml
 from kd.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -245,7 +245,7 @@ def test_candidates_that_are_checkpoints_answer_the_prompts(world: Path) -> None
     assert lacking.status == 2
     assert "prompts: is missing: candidate `self` is a checkpoint; add --prompts FILE" in lacking.err
     flag = ("--prompts", "prompts.jsonl")
-    assert asked(*flag, signals=[Signal("dae.sampling:SampleFile.append", 4)]).status == -9
+    assert asked(*flag, signals=[Signal("dae.sampling.sample:SampleFile.append", 4)]).status == -9
     assert (world / "out" / "responses" / "self.jsonl.partial").exists()
     assert asked(*flag).status == 0
     written = [json.loads(line) for line in (world / "out" / "responses" / "self.jsonl").read_text().splitlines()]

@@ -11,9 +11,10 @@ import pytest
 from dae.commands.checking import stage_of
 from dae.commands.schemas import SCHEMAS
 from dae.recipe import AlignRecipe
-from kd.config import SftRecipe, load_recipe, resolved_yaml
+from kd.config.loading import load_recipe, resolved_yaml
 from kd.errors import UserError
-from kd.fingerprints import file_sha256
+from kd.runs.hashes import file_sha256
+from kd.stages.sft_recipe import SftRecipe
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
 # eval*.yaml: tests/dae_eval/test_suites.py; rank_teachers.yaml: test_ranking_cli.py; paths: test_pipeline_recipe.py

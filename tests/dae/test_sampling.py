@@ -15,12 +15,20 @@ from pico import make_checkpoint, make_tokenizer
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-import dae.sampling
-from dae.generation import END_TOKEN, LENGTH, SPECIAL_TOKEN, Continuation, derived_seed, left_padded, open_writer
-from dae.recipe import SampleRecipe
-from dae.sample_prompts import instruction_of, read_prompts, user_opening
-from dae.sampling import SampleFile, sample
-from kd.chat import chat_format
+import dae.sampling.sample
+from dae.sampling.generation import (
+    END_TOKEN,
+    LENGTH,
+    SPECIAL_TOKEN,
+    Continuation,
+    derived_seed,
+    left_padded,
+    open_writer,
+)
+from dae.sampling.prompts import instruction_of, read_prompts, user_opening
+from dae.sampling.recipe import SampleRecipe
+from dae.sampling.sample import SampleFile, sample
+from kd.data.chat import chat_format
 from kd.errors import UserError
 
 CHATML = (
@@ -232,18 +240,18 @@ def test_a_stop_after_any_batch_changes_no_row(model: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("after", ["rows.jsonl", "rows.jsonl.meta.json"])
 def test_a_stop_while_finishing_is_made_good(model: Path, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_for(model)
-    write = dae.sampling.write_text_durably
+    write = dae.sampling.sample.write_text_durably
 
     def write_and_die(path: Path, text: str) -> None:
         write(path, text)
         if path.name == after:
             raise Killed
 
-    monkeypatch.setattr(dae.sampling, "write_text_durably", write_and_die)
+    monkeypatch.setattr(dae.sampling.sample, "write_text_durably", write_and_die)
     with pytest.raises(Killed):
         sample(recipe)
     before = Path(recipe.output).read_text()
-    monkeypatch.setattr(dae.sampling, "write_text_durably", write)
+    monkeypatch.setattr(dae.sampling.sample, "write_text_durably", write)
     assert sample(recipe).read_text() == before
     assert not Path(recipe.output + ".partial").exists()
 
@@ -251,7 +259,7 @@ def test_a_stop_while_finishing_is_made_good(model: Path, after: str, monkeypatc
 def test_a_finished_file_is_left_alone_without_opening_the_model(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = sample(recipe_for(model))
     before = path.stat().st_mtime_ns
-    monkeypatch.setattr(dae.sampling, "open_writer", lambda *_: pytest.fail("the model was opened"))
+    monkeypatch.setattr(dae.sampling.sample, "open_writer", lambda *_: pytest.fail("the model was opened"))
     assert sample(recipe_for(model)) == path
     assert path.stat().st_mtime_ns == before
     path.write_text("other rows\n")
@@ -296,7 +304,9 @@ def test_a_model_that_writes_nothing_is_told_instead_of_waited_for(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing = Continuation(1, END_TOKEN, fault="no text")
-    monkeypatch.setattr("dae.generation.Writer.continuations", lambda _, prompts, *__: [nothing] * len(prompts))
+    monkeypatch.setattr(
+        "dae.sampling.generation.Writer.continuations", lambda _, prompts, *__: [nothing] * len(prompts)
+    )
     with pytest.raises(UserError, match=r"20 batches in a row gave no row \(no text: 320\)"):
         sample(recipe_for(model))
 
@@ -319,7 +329,7 @@ def test_messages_are_answered_under_the_template(chat_model: Path, monkeypatch:
     asked = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "red?"}]
     prompts.write_text(json.dumps({"messages": [*asked, {"role": "assistant", "content": "an old answer"}]}) + "\n")
     seen: list[str] = []
-    monkeypatch.setattr("dae.generation.Writer.continuations", scripted({"be brief": "blue"}, seen))
+    monkeypatch.setattr("dae.sampling.generation.Writer.continuations", scripted({"be brief": "blue"}, seen))
     rows = rows_of(sample(recipe_for(chat_model, prompts=str(prompts), rows=1, batch_size=1)))
     assert rows == [{"messages": [*asked, {"role": "assistant", "content": "blue"}]}]
     assert seen == ["<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nred?<|im_end|>\n<|im_start|>assistant\n"]
@@ -342,7 +352,7 @@ def scripted(script: dict[str, str], seen: list[str]) -> Any:
 def test_a_chat_model_writes_question_and_answer(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     script = {"assistant\n": "a blue one", "user\n": "\nwhich kettle?"}
-    monkeypatch.setattr("dae.generation.Writer.continuations", scripted(script, seen))
+    monkeypatch.setattr("dae.sampling.generation.Writer.continuations", scripted(script, seen))
     rows = rows_of(sample(recipe_for(chat_model, rows=1, batch_size=1)))
     question, reply = {"role": "user", "content": "which kettle?"}, {"role": "assistant", "content": "a blue one"}
     assert rows == [{"messages": [question, reply]}]

@@ -11,9 +11,9 @@ import pytest
 from pico import make_checkpoint
 from worlds import make_adapter
 
-from dae.generation import END_TOKEN, Continuation, Writer, open_writer
-from dae.recipe import SampleRecipe
-from dae.sampling import IDLE_BATCHES, sample
+from dae.sampling.generation import END_TOKEN, Continuation, Writer, open_writer
+from dae.sampling.recipe import SampleRecipe
+from dae.sampling.sample import IDLE_BATCHES, sample
 from kd.errors import UserError
 
 

@@ -18,7 +18,7 @@ import pytest
 from processes import ROOT, Running, Signal, dae
 from worlds import FORGETTING, align_command, make_world, metrics_of
 
-from kd.runs import checkpoint_fault
+from kd.runs.run_folder import checkpoint_fault
 
 # Dropout, so that the state of the random generator matters; held-out rows, so that the best step is remembered.
 MORE = ("lora.dropout=0.1", "data.eval.domain=heldout_shop.jsonl", "data.eval.general=heldout_general.jsonl")
@@ -83,22 +83,22 @@ def whole_checkpoints(run: Path) -> list[str]:
 
 # One after the other in the same folder, so that each starts from what the one before left.
 MOMENTS = {
-    "before anything is written": Signal("kd.runs:RunFolder._set_up"),
-    "in the middle of the set-up": Signal("kd.runs:write_text_durably", 2),
+    "before anything is written": Signal("kd.runs.run_folder:RunFolder._set_up"),
+    "in the middle of the set-up": Signal("kd.runs.run_folder:write_text_durably", 2),
     "while the models are loaded": Signal("dae.alignment:build_roles"),
-    "after the first measurement": Signal("kd.stage:start_metrics", after=True),
-    "in the third step, before any checkpoint": Signal("kd.trainer:RoutedTrainer._save_checkpoint"),
-    "with half a checkpoint written": Signal("kd.trainer:save_student", after=True),
-    "with a checkpoint not yet in place": Signal("kd.runs:fsync_tree", 2),
-    "in training": Signal("kd.trainer:RoutedTrainer.training_step", 4),
+    "after the first measurement": Signal("kd.training.run_stage:start_metrics", after=True),
+    "in the third step, before any checkpoint": Signal("kd.training.trainer:RoutedTrainer._save_checkpoint"),
+    "with half a checkpoint written": Signal("kd.training.trainer:save_student", after=True),
+    "with a checkpoint not yet in place": Signal("kd.runs.run_folder:fsync_tree", 2),
+    "in training": Signal("kd.training.trainer:RoutedTrainer.training_step", 4),
     "while an old checkpoint is removed": Signal("shutil:rmtree"),
-    "in a held-out measurement": Signal("kd.trainer:evaluate_routes", 2),
-    "after the last step": Signal("kd.stage:summarise"),
-    "with half the result written": Signal("kd.stage:write_model_card"),
+    "in a held-out measurement": Signal("kd.training.trainer:evaluate_routes", 2),
+    "after the last step": Signal("kd.training.publishing:summarise"),
+    "with half the result written": Signal("kd.training.run_stage:write_model_card"),
     "with half the result in place": Signal("os:replace", name="adapter_model.safetensors", after=True),
-    "while the result is proved": Signal("kd.stage:verify_saved"),
-    "just before it is called finished": Signal("kd.runs:RunFolder.mark_finished"),
-    "just after it is called finished": Signal("kd.runs:RunFolder.mark_finished", after=True),
+    "while the result is proved": Signal("kd.training.run_stage:verify_saved"),
+    "just before it is called finished": Signal("kd.runs.run_folder:RunFolder.mark_finished"),
+    "just after it is called finished": Signal("kd.runs.run_folder:RunFolder.mark_finished", after=True),
 }
 
 
@@ -144,7 +144,7 @@ def test_killed_five_times_at_random(world: Path, calm: dict[str, Any]) -> None:
 def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(
     world: Path, calm: dict[str, Any], number: int, status: int
 ) -> None:
-    in_step_five = Signal("kd.trainer:RoutedTrainer.training_step", 5, number)
+    in_step_five = Signal("kd.training.trainer:RoutedTrainer.training_step", 5, number)
     ended = dae(COMMAND, world, proof=False, signals=[in_step_five])
     assert ended.status == status
     message = ended.err.splitlines()[-1]
@@ -166,10 +166,13 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(
 @pytest.mark.parametrize(
     "signals",
     [
-        [Signal("kd.stage:prepare", 1, signal.SIGINT)],
-        [Signal("kd.trainer:RoutedTrainer.training_step", 5, signal.SIGINT, after=after) for after in (False, True)],
-        [Signal("kd.stage:publish", 1, signal.SIGINT)],
-        [Signal("kd.stage:verify_saved", 1, signal.SIGINT)],
+        [Signal("kd.training.run_stage:prepare", 1, signal.SIGINT)],
+        [
+            Signal("kd.training.trainer:RoutedTrainer.training_step", 5, signal.SIGINT, after=after)
+            for after in (False, True)
+        ],
+        [Signal("kd.training.publishing:publish", 1, signal.SIGINT)],
+        [Signal("kd.training.run_stage:verify_saved", 1, signal.SIGINT)],
     ],
     ids=["in the set-up", "twice in a step", "while publishing", "while proving"],
 )
@@ -214,7 +217,7 @@ def test_ctrl_c_and_a_kill_of_the_command_itself(world: Path, calm: dict[str, An
 @pytest.fixture
 def stopped(world: Path) -> Path:
     """A run that was killed after its third checkpoint."""
-    dae(COMMAND, world, proof=False, signals=[Signal("kd.trainer:RoutedTrainer.training_step", 8)])
+    dae(COMMAND, world, proof=False, signals=[Signal("kd.training.trainer:RoutedTrainer.training_step", 8)])
     assert whole_checkpoints(world / "student")[-1] == "step-000006"
     return world / "student"
 
@@ -258,7 +261,7 @@ def test_another_recipe_or_other_inputs_are_refused_by_name(stopped: Path) -> No
 
 def test_a_try_that_trained_no_step_holds_nobody_to_its_recipe(world: Path) -> None:
     """What came of it is nothing, as when the first step runs out of memory and the advice is to halve its batches."""
-    dae(COMMAND, world, proof=False, signals=[Signal("kd.trainer:RoutedTrainer.training_step", after=True)])
+    dae(COMMAND, world, proof=False, signals=[Signal("kd.training.trainer:RoutedTrainer.training_step", after=True)])
     assert (world / "student" / "recipe.yaml").exists()
     halved = ["train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=2"]
     ended = dae([*COMMAND, *halved], world, proof=False)
@@ -280,7 +283,7 @@ def test_a_finished_run_says_so_and_is_not_touched(world: Path) -> None:
 
 def test_early_stopping_waits_as_long_as_if_nothing_had_happened(world: Path) -> None:
     command = [*COMMAND, "early_stopping_patience=2", "train.learning_rate=0"]  # so that nothing is ever better
-    moments = [Signal("kd.trainer:RoutedTrainer.training_step", 5), Signal("kd.stage:summarise")]
+    moments = [Signal("kd.training.trainer:RoutedTrainer.training_step", 5), Signal("kd.training.publishing:summarise")]
     for kill in moments:
         assert dae(command, world, proof=False, signals=[kill]).status == -signal.SIGKILL
     ended = dae(command, world, proof=False)
@@ -300,7 +303,7 @@ def test_a_moved_folder_goes_on(stopped: Path, calm: dict[str, Any]) -> None:
 def test_a_moved_folder_still_knows_its_best_checkpoint(world: Path) -> None:
     assert dae(align_command(*FORGETTING, output="calm"), world, proof=False).status == 0
     assert json.loads((world / "calm" / "run.json").read_text())["summary"]["best_step"] == 2
-    dae(align_command(*FORGETTING), world, proof=False, signals=[Signal("kd.stage:summarise")])
+    dae(align_command(*FORGETTING), world, proof=False, signals=[Signal("kd.training.publishing:summarise")])
     (world / "student").rename(world / "moved")
     assert dae(align_command(*FORGETTING, output="moved"), world, proof=False).status == 0
     weights = [world / run / "adapter_model.safetensors" for run in ("calm", "moved")]

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from worlds import make_adapter, metrics_of
 
 STEPS = ("train.max_steps=6", "train.save_steps=2", "train.logging_steps=1", "lora.rank=2")
-STEP = "kd.trainer:RoutedTrainer.training_step"
+STEP = "kd.training.trainer:RoutedTrainer.training_step"
 
 
 def write_chats(path: Path, rows: int = 24) -> None:

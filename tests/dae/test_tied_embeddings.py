@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from worlds import GENERAL_WORDS, SHOP_WORDS, make_rows
 
-from kd.roles import LoadSettings, load_model
+from kd.models.roles import LoadSettings, load_model
 
 IDS = torch.arange(3, 27)[None]
 MERGE = ["merge", "weights", "--method", "linear", "--base", "base", "--expert", "expert", "--output", "whole"]

@@ -14,9 +14,9 @@ from processes import dae
 from safetensors.torch import load_file, save_file
 from worlds import align_command, make_adapter, make_world
 
-from dae.generation import open_writer
-from kd.adapter_files import base_of
+from dae.sampling.generation import open_writer
 from kd.errors import UserError
+from kd.models.adapter_files import base_of
 
 SFT = ["sft", "--base", "base", "--data", "shop.jsonl", "--output", "student", "train.max_steps=2"]
 SAMPLE = ["sample", "--model", "expert", "--output", "rows.jsonl", "--rows", "2", "--max-new-tokens", "4"]

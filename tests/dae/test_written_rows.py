@@ -12,14 +12,15 @@ from chat_tokenizers import CORPUS, KEEPS, NO_END, OPENS_REASONING, SPACE_IN_HEA
 from lossy_tokenizers import make_lossy_checkpoint
 from pico import make_checkpoint, make_tokenizer
 
-import dae.sampling
-from dae.generation import END_TOKEN, LENGTH, SPECIAL_TOKEN, Continuation, Writer
-from dae.recipe import SampleRecipe
-from dae.sampling import ROWS_AS, SampleFile, sample
-from dae.written_rows import NOT_RENDERED, OTHER_END, OTHER_TOKENS, RowMaker
-from kd.chat import chat_format
-from kd.config import DataRecipe
-from kd.data import TokenRow, conversation_ids, encode_record
+import dae.sampling.sample
+from dae.sampling.generation import END_TOKEN, LENGTH, SPECIAL_TOKEN, Continuation, Writer
+from dae.sampling.recipe import SampleRecipe
+from dae.sampling.sample import ROWS_AS, SampleFile, sample
+from dae.sampling.written_rows import NOT_RENDERED, OTHER_END, OTHER_TOKENS, RowMaker
+from kd.config.data_recipe import DataRecipe
+from kd.data.chat import chat_format
+from kd.data.examples import conversation_ids, encode_record
+from kd.data.token_rows import TokenRow
 from kd.errors import UserError
 
 ASKED = [{"role": "user", "content": "red?"}]
@@ -223,7 +224,9 @@ def test_another_tokenizer_or_template_is_another_setting(
 ) -> None:
     monkeypatch.setattr(SampleFile, "finish", lambda *_: None)
     recipe = recipe_for(thinker, prompts=None, max_new_tokens=4, rows=1, batch_size=64)
-    monkeypatch.setattr(dae.sampling, "converse", lambda *_: dae.sampling.Batch([{"text": "a"}], [LENGTH], [1]))
+    monkeypatch.setattr(
+        dae.sampling.sample, "converse", lambda *_: dae.sampling.sample.Batch([{"text": "a"}], [LENGTH], [1])
+    )
     sample(recipe)
     changed = thinker / file
     changed.write_text(changed.read_text() + "\n")
@@ -233,7 +236,9 @@ def test_another_tokenizer_or_template_is_another_setting(
 
 def test_rows_of_an_earlier_promise_are_not_mixed_with_new_ones(thinker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SampleFile, "finish", lambda *_: None)
-    monkeypatch.setattr(dae.sampling, "converse", lambda *_: dae.sampling.Batch([{"text": "a"}], [LENGTH], [1]))
+    monkeypatch.setattr(
+        dae.sampling.sample, "converse", lambda *_: dae.sampling.sample.Batch([{"text": "a"}], [LENGTH], [1])
+    )
     recipe = recipe_for(thinker, prompts=None, rows=1)
     sample(recipe)
     partial = Path(recipe.output + ".partial")

@@ -30,13 +30,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from worlds import align_command, make_adapter, make_world, metrics_of
 
 import dae.alignment
-import kd.stage
+import kd.training.run_stage
 from dae import cli
-from kd.config import DataRecipe
-from kd.data import TokenRows
+from kd.config.data_recipe import DataRecipe
+from kd.data.token_rows import TokenRows
 from kd.errors import UserError
-from kd.fingerprints import file_sha256
-from kd.roles import STUDENT_ADAPTER, Role
+from kd.models.roles import STUDENT_ADAPTER, Role
+from kd.runs.hashes import file_sha256
 
 TIMINGS = {"response_tokens_per_second", "peak_memory_gib"}
 HELD_OUT = ("data.eval.domain=heldout_shop.jsonl", "data.eval.general=heldout_general.jsonl")
@@ -230,7 +230,7 @@ def world(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     place = tmp_path / "world"
     shutil.copytree(origin, place)
     monkeypatch.chdir(place)
-    monkeypatch.setattr(kd.stage, "verify_saved", lambda *_: None)
+    monkeypatch.setattr(kd.training.run_stage, "verify_saved", lambda *_: None)
     return place
 
 
@@ -356,7 +356,7 @@ KILLS = {
     "in the first measurement": [Signal("dae_eval.drift:DriftCallback.measure")],
     "with the first line written": [Signal("dae_eval.drift:DriftCallback.measure", 2)],
     "in a later measurement": [Signal("dae_eval.drift:DriftCallback.measure", 3)],
-    "with a later line written, but no checkpoint": [Signal("kd.trainer:RoutedTrainer._save_checkpoint", 2)],
+    "with a later line written, but no checkpoint": [Signal("kd.training.trainer:RoutedTrainer._save_checkpoint", 2)],
 }
 
 

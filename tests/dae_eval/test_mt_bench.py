@@ -47,7 +47,7 @@ from dae_eval.judging.mt_bench_scores import (
 from judge_server import JudgeServer, rating_of, verdict_of
 
 from kd.errors import MachineError, UserError
-from kd.fingerprints import file_sha256
+from kd.runs.hashes import file_sha256
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "mt-bench"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/mt-bench is not there")

@@ -28,7 +28,7 @@ from reports import HOSTILE, bare_report, demo_report, failing_report, hostile_r
 from rich.console import Console
 
 from kd.errors import UserError
-from kd.files import TEMPORARY_PREFIX
+from kd.runs.files import TEMPORARY_PREFIX
 
 REPORTS: dict[str, Callable[[], Report]] = {
     "demo": demo_report, "bare": bare_report, "failing": failing_report, "wide": wide_report, "hostile": hostile_report,

@@ -12,8 +12,8 @@ from dae_eval.seen import SeenTexts, row_text, seen_texts, training_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd.config import SourceRecipe
-from kd.fingerprints import data_sha256
+from kd.config.data_recipe import SourceRecipe
+from kd.data.fingerprint import data_sha256
 
 
 def plainly(text: str) -> str:

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kd.adapters import put_adapter
-from kd.compatibility import check_adapter, empty_model
-from kd.config import LoraRecipe
+from kd.config.stage_recipe import LoraRecipe
 from kd.errors import UserError
-from kd.fingerprints import model_fingerprint
-from kd.roles import (
+from kd.models.adapters import put_adapter
+from kd.models.checkpoint_files import model_fingerprint
+from kd.models.compatibility import check_adapter, empty_model
+from kd.models.forward import final_hidden_states, head_of
+from kd.models.roles import (
     STUDENT_ADAPTER,
     Backbone,
     LoadSettings,
@@ -29,8 +30,6 @@ from kd.roles import (
     add_frozen_adapter,
     add_student_adapter,
     check_head,
-    final_hidden_states,
-    head_of,
     load_model,
     speaking_as,
     vocabulary_rows,

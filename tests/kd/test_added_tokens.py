@@ -11,8 +11,8 @@ from processes import dae
 from transformers import AddedToken, PreTrainedTokenizerFast
 from worlds import align_command, make_world
 
-from kd.compatibility import check_tokenizers
 from kd.errors import UserError
+from kd.models.compatibility import check_tokenizers
 
 
 def with_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast, rows: int = 288) -> str:

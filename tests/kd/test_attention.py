@@ -12,12 +12,13 @@ from pico import make_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from kd.attention import AttentionInputs, QueryRows, attention_layers, attention_loss, head_groups, map_kl_sum
+from kd.data.batches import model_inputs, predicting_positions
 from kd.errors import UserError
-from kd.layer_pairs import layer_pairs
-from kd.losses import TokenLoss
-from kd.objective import Objective, Route, model_inputs, predicting_positions, route_sums
-from kd.roles import STUDENT_ADAPTER, Role
+from kd.losses.attention import AttentionInputs, QueryRows, attention_layers, attention_loss, head_groups, map_kl_sum
+from kd.losses.layer_pairs import layer_pairs
+from kd.losses.token_loss import TokenLoss
+from kd.models.roles import STUDENT_ADAPTER, Role
+from kd.training.objective import Objective, Route, route_sums
 
 # A window shorter than the rows, where a family has one, and longer than the padding: eager attention turns a position
 # that sees nothing at all into NaN, which then spreads. GPT-2 has neither RoPE nor key heads of its own.

@@ -22,12 +22,11 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from kd.adapter_files import tokenizer_home
-from kd.choose.car import RESAMPLES, Measured, Ranking, compatibility_adjusted_reward, rank, resampled_means
-from kd.choose.folder import RankFolder
-from kd.choose.recipe import RankRecipe, answers
-from kd.choose.responses import Response, prompt_key, read_responses, response_of, same_prompts
-from kd.choose.rewards import (
+from dae.rank_teachers.car import RESAMPLES, Measured, Ranking, compatibility_adjusted_reward, rank, resampled_means
+from dae.rank_teachers.folder import RankFolder
+from dae.rank_teachers.recipe import RankRecipe, answers
+from dae.rank_teachers.responses import Response, prompt_key, read_responses, response_of, same_prompts
+from dae.rank_teachers.rewards import (
     encode_conversations,
     open_reward_model,
     open_tokenizer,
@@ -35,11 +34,12 @@ from kd.choose.rewards import (
     reward_config,
     rewards_of,
 )
-from kd.choose.student_losses import encode_responses, losses_of, open_student, without_prompt
-from kd.config import load_recipe
-from kd.data import TokenRow
+from dae.rank_teachers.student_losses import encode_responses, losses_of, open_student, without_prompt
+from kd.config.loading import load_recipe
+from kd.data.token_rows import TokenRow
 from kd.errors import UserError
-from kd.roles import LoadSettings, Role
+from kd.models.adapter_files import tokenizer_home
+from kd.models.roles import LoadSettings, Role
 
 F64 = LoadSettings(torch.float64)
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from worlds import make_adapter
 
-from kd.compatibility import check_adapter
 from kd.errors import UserError
-from kd.fingerprints import model_fingerprint
-from kd.roles import Backbone, LoadSettings, add_frozen_adapter, load_model
+from kd.models.checkpoint_files import model_fingerprint
+from kd.models.compatibility import check_adapter
+from kd.models.roles import Backbone, LoadSettings, add_frozen_adapter, load_model
 
 SETTINGS = LoadSettings(torch.float32)
 Tensors = dict[str, Tensor]

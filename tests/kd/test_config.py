@@ -10,10 +10,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd.config import DataRecipe, LoraRecipe, SftRecipe, SourceRecipe, default_shares, load_recipe, resolved_yaml
+from kd.config.data_recipe import DataRecipe, SourceRecipe, default_shares
+from kd.config.key_docs import key_docs
+from kd.config.loading import load_recipe, resolved_yaml
+from kd.config.stage_recipe import LoraRecipe
+from kd.config.training_arguments import argument_types, check_training_arguments, training_argument_problems
 from kd.errors import UserError
-from kd.key_docs import key_docs
-from kd.training_arguments import argument_types, check_training_arguments, training_argument_problems
+from kd.stages.sft_recipe import SftRecipe
 
 MINIMAL = "base: ckpt\noutput: run\ndata: {train: rows.jsonl}\n"
 
@@ -281,7 +284,7 @@ def test_checking_training_arguments_places_nothing_on_a_device() -> None:
 
 
 def test_refused_names_are_real_names() -> None:
-    from kd.training_arguments import MINIMA, OWNED, RENAMED
+    from kd.config.training_arguments import MINIMA, OWNED, RENAMED
 
     names = set(argument_types())
     assert set(OWNED) <= names

@@ -14,23 +14,17 @@ from torch import Tensor, nn
 from worlds import GENERAL_WORDS, metrics_of
 from worlds import make_rows as write_rows
 
-import kd.stage
-from kd.config import DataRecipe, SourceRecipe
-from kd.cross_tokenizer import (
-    CrossTokenizerLoss,
-    PairedRows,
-    aligned_positions,
-    differentiable_logits,
-    load_paired_rows,
-    uld_sum,
-)
-from kd.data import load_rows
-from kd.distill import build_roles, check_checkpoints, distill, load_data
-from kd.distill_recipe import DistillRecipe
+import kd.training.run_stage
+from kd.config.data_recipe import DataRecipe, SourceRecipe
+from kd.data.examples import load_rows
+from kd.data.mixing import MixedRows, collate
+from kd.data.paired_rows import PairedRows, load_paired_rows
 from kd.errors import UserError
-from kd.losses import Head
-from kd.mixing import MixedRows, collate
-from kd.roles import LoadSettings, Role
+from kd.losses.cross_tokenizer import CrossTokenizerLoss, aligned_positions, differentiable_logits, uld_sum
+from kd.models.head import Head
+from kd.models.roles import LoadSettings, Role
+from kd.stages.distill import build_roles, check_checkpoints, distill, load_data
+from kd.stages.distill_recipe import DistillRecipe
 
 M, D, E = 7, 5, 4
 
@@ -168,7 +162,7 @@ def recipe_of(world: Path, output: Path, **changes: Any) -> DistillRecipe:
 def test_a_run_lowers_the_distance_to_a_teacher_with_other_tokens(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kd.stage, "verify_saved", lambda *_: None)
+    monkeypatch.setattr(kd.training.run_stage, "verify_saved", lambda *_: None)
     check_checkpoints(recipe_of(world, tmp_path / "o"))
     folder = distill(recipe_of(world, tmp_path / "o", lora=None)).path
     lines = [line for line in metrics_of(folder) if "train/uld" in line]

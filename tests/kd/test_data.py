@@ -30,20 +30,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from kd.chat import PLAIN_TEMPLATE, chat_format
-from kd.config import DataRecipe, SourceRecipe
-from kd.data import (
-    NO_RESPONSE,
-    PROMPT_TOO_LONG,
-    TokenRow,
-    TokenRows,
-    encode_record,
-    load_rows,
-    load_tokenizer,
-    marked_text,
-    mask_from_offsets,
-)
-from kd.drafts import (
+from kd.config.data_recipe import DataRecipe, SourceRecipe
+from kd.data.chat import PLAIN_TEMPLATE, chat_format, load_tokenizer
+from kd.data.drafts import (
     EMPTY_RESPONSE,
     EMPTY_TURNS,
     ENDLESS,
@@ -53,6 +42,8 @@ from kd.drafts import (
     REWRITTEN,
     Dropped,
 )
+from kd.data.examples import NO_RESPONSE, PROMPT_TOO_LONG, encode_record, load_rows, marked_text, mask_from_offsets
+from kd.data.token_rows import TokenRow, TokenRows
 from kd.errors import UserError
 
 

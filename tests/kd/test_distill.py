@@ -18,15 +18,17 @@ from transformers import AutoModelForCausalLM
 from worlds import SHOP_WORDS, make_adapter, metrics_of
 from worlds import make_rows as write_rows
 
-import kd.stage
-from kd.config import load_recipe
-from kd.distill import build_roles, check_checkpoints, distill
-from kd.distill_recipe import DistillRecipe
+import kd.training.run_stage
+from kd.config.loading import load_recipe
+from kd.data.batches import predicting_positions
 from kd.errors import UserError
-from kd.objective import Objective, predicting_positions, route_sums
-from kd.roles import LoadSettings, final_hidden_states, head_of
-from kd.runs import RunFolder
-from kd.verify import Verification, verify_saved
+from kd.models.forward import final_hidden_states, head_of
+from kd.models.roles import LoadSettings
+from kd.runs.run_folder import RunFolder
+from kd.stages.distill import build_roles, check_checkpoints, distill
+from kd.stages.distill_recipe import DistillRecipe
+from kd.training.objective import Objective, route_sums
+from kd.training.verify import Verification, verify_saved
 
 BOTH = {"attention": {"weight": 0.5}, "hidden": {"weight": 0.5, "loss": "mse"}}
 DOUBLE = LoadSettings(torch.float64)
@@ -65,7 +67,7 @@ def proof_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             torch.testing.assert_close(model.eval()(torch.tensor([ids])).logits[0], expected_TV, rtol=0, atol=1e-4)
 
-    monkeypatch.setattr(kd.stage, "verify_saved", compare)
+    monkeypatch.setattr(kd.training.run_stage, "verify_saved", compare)
 
 
 def recipe_of(world: Path, output: Path | None = None, **changes: Any) -> DistillRecipe:
@@ -196,7 +198,9 @@ def test_a_fresh_process_opens_a_mixture_that_was_trained(
 ) -> None:
     """The proof as a user's run has it; the other tests here stay in this process."""
     found: list[Verification] = []
-    monkeypatch.setattr(kd.stage, "verify_saved", lambda *arguments: found.append(verify_saved(*arguments)))
+    monkeypatch.setattr(
+        kd.training.run_stage, "verify_saved", lambda *arguments: found.append(verify_saved(*arguments))
+    )
     distill(recipe_of(world, tmp_path / "o", base=world / "experts", train={"max_steps": 2, "save_steps": 2}))
     assert [one.relative < 1e-5 and one.scale > 0.1 for one in found] == [True]
 

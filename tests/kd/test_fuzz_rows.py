@@ -25,10 +25,11 @@ from chat_tokenizers import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kd.chat import PLAIN_TEMPLATE
-from kd.config import DataRecipe, SourceRecipe
-from kd.data import TokenRow, encode_record, load_rows
-from kd.drafts import Dropped
+from kd.config.data_recipe import DataRecipe, SourceRecipe
+from kd.data.chat import PLAIN_TEMPLATE
+from kd.data.drafts import Dropped
+from kd.data.examples import encode_record, load_rows
+from kd.data.token_rows import TokenRow
 from kd.errors import UserError
 
 EXAMPLES = 400 * int(os.environ.get("DAE_FUZZ", "1"))

@@ -19,9 +19,9 @@ if __name__ == "__main__":
 from chat_tokenizers import KINDS, MARKERS, NO_END, SPACE_IN_HEADER, TRIMS, real_template, with_template
 from transformers import AutoTokenizer, LlamaTokenizer
 
-from kd.config import DataRecipe
-from kd.data import encode_record
-from kd.drafts import Dropped
+from kd.config.data_recipe import DataRecipe
+from kd.data.drafts import Dropped
+from kd.data.examples import encode_record
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rows.json"
 SHARED = Path(__file__).resolve().parents[3] / "shared"

@@ -10,11 +10,12 @@ from distillation import as_batch, assert_same, gradients, make_rows
 from pico import FAMILIES, make_model
 from torch import Tensor, nn
 
+from kd.data.batches import model_inputs, predicting_positions
 from kd.errors import UserError
-from kd.hidden_states import Distance, decoder_layers, distance_sum, hidden_state_loss
-from kd.losses import TokenLoss
-from kd.objective import Objective, Route, model_inputs, predicting_positions, route_sums
-from kd.roles import Role
+from kd.losses.hidden_states import Distance, decoder_layers, distance_sum, hidden_state_loss
+from kd.losses.token_loss import TokenLoss
+from kd.models.roles import Role
+from kd.training.objective import Objective, Route, route_sums
 
 N, D, E = 5, 4, 6
 DISTANCES: tuple[Distance, ...] = ("cosine", "mse")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd import losses
-from kd.losses import Head, TokenLoss, token_loss_sums
+from kd.losses import token_loss as losses
+from kd.losses.token_loss import TokenLoss, token_loss_sums
+from kd.models.head import Head
 
 N, D, E, V = 11, 5, 7, 13
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"]

@@ -18,11 +18,11 @@ from chat_tokenizers import (
     with_template,
 )
 
-from kd.chat import PLAIN_TEMPLATE
-from kd.chat_fitting import DEVELOPER, READ_AS_OBJECT, READ_AS_TEXT
-from kd.config import DataRecipe, SourceRecipe
-from kd.data import encode_record, load_rows
-from kd.drafts import NO_WEIGHT, TRAILING, UNWEIGHTED, Dropped
+from kd.config.data_recipe import DataRecipe, SourceRecipe
+from kd.data.chat import PLAIN_TEMPLATE
+from kd.data.chat_fitting import DEVELOPER, READ_AS_OBJECT, READ_AS_TEXT
+from kd.data.drafts import NO_WEIGHT, TRAILING, UNWEIGHTED, Dropped
+from kd.data.examples import encode_record, load_rows
 from kd.errors import UserError
 
 ASK = {"role": "user", "content": "Price?"}

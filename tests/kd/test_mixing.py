@@ -13,9 +13,9 @@ from accelerate.data_loader import BatchSamplerShard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kd.data import TokenRows
+from kd.data.mixing import MixedRows, Mixture, MixtureSource, StepBatchSampler, collate, micro_batches_of_step
+from kd.data.token_rows import TokenRows
 from kd.errors import UserError
-from kd.mixing import MixedRows, Mixture, MixtureSource, StepBatchSampler, collate, micro_batches_of_step
 
 few = settings(max_examples=40, deadline=None)
 weights = st.lists(st.integers(1, 200), min_size=2, max_size=7)

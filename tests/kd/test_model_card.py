@@ -14,10 +14,10 @@ from pico import make_checkpoint, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from dae.recipe import AlignRecipe
-from kd.config import SftRecipe
-from kd.data import SourceReport
-from kd.model_card import CardFacts, write_model_card
-from kd.runs import DataInput
+from kd.data.examples import SourceReport
+from kd.runs.provenance import DataInput
+from kd.stages.sft_recipe import SftRecipe
+from kd.training.model_card import CardFacts, write_model_card
 
 SUMMARY = {"steps": 12, "initial_kl": {"ecom": 1.23456789}, "held_out": {}, "best_step": None}
 
@@ -96,7 +96,7 @@ def test_an_align_card_says_what_went_in_and_what_came_out(tmp_path: Path) -> No
 def test_hub_bases_are_named_in_the_metadata_and_unknown_licences_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kd.model_card.resolve_model", lambda _: tmp_path)
+    monkeypatch.setattr("kd.training.model_card.resolve_model", lambda _: tmp_path)
     for lora, relation, library in (({"rank": 4}, "adapter", "peft"), (None, "finetune", "transformers")):
         card = ModelCard.load(write_model_card(tmp_path, align_facts("some/base", "out", lora=lora)))
         metadata = card.data.to_dict()

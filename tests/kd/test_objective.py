@@ -14,11 +14,13 @@ from pico import FAMILIES, make_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kd import losses
-from kd.losses import TokenLoss
-from kd.mixing import collate
-from kd.objective import Objective, Route, predicting_positions, response_token_counts, route_sums
-from kd.roles import STUDENT_ADAPTER, Role, head_of, speaking_as
+from kd.data.batches import predicting_positions, response_token_counts
+from kd.data.mixing import collate
+from kd.losses import token_loss as losses
+from kd.losses.token_loss import TokenLoss
+from kd.models.forward import head_of
+from kd.models.roles import STUDENT_ADAPTER, Role, speaking_as
+from kd.training.objective import Objective, Route, route_sums
 
 Row = dict[str, Any]
 PLAIN = TokenLoss()

@@ -9,7 +9,7 @@ import torch
 from pico import make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kd.roles import learned_positions
+from kd.models.forward import learned_positions
 
 LIMIT = 24
 SMALL: dict[str, Any] = {

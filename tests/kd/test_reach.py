@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from worlds import make_rows
 
 from dae import cli
-from kd.config import LoraRecipe
-from kd.hidden_states import decoder_layers
-from kd.reach import maps_that_learn, states_that_learn
-from kd.roles import STUDENT_ADAPTER, Backbone, Role, add_student_adapter
+from kd.config.stage_recipe import LoraRecipe
+from kd.losses.gradient_reach import maps_that_learn, states_that_learn
+from kd.losses.hidden_states import decoder_layers
+from kd.models.roles import STUDENT_ADAPTER, Backbone, Role, add_student_adapter
 
 COMMAND = ["--base", "base", "--teacher", "teacher", "--data", "rows.jsonl", "--output", "o", "train.max_steps=1"]
 MAPS = "nothing of the student that trains comes before the attention maps of these layers, so this loss is constant"

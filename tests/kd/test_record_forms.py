@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from chat_tokenizers import KINDS, TOOLS_AS_OBJECT, with_template
 
-from kd.config import DataRecipe, SourceRecipe
-from kd.data import load_rows
+from kd.config.data_recipe import DataRecipe, SourceRecipe
+from kd.data.examples import load_rows
+from kd.data.record_forms import record_of
+from kd.data.records import Reading, read_records
 from kd.errors import UserError
-from kd.record_forms import record_of
-from kd.records import Reading, read_records
 
 TOKENIZER = with_template(KINDS["byte-level"], TOOLS_AS_OBJECT)
 ASK, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

@@ -7,8 +7,8 @@ import json
 import datasets
 import pytest
 
-from kd.config import SourceRecipe
-from kd.data import read_records
+from kd.config.data_recipe import SourceRecipe
+from kd.data.records import read_records
 from kd.errors import UserError
 
 PAIR = {"prompt": "a", "completion": "b"}

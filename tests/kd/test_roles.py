@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from kd.config import LoraRecipe
+from kd.config.stage_recipe import LoraRecipe
 from kd.errors import UserError
-from kd.roles import (
+from kd.models.forward import final_hidden_states, head_of
+from kd.models.roles import (
     STUDENT_ADAPTER,
     Backbone,
     LoadSettings,
@@ -24,8 +25,6 @@ from kd.roles import (
     add_student_adapter,
     check_head,
     check_packing,
-    final_hidden_states,
-    head_of,
     load_model,
     refuse_unmergeable,
     speaking_as,

@@ -13,17 +13,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from worlds import make_rows, metrics_of
 
-import kd.stage
+import kd.training.run_stage
 from dae import cli
 from kd.errors import UserError
-from kd.roles import final_hidden_states
-from kd.router import (
+from kd.losses.router import (
     experts_per_token,
     load_balancing_loss,
     recorded_router_logits,
     refuse_useless_router_loss,
     routers_of,
 )
+from kd.models.forward import final_hidden_states
 
 IDS = torch.randint(3, 288, (2, 12), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1] * 12, [1] * 7 + [0] * 5])
@@ -121,7 +121,7 @@ LOGGED = ["train.logging_steps=1", "train.lr_scheduler_type=constant", "train.wa
 def mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a mixture of four experts, one for each token, and rows."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kd.stage, "verify_saved", lambda *_: None)  # a fresh process takes seconds
+    monkeypatch.setattr(kd.training.run_stage, "verify_saved", lambda *_: None)  # a fresh process takes seconds
     make_checkpoint(tmp_path / "base", "mixtral", num_local_experts=4, num_experts_per_tok=1)
     make_rows(tmp_path / "rows.jsonl", 0, 32)
     return tmp_path

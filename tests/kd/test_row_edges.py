@@ -12,13 +12,13 @@ from chat_tokenizers import KEEPS, KINDS, TOOLS_AS_OBJECT, TOOLS_AS_TEXT, TOOLS_
 from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from kd.config import DataRecipe, SourceRecipe
-from kd.data import PADDING, encode_record, load_rows
-from kd.drafts import CHANGED, CUT_OFF, EMPTY_TURNS, UNWEIGHTED
+from kd.config.data_recipe import DataRecipe, SourceRecipe
+from kd.data.drafts import CHANGED, CUT_OFF, EMPTY_TURNS, UNWEIGHTED
+from kd.data.examples import PADDING, encode_record, load_rows
+from kd.data.record_forms import record_of
+from kd.data.records import read_records
+from kd.data.special_text import special_ids
 from kd.errors import UserError
-from kd.record_forms import record_of
-from kd.records import read_records
-from kd.special_text import special_ids
 
 ASK, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 # As in DeepSeek-R1's: the answer is what follows the thought.

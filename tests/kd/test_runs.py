@@ -19,31 +19,25 @@ from typing import Any
 
 import pytest
 
-import kd.runs
-from kd.environment import environment, masked
+import kd.runs.run_folder
+from kd.data.fingerprint import data_sha256
 from kd.errors import MachineError, UserError
-from kd.files import cut_torn_line, disk_errors, write_text_durably
-from kd.fingerprints import check_safetensors
-from kd.runs import (
-    DataInput,
-    RunFolder,
-    base_fingerprint_of,
-    checkpoint_fault,
-    data_sha256,
-    file_sha256,
-    model_fingerprint,
-    read_provenance,
-)
+from kd.models.checkpoint_files import check_safetensors, model_fingerprint
+from kd.runs.environment import environment, masked
+from kd.runs.files import cut_torn_line, disk_errors, write_text_durably
+from kd.runs.hashes import file_sha256
+from kd.runs.provenance import DataInput, base_fingerprint_of, read_provenance
+from kd.runs.run_folder import RunFolder, checkpoint_fault
 
 RECIPE = "base: some/base\noutput: out\nseed: 0\ntrain:\n  learning_rate: 0.1\n"
 INPUTS = {"base": "b" * 64, "expert.ecom": "e" * 64}
 DATA = {"general": [DataInput("general.jsonl", "1" * 64, 0.9)], "ecom": [DataInput("ecom.jsonl", "2" * 64, 0.1)]}
-REPOSITORY = Path(kd.runs.__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
 def fixed_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kd.runs, "environment", lambda: {"libraries": {"torch": "2"}, "python": "3"})
+    monkeypatch.setattr(kd.runs.run_folder, "environment", lambda: {"libraries": {"torch": "2"}, "python": "3"})
 
 
 def claim(run: RunFolder, recipe: str = RECIPE, inputs: Any = INPUTS, data: Any = DATA, stage: str = "align") -> Any:
@@ -158,9 +152,9 @@ def test_the_lock_names_its_living_holder_and_ends_with_it_even_if_a_fork_lives_
     script = f"""
         import os, sys, time
         sys.path.insert(0, {str(REPOSITORY)!r})
-        import kd.runs
+        import kd.runs.run_folder
         from kd.runs import RunFolder
-        kd.runs.environment = lambda: {{}}
+        kd.runs.run_folder.environment = lambda: {{}}
         with RunFolder({str(tmp_path / "run")!r}).claim("align", "seed: 0", {{"base": "b"}}, base="x", data={{}}):
             holder = os.getpid()
             if os.fork() == 0:
@@ -334,7 +328,7 @@ def test_going_on_with_other_libraries_warns(
     run = RunFolder(tmp_path / "run")
     with claim(run):
         pass
-    monkeypatch.setattr(kd.runs, "environment", lambda: {"libraries": {"torch": "3"}, "python": "3"})
+    monkeypatch.setattr(kd.runs.run_folder, "environment", lambda: {"libraries": {"torch": "3"}, "python": "3"})
     with caplog.at_level(logging.WARNING), claim(run):
         pass
     assert "torch: 2 -> 3" in caplog.text
@@ -707,7 +701,7 @@ def test_the_environment_holds_no_environment_variables(monkeypatch: pytest.Monk
 
 
 def test_importing_runs_imports_no_torch() -> None:
-    script = "import sys, kd.runs; print({'torch', 'transformers', 'huggingface_hub'} & sys.modules.keys())"
+    script = "import sys, kd.runs.run_folder; print({'torch', 'transformers', 'huggingface_hub'} & sys.modules.keys())"
     assert subprocess.check_output([sys.executable, "-c", script], cwd=REPOSITORY, text=True).strip() == "set()"
 
 

@@ -22,11 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizer
 
-from kd.chat import chat_format
-from kd.config import DataRecipe, SourceRecipe
-from kd.data import conversation_ids, encode_record, load_rows
+from kd.config.data_recipe import DataRecipe, SourceRecipe
+from kd.data.chat import chat_format
+from kd.data.examples import conversation_ids, encode_record, load_rows
+from kd.data.special_text import special_ids
 from kd.errors import UserError
-from kd.special_text import special_ids
 
 STRUCK = "Was <s>12</s>, now 9 coins, with free delivery."
 

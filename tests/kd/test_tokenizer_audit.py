@@ -12,8 +12,8 @@ from pico import make_tokenizer
 from tokenizers import normalizers
 from transformers import AutoTokenizer, CTRLTokenizer, PreTrainedTokenizerFast
 
+from kd.data.tokenizer_audit import TokenizerAudit, audit, refuse_lossy
 from kd.errors import UserError
-from kd.tokenizer_audit import TokenizerAudit, audit, refuse_lossy
 
 TEXTS = ["Fish & chips cost nine coins.", "how big is it?", "two cups & nine coins", "answer: two"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pico import make_tokenizer
 
-from kd.tokenizer_files import tokenizer_files, tokenizer_sha256
+from kd.models.tokenizer_files import tokenizer_files, tokenizer_sha256
 
 
 @pytest.fixture

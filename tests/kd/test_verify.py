@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from kd.errors import MachineError
-from kd.roles import LoadSettings
-from kd.verify import TOLERANCE, verify_saved
+from kd.models.roles import LoadSettings
+from kd.training.verify import TOLERANCE, verify_saved
 
 IDS = [1, 40, 41, 42, 43, 44, 45, 46]
 

@@ -29,10 +29,10 @@ from dae_eval.judging.judged_folder import REPLIES, claimed
 from dae_eval.judging.judges import JudgeChoice, chosen_prompt, cost_estimate, judge_request, refuse_crowded
 from dae_eval.judging.mt_bench_scores import verdict_in
 from dae_eval.results import Document, Evaluation, Kind, ModelFacts, TaskResult
-from kd.environment import environment
 from kd.errors import UserError
-from kd.files import json_text, write_text_durably
-from kd.fingerprints import file_sha256
+from kd.runs.environment import environment
+from kd.runs.files import json_text, write_text_durably
+from kd.runs.hashes import file_sha256
 
 logger = logging.getLogger("dae")
 

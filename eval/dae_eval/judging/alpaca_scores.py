@@ -13,8 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from kd.data.messages import kind_of
 from kd.errors import UserError
-from kd.messages import kind_of
 
 NOT_IN_FILE = "not in file"
 GAMED_FILE = "df_gamed.csv of the data set tatsu-lab/alpaca_eval"

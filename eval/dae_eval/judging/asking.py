@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from kd.errors import UserError
-from kd.files import append_lines, cut_torn_line, disk_errors, fsync_path
+from kd.runs.files import append_lines, cut_torn_line, disk_errors, fsync_path
 
 logger = logging.getLogger("dae")
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kd.data.messages import kind_of
+from kd.data.records import read_jsonl
 from kd.errors import UserError
-from kd.messages import kind_of
-from kd.records import read_jsonl
 
 HUB = "hub:"
 NO_RATING = -1.0  # FastChat's score where the judge's text holds no rating

@@ -16,8 +16,8 @@ from typing import Any
 
 from dae_eval.folders import EVALUATION
 from kd.errors import UserError
-from kd.files import disk_errors, json_text, read_json, write_text_durably
-from kd.lock import hold
+from kd.runs.files import disk_errors, json_text, read_json, write_text_durably
+from kd.runs.lock import hold
 
 SETTINGS = "settings.json"
 REPLIES = "replies"

@@ -18,11 +18,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from dae_eval.judging.asking import LENGTH, NO_ROOM, Reply, Request
 from dae_eval.judging.endpoints import NO_SYSTEM, without_system
 from dae_eval.models import Model, load_settings, open_tokenizer, own_chat_template, tell_losses
-from kd.chat import PLAIN_TEMPLATE, ChatFormat, UnrenderableError, chat_format
-from kd.chat_fitting import LostPartError
-from kd.data import conversation_ids
+from kd.data.chat import PLAIN_TEMPLATE, ChatFormat, UnrenderableError, chat_format
+from kd.data.chat_fitting import LostPartError
+from kd.data.examples import conversation_ids
 from kd.errors import UserError
-from kd.roles import Backbone, add_frozen_adapter, load_model
+from kd.models.roles import Backbone, add_frozen_adapter, load_model
 
 
 class DrawPerRow(LogitsProcessor):

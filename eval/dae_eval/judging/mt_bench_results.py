@@ -34,9 +34,9 @@ from dae_eval.judging.mt_bench_scores import (
     strict_pairs,
 )
 from dae_eval.results import Document, Evaluation, Kind, ModelFacts, TaskResult
-from kd.environment import environment
 from kd.errors import UserError
-from kd.files import json_text, write_text_durably
+from kd.runs.environment import environment
+from kd.runs.files import json_text, write_text_durably
 
 GROUP = "mt-bench"
 SCORES = "scores.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dae_eval.report import Report
-from kd.files import TEMPORARY_PREFIX, disk_errors, fsync_path, fsync_tree, remove, write_text_durably
+from kd.runs.files import TEMPORARY_PREFIX, disk_errors, fsync_path, fsync_tree, remove, write_text_durably
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

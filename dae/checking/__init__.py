@@ -1,0 +1,1 @@
+"""`dae check`: everything but the weights, before a run costs anything."""

@@ -1,0 +1,50 @@
+"""How much each route counts in the loss, over the steps that a run will take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dae.alignment import objective_of
+from dae.recipe import AlignRecipe
+from kd.config.stage_recipe import StageRecipe
+from kd.data.mixing import Mixture
+from kd.data.stage_data import StageData
+
+SAMPLED_STEPS = 1000  # the first ones: shares are kept from step to step, so later ones are like them
+
+
+@dataclass(frozen=True)
+class LossShare:
+    """One route's part of the loss, as a mean over steps (those of all routes sum to 1).
+
+    absent: the steps without a row of the route, as a part of all steps, 0 to 1.
+    """
+
+    mean: float
+    absent: float
+
+
+def loss_shares(recipe: StageRecipe, data: StageData, mixture: Mixture, steps: int) -> dict[str, LossShare]:
+    """Each route's part of the loss, by the objective's own weights of the rows that come in each step.
+
+    A step in which a route has no row gives its weight to the others, so that with `weights: routes` a route's part is
+    its factor's only where every step has rows of every route.
+    """
+    if not isinstance(recipe, AlignRecipe):
+        return dict.fromkeys(data.route_names, LossShare(1.0, 0.0))  # they have one route
+    objective = objective_of(recipe, dict.fromkeys(data.route_names))
+    route_of_source = [data.route_names.index(source.route) for source in data.sources]
+    counts = [rows.response_counts for rows in data.rows]
+    sampled = min(steps, SAMPLED_STEPS)
+    says_R = torch.zeros(len(data.route_names), dtype=torch.float64)
+    absent_R = torch.zeros(len(data.route_names), dtype=torch.float64)
+    for step in range(sampled):
+        tokens_R = torch.zeros(len(data.route_names), dtype=torch.int64)
+        for source, row in mixture.rows_of_step(step):
+            tokens_R[route_of_source[source]] += int(counts[source][row])
+        says_R += objective.weights(tokens_R) * tokens_R
+        absent_R += tokens_R == 0
+    means, absent = (says_R / sampled).tolist(), (absent_R / sampled).tolist()
+    return {name: LossShare(means[place], absent[place]) for place, name in enumerate(data.route_names)}

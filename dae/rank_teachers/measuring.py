@@ -1,0 +1,213 @@
+"""Which teacher suits this student: read responses, ask the reward model, ask the student, rank (car.py)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from dae.rank_teachers.car import Measured, Ranking, rank, refuse_negative
+from dae.rank_teachers.folder import RankFolder
+from dae.rank_teachers.recipe import ARITHMETIC, RankRecipe
+from dae.rank_teachers.responses import Response, read_responses, same_prompts
+from dae.rank_teachers.rewards import (
+    encode_conversations,
+    open_reward_model,
+    open_tokenizer,
+    reward_config,
+    rewards_of,
+    template_sha256,
+)
+from dae.rank_teachers.student_losses import encode_responses, losses_of, open_student, without_prompt
+from kd.data.fingerprint import data_sha256
+from kd.data.token_rows import TokenRow
+from kd.errors import UserError
+from kd.models.adapter_files import base_of, refuse_adapter, tokenizer_home
+from kd.models.checkpoint_files import model_fingerprint, resolve_model
+from kd.models.roles import LoadSettings
+from kd.models.tokenizer_files import tokenizer_sha256
+
+logger = logging.getLogger("dae")
+
+FEW_PROMPTS = 30  # below, percentile intervals are noticeably too narrow
+
+
+def load_settings(recipe: RankRecipe) -> LoadSettings:
+    """dtype and device of student and reward model: `auto` is bfloat16 on an accelerator that has it, else float32."""
+    on_gpu = torch.cuda.is_available()
+    wants_bf16 = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and on_gpu and torch.cuda.is_bf16_supported())
+    dtype = torch.bfloat16 if wants_bf16 else torch.float32
+    return LoadSettings(dtype, None, recipe.trust_remote_code, "cuda" if on_gpu else "cpu")
+
+
+def settings_of(recipe: RankRecipe) -> dict[str, Any]:
+    """All that rewards and losses follow from: recipe and fingerprints of student, reward model and files.
+
+    Raises UserError where one of them cannot be had.
+    """
+    settings = recipe.model_dump(mode="json", exclude={"output", *ARITHMETIC})
+    settings["content of student"] = model_fingerprint(recipe.student)
+    if (base := base_of(recipe.student)) is not None:
+        settings["content of its base"] = model_fingerprint(base)
+    refuse_adapter(recipe.reward_model, "reward_model")
+    settings["content of reward_model"] = model_fingerprint(recipe.reward_model)
+    settings["chat template of student"] = template_sha256(student_tokenizer(recipe))
+    settings["chat template of reward_model"] = template_sha256(reward_tokenizer(recipe))
+    for role, path in (("student", tokenizer_home(recipe.student)), ("reward_model", recipe.reward_model)):
+        settings[f"tokenizer of {role}"] = tokenizer_sha256(resolve_model(path))
+    if recipe.prompts is not None:
+        settings["content of prompts"] = data_sha256(recipe.prompts)
+    return settings
+
+
+def student_tokenizer(recipe: RankRecipe) -> Any:
+    """With the recipe's fallback template, where it has none."""
+    folder = tokenizer_home(recipe.student)
+    return open_tokenizer(folder, recipe.chat_template, "chat_template", recipe.trust_remote_code)
+
+
+def reward_tokenizer(recipe: RankRecipe) -> Any:
+    """With the recipe's fallback template, where it has none."""
+    key = "reward_chat_template"
+    return open_tokenizer(recipe.reward_model, recipe.reward_chat_template, key, recipe.trust_remote_code)
+
+
+def measure_and_rank(
+    recipe: RankRecipe, files: Mapping[str, str], expected: Sequence[tuple[str, str]] | None, folder: RankFolder
+) -> Ranking:
+    """Rank candidates by their responses. Candidates that were measured before are not measured again.
+
+    Args:
+        recipe: its candidates' paths are not read here.
+        files: candidate -> the place of its responses.
+        expected: (location, key) of the prompts that all must answer; None: those of the first candidate.
+        folder: claimed by this process.
+
+    Returns:
+        The ranking; ranking.json is written.
+
+    Raises:
+        UserError: see the functions this calls; before the first model is loaded wherever it can be seen then.
+        MachineError: the disk is full. What was measured is kept.
+    """
+    reward_config(recipe.reward_model, recipe.trust_remote_code)
+    answered = read_candidates(files, expected)
+    conversations, rows = encoded(recipe, answered)
+    measure_rewards(recipe, answered, conversations, folder)
+    if not recipe.shift:
+        refuse_negative({name: mean_reward(folder, name) for name in answered})
+    measure_losses(recipe, answered, rows, folder)
+    keys = [response.key for response in next(iter(answered.values()))]
+    number = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    measured = {name: measured_of(folder, name) for name in answered}
+    ranking = rank(measured, [number[key] for key in keys], recipe.betas, shift=recipe.shift, seed=recipe.seed)
+    if ranking.prompts < FEW_PROMPTS:
+        logger.warning("only %d prompts: the intervals are narrower than they should be", ranking.prompts)
+    folder.finish({**asdict(ranking), "betas": recipe.betas, "output": recipe.output})
+    return ranking
+
+
+def read_candidates(
+    files: Mapping[str, str], expected: Sequence[tuple[str, str]] | None = None
+) -> dict[str, list[Response]]:
+    """Each candidate's responses, all in the order of the expected prompts. Raises UserError."""
+    answered = {name: read_responses(path) for name, path in files.items()}
+    if expected is None:
+        expected = [(response.location, response.key) for response in next(iter(answered.values()), [])]
+    return {name: same_prompts(expected, files[name], responses) for name, responses in answered.items()}
+
+
+def encoded(
+    recipe: RankRecipe, answered: Mapping[str, Sequence[Response]]
+) -> tuple[dict[str, list[list[int]]], dict[str, list[TokenRow]]]:
+    """(token ids for the reward model, rows for the student) of each candidate. Raises UserError."""
+    config = reward_config(recipe.reward_model, recipe.trust_remote_code)
+    judge, pupil = reward_tokenizer(recipe), student_tokenizer(recipe)
+    conversations, rows = {}, {}
+    for name, responses in answered.items():
+        conversations[name] = encode_conversations(responses, judge, config, recipe.reward_model)
+        rows[name], cut = encode_responses(responses, pupil, recipe.max_length, recipe.student)
+        if cut:
+            logger.warning(
+                "%s: %d of %d rows are longer than max_length (%d): the student's loss is that of what is left",
+                *(name, cut, len(responses), recipe.max_length),
+            )
+    return conversations, rows
+
+
+def measure_rewards(
+    recipe: RankRecipe,
+    answered: Mapping[str, Sequence[Response]],
+    conversations: Mapping[str, Sequence[Sequence[int]]],
+    folder: RankFolder,
+) -> None:
+    """Ask the reward model about every candidate that has no rewards yet."""
+    missing = [name for name in answered if folder.computed("rewards", name) is None]
+    if not missing:
+        return
+    model = open_reward_model(recipe.reward_model, load_settings(recipe))
+    for name in missing:
+        with progress(f"rewards of {name}", len(conversations[name])) as tick:
+            rewards = rewards_of(model, conversations[name], recipe.batch_size, tick)
+        refuse_not_finite(f"reward_model: {recipe.reward_model}", rewards, answered[name])
+        folder.keep("rewards", name, {"rewards": rewards})
+        logger.info("%s: %d rewards", name, len(rewards))
+
+
+def measure_losses(
+    recipe: RankRecipe,
+    answered: Mapping[str, Sequence[Response]],
+    rows: Mapping[str, Sequence[TokenRow]],
+    folder: RankFolder,
+) -> None:
+    """Ask the student about every candidate that has no losses yet."""
+    missing = [name for name in answered if folder.computed("losses", name) is None]
+    if not missing:
+        return
+    role, tokenizer = open_student(recipe.student, load_settings(recipe)), student_tokenizer(recipe)
+    for name in missing:
+        alone_rows = [without_prompt(row, tokenizer) for row in rows[name]]
+        with progress(f"student's loss on {name}", 2 * len(alone_rows)) as tick:
+            losses = losses_of(role, rows[name], recipe.batch_size, tick)
+            alone = losses_of(role, alone_rows, recipe.batch_size, tick)
+        refuse_not_finite(f"student: {recipe.student}", [*losses, *alone], [*answered[name], *answered[name]])
+        tokens = [sum(row.response_mask) for row in rows[name]]
+        folder.keep("losses", name, {"losses": losses, "losses_alone": alone, "tokens": tokens})
+        logger.info("%s: the student's loss on %d responses", name, len(losses))
+
+
+def mean_reward(folder: RankFolder, name: str) -> float:
+    """Of the rewards that the folder keeps of a candidate."""
+    kept = folder.computed("rewards", name)
+    assert kept is not None, name
+    return float(sum(kept["rewards"]) / len(kept["rewards"]))
+
+
+def measured_of(folder: RankFolder, name: str) -> Measured:
+    """What the folder keeps of a candidate."""
+    rewards, losses = folder.computed("rewards", name), folder.computed("losses", name)
+    assert rewards is not None and losses is not None, name
+    return Measured(rewards["rewards"], losses["losses"], losses["losses_alone"], losses["tokens"])
+
+
+def refuse_not_finite(who: str, values: Sequence[float], responses: Sequence[Response]) -> None:
+    """Raise UserError naming the first row where a model gives no number."""
+    for value, response in zip(values, responses, strict=True):
+        if not math.isfinite(value):
+            raise UserError(f"{who}: gives {value} for {response.location}; try dtype=float32, or another model")
+
+
+@contextmanager
+def progress(what: str, rows: int) -> Iterator[Callable[[int], None]]:
+    """A bar on the terminal while rows are worked through; nothing elsewhere."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=rows)
+        yield lambda done: bar.update(task, advance=done)

@@ -1,0 +1,136 @@
+"""What responses cost a student before it is trained: nats per response token, after their prompt and without it.
+
+Shape legend: B rows, T positions, N response tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dae.rank_teachers.responses import Response
+from dae.rank_teachers.rewards import right_padded
+from kd.config.data_recipe import DataRecipe
+from kd.data.drafts import Draft, Dropped, draft
+from kd.data.examples import encode_drafts
+from kd.data.token_rows import TokenRow
+from kd.errors import UserError
+from kd.losses.token_loss import TokenLoss, token_loss_sums
+from kd.models.adapter_files import base_of
+from kd.models.checkpoint_files import model_fingerprint
+from kd.models.compatibility import check_adapter
+from kd.models.forward import final_hidden_states, head_of, learned_positions
+from kd.models.roles import (
+    Backbone,
+    LoadSettings,
+    Role,
+    add_frozen_adapter,
+    check_head,
+    load_model,
+    speaking_as,
+    vocabulary_rows,
+)
+
+
+def open_student(path: str, settings: LoadSettings) -> Role:
+    """The student, frozen, in eval mode: a checkpoint, or an adapter on its base. Raises UserError."""
+    base, name = base_of(path), None
+    if base is not None:
+        check_adapter("student", path, base, model_fingerprint(base), settings.trust_remote_code)
+    backbone = Backbone(base or path, load_model(base or path, settings))
+    if base is not None:
+        name = add_frozen_adapter(backbone, path)
+    role = Role("student", backbone.model, name)
+    check_head(role, vocabulary_rows([role]))
+    return role
+
+
+def encode_responses(
+    responses: Sequence[Response], tokenizer: PreTrainedTokenizerBase, max_length: int, student: str
+) -> tuple[list[TokenRow], int]:
+    """Rows as the student would be trained on them, and how many were cut at `max_length`.
+
+    Raises:
+        UserError: a row gives no response token, or messages meet a tokenizer without a chat template.
+    """
+    settings, drafts = DataRecipe(max_length=max_length), []
+    if not tokenizer.chat_template and (chat := [each for each in responses if not isinstance(each.prompt, str)]):
+        raise UserError(
+            f"{chat[0].location}: a conversation, but the student {student} has no chat template; "
+            "set chat_template to `plain` or to a .jinja file"
+        )
+    for response in responses:
+        drafted = draft(response.record, tokenizer, settings, response.location)
+        drafts.append(drafted if isinstance(drafted, Draft) else refuse(response, drafted, max_length))
+    rows, cut = [], 0
+    for response, encoded in zip(responses, encode_drafts(drafts, tokenizer, max_length), strict=True):
+        if isinstance(encoded, Dropped):
+            refuse(response, encoded, max_length)
+        else:
+            rows.append(TokenRow(encoded.input_ids, encoded.response_mask.tolist()))
+            cut += encoded.truncated
+    return rows, cut
+
+
+def refuse(response: Response, dropped: Dropped, max_length: int) -> Draft:
+    """Raise UserError: pairing candidates by prompt leaves no room for a row that is left out."""
+    raise UserError(
+        f"{response.location}: {dropped.reason}; raise max_length ({max_length}), or leave this prompt out of every "
+        "candidate's file"
+    )
+
+
+def without_prompt(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> TokenRow:
+    """The same response tokens after nothing but BOS (without one, EOS). Raises UserError where there is neither."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise UserError("student: its tokenizer has neither BOS nor EOS, so a response cannot stand without its prompt")
+    response = [token for token, wanted in zip(row.input_ids, row.response_mask, strict=True) if wanted]
+    return TokenRow([int(start), *response], [False, *[True] * len(response)])
+
+
+def losses_of(
+    role: Role, rows: Sequence[TokenRow], batch_size: int, tick: Callable[[int], None] = lambda _: None
+) -> list[float]:
+    """Mean of -log p(token) over the response tokens of each row, in nats; kd's chunked loss, no teacher.
+
+    The same whatever the batches, but for rounding. tick: told the number of rows of each batch when it is done.
+
+    Raises:
+        UserError: a row has a token or a position that the model does not have.
+    """
+    refuse_unfit(role, rows)
+    losses = [0.0] * len(rows)
+    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
+    for start in range(0, len(rows), batch_size):
+        chosen = by_length[start : start + batch_size]
+        input_ids_BT, attention_mask_BT = right_padded([rows[index].input_ids for index in chosen], 0)
+        inputs = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT}
+        inputs = {name: tensor.to(role.model.device) for name, tensor in inputs.items()}
+        with speaking_as(role) as model, torch.no_grad():
+            hidden_BTD, head = final_hidden_states(model, inputs), head_of(model)
+            for place, index in enumerate(chosen):
+                mask_T = torch.tensor(rows[index].response_mask[1:], device=hidden_BTD.device)
+                hidden_ND = hidden_BTD[place, : len(mask_T)][mask_T]
+                labels_N = inputs["input_ids"][place, 1 : len(mask_T) + 1][mask_T]
+                sums = token_loss_sums(hidden_ND, head, labels_N, TokenLoss(weight=0.0))
+                losses[index] = float(sums.ntp) / len(labels_N)
+        tick(len(chosen))
+    return losses
+
+
+def refuse_unfit(role: Role, rows: Sequence[TokenRow]) -> None:
+    """Raise UserError where the model lacks a row's tokens or positions."""
+    largest, known = max(max(row.input_ids) for row in rows), vocabulary_rows([role])
+    if largest >= known:
+        raise UserError(
+            f"student: its tokenizer writes token {largest}, but the model has {known}; they do not belong "
+            "together: pass the tokenizer of the model"
+        )
+    positions, longest = learned_positions(role.model), max(len(row.input_ids) for row in rows)
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"student: a row has {longest} tokens, the model has {positions} positions; set max_length={positions}"
+        )

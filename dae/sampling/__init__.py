@@ -1,0 +1,1 @@
+"""`dae sample`: a model writes general rows itself."""

@@ -1,0 +1,346 @@
+"""`dae sample`: a model writes general rows itself, so that a reference can teach a team that has none.
+
+Three ways to begin, by what there is:
+    --prompts FILE      each prompt is answered, in turn, as often as it takes
+    a chat template     the model writes the user's turn, then its answer (as in Magpie, arXiv 2406.08464)
+    neither             the model starts from its first token
+
+A row is written only if it encodes, as in training, to the very ids that the model read and wrote (written_rows.py); an
+answer that was cut by `max_new_tokens` says so (`"finish_reason": "length"`) and carries no end token.
+
+Rows are collected batch by batch in OUTPUT.partial, one line for each batch behind a line with the settings (which
+comes with the first batch). A batch follows from (seed, number of the batch) alone, so a stop anywhere costs at most
+one batch and changes no row.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from dae.sampling.generation import Continuation, Writer, derived_seed, open_writer
+from dae.sampling.prompts import instruction_of, read_prompts, user_opening
+from dae.sampling.written_rows import Batch, Prompt, RowMaker, is_space
+from kd.data.chat import ChatFormat, UnrenderableError, chat_format
+from kd.data.examples import conversation_ids
+from kd.data.tokenizer_audit import PROBES, audit
+from kd.errors import UserError
+from kd.models.adapter_files import base_of, tokenizer_home
+from kd.models.checkpoint_files import model_fingerprint, resolve_model
+from kd.models.tokenizer_files import tokenizer_sha256
+from kd.runs.files import append_lines, cut_torn_line, disk_errors, fsync_path, json_text, read_json, write_text_durably
+from kd.runs.hashes import file_sha256
+from kd.runs.lock import hold
+from kd.runs.provenance import changed_settings
+
+if TYPE_CHECKING:
+    from dae.sampling.recipe import SampleRecipe
+
+logger = logging.getLogger("dae")
+
+IDLE_BATCHES = 20  # batches in a row without a row after which nothing more is expected
+ROWS_AS = "their ids are those that were read and written"  # what rows promise; files of another promise are not mixed
+_INSTRUCTION, _ANSWER = 0, 1
+
+
+def sample(recipe: SampleRecipe) -> Path:
+    """Write `recipe.rows` rows. The same recipe goes on with an unfinished file, and leaves a finished one as it is.
+
+    Rows are {"text"}, {"messages"} or {"prompt", "completion"}. Beside the file, OUTPUT.meta.json says who wrote them
+    with which settings, how many ended by an end token, and what gave no row.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        UserError: model, prompts or output cannot be used; the output was begun with other settings or is somebody
+            else's; the model gives no rows.
+        MachineError: the disk is full. Whole batches are kept.
+    """
+    prompts = None if recipe.prompts is None else read_prompts(recipe.prompts)
+    file = SampleFile(Path(recipe.output), settings_of(recipe))
+    with file.claimed() as batches:
+        if batches is None:
+            logger.info("%s: all rows are there; nothing to do", recipe.output)
+            return file.path
+        writer = open_writer(recipe.model, recipe.trust_remote_code)
+        tell_losses(recipe.model, writer, prompts)
+        write_batch = batch_writer(recipe, writer, prompts)
+        with _progress(recipe.rows) as show:
+            while sum(len(batch.rows) for batch in batches) < recipe.rows:
+                refuse_to_wait_for_nothing(recipe.model, batches)
+                batches.append(write_batch(len(batches)))
+                file.append(batches[-1])
+                show(sum(len(batch.rows) for batch in batches))
+        file.finish(batches, recipe.rows)
+    return file.path
+
+
+def settings_of(recipe: SampleRecipe) -> dict[str, Any]:
+    """All that the rows follow from: the recipe but for the file's place, and the content of what it names."""
+    settings = recipe.model_dump(mode="json", exclude={"output"})
+    settings["content of model"] = model_fingerprint(recipe.model)
+    if (base := base_of(recipe.model)) is not None:
+        settings["content of its base"] = model_fingerprint(base)
+    if recipe.prompts is not None:
+        settings["content of prompts"] = file_sha256(recipe.prompts)
+    settings["content of tokenizer and chat template"] = tokenizer_sha256(resolve_model(tokenizer_home(recipe.model)))
+    settings["promise of rows"] = ROWS_AS
+    return settings
+
+
+def tell_losses(model: str, writer: Writer, prompts: Sequence[Prompt] | None) -> None:
+    """Warn, in one line, where the tokenizer drops characters: of the prompts, or without them of a few probes."""
+    texts = [
+        text
+        for prompt in prompts or ()
+        for text in ([prompt] if isinstance(prompt, str) else [message["content"] for message in prompt])
+    ]
+    loss = audit(writer.tokenizer, resolve_model(tokenizer_home(model)), texts or PROBES).loss(model)
+    if loss is not None:
+        logger.warning("%s", loss)
+
+
+def refuse_to_wait_for_nothing(model: str, batches: Sequence[Batch]) -> None:
+    """Raise UserError where the last `IDLE_BATCHES` batches gave no row."""
+    last = batches[-IDLE_BATCHES:]
+    if len(last) < IDLE_BATCHES or any(batch.rows for batch in last):
+        return
+    reasons = sum((batch.dropped for batch in last), Counter[str]())
+    told = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+    raise UserError(f"{model}: {len(last)} batches in a row gave no row ({told}); give it prompts with --prompts FILE")
+
+
+@contextmanager
+def _progress(rows: int) -> Iterator[Callable[[int], None]]:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("rows", total=rows)
+        yield lambda done: progress.update(task, completed=done)
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+class SampleFile:
+    """The output: OUTPUT.partial while it grows, OUTPUT and OUTPUT.meta.json when it is whole."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.meta = path.with_name(path.name + ".meta.json")
+        self._lock = path.with_name(f".{path.name}.lock")
+        self._settings = dict(settings)
+
+    @contextmanager
+    def claimed(self) -> Iterator[list[Batch] | None]:
+        """Hold the file for this process; the batches written so far, or None where all rows are there.
+
+        Raises:
+            UserError: see `sample`.
+        """
+        self._refuse_foreign_file()
+        missing = [folder for folder in self.path.parents if not folder.exists()]
+        with disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with hold(self._lock, str(self.path)):
+                try:
+                    yield self._batches_so_far()
+                finally:
+                    self._lock.unlink(missing_ok=True)
+        finally:
+            for folder in missing:  # only what is empty goes
+                with suppress(OSError):
+                    folder.rmdir()
+
+    def _refuse_foreign_file(self) -> None:
+        nearest = next(place for place in self.path.parents if place.exists())
+        if not nearest.is_dir():
+            raise UserError(f"{self.path}: {nearest} is a file, and no file can lie in it; choose another --output")
+        if self.path.exists() and not self.partial.exists() and not self.meta.exists():
+            raise UserError(f"{self.path}: is there and was not written by dae sample; choose another --output")
+
+    def _batches_so_far(self) -> list[Batch] | None:
+        if self.partial.exists():
+            cut_torn_line(self.partial)
+            lines = self.partial.read_text(encoding="utf-8").splitlines()
+            before, batches = json.loads(lines[0]) if lines else {}, [_batch_from(line) for line in lines[1:]]
+            if any(batch.rows for batch in batches):
+                self._refuse_other_settings(before)
+            if batches and not changed_settings(before, self._settings):
+                return batches
+            self.partial.unlink()  # not a row is lost
+        elif self.meta.exists():
+            written = read_json(self.meta)
+            self._refuse_other_settings(written["settings"])
+            if not self.path.exists() or file_sha256(self.path) != written["sha256"]:
+                fate = "has changed" if self.path.exists() else "is gone"
+                raise UserError(f"{self.path}: {fate} since it was written; remove {self.meta} to write it again")
+            return None
+        return []
+
+    def _refuse_other_settings(self, before: Mapping[str, Any]) -> None:
+        shown = changed_settings(before, self._settings)
+        if shown:
+            raise UserError(
+                f"{self.path}: was begun with other settings (there -> now):\n{shown}\n"
+                f"Give the same command to go on with it, choose another --output, or remove it."
+            )
+
+    def append(self, batch: Batch) -> None:
+        """Add one batch, and before the first one the settings."""
+        line = {"rows": batch.rows, "stops": batch.stops, "tokens": batch.tokens, "dropped": batch.dropped}
+        is_first = not self.partial.exists()
+        lines = [self._settings, line] if is_first else [line]
+        append_lines(self.partial, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in lines))
+        if is_first:
+            fsync_path(self.path.parent)
+
+    def finish(self, batches: Sequence[Batch], rows: int) -> None:
+        """Put the first `rows` rows in place, then what is to be said of them."""
+        written = [row for batch in batches for row in batch.rows][:rows]
+        stops = Counter([stop for batch in batches for stop in batch.stops][:rows])
+        tokens = sum([count for batch in batches for count in batch.tokens][:rows])
+        dropped = sum((batch.dropped for batch in batches), Counter[str]())
+        write_text_durably(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written))
+        facts = {
+            "rows": rows,
+            "stopped by": dict(stops),
+            "tokens": tokens,
+            "gave no row": dict(dropped),
+            "sha256": file_sha256(self.path),
+            "settings": self._settings,
+        }
+        write_text_durably(self.meta, json_text(facts))
+        self.partial.unlink()
+        logger.info(
+            "%s: %d rows of %.0f tokens on average, stopped by %s; %d gave no row%s",
+            self.path,
+            rows,
+            tokens / rows,
+            " and ".join(f"{stop}: {count}" for stop, count in stops.most_common()),
+            sum(dropped.values()),
+            f" ({', '.join(f'{reason}: {count}' for reason, count in dropped.most_common())})" if dropped else "",
+        )
+
+
+def _batch_from(line: str) -> Batch:
+    values = json.loads(line)
+    return Batch(values["rows"], values["stops"], values["tokens"], Counter(values["dropped"]))
+
+
+# -- the rows ----------------------------------------------------------------------------------------------------------
+
+
+def batch_writer(recipe: SampleRecipe, writer: Writer, prompts: Sequence[Prompt] | None) -> Callable[[int], Batch]:
+    """The function from a batch's number to the batch."""
+    template = writer.tokenizer.get_chat_template() if writer.tokenizer.chat_template else None
+    fmt = None if template is None else chat_format(writer.tokenizer, template)
+    draw = Draw(recipe, writer)
+    if prompts is not None:
+        if fmt is None and not all(isinstance(prompt, str) for prompt in prompts):
+            raise UserError(
+                f"{recipe.prompts}: holds messages, but {recipe.model} has no chat template; give text prompts"
+            )
+        return lambda number: answer_in_turn(draw, fmt, prompts, number)
+    if fmt is not None:
+        opening = user_opening(fmt, recipe.model)
+        return lambda number: converse(draw, fmt, opening, number)
+    start = (
+        writer.tokenizer.bos_token_id if writer.tokenizer.bos_token_id is not None else writer.tokenizer.eos_token_id
+    )
+    if start is None:
+        raise UserError(
+            f"{recipe.model}: its tokenizer has no token to start from; give it prompts with --prompts FILE"
+        )
+    return lambda number: begin(draw, start, number)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Continuations of a batch's prompts under the recipe's settings; `phase` tells apart draws of one batch."""
+
+    recipe: SampleRecipe
+    writer: Writer
+
+    def __call__(self, prompts: Sequence[Sequence[int]], number: int, phase: int = _ANSWER) -> list[Continuation]:
+        seed = derived_seed(self.recipe.seed, number, phase)
+        return self.writer.continuations(prompts, self.recipe.max_new_tokens, self.recipe.temperature, seed)
+
+    def encode(self, text: str) -> list[int]:
+        """Rendered text as token ids; its special tokens are already in it."""
+        return list(self.writer.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Plain text as token ids with the tokenizer's own beginning, but without an end token."""
+        ids = list(self.writer.tokenizer(text).input_ids)
+        return ids[:-1] if len(ids) > 1 and ids[-1] in self.writer.end_ids else ids
+
+
+def begin(draw: Draw, start: int, number: int) -> Batch:
+    """Texts that the model begins by itself: rows {"text"}."""
+    batch, maker = Batch(), RowMaker(draw.writer.tokenizer, None)
+    for written in draw([[start]] * draw.recipe.batch_size, number):
+        batch.add(written, maker.row(None, [start], written))
+    return batch
+
+
+def answer_in_turn(draw: Draw, fmt: ChatFormat | None, prompts: Sequence[Prompt], number: int) -> Batch:
+    """Answers to the next prompts, from the first again when all are answered."""
+    size = draw.recipe.batch_size
+    return answer(draw, fmt, [prompts[(number * size + place) % len(prompts)] for place in range(size)], number)
+
+
+def converse(draw: Draw, fmt: ChatFormat, opening: tuple[str, str], number: int) -> Batch:
+    """Conversations of one turn, both sides written by the model."""
+    before, after = opening
+    dropped: Counter[str] = Counter()
+    questions: list[Prompt] = []
+    for written in draw([draw.encode(before)] * draw.recipe.batch_size, number, _INSTRUCTION):
+        instruction, fault = instruction_of(written, after)
+        if instruction:
+            questions.append([{"role": "user", "content": instruction}])
+        else:
+            dropped[f"instruction: {fault}"] += 1
+    batch = answer(draw, fmt, questions, number)
+    batch.dropped.update(dropped)
+    return batch
+
+
+def answer(draw: Draw, fmt: ChatFormat | None, prompts: Sequence[Prompt], number: int) -> Batch:
+    """Answers to these prompts: rows {"prompt", "completion"} for text, {"messages"} for messages."""
+    batch, maker = Batch(), RowMaker(draw.writer.tokenizer, fmt)
+    encoded: list[list[int]] = []
+    kept: list[Prompt] = []
+    for prompt in prompts:
+        try:
+            encoded.append(_encode_prompt(draw, fmt, prompt))
+            kept.append(prompt)
+        except UnrenderableError:
+            batch.dropped["refused by the chat template"] += 1
+    for prompt, ids, written in zip(kept, encoded, draw(encoded, number), strict=True):
+        batch.add(written, maker.row(prompt, ids, written))
+    return batch
+
+
+def _encode_prompt(draw: Draw, fmt: ChatFormat | None, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        return draw.encode_plain(prompt)
+    assert fmt is not None
+    where = draw.recipe.prompts or draw.recipe.model
+    shown = json.dumps(prompt, ensure_ascii=False)[:60]
+    ids = conversation_ids(fmt, prompt, ask=True, location=f"{where}: prompt {shown}")
+    # As in training, a space at the end belongs to the first word of the answer.
+    while len(ids) > 1 and is_space(draw.writer.tokenizer, ids[-1]):
+        ids.pop()
+    return ids

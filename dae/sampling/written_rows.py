@@ -1,0 +1,145 @@
+"""What a model wrote -> a row that says the same: encoded as in training it gives the ids that were read and written.
+
+A continuation for which no such row exists is dropped, and the reason is counted. Tokens that the model chose and its
+tokenizer would not (`hel` + `lo`) are such a reason: a teacher would be asked about another text than its own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dae.sampling.generation import END_TOKEN, Continuation
+from kd.config.data_recipe import DataRecipe
+from kd.data.chat import ChatFormat, UnrenderableError
+from kd.data.drafts import Dropped
+from kd.data.examples import encode_record
+from kd.errors import UserError
+
+OTHER_TOKENS = "its text encodes to other tokens"
+OTHER_END = "ended by another token than rows of this form"
+NOT_RENDERED = "the chat template renders the answer otherwise"
+REFUSED = "the answer makes no row"
+
+Prompt = str | list[dict[str, Any]]
+_WHOLE = DataRecipe(max_length=1 << 40)  # nothing is cut
+_PROBE = "replyprobe"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one batch gave: rows, why each stops, its new tokens, and how many gave no row, by reason."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    stops: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, written: Continuation, row: Mapping[str, Any] | str) -> None:
+        """Add the row that a continuation makes, or count why (a text) it makes none."""
+        if isinstance(row, str):
+            self.dropped[row] += 1
+            return
+        self.rows.append(dict(row))
+        self.stops.append(written.stop)
+        self.tokens.append(written.tokens)
+
+
+@dataclass(frozen=True)
+class RowMaker:
+    """Rows of a tokenizer's. fmt: its chat format, where it has one."""
+
+    tokenizer: Any
+    fmt: ChatFormat | None
+
+    def row(self, prompt: Prompt | None, prompt_ids: Sequence[int], written: Continuation) -> dict[str, Any] | str:
+        """The row whose ids are the prompt's and what was written; or, as text, why there is none.
+
+        prompt: None where the model began by itself, from the one token in `prompt_ids`.
+        """
+        if written.fault is not None or written.text is None:
+            return written.fault or REFUSED
+        if prompt is None:
+            return self._begun(prompt_ids, written)
+        reasons = []
+        for row in self._candidates(prompt, written.text):
+            finished = written.stop == END_TOKEN
+            reason = self._difference(row if finished else as_cut(row), prompt_ids, written)
+            if reason is None:
+                return row if finished else as_cut(row)
+            reasons.append(reason)
+        return next((reason for reason in (OTHER_END, NOT_RENDERED, OTHER_TOKENS) if reason in reasons), REFUSED)
+
+    def _begun(self, prompt_ids: Sequence[int], written: Continuation) -> dict[str, Any] | str:
+        """A row {"text"}: it carries no end token, and a first token only where the tokenizer adds one."""
+        row = {"text": written.text} if written.stop == END_TOKEN else as_cut({"text": written.text})
+        encoded = encode_record(row, self.tokenizer, _WHOLE, "the row")
+        if isinstance(encoded, Dropped):
+            return REFUSED
+        wanted = ([*prompt_ids, *written.ids], [*written.ids])
+        return row if encoded.input_ids in wanted else OTHER_TOKENS
+
+    def _candidates(self, prompt: Prompt, text: str) -> Iterator[dict[str, Any]]:
+        """Rows that may say what was written, the best first: with what the question opened, then the plainest."""
+        if isinstance(prompt, str):
+            yield {"prompt": prompt, "completion": text}
+            return
+        contents = [*(opening + text for opening in self._openings(prompt)), text.strip(), text]
+        for content in dict.fromkeys(contents):
+            yield {"messages": [*prompt, {"role": "assistant", "content": content}]}
+
+    def _openings(self, prompt: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+        """What the template writes for the model at the beginning of its answer, such as `<think>`.
+
+        That is what a question has behind the header of an answer, seen in an answer at the end and in an earlier one.
+        """
+        assert self.fmt is not None
+        reply = {"role": "assistant", "content": _PROBE}
+        for messages in ([*prompt, reply], [*prompt, reply, {"role": "user", "content": "question"}]):
+            try:
+                asked, answered = self.fmt.render(prompt, ask=True), self.fmt.render(messages)
+            except UnrenderableError:
+                continue
+            header = answered.partition(_PROBE)[0]
+            parted = next((i for i, (a, b) in enumerate(zip(asked, header, strict=False)) if a != b), len(header))
+            if opening := asked[parted:]:
+                yield opening
+
+    def _difference(self, row: Mapping[str, Any], prompt_ids: Sequence[int], written: Continuation) -> str | None:
+        """Why a row does not say what was written; None where it does."""
+        try:
+            encoded = encode_record(dict(row), self.tokenizer, _WHOLE, "the row")
+        except UserError:
+            return REFUSED
+        if isinstance(encoded, Dropped):
+            return REFUSED
+        end = [] if written.end is None else [written.end]
+        wanted = [*prompt_ids, *written.ids, *end]
+        ids, mask = encoded.input_ids, encoded.response_mask
+        first = len(prompt_ids)
+        while first < len(wanted) and is_space(self.tokenizer, wanted[first]) and mask[first : first + 1] == [False]:
+            first += 1  # a space by itself is the header's
+        # What a template writes behind the end token, such as a line break, carries no loss.
+        if ids[: len(wanted)] == wanted and mask == [first <= t < len(wanted) for t in range(len(ids))]:
+            return None
+        said = len(prompt_ids) + len(written.ids)
+        if ids[:said] == wanted[:said]:
+            other = end and said < len(ids) and mask[said] and ids[said] != written.end
+            return OTHER_END if other else NOT_RENDERED
+        same_text = self._decode(ids).startswith(self._decode(wanted[:said]))
+        return OTHER_TOKENS if same_text else NOT_RENDERED
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def is_space(tokenizer: Any, token: int) -> bool:
+    """Whether a token is nothing but spaces."""
+    return not str(tokenizer.decode([token], clean_up_tokenization_spaces=False)).strip(" ")
+
+
+def as_cut(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of an answer that did not come to its end: it carries no end token."""
+    return {**row, "finish_reason": "length"}

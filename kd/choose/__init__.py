@@ -1,1 +1,0 @@
-"""`dae rank-teachers`: which teacher suits this student."""

@@ -1,0 +1,1 @@
+"""Recipes: schema, layering (YAML < flags < key=value), every mistake in one message."""

@@ -1,0 +1,83 @@
+"""How a recipe is put together: YAML < flags < key=value; and written out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import (
+    ValidationError,
+)
+
+from kd.config.data_recipe import DataRecipe
+from kd.config.layering import Layers, RecipeDumper
+from kd.config.problems import MISSING, Key, Problem, as_written, report
+from kd.config.schema import Frozen, Recipe
+
+
+def address(key: Key) -> Key:
+    """Where a key, as the user writes it, lies: routes stand beside the settings of `data`, and are kept apart."""
+    if len(key) > 1 and key[0] == "data" and key[1] not in DataRecipe.model_fields:
+        return ("data", "routes", *key[1:])
+    return key
+
+
+def load_recipe(
+    schema: type[Recipe],
+    path: Path | None,
+    flags: Mapping[str, Any],
+    assignments: Sequence[str] = (),
+    flag_names: Mapping[str, str] | None = None,
+) -> Recipe:
+    """Puts a recipe together: YAML < flags < key=value.
+
+    Args:
+        schema: which stage's recipe.
+        path: the YAML file, if there is one.
+        flags: dotted key -> value; a value of None means that the flag was not given.
+        assignments: `key=value`, values read as YAML.
+        flag_names: dotted key -> the flag as typed, for messages; `--key` where it names none.
+
+    Raises:
+        UserError: one message with everything that is wrong.
+    """
+    layers = Layers(address)
+    if path is not None:
+        layers.read_yaml(Path(path))
+    layers.raw = schema.expand(layers.raw)
+    names = flag_names or {}
+    for name, value in flags.items():
+        if value is not None:
+            layers.put(tuple(name.split(".")), value, names.get(name, f"--{name.replace('_', '-')}"))
+    layers.raw = schema.expand(layers.raw)
+    for assignment in assignments:
+        layers.put_assignment(assignment)
+    problems = list(layers.problems)
+    try:
+        recipe = schema.model_validate(schema.complete(schema.expand(layers.raw)))
+    except ValidationError as error:
+        told = {tuple(str(part) for part in problem.key) for problem in problems}
+        found = [Problem(line["loc"], line["input"], line["msg"]) for line in error.errors()]
+        problems += [problem for problem in found if tuple(str(part) for part in problem.key) not in told]
+    if problems:
+        told_how = [with_remedy(problem, flags, names) for problem in problems]
+        raise report(told_how, layers.origins, str(path) if path else "command line")
+    return recipe
+
+
+def with_remedy(problem: Problem, flags: Mapping[str, Any], names: Mapping[str, str]) -> Problem:
+    """A missing key with the flag or key that gives it."""
+    if problem.message != MISSING:
+        return problem
+    key = ".".join(str(part) for part in as_written(problem.key))
+    way = names.get(key, f"--{key.replace('_', '-')}") if key in flags else f"`{key}`"
+    return replace(problem, message=f"{MISSING}: add {way}")
+
+
+def resolved_yaml(recipe: Frozen) -> str:
+    """The recipe with every default written out, in the order of the schema; `load_recipe` reads it back the same."""
+    values = recipe.model_dump(mode="json", by_alias=True)
+    return yaml.dump(values, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=100)

@@ -1,0 +1,104 @@
+"""What every training stage is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import (
+    Field,
+    field_validator,
+)
+
+from kd.config.data_recipe import DATA_SETTINGS, DataRecipe
+from kd.config.problems import Problem, suggestion
+from kd.config.schema import LARGEST_SEED, Frozen
+from kd.config.training_arguments import argument_types, training_argument_problems
+
+
+class LoraRecipe(Frozen):
+    """The student's adapter."""
+
+    rank: int = Field(default=16, ge=1, description="rank of the update")
+    alpha: float = Field(default=32.0, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    target_modules: str | tuple[str, ...] = Field(
+        default="all-linear", description="which layers: all-linear, a regular expression, or a list of module names"
+    )
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _text_or_names(cls, value: Any) -> Any:
+        named = isinstance(value, tuple) and value and all(isinstance(name, str) for name in value)
+        if not named and not (isinstance(value, str) and value):
+            raise ValueError("wants all-linear, a regular expression, or a list of module names")
+        return value
+
+
+class StageRecipe(Frozen):
+    """What every training stage is told."""
+
+    verbatim: ClassVar[frozenset[str]] = frozenset({"train"})
+    has_experts: ClassVar[bool] = False
+
+    base: str = Field(min_length=1, description="checkpoint that training starts from: folder or hub id")
+    output: str = Field(min_length=1, description="the run folder to write")
+    seed: int = Field(
+        default=0, ge=0, le=LARGEST_SEED, description="decides the order of rows, the adapter's start and dropout"
+    )
+    data: DataRecipe = Field(description="rows and how they are read")
+    lora: LoraRecipe | None = Field(
+        default=LoraRecipe(), description="the adapter that trains; null: all weights train"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="of the weights; auto: bfloat16 on a GPU that has it, else float32"
+    )
+    attn_implementation: str | None = Field(
+        default=None, description="of the models, as in transformers: sdpa, eager, ..."
+    )
+    trust_remote_code: bool = Field(default=False, description="run code that comes with a checkpoint")
+    merge: bool = Field(default=False, description="also write the merged full weights of a LoRA student")
+    router_aux_loss: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the loss that keeps a mixture's experts in use (Switch Transformer); 0: off",
+    )
+    early_stopping_patience: int | None = Field(
+        default=None, ge=1, description="stop after so many evaluations without a better one; needs data.eval"
+    )
+    train: dict[str, Any] = Field(
+        default_factory=dict, description="transformers.TrainingArguments by name, such as learning_rate"
+    )
+
+    @classmethod
+    def expand(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        data = raw.get("data", {})
+        return {**raw, "data": DataRecipe.expand(dict(data))} if isinstance(data, Mapping) else raw
+
+    @classmethod
+    def cross_checks(cls, raw: Mapping[str, Any]) -> list[Problem]:
+        data, train = raw.get("data"), raw.get("train")
+        problems = []
+        if isinstance(train, Mapping):
+            held_out = isinstance(data, Mapping) and bool(data.get("eval"))
+            problems += training_argument_problems(train, held_out)
+        if isinstance(data, Mapping) and data.get("chat_template") == "expert" and not cls.has_experts:
+            words = "this stage has no expert: give `plain` or a .jinja file"
+            problems.append(Problem(("data", "chat_template"), "expert", words))
+        if raw.get("merge") is True and "lora" in raw and raw["lora"] is None:
+            problems.append(Problem(("merge",), True, "with `lora: null` the weights are written whole: remove it"))
+        if isinstance(data, Mapping) and not data.get("eval"):
+            words = "needs held-out rows: add `data.eval`"
+            if raw.get("early_stopping_patience") is not None:
+                problems.append(Problem(("early_stopping_patience",), raw["early_stopping_patience"], words))
+            if isinstance(train, Mapping) and str(train.get("eval_strategy", "no")) not in ("no", "False"):
+                problems.append(Problem(("train", "eval_strategy"), train["eval_strategy"], words))
+        return problems
+
+    @classmethod
+    def key_elsewhere(cls, name: str) -> str | None:
+        nested = {f"data.{key}": key for key in DATA_SETTINGS} | {f"lora.{key}": key for key in LoraRecipe.model_fields}
+        found = next((dotted for dotted, key in nested.items() if key == name), None)
+        if found or suggestion(name, cls.model_fields):
+            return found
+        return f"train.{name}" if name in argument_types() else None  # imports transformers: last

@@ -1,0 +1,1 @@
+"""Losses, summed over response tokens."""

@@ -1,0 +1,83 @@
+"""What an adapter's config asks of peft beyond a low-rank update, and whether it can be had here.
+
+Whatever changes the forward pass and is not carried out is refused by its name in the config: an expert without it
+still gives distributions, and they are not the expert's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import peft
+from peft import LoraConfig
+
+from kd.errors import UserError
+from kd.models.adapter_files import ADAPTER_CONFIG, read_adapter_config
+from kd.models.checkpoint_files import resolve_model
+
+_KNOWN_KEYS = frozenset(field.name for field in dataclasses.fields(LoraConfig))
+_WITH_PEFT = "merge it with peft (merge_and_unload), save that and pass the full checkpoint"
+_AS_LORA = "it cannot be merged either: train a plain LoRA adapter in its place"
+CANNOT_MERGE = (
+    "Pass the adapter itself where one is taken (dae align --expert), or train a plain LoRA adapter in its place."
+)
+
+# Key of the config -> (what it does, remedy). Not carried out here at all.
+_NOT_HERE = {
+    "use_bdlora": ("BD-LoRA keeps block-diagonal factors", _WITH_PEFT),
+    "arrow_config": ("Arrow routes each token to other adapters", _AS_LORA),
+    "monteclora_config": ("MonteCLoRA samples its factors", _WITH_PEFT),
+    "use_qalora": ("QA-LoRA pools the inputs of a quantised base", _WITH_PEFT),
+    "megatron_config": ("it is made for Megatron's parallel layers", _WITH_PEFT),
+}
+# Right where the adapter is alone on its base, and not where other roles speak through the same weights.
+_NOT_SHARED = {
+    "alora_invocation_tokens": ("aLoRA acts only after its invocation tokens", _AS_LORA),
+    "layer_replication": ("it repeats layers of the base, for all roles", ""),
+    "kasa_config": ("KaSA changes the base's weights, for all roles", ""),
+}
+
+
+def refuse_unknown_features(path: str) -> None:
+    """Raise UserError where an adapter's config has keys that the installed peft would pass over, or asks for a
+    variant that is not carried out here.
+    """
+    config = read_adapter_config(path)
+    if config.get("peft_type") != "LORA":
+        return  # check_adapter refuses the whole kind
+    file = resolve_model(path) / ADAPTER_CONFIG
+    unknown = {key: value for key, value in config.items() if key not in _KNOWN_KEYS and value not in (None, False)}
+    unknown = {key: value for key, value in unknown.items() if value not in ("", [], {})}
+    if unknown:
+        told = ", ".join(f"{key}: {value!r}" for key, value in sorted(unknown.items()))
+        written = config.get("peft_version")
+        by = f" (it was written by {written})" if written else ""
+        raise UserError(
+            f"{file}: {told}: peft {peft.__version__}, which is installed, does not know this{by} and would leave out "
+            "what it does to the model. Install the peft that wrote it (pip install -U peft), or merge it there "
+            "(merge_and_unload), save that and pass the full checkpoint."
+        )
+    _refuse(path, config, _NOT_HERE, "which is not supported")
+
+
+def refuse_unshareable(path: str) -> None:
+    """Raise UserError where an adapter cannot share its base's weights with other roles, by the key of its config."""
+    _refuse(path, read_adapter_config(path), _NOT_SHARED, "so it cannot share its base with other roles")
+
+
+def _refuse(path: str, config: dict[str, Any], features: dict[str, tuple[str, str]], consequence: str) -> None:
+    for key, (what, remedy) in features.items():
+        if config.get(key):
+            raise UserError(
+                f"{resolve_model(path) / ADAPTER_CONFIG}: {key}: {config[key]!r}: {what}, {consequence}; "
+                f"{remedy or merge_command(path)}."
+            )
+
+
+def merge_command(path: str) -> str:
+    """The remedy for an adapter that can be merged: the command that makes a full checkpoint of it."""
+    return (
+        f"merge it into its base (dae merge weights --method linear --base BASE --expert {path} --output MERGED "
+        "weight=1) and pass MERGED in its place"
+    )

@@ -1,0 +1,139 @@
+"""Which model and which data: SHA-256 fingerprints by which a run knows its inputs again."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from kd.errors import UserError
+from kd.runs.hashes import files_sha256, joint_sha256
+from kd.runs.provenance import FINISHED, read_provenance
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
+_MODEL_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Some hub repositories carry a second copy of the weights in their authors' own format.
+_NOT_DOWNLOADED = ("consolidated*", "original/*", "onnx/*", "openvino/*")
+
+
+def resolve_model(path_or_id: str | Path) -> Path:
+    """The local folder of a model: a folder as it is, or the local snapshot of a hub id, fetched when needed.
+
+    Raises:
+        UserError: no such folder, or the hub id can neither be fetched nor found in the local cache.
+    """
+    place = Path(path_or_id)
+    if place.is_dir():
+        return place
+    name = str(path_or_id)
+    if place.exists() or not _MODEL_ID.fullmatch(name) or name.startswith(("./", "../", "~")):
+        kind = "this is a file, a model is a folder" if place.exists() else "there is no such folder"
+        raise UserError(f"{name}: {kind}; give the folder of a checkpoint or adapter, or a hub id")
+    return _hub_snapshot(name)
+
+
+def _hub_snapshot(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "*.py"]
+    fetch: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": list(_NOT_DOWNLOADED)}
+    try:
+        return Path(snapshot_download(name, **fetch))
+    except Exception as error:  # noqa: BLE001 - the hub client raises errors of four libraries; all mean "not to be had"
+        try:
+            return Path(snapshot_download(name, local_files_only=True, **fetch))
+        except Exception:  # noqa: BLE001
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"{name}: there is no such folder, and the hub does not give a model of this name ({reason}); "
+                "check the spelling, your network and your hub login, or download it and give its folder"
+            ) from error
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that make up a model: its safetensors weights and its config.
+
+    An adapter (adapter_config.json is there) is adapter_model.safetensors; a checkpoint is model.safetensors or else
+    the files that model.safetensors.index.json lists.
+
+    Raises:
+        UserError: weights are missing, torn, pickled, or lie outside the folder.
+    """
+    adapter = (folder / "adapter_config.json").is_file()
+    config = "adapter_config.json" if adapter else "config.json"
+    single = "adapter_model.safetensors" if adapter else "model.safetensors"
+    index = "model.safetensors.index.json"
+    if not (folder / config).is_file():
+        raise UserError(
+            f"{folder}: has no config.json and no adapter_config.json, so it is neither checkpoint nor adapter; "
+            "give the folder that holds them"
+        )
+    if (folder / single).is_file():
+        return [config, single]
+    if not adapter and (folder / index).is_file():
+        return [config, index, *_shards(folder / index)]
+    pickles = sorted(
+        {file.name for pattern in _PICKLES for file in folder.glob(pattern) if file.name != "training_args.bin"}
+    )
+    if pickles:
+        raise UserError(
+            f"{folder}: its weights are pickled ({', '.join(pickles[:3])}), and a pickle can run any code; "
+            'convert them: load them where you trust them and call model.save_pretrained("NEW_FOLDER")'
+        )
+    raise UserError(f"{folder}: has {config} but no {single}; save it again with safetensors, or download it again")
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index}: cannot be read ({error!r}); save or download the checkpoint again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(
+                f"{index}: names {name!r}, which is no safetensors file beside it; save or download it again"
+            )
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index}: lists {name}, which is missing; save or download the checkpoint again")
+    return names
+
+
+def check_safetensors(path: Path) -> None:
+    """See from header and size alone that a safetensors file is whole.
+
+    Raises:
+        UserError: torn, empty, or no safetensors file at all (such as a git-lfs pointer).
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        header = file.read(length) if len(start) == 8 and length <= min(size, 100_000_000) else b""
+    try:
+        entries = json.loads(header)
+        end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        pointer = " (it is a git-lfs pointer: run `git lfs pull`)" if start == b"version " else ""
+        raise UserError(f"{path}: is no whole safetensors file{pointer}; save or download it again") from error
+    if size != 8 + length + end:
+        raise UserError(f"{path}: has {size} bytes where its header says {8 + length + end}; save or download it again")
+
+
+def model_fingerprint(path_or_id: str | Path) -> str:
+    """Fingerprint of a checkpoint or adapter: joint SHA-256 over names and contents of `weight_files`.
+
+    It does not depend on where the folder lies, nor on tokenizer, model card or generation settings. Another sharding
+    of the same weights counts as another model.
+
+    Raises:
+        UserError: the model cannot be had, is pickled or torn, or is the folder of a run that has not finished.
+    """
+    folder = resolve_model(path_or_id)
+    if read_provenance(folder) is not None and not (folder / FINISHED).is_file():
+        raise UserError(f"{path_or_id}: this run has not finished; give its command again to let it finish")
+    names = weight_files(folder)
+    for name in names:
+        if name.endswith(".safetensors"):
+            check_safetensors(folder / name)
+    return joint_sha256(files_sha256(folder, names))

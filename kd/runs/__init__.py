@@ -1,0 +1,1 @@
+"""Folders that a command writes and goes on with after a stop."""

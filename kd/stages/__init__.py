@@ -1,0 +1,1 @@
+"""The training stages: recipe, data, roles, objective."""

@@ -1,0 +1,204 @@
+"""README.md of a run folder: a model card in the hub's format that says what went in and what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from kd.config.loading import resolved_yaml
+from kd.data.records import FILE_ENDINGS, HUB_ID
+from kd.models.checkpoint_files import resolve_model
+from kd.runs.environment import library_versions
+from kd.runs.provenance import HELD_OUT, DataInput
+
+if TYPE_CHECKING:
+    from kd.config.stage_recipe import StageRecipe
+    from kd.data.examples import SourceReport
+
+CARD = "README.md"
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+
+_WHAT_IT_IS = {
+    "sft": "An expert: `{base}` trained further by next-token loss on the response tokens of the rows below.",
+    "distill": (
+        "A student distilled from the teacher below: `{base}` trained further to match the teacher's next-token "
+        "distribution on the response tokens of the rows below."
+    ),
+    "align": (
+        "A student made by Domain Alignment from Expert (DAE): starting from `{base}`, it was trained to match the "
+        "next-token distribution of an expert on domain rows and of a frozen reference on general rows, to take on the "
+        "expert's domain without forgetting the rest."
+    ),
+}
+_PAPER = """\
+The method is that of [arXiv 2406.19112](https://arxiv.org/abs/2406.19112):
+
+```bibtex
+@misc{kothari2024teacher,
+  title         = {A Teacher Is Worth A Million Instructions},
+  author        = {Nikhil Kothari and Ravindra Nayak and Shreyas Shetty and Amey Patil and Nikesh Garera},
+  year          = {2024},
+  eprint        = {2406.19112},
+  archivePrefix = {arXiv},
+  primaryClass  = {cs.LG}
+}
+```"""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is made of.
+
+    inputs: fingerprint of each model by role; data: the sources of each route, held-out ones under `eval.NAME`;
+    reports: what became of these sources, in the same order; summary: as in run.json.
+    """
+
+    stage: str
+    recipe: StageRecipe
+    inputs: Mapping[str, str]
+    data: Mapping[str, Sequence[DataInput]]
+    reports: Mapping[str, Sequence[SourceReport]]
+    summary: Mapping[str, Any]
+
+
+def write_model_card(folder: Path, facts: CardFacts) -> Path:
+    """Write README.md into `folder` over any other, such as the one that peft leaves there.
+
+    Returns:
+        The card's path.
+    """
+    sections = {
+        "Models": _models(facts),
+        "Data": _data(facts),
+        "Results": table(("measure", "value"), result_rows(_results(facts.summary))),
+        "How to load it": _loading_code(facts.recipe),
+        "Recipe": f"```yaml\n{resolved_yaml(facts.recipe).rstrip()}\n```",
+        "Made with": ", ".join(f"{name} {version}" for name, version in library_versions().items()),
+    }
+    if facts.stage == "align":
+        sections["Citation"] = _PAPER
+    text = f"# {Path(facts.recipe.output).name}\n\n{_WHAT_IT_IS[facts.stage].format(base=facts.recipe.base)}\n"
+    text += "".join(f"\n## {title}\n\n{content}\n" for title, content in sections.items())
+    card = ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n{text}")
+    path = folder / CARD
+    card.save(path)
+    return path
+
+
+def _metadata(facts: CardFacts) -> ModelCardData:
+    adapter = facts.recipe.lora is not None
+    base = facts.recipe.base
+    sources = [source.path for sources in facts.data.values() for source in sources]
+    extra: dict[str, Any] = licence_of(base)
+    if is_on_hub(base):
+        extra |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
+    if on_hub := sorted({path for path in sources if is_on_hub(path)}):
+        extra["datasets"] = on_hub
+    return ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["dae-align", facts.stage] + (["lora"] if adapter else []),
+        **extra,
+    )
+
+
+def is_on_hub(path: str) -> bool:
+    """Whether a path as typed is a hub id. A card on the hub may name nothing else."""
+    return not Path(path).exists() and bool(HUB_ID.fullmatch(path)) and not path.endswith(FILE_ENDINGS)
+
+
+def licence_of(base: str) -> dict[str, str]:
+    """The licence that the base's own card states; nothing where it states none."""
+    card = resolve_model(base) / CARD
+    if not card.is_file():
+        return {}
+    stated = ModelCard.load(card, ignore_metadata_errors=True).data
+    return {key: value for key in _LICENCE_KEYS if isinstance(value := stated.get(key), str)}
+
+
+def _models(facts: CardFacts) -> str:
+    licence = licence_of(facts.recipe.base).get("license")
+    terms = (
+        f"The base's card states the licence `{licence}`. " if licence else "The base's card states no licence. "
+    ) + "The terms of the other models and of the data apply as well; they are not known to the toolkit."
+    rows = [(role, f"`{_path_of(role, facts.recipe)}`", f"`{sha256}`") for role, sha256 in facts.inputs.items()]
+    return table(("role", "checkpoint", "fingerprint (SHA-256 of weights and config)"), rows) + f"\n\n{terms}"
+
+
+def _path_of(role: str, recipe: StageRecipe) -> str:
+    """The recipe's path for a role such as `reference` or `expert.ecom`; a reference that is not given is the base."""
+    value: Any = recipe.model_dump(by_alias=True)
+    for key in role.split("."):
+        value = value[key]
+    return str(value if value is not None else recipe.base)
+
+
+def _data(facts: CardFacts) -> str:
+    trained = {route: sources for route, sources in facts.data.items() if not route.startswith(HELD_OUT)}
+    held_out = {route: sources for route, sources in facts.data.items() if route.startswith(HELD_OUT)}
+    text = _sources(trained, facts)
+    if held_out:
+        text += f"\n\nHeld out for evaluation during training:\n\n{_sources(held_out, facts)}"
+    longest = facts.recipe.data.max_length
+    return f"{text}\n\nCut: rows longer than {longest} tokens. Dropped: rows that gave no response token."
+
+
+def _sources(routes: Mapping[str, Sequence[DataInput]], facts: CardFacts) -> str:
+    """The sources of some routes, and what became of their rows."""
+    head = ("route", "source", "rows", "cut", "dropped", "share of rows", "response tokens", "SHA-256")
+    rows = [
+        (
+            route.removeprefix(HELD_OUT),
+            f"`{source.path}`",
+            f"{report.kept:,}",
+            f"{report.truncated:,}",
+            f"{sum(report.dropped.values()):,}",
+            "" if source.share is None else f"{source.share:.1%}",
+            f"{report.response_tokens:,}",
+            f"`{source.sha256}`",
+        )
+        for route, sources in routes.items()
+        for source, report in zip(sources, facts.reports[route], strict=True)
+    ]
+    return table(head, rows)
+
+
+def _results(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary without what the table of the data says of each source."""
+    return {key: value for key, value in summary.items() if key not in ("rows", "dropped", "truncated")}
+
+
+def result_rows(summary: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The summary's numbers with dotted names; losses and divergences are in nats per response token."""
+    for key, value in summary.items():
+        if isinstance(value, Mapping):
+            yield from result_rows(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _loading_code(recipe: StageRecipe) -> str:
+    remote = ", trust_remote_code=True" if recipe.trust_remote_code else ""
+    output = str(recipe.output)
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    if recipe.lora is None:
+        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{output}", dtype="auto"{remote})')
+    else:
+        lines.insert(0, "from peft import PeftModel")
+        lines.append(f'base = AutoModelForCausalLM.from_pretrained("{recipe.base}", dtype="auto"{remote})')
+        lines.append(f'model = PeftModel.from_pretrained(base, "{output}")')
+    lines += [
+        f'tokenizer = AutoTokenizer.from_pretrained("{output}"{remote})',
+        'inputs = tokenizer("Once", return_tensors="pt", return_token_type_ids=False)',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))",
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]] | Iterator[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,167 @@
+"""The routed objective: every row's teacher, each route's token losses, and how routes weigh in one optimizer step.
+
+Shape legend: B rows, T positions, N response tokens, R routes, D and E widths of student and teacher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kd.data.batches import (
+    Batch,
+    model_inputs,
+    predicting_positions,
+    response_token_counts,
+    route_of_tokens,
+    rows_of_routes,
+)
+from kd.losses.auxiliary import Term
+from kd.losses.router import experts_per_token, load_balancing_loss, recorded_router_logits
+from kd.losses.token_loss import LossSums, TokenLoss, token_loss_sums
+from kd.models.forward import final_hidden_states, head_of
+from kd.models.head import Head
+from kd.models.roles import Role, speaking_as
+
+
+@dataclass(frozen=True)
+class Route:
+    """A stream of rows with its one teacher (None: next-token prediction alone) and its factor in the loss."""
+
+    name: str
+    teacher: Role | None
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the token loss on every route, each against its own teacher, and further terms.
+
+    pooled: False weighs routes by their factors (w_r = factor / N_r), True weighs tokens alike (w_r = 1).
+    terms: only with a single route; each comes with its own weight, the token loss with `token_weight`.
+    router_aux_weight: of the routers' load balancing loss, where the student is a mixture of experts (router.py).
+    """
+
+    routes: tuple[Route, ...]
+    token_loss: TokenLoss
+    pooled: bool = False
+    matmul_dtype: torch.dtype | None = None
+    terms: tuple[Term, ...] = ()
+    token_weight: float = 1.0
+    router_aux_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        assert not self.terms or len(self.routes) == 1, "terms do not know routes"
+
+    @property
+    def trains_with_teachers(self) -> bool:
+        """Whether a training step asks the routes' teachers."""
+        return self.routes[0].teacher is not None and (self.token_loss.weight > 0 or bool(self.terms))
+
+    def weights(self, tokens_R: Tensor) -> Tensor:
+        """[R] response tokens of the whole optimizer step -> [R] fp64 weights w_r / sum_r w_r N_r of the route sums."""
+        present_R = tokens_R > 0
+        if self.pooled:
+            return present_R.double() / tokens_R.sum().clamp(min=1)
+        factors_R = (
+            torch.tensor([r.factor for r in self.routes], dtype=torch.float64, device=tokens_R.device) * present_R
+        )
+        return factors_R / (tokens_R.clamp(min=1) * factors_R.sum().clamp(min=torch.finfo(factors_R.dtype).tiny))
+
+
+@dataclass(frozen=True)
+class RouteSums:
+    """Sums over the response tokens of a batch, per route: tensors [R]. Only `loss` carries a gradient.
+
+    terms: what each further term of the objective comes to, without its weight; in `loss` it is with it.
+    router_aux: a mean over the batch's tokens, not a sum, without its weight and not in `loss`; a scalar with gradient,
+    or None where none is asked for or nothing has a gradient.
+    """
+
+    loss: Tensor
+    kl: Tensor
+    ntp: Tensor
+    tokens: Tensor
+    terms: tuple[Tensor, ...] = ()
+    router_aux: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TeacherView:
+    """What a route's teacher makes of its rows: hidden_NE [N_r, E] at response positions, in row order; its head."""
+
+    hidden_NE: Tensor
+    head: Head
+
+
+def teacher_views(batch: Batch, objective: Objective) -> dict[int, TeacherView]:
+    """Route index -> what its teacher says, for the routes that have rows in the batch.
+
+    Each row passes its own teacher, once and without gradient; routes that share a teacher go through it together.
+    """
+    groups: list[tuple[Role, list[int]]] = []
+    for index in torch.unique(batch["route_ids"]).tolist():
+        teacher = objective.routes[index].teacher
+        assert teacher is not None, "routes without a teacher have nobody to ask"
+        for known, members in groups:
+            if known.same_as(teacher):
+                members.append(index)
+                break
+        else:
+            groups.append((teacher, [index]))
+    views: dict[int, TeacherView] = {}
+    for teacher, members in groups:
+        rows = rows_of_routes(batch, members)
+        with speaking_as(teacher) as model, torch.no_grad():
+            hidden_BTE = final_hidden_states(model, model_inputs(rows))[:, :-1]
+            head = head_of(model, objective.matmul_dtype)
+        predicting, route_BT = predicting_positions(rows), route_of_tokens(rows)
+        views |= {index: TeacherView(hidden_BTE[predicting & (route_BT == index)], head) for index in members}
+    return views
+
+
+def route_sums(model: nn.Module, batch: Batch, objective: Objective, *, with_teachers: bool = True) -> RouteSums:
+    """Run the teachers, then the student, and sum the token loss of every route.
+
+    model: the (wrapped) student. with_teachers False leaves the teachers out, which needs a token loss of weight 0;
+    `kl` is then NaN. A batch without response tokens gives zeros that are still connected to the graph.
+    """
+    with contextlib.ExitStack() as stack:
+        term_sums = [stack.enter_context(term.recording(batch)) for term in objective.terms]
+        with_router = objective.router_aux_weight > 0
+        router_logits = stack.enter_context(recorded_router_logits(model)) if with_router else []
+        teachers = teacher_views(batch, objective) if with_teachers else {}
+        hidden_BTD = final_hidden_states(model, model_inputs(batch))[:, :-1]
+    head = head_of(model, objective.matmul_dtype)
+    labels_BT = batch["input_ids"][:, 1:]
+    predicting, route_BT = predicting_positions(batch), route_of_tokens(batch)
+    present = set(torch.unique(batch["route_ids"]).tolist())
+    # An empty selection: an absent route costs nothing and is 0, also in the graph.
+    nothing = hidden_BTD[predicting & (route_BT < 0)].sum().to(torch.float32)
+    sums: list[LossSums] = []
+    for index in range(len(objective.routes)):
+        if index not in present:
+            sums.append(LossSums(nothing, nothing.detach(), nothing.detach()))
+            continue
+        here, view = predicting & (route_BT == index), teachers.get(index)
+        said = (view.hidden_NE, view.head) if view is not None else (None, None)
+        sums.append(token_loss_sums(hidden_BTD[here], head, labels_BT[here], objective.token_loss, *said))
+    loss_R = torch.stack([s.loss for s in sums])
+    if objective.token_weight != 1.0:
+        loss_R = objective.token_weight * loss_R
+    terms = [term_sum(hidden_BTD, head).reshape(1) for term_sum in term_sums]
+    for term, value_R in zip(objective.terms, terms, strict=True):
+        loss_R = loss_R + term.weight * value_R
+    return RouteSums(
+        loss_R,
+        torch.stack([s.kl for s in sums]),
+        torch.stack([s.ntp for s in sums]),
+        response_token_counts(batch, len(objective.routes)),
+        tuple(value_R.detach() for value_R in terms),
+        load_balancing_loss(router_logits, experts_per_token(model), batch.get("attention_mask"))
+        if router_logits
+        else None,
+    )

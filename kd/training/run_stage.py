@@ -1,0 +1,234 @@
+"""What every training stage does around its objective: data, roles, training, publishing, proof that the result loads.
+
+A stage (sft, align) hands over its recipe, its rows and a function that builds its roles; `run_stage` does the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from kd.config.loading import resolved_yaml
+from kd.config.stage_recipe import StageRecipe
+from kd.data.batches import Batch
+from kd.data.mixing import MixedRows, Mixture, StepBatchSampler, collate
+from kd.data.stage_data import StageData, held_out_batches, padding_id, refuse_unfit_rows, remarks
+from kd.errors import MachineError, Stopped, UserError
+from kd.losses.router import refuse_useless_router_loss
+from kd.models.forward import learned_positions
+from kd.models.roles import LoadSettings, Role, check_head, check_packing, refuse_unmergeable
+from kd.runs.run_folder import RunFolder, State
+from kd.training.callbacks import EarlyStopping, StepBookkeeping, StopOnSignal
+from kd.training.objective import Objective
+from kd.training.progress import TrainingProgress, doing
+from kd.training.publishing import publish, summarise
+from kd.training.settings import load_settings, planned_steps, processes, rows_per_step, training_arguments
+from kd.training.trainer import RoutedTrainer, evaluate_routes
+
+logger = logging.getLogger("dae")
+
+# Nats per response token between teacher and untrained student; a uniform guess over 32,000 tokens costs 10.
+LARGE_KL = 2.0
+INITIAL_KL_ROWS = 64
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder and what run.json says of it."""
+
+    path: Path
+    summary: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StageRoles:
+    """The models of a stage: the student (trainable), the objective with its teachers, every role once for checking."""
+
+    student: nn.Module
+    objective: Objective
+    roles: tuple[Role, ...]
+    vocabulary_rows: int
+
+
+# Callbacks of the caller's own, made once roles and trainer are there.
+MakeCallbacks = Callable[[StageRoles, RoutedTrainer], Sequence[TrainerCallback]]
+
+
+@contextlib.contextmanager
+def claimed(
+    run: RunFolder, stage: str, recipe: StageRecipe, inputs: Mapping[str, str], data: StageData
+) -> Iterator[State]:
+    """`RunFolder.claim` by the main process; the other ranks learn what it found, also when it was refused."""
+    state = processes()
+    with contextlib.ExitStack() as stack:
+        answer: list[Any] = [None, None]
+        if state.is_main_process:
+            try:
+                claim = run.claim(
+                    stage,
+                    resolved_yaml(recipe),
+                    inputs,
+                    base=recipe.base,
+                    data=data.inputs,
+                    processes=state.num_processes,
+                )
+                answer = [stack.enter_context(claim), None]
+            except (UserError, MachineError) as error:
+                answer = [None, error]
+        if state.num_processes > 1:
+            broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise answer[1]
+        yield answer[0]
+
+
+def run_stage(
+    stage: str,
+    recipe: StageRecipe,
+    inputs: Mapping[str, str],
+    data: StageData,
+    build_roles: Callable[[LoadSettings], StageRoles],
+    make_callbacks: MakeCallbacks | None = None,
+) -> RunResult:
+    """Train, publish, prove. Going on after a stop is the same call (design: "Going on after a stop").
+
+    inputs: fingerprint of every model by role (`base` among them). Raises UserError, MachineError, Stopped.
+    """
+    run = RunFolder(recipe.output)
+    with claimed(run, stage, recipe, inputs, data) as state:
+        if state == "finished":
+            logger.info("%s: this run is finished; nothing to do", recipe.output)
+            return RunResult(run.path, run.summary())
+        tell_of_rows(data)
+        settings = load_settings(recipe)
+        set_seed(recipe.seed)
+        torch.set_flush_denormal(True)  # denormals slow a CPU run several times over
+        args = training_arguments(recipe, settings)
+        with doing("loading the models"):
+            trainer, stop = prepare(recipe, args, settings, data, build_roles, run, make_callbacks)
+        resume_from = run.latest_checkpoint() if state == "resume" else None
+        with doing("measuring before the first step"):
+            first_kl = start_metrics(trainer, data, run, resume_from)
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        if stop.received is not None:
+            raise Stopped(
+                stop.received,
+                f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
+                f"a checkpoint is in {run.checkpoints_dir}. The same command goes on from there.",
+            )
+        summary = summarise(trainer, data, first_kl)
+        if processes().is_main_process:
+            with doing("writing the result, and loading it in a fresh process"):
+                publish(stage, recipe, run, trainer, data, settings, inputs, summary)
+        processes().wait_for_everyone()
+        return RunResult(run.path, summary)
+
+
+def tell_of_rows(data: StageData) -> None:
+    """Log what a user should know of the rows: dropped, cut, read in a way of their own; what the tokenizer loses."""
+    for name, reports in data.reports.items():
+        for report in reports:
+            for words in remarks(report):
+                logger.warning("data.%s: %s: %s", name, report.path, words)
+    for words in data.tokenizer_faults:
+        logger.warning("%s", words)
+
+
+def prepare(
+    recipe: StageRecipe,
+    args: TrainingArguments,
+    settings: LoadSettings,
+    data: StageData,
+    build_roles: Callable[[LoadSettings], StageRoles],
+    run: RunFolder,
+    make_callbacks: MakeCallbacks | None = None,
+) -> tuple[RoutedTrainer, StopOnSignal]:
+    """Roles, checked against the data, and the trainer over the mixture."""
+    mixture = Mixture(data.sources, rows_per_step(args), recipe.seed)
+    args.max_steps = planned_steps(mixture, args)
+    roles = build_roles(settings)
+    refuse_useless_router_loss(roles.student, recipe.router_aux_loss)
+    for role in roles.roles:
+        refuse_unfit_rows(recipe, data, roles.vocabulary_rows, learned_positions(role.model))
+        check_head(role, roles.vocabulary_rows)
+        if recipe.data.packing:
+            check_packing(role, roles.vocabulary_rows)
+    if recipe.merge:
+        refuse_unmergeable(roles.student)
+    collate_rows = partial(collate, pad_token_id=padding_id(data.tokenizer), packing=recipe.data.packing)
+    lengths = [rows.lengths for rows in data.rows]
+    routes = [data.route_names.index(source.route) for source in data.sources]
+    stop = StopOnSignal()
+    epochs_per_step = None if mixture.rows_per_epoch is None else mixture.rows_per_step / mixture.rows_per_epoch
+    callbacks = [StepBookkeeping(epochs_per_step), stop, TrainingProgress()]
+    if recipe.early_stopping_patience is not None:
+        callbacks.append(EarlyStopping(recipe.early_stopping_patience))
+    trainer = RoutedTrainer(
+        model=roles.student,
+        args=args,
+        objective=replace(roles.objective, router_aux_weight=recipe.router_aux_loss),
+        train_rows=MixedRows(list(data.rows), routes),
+        batch_sampler=StepBatchSampler(mixture, args.max_steps, lengths, args.per_device_train_batch_size),
+        collate=collate_rows,
+        run=run,
+        eval_batches=held_out_batches(data, collate_rows, args.per_device_eval_batch_size),
+        callbacks=callbacks,
+    )
+    for callback in make_callbacks(roles, trainer) if make_callbacks is not None else ():
+        trainer.add_callback(callback)
+    return trainer, stop
+
+
+def start_metrics(
+    trainer: RoutedTrainer, data: StageData, run: RunFolder, resume_from: Path | None
+) -> dict[str, float]:
+    """KL(teacher || student) on training rows before the first step; metrics.jsonl is cut to where the run goes on.
+
+    A teacher far from the student is a hard one to follow: a large value is warned about. A run that goes on finds the
+    values in its metrics.
+    """
+    step = int(resume_from.name.split("-")[1]) if resume_from is not None else -1
+    if processes().is_main_process:
+        run.cut_metrics(step)
+    if trainer.objective.routes[0].teacher is None:
+        return {}
+    if resume_from is not None:
+        start = next((line for line in run.metrics() if line["step"] == 0), {})
+        return {key.removeprefix("initial_"): value for key, value in start.items() if key.startswith("initial_")}
+    batches: dict[str, list[Batch]] = {}
+    for index, (rows, source) in enumerate(zip(data.rows, data.sources, strict=True)):
+        mixed = MixedRows([rows], [data.route_names.index(source.route)])
+        spread = range(0, len(rows), -(-len(rows) // INITIAL_KL_ROWS))  # over the whole file, which may be sorted
+        picked = [mixed[(0, row)] for row in spread]
+        size = trainer.args.per_device_train_batch_size
+        batches[str(index)] = [trainer.collate(picked[i : i + size]) for i in range(0, len(picked), size)]
+    measured = evaluate_routes(
+        trainer.accelerator.unwrap_model(trainer.model), batches, trainer.objective, trainer.args.device
+    )
+    first_kl = {key: value for key, value in measured.items() if key.endswith("_kl")}
+    for key, value in first_kl.items():
+        route = key.removesuffix("_kl")
+        if not math.isfinite(value):
+            raise UserError(f"route {route}: the teacher's distribution is not finite; save its checkpoint again.")
+        if value > LARGE_KL:
+            logger.warning(
+                "route %s: KL(teacher || student) is %.2f nats per token before the first step (over %.0f is far): "
+                "the student may not reach this teacher. A student or expert nearer to the other helps.",
+                route,
+                value,
+                LARGE_KL,
+            )
+    if processes().is_main_process:
+        run.append_metrics({"step": 0, **{f"initial_{key}": value for key, value in first_kl.items()}})
+    return first_kl

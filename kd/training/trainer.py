@@ -1,0 +1,238 @@
+"""transformers.Trainer with one objective (routed token losses) and one normaliser (the whole optimizer step).
+
+Shape legend: B rows, T positions, N response tokens, R routes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback
+
+from kd.data.batches import Batch, response_token_counts
+from kd.data.mixing import StepBatchSampler
+from kd.errors import UserError
+from kd.models.roles import STUDENT_ADAPTER
+from kd.runs.files import disk_errors
+from kd.runs.run_folder import RunFolder
+from kd.training.metrics import _Window, peak_memory_bytes
+from kd.training.objective import Objective, route_sums
+
+logger = logging.getLogger(__name__)
+
+# A module on the student that trains with it and is no part of the result: it is kept in checkpoints, in this file.
+TRAINING_ONLY = "training_only"
+TRAINING_ONLY_WEIGHTS = f"{TRAINING_ONLY}.safetensors"
+
+
+class RoutedTrainer(Trainer):
+    """Trainer whose loss is an `Objective` and whose checkpoints go through a `RunFolder`.
+
+    Overridden: where batches come from, what they count, what the loss is, what an evaluation measures, what a
+    checkpoint holds and how it is put in place. Everything else is transformers'.
+    """
+
+    objective: Objective
+    loss_is_scaled_for_ga = True  # the loss is already divided by the count of the whole optimizer step
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        objective: Objective,
+        train_rows: Dataset[Any],
+        batch_sampler: StepBatchSampler,
+        collate: Callable[[list[Any]], dict[str, Tensor]],
+        run: RunFolder,
+        eval_batches: Mapping[str, Sequence[Batch]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        args.output_dir = str(run.staging_dir)
+        # Several accelerators are used through torchrun or accelerate, never through nn.DataParallel.
+        args._n_gpu = min(args.n_gpu, 1)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=train_rows if eval_batches else None,  # Trainer asks that there is one; evaluate() is ours
+            data_collator=collate,
+            callbacks=callbacks,
+        )
+        for callback in self.callback_handler.callbacks:
+            # TensorBoard's files would go with the staging folder; its own environment variable comes first.
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(run.trackers_dir)
+        self.pop_callback(PrinterCallback)  # it prints dictionaries; progress is shown by a callback of ours
+        self.objective = objective
+        self.collate = collate
+        self.batch_sampler = batch_sampler
+        self.run_folder = run
+        self.eval_batches = eval_batches or {}
+        self._window = _Window(objective)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        loader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self.batch_sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+        """[R] response tokens of each route in the optimizer step, over all micro-batches and ranks."""
+        routes = len(self.objective.routes)
+        counts = (response_token_counts(batch, routes).to(device) for batch in batch_samples)
+        tokens_R = sum(counts, torch.zeros(routes, dtype=torch.long, device=device))
+        if self.args.world_size > 1:
+            tokens_R = self.accelerator.reduce(tokens_R, "sum")
+        return tokens_R
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        assert isinstance(num_items_in_batch, Tensor) and not return_outputs
+        sums = route_sums(model, inputs, self.objective, with_teachers=self.objective.trains_with_teachers)
+        self._window.add(sums)
+        loss = (self.objective.weights(num_items_in_batch) * sums.loss).sum()
+        # Data parallelism averages gradients over ranks; the sum is wanted.
+        loss = loss * self.accelerator.num_processes
+        if sums.router_aux is not None:  # a mean: over the step's micro-batches, too, and over ranks
+            loss = loss + self.objective.router_aux_weight * sums.router_aux / self.current_gradient_accumulation_steps
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the routes did since the last log, refuse to go on from a loss that is no number, write metrics."""
+        if "learning_rate" in logs and "loss" in logs:
+            window = self._window.drain(self.accelerator.reduce)
+            if not all(math.isfinite(logs[key]) for key in ("loss", "grad_norm") if key in logs):
+                raise UserError(
+                    f"train.learning_rate: {self.args.learning_rate}: the loss is no longer finite at step "
+                    f"{self.state.global_step}; use a lower learning rate or a longer warm-up, with another output. "
+                    "The checkpoints before it are whole."
+                )
+            if window.router_aux is not None:  # logged alone: `loss` does not depend on how a step is cut
+                logs["loss"] -= self.objective.router_aux_weight * window.router_aux
+                logs["router_aux"] = window.router_aux
+            logs.update(window.flat(self.objective.routes))
+            logs["peak_memory_gib"] = round(peak_memory_bytes() / 2**30, 3)
+        if self.is_world_process_zero() and "train_runtime" not in logs:
+            self.run_folder.append_metrics({"step": self.state.global_step, **logs})
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out loss and KL(teacher || student) per route; `eval_loss` weighs routes as the training loss does."""
+        metrics = evaluate_routes(self.model_wrapped, self.eval_batches, self.objective, self.args.device)
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Let transformers write into the staging folder, then put the checkpoint in place whole."""
+        with disk_errors(self.run_folder.path):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        step = self.state.global_step
+        if self.is_world_process_zero():
+            self.run_folder.seal_checkpoint(Path(self.args.output_dir or "") / f"checkpoint-{step}", step)
+            self.run_folder.prune(self.args.save_total_limit or 2, self.state.best_global_step)
+        self.accelerator.wait_for_everyone()
+        self._point_at_best()
+
+    def _run_epoch(self, **arguments: Any) -> None:  # type: ignore[override]
+        """Nothing, where the run was stopped early before it was killed."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(**arguments)
+
+    def _finalize_training(self, *arguments: Any) -> Any:
+        """Load the best checkpoint from where it lies now: the run folder may have been moved since it was written."""
+        self._point_at_best()
+        return super()._finalize_training(*arguments)
+
+    def _point_at_best(self) -> None:
+        """Trainer looks for the best checkpoint where it wrote it; it has been moved since."""
+        best = self.run_folder.checkpoint(self.state.best_global_step or 0)
+        self.state.best_model_checkpoint = str(best) if best.exists() else None
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Weights only, as safetensors: the student's adapter (not the teachers'), or all weights."""
+        if not self.args.should_save:
+            return
+        target = Path(output_dir or self.args.output_dir or "")
+        student = self.accelerator.unwrap_model(self.model)
+        save_student(student, target, state_dict)
+        if hasattr(student, TRAINING_ONLY):
+            save_file(getattr(student, TRAINING_ONLY).state_dict(), target / TRAINING_ONLY_WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Also what is no part of the result."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        student = self.accelerator.unwrap_model(model or self.model)
+        if hasattr(student, TRAINING_ONLY):
+            weights = load_file(Path(resume_from_checkpoint) / TRAINING_ONLY_WEIGHTS)
+            getattr(student, TRAINING_ONLY).load_state_dict(weights)
+
+
+def save_student(model: nn.Module, folder: Path, state_dict: Any = None) -> None:
+    """Write the student in PEFT format (adapter `default` in the root) or as a full safetensors checkpoint.
+
+    What only trains with it (TRAINING_ONLY) is left out.
+    """
+    if isinstance(model, PeftModel):
+        # Base weights stay out, also where an embedding or the head has an adapter: training does not change them.
+        model.save_pretrained(
+            str(folder), state_dict=state_dict, selected_adapters=[STUDENT_ADAPTER], save_embedding_layers=False
+        )
+        (folder / "README.md").unlink(missing_ok=True)  # peft's template; the run folder writes its own
+    else:
+        if hasattr(model, TRAINING_ONLY):
+            weights = model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: w for name, w in weights.items() if not name.startswith(f"{TRAINING_ONLY}.")}
+        model.save_pretrained(str(folder), state_dict=state_dict)  # type: ignore[operator]
+
+
+def evaluate_routes(
+    model: nn.Module, batches: Mapping[str, Iterable[Batch]], objective: Objective, device: torch.device
+) -> dict[str, float]:
+    """{"loss", "NAME_loss", "NAME_kl", "NAME_ntp"} in nats per response token over held-out batches, in eval mode."""
+    was_training = model.training
+    model.eval()
+    totals = _Window(objective)
+    with_teachers = all(route.teacher is not None for route in objective.routes)
+    with torch.no_grad():
+        for batch in (batch for several in batches.values() for batch in several):
+            placed = {key: value.to(device) for key, value in batch.items()}
+            totals.add(route_sums(model, placed, objective, with_teachers=with_teachers))
+    model.train(was_training)
+    means = totals.drain(lambda tensor, _how: tensor)  # every rank evaluates the same rows
+    result = {"loss": float((objective.weights(means.tokens_R) * means.loss_R).sum())}
+    for index, route in enumerate(objective.routes):
+        if means.tokens_R[index] > 0:
+            result |= {
+                f"{route.name}_{k.split('/')[1]}": v for k, v in means.route(index, route).items() if "tokens" not in k
+            }
+    return result
