@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -10,14 +10,43 @@ from pydantic import Field, field_validator
 from dae.recorded_rows import complete_from_run_folders, domain_remedy, general_remedy
 from dae.routing import GENERAL, UNNAMED
 from kd.config.data_recipe import DATA_SETTINGS, ROUTE_NAME, route_problems
+from kd.config.flags import BASE, Flag
 from kd.config.problems import NO_VALUE, Problem
+from kd.config.schema import Reads
 from kd.config.stage_recipe import StageRecipe
+from kd.errors import UserError
 
 
 class AlignRecipe(StageRecipe):
     """`dae align`: the student matches each expert on the rows of its route, and the reference on `general`."""
 
     has_experts: ClassVar[bool] = True
+    summary: ClassVar[str] = "Make the student that matches each expert on its domain and the reference elsewhere."
+    flags: ClassVar[tuple[Flag, ...]] = (
+        BASE,
+        Flag("expert", "expert", "[NAME=]PATH", "a domain's teacher; repeats, by name", repeats=True),
+        Flag("reference", "reference", "CKPT", "teacher of general rows (default: the base)"),
+        Flag(
+            "domain-data",
+            "data.domain",
+            "[NAME=]PATH",
+            "rows of an expert (default: the data recorded in the expert's run folder)",
+            repeats=True,
+        ),
+        Flag(
+            "general-data",
+            "data.general",
+            "PATH",
+            "general rows (default: the data recorded in the reference's run folder)",
+            repeats=True,
+        ),
+    )
+    reads: ClassVar[Mapping[str, Reads]] = {
+        **StageRecipe.reads,
+        "expert.*": "checkpoint",
+        "reference": "checkpoint",
+        "student_from": "checkpoint",
+    }
 
     output: str = Field(default="runs/align", min_length=1, description="the run folder to write")
     expert: dict[str, str] = Field(
@@ -47,6 +76,13 @@ class AlignRecipe(StageRecipe):
         raise ValueError("wants routes, tokens, or a factor for each route, such as {general: 1.0, domain: 2.0}")
 
     @classmethod
+    def from_flags(cls, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        plain = {name: value for name, value in given.items() if name not in ("expert", "domain_data")}
+        flags, names = super().from_flags(plain)
+        named_flags, named_names = align_flags(given.get("expert", ()), given.get("domain_data", ()))
+        return flags | named_flags, names | named_names
+
+    @classmethod
     def expand(cls, raw: dict[str, Any]) -> dict[str, Any]:
         raw = super().expand(raw)
         return {**raw, "expert": {UNNAMED: raw["expert"]}} if isinstance(raw.get("expert"), str) else raw
@@ -70,6 +106,33 @@ class AlignRecipe(StageRecipe):
             raw, {GENERAL: general_remedy(raw)} | {str(n): domain_remedy(n, p) for n, p in experts.items()}
         )
         return problems + weight_problems(raw.get("weights"), [GENERAL, *experts])
+
+
+def align_flags(experts: Sequence[str], domain_data: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """`--expert [NAME=]PATH` and `--domain-data [NAME=]PATH` as dotted keys, and the flag of each key for messages."""
+    flags: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    for name, path in map(named, experts):
+        key = "expert" if name is None else f"expert.{name}"
+        if key in flags:
+            again = "names two experts alike" if name else "without a name is for one expert: write --expert NAME=PATH"
+            raise UserError(f"--expert {path}: {again}")
+        flags[key], names[key] = path, "--expert"
+    if "expert" in flags and len(flags) > 1:
+        raise UserError(f"--expert {flags['expert']}: has no name beside named ones: write --expert NAME=PATH")
+    for name, path in map(named, domain_data):
+        if name == GENERAL:
+            raise UserError(f"--domain-data {name}={path}: `{GENERAL}` is the reference's route: --general-data {path}")
+        key = f"data.{name or UNNAMED}"
+        flags.setdefault(key, []).append(path)
+        names[key] = "--domain-data"
+    return flags, names
+
+
+def named(text: str) -> tuple[str | None, str]:
+    """NAME=PATH -> (NAME, PATH); a text whose first part cannot be a name is a path."""
+    name, equals, path = text.partition("=")
+    return (name, path) if equals and ROUTE_NAME.fullmatch(name) else (None, text)
 
 
 def expert_problems(experts: Mapping[str, Any]) -> list[Problem]:

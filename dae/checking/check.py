@@ -1,205 +1,51 @@
-"""`dae check`: everything but the weights, before a run costs anything.
-
-It goes the way of the real run (the same functions read rows, pair roles and lay out steps), so that a recipe which
-passes does not fail later for a reason that could have been seen.
-"""
+"""`dae check`: what a recipe comes to, on the terminal."""
 
 from __future__ import annotations
 
 import math
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import TrainingArguments
 
-from dae.alignment import check_checkpoints, fingerprints, load_data
-from dae.checking.estimates import Item, Models, disk, memory, models_of, tokens_of_run
+from dae.checking.estimates import Item, disk, memory, tokens_of_run
 from dae.checking.loss_shares import LossShare, loss_shares
-from dae.checking.meta_roles import check_roles, fewest_positions
 from dae.checking.overlap import overlaps
-from dae.earlier_student import with_lora_of_student
-from dae.recipe import AlignRecipe
-from kd.config.data_recipe import SourceRecipe
-from kd.config.loading import resolved_yaml
+from dae.checking.plan import Plan, make_plan
+from kd.config.data_recipe import DataRecipe
+from kd.config.stage_recipe import StageRecipe
 from kd.data.examples import SourceReport, marked_text
 from kd.data.mixing import Mixture
-from kd.data.records import read_records
-from kd.data.stage_data import StageData, load_stage_data, refuse_unfit_rows, unread_keys
+from kd.data.stage_data import StageData, unread_keys
 from kd.data.token_rows import TokenRows
-from kd.errors import UserError
-from kd.models.checkpoint_files import model_fingerprint
-from kd.models.roles import LoadSettings
-from kd.runs.provenance import HELD_OUT, read_provenance
-from kd.runs.run_folder import RunFolder
-from kd.stages import distill
-from kd.stages.distill_recipe import DistillRecipe
-from kd.stages.sft import ROUTE, check_checkpoint
-from kd.stages.sft_recipe import SftRecipe
-from kd.training.settings import load_settings, planned_steps, rows_per_step, training_arguments
+from kd.runs.provenance import HELD_OUT
+from kd.stages.stage import AnyStage
 
 SMALL_SHARE = 0.05  # of the loss: below it a route is hardly learnt
 MANY_STEPS = 0.1  # of the run: a route that is missing from more has noticeably less of the loss than it was given
 ROWS_SHOWN = 2  # of each route
 CHARACTERS_SHOWN = 240  # of each segment of a row
-STAGES = {SftRecipe: "sft", DistillRecipe: "distill", AlignRecipe: "align"}
-
-Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a recipe comes to."""
-
-    data: StageData
-    args: TrainingArguments
-    settings: LoadSettings
-    mixture: Mixture
-    steps: int
-    models: Models
-
-
-class Findings:
-    """Problems found so far; each step of a check adds its own, so that all are told at once."""
-
-    def __init__(self) -> None:
-        self.problems: list[str] = []
-
-    def of(self, step: Callable[[], Result]) -> Result | None:
-        """The step's result, or None where it found a problem."""
-        try:
-            return step()
-        except UserError as error:
-            self.problems.append(str(error))
-            return None
-
-    def tell(self) -> None:
-        """Raise UserError with everything that was found."""
-        if len(self.problems) == 1:
-            raise UserError(self.problems[0])
-        if self.problems:
-            raise UserError("\n".join([f"{len(self.problems)} problems:", *(f"  {line}" for line in self.problems)]))
-
-
-def check(recipe: SftRecipe | DistillRecipe | AlignRecipe, console: Console | None = None) -> None:
+def check(stage: AnyStage, recipe: StageRecipe, console: Console | None = None) -> None:
     """Print what the run would do. Raises UserError with everything that would stop it."""
-    plan = make_plan(recipe)
+    plan = make_plan(stage, recipe)
     console = console or Console(highlight=False)
-    show_routes(console, recipe, plan)
+    show_routes(console, plan)
     show_rows(console, plan)
-    show_held_out(console, recipe, plan.data)
-    show_effort(console, recipe, plan)
+    show_held_out(console, plan.recipe.data, plan.data)
+    show_effort(console, plan)
 
 
-def make_plan(recipe: SftRecipe | DistillRecipe | AlignRecipe) -> Plan:
-    """Everything but the weights. Raises UserError with every problem found."""
-    found = Findings()
-    found.of(lambda: check_output(recipe.output))
-    settings = load_settings(recipe)
-    inputs = found.of(lambda: inputs_of(recipe))
-    models = None
-    if inputs is not None:
-        if isinstance(recipe, AlignRecipe):
-            found.of(partial(check_checkpoints, recipe, inputs))
-        if isinstance(recipe, DistillRecipe):
-            found.of(partial(distill.check_checkpoints, recipe))
-        if isinstance(recipe, SftRecipe):
-            found.of(partial(check_checkpoint, recipe))
-        if isinstance(recipe, AlignRecipe) and not found.problems:
-            recipe = found.of(partial(with_lora_of_student, recipe)) or recipe
-        # What does not belong together cannot be laid out either.
-        models = found.of(lambda: models_of(recipe, inputs, settings)) if not found.problems else None
-    args = found.of(lambda: training_arguments(recipe, settings))
-    readable = [found.of(partial(first_record, source)) for source in sources_of(recipe)]
-    data = found.of(lambda: data_of(recipe)) if inputs is not None and None not in readable else None
-    mixture = steps = None
-    if data is not None and args is not None:
-        mixture = found.of(lambda: Mixture(data.sources, rows_per_step(args), recipe.seed))
-    if mixture is not None and args is not None:
-        steps = found.of(lambda: planned_steps(mixture, args))
-    if models is not None:
-        found.of(lambda: check_roles(recipe, models.roles))
-    if data is not None and models is not None:
-        positions = fewest_positions(models.roles)
-        found.of(lambda: refuse_unfit_rows(recipe, data, models.vocabulary_rows, positions))
-    if data is not None and inputs is not None:
-        found.of(lambda: look_at_output(recipe, inputs, data))
-    found.tell()
-    assert data is not None
-    assert args is not None
-    assert mixture is not None
-    assert steps is not None
-    assert models is not None
-    return Plan(data, args, settings, mixture, steps, models)
-
-
-def sources_of(recipe: SftRecipe | DistillRecipe | AlignRecipe) -> list[SourceRecipe]:
-    """All sources, for training and held out."""
-    return [
-        source for part in (recipe.data.routes, recipe.data.eval) for sources in part.values() for source in sources
-    ]
-
-
-def first_record(source: SourceRecipe) -> str:
-    """Where a source begins. Raises UserError where it cannot be read, so that all missing files are told at once."""
-    location, _ = next(read_records(source))
-    return location
-
-
-def inputs_of(recipe: SftRecipe | DistillRecipe | AlignRecipe) -> dict[str, str]:
-    """Fingerprint of each role."""
-    if isinstance(recipe, AlignRecipe):
-        return fingerprints(recipe)
-    if isinstance(recipe, DistillRecipe):
-        return distill.fingerprints(recipe)
-    return {"base": model_fingerprint(recipe.base)}
-
-
-def data_of(recipe: SftRecipe | DistillRecipe | AlignRecipe) -> StageData:
-    """All rows, encoded, as the stage itself reads them."""
-    if isinstance(recipe, AlignRecipe):
-        return load_data(recipe)
-    if isinstance(recipe, DistillRecipe):
-        return distill.load_data(recipe)
-    return load_stage_data(recipe, [ROUTE], None)
-
-
-def check_output(output: str) -> None:
-    """Raise UserError where the run folder could not be written."""
-    place = Path(output)
-    if place.exists() and not place.is_dir():
-        raise UserError(f"output: {output}: is a file; name a folder")
-    existing = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"output: {output}: {existing} may not be written; name a place that you may use")
-
-
-def look_at_output(recipe: SftRecipe | DistillRecipe | AlignRecipe, inputs: Mapping[str, str], data: StageData) -> None:
-    """Raise UserError where the run folder holds another run, or a live process holds it."""
-    begun = read_provenance(recipe.output) or {}
-    RunFolder(recipe.output).look(
-        STAGES[type(recipe)],
-        resolved_yaml(recipe),
-        inputs,
-        base=recipe.base,
-        data=data.inputs,
-        processes=begun.get("processes", 1),  # how many a launcher will start is not known here
-    )
-
-
-def show_routes(console: Console, recipe: SftRecipe | DistillRecipe | AlignRecipe, plan: Plan) -> None:
+def show_routes(console: Console, plan: Plan) -> None:
     """Rows, tokens and shares of each route; then what was cut or dropped and why; then what to worry about."""
     data = plan.data
     table = plain_table("route", "rows", "tokens", "response", "% rows", "% loss", "cut", "dropped", "passes")
-    shares = loss_shares(recipe, data, plan.mixture, plan.steps)
+    shares = loss_shares(plan.objective, data, plan.mixture, plan.steps)
     for name in data.route_names:
         reports = data.reports[name]
         share = sum(source.share for source in data.sources if source.route == name)
@@ -215,7 +61,7 @@ def show_routes(console: Console, recipe: SftRecipe | DistillRecipe | AlignRecip
     for words in data.tokenizer_faults:
         console.print(Text.assemble(("warning: ", "bold"), words), soft_wrap=True)
     for name, loss_share in shares.items():
-        for words in share_warnings(name, loss_share, recipe, plan.mixture):
+        for words in share_warnings(name, loss_share, plan.objective.pooled, plan.mixture):
             console.print(f"[bold]warning:[/] {words}", soft_wrap=True)
 
 
@@ -228,11 +74,8 @@ def row_counts(reports: Sequence[SourceReport]) -> tuple[str, str, str, str, str
     return kept, tokens, response, cut, f"{sum(sum(report.dropped.values()) for report in reports):,}"
 
 
-def share_warnings(
-    route: str, share: LossShare, recipe: SftRecipe | DistillRecipe | AlignRecipe, mixture: Mixture
-) -> Iterator[str]:
+def share_warnings(route: str, share: LossShare, pooled: bool, mixture: Mixture) -> Iterator[str]:
     """What to say of a route that has little of the loss, or none of it in many steps."""
-    pooled = isinstance(recipe, AlignRecipe) and recipe.weights == "tokens"
     if share.mean < SMALL_SHARE:
         remedy = "weights=routes gives each route the same say, a" if pooled else "A"
         yield (
@@ -293,32 +136,32 @@ def tell_report(console: Console, report: SourceReport) -> None:
         console.print(Text.assemble(("warning: ", "bold"), f"{report.path}: {words}"), soft_wrap=True)
 
 
-def show_held_out(console: Console, recipe: SftRecipe | DistillRecipe | AlignRecipe, data: StageData) -> None:
+def show_held_out(console: Console, data_recipe: DataRecipe, data: StageData) -> None:
     """Held-out rows, what became of them, and how many of them also stand in training."""
-    if not recipe.data.eval:
+    if not data_recipe.eval:
         console.print(
             "\nno held-out rows (data.eval): the last checkpoint is the result, whether or not it is the best"
         )
         return
     table = plain_table("held out", "rows", "tokens", "response", "cut", "dropped", "in training", "same prompt")
-    for name, overlap in overlaps(recipe.data, data.reports).items():
+    for name, overlap in overlaps(data_recipe, data.reports).items():
         reports = data.reports[f"{HELD_OUT}{name}"]
         table.add_row(name, *row_counts(reports), f"{overlap.same_row:,}", f"{overlap.same_prompt:,}")
     console.print()
     console.print(table)
-    for name in recipe.data.eval:
+    for name in data_recipe.eval:
         for report in data.reports[f"{HELD_OUT}{name}"]:
             tell_report(console, report)
 
 
-def show_effort(console: Console, recipe: SftRecipe | DistillRecipe | AlignRecipe, plan: Plan) -> None:
+def show_effort(console: Console, plan: Plan) -> None:
     """Steps, tokens, memory, disk."""
     args, mixture = plan.args, plan.mixture
     rows = plan.steps * mixture.rows_per_step
     epoch = f", {mixture.rows_per_epoch:,} an epoch" if mixture.rows_per_epoch is not None else ""
     micro = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size} process"
     trained = tokens_of_run(plan.data, rows, plan.data.route_names)
-    taught = 0 if isinstance(recipe, SftRecipe) else trained
+    taught = trained if plan.roles.teachers else 0
     place = plan.settings.device if plan.settings.device != "cpu" else "this machine's CPU"
     dtype = str(plan.settings.dtype).removeprefix("torch.")
     console.print(
@@ -327,12 +170,12 @@ def show_effort(console: Console, recipe: SftRecipe | DistillRecipe | AlignRecip
     console.print(
         f"tokens    {trained:,} through the student (forward, backward), {taught:,} through teachers (forward)"
     )
-    needed = memory(recipe, plan.models, args, plan.data, plan.settings)
+    needed = memory(plan)
     show_items(console, f"memory, on {place} in {dtype}, estimated", needed)
-    written = disk(recipe, plan.models, args)
+    written = disk(plan)
     show_items(console, "disk, at most", written)
     folder = next(
-        folder for folder in (Path(recipe.output), *Path(recipe.output).absolute().parents) if folder.exists()
+        folder for folder in (Path(plan.recipe.output), *Path(plan.recipe.output).absolute().parents) if folder.exists()
     )
     free = shutil.disk_usage(folder).free
     if sum(item.bytes for item in written) > free:

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dae.alignment import objective_of
-from dae.recipe import AlignRecipe
-from kd.config.stage_recipe import StageRecipe
 from kd.data.mixing import Mixture
 from kd.data.stage_data import StageData
+from kd.training.objective import Objective
 
 SAMPLED_STEPS = 1000  # the first ones: shares are kept from step to step, so later ones are like them
 
@@ -26,15 +24,14 @@ class LossShare:
     absent: float
 
 
-def loss_shares(recipe: StageRecipe, data: StageData, mixture: Mixture, steps: int) -> dict[str, LossShare]:
+def loss_shares(objective: Objective, data: StageData, mixture: Mixture, steps: int) -> dict[str, LossShare]:
     """Each route's part of the loss, by the objective's own weights of the rows that come in each step.
 
     A step in which a route has no row gives its weight to the others, so that with `weights: routes` a route's part is
     its factor's only where every step has rows of every route.
     """
-    if not isinstance(recipe, AlignRecipe):
-        return dict.fromkeys(data.route_names, LossShare(1.0, 0.0))  # they have one route
-    objective = objective_of(recipe, dict.fromkeys(data.route_names))
+    if len(data.route_names) == 1:
+        return {data.route_names[0]: LossShare(1.0, 0.0)}
     route_of_source = [data.route_names.index(source.route) for source in data.sources]
     counts = [rows.response_counts for rows in data.rows]
     sampled = min(steps, SAMPLED_STEPS)

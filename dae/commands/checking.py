@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -10,17 +11,23 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dae.commands.schemas import CHECKED, SCHEMAS
-from dae.commands.stages import Assignments, align, distill, look_at, sft
+from dae.commands.schemas import schemas
+from dae.commands.stages import Assignments, check_stage, stage_command
+from dae.stages import STAGES
 from kd.config.layering import Layers
 from kd.config.loading import address, load_recipe
 from kd.config.problems import one_of, suggestion
 from kd.config.schema import Frozen
+from kd.config.stage_recipe import StageRecipe
 from kd.errors import UserError
 
 RECIPE_FORM = "RECIPE"  # the command behind `dae check FILE`
 OPTIONS = ("--stage", "--help")
-EXPECTED = f"expected {one_of(CHECKED)} with its flags, or a recipe file (see `dae check --help`)"
+
+
+def expected() -> str:
+    """What may follow `dae check`."""
+    return f"expected {one_of(list(STAGES))} with its flags, or a recipe file (see `dae check --help`)"
 
 
 class StageOrRecipe(TyperGroup):
@@ -39,21 +46,25 @@ def in_full(words: Sequence[str]) -> list[str]:
     """
     if words[:1] == ["--help"]:
         return list(words)
-    if words and words[0] in CHECKED:
+    if words and words[0] in STAGES:
         return [words[0], "--check", *words[1:]]
     if words and words[0].startswith("--") and words[0].partition("=")[0] not in OPTIONS:
         raise UserError(f"{words[0]}: the stage's name goes before its flags: dae check align {words[0]} ...")
     if words and not Path(words[0]).suffix and not words[0].startswith("-") and not Path(words[0]).exists():
-        raise UserError(f"{words[0]}: no such stage or recipe file; {EXPECTED}{suggestion(words[0], CHECKED)}")
+        raise UserError(f"{words[0]}: no such stage or recipe file; {expected()}{suggestion(words[0], STAGES)}")
     return [RECIPE_FORM, *words]
 
 
-check_app = typer.Typer(cls=StageOrRecipe, pretty_exceptions_enable=False)
-for stage_command in (align, sft, distill):
-    check_app.command()(stage_command)
+def check_command() -> typer.Typer:
+    """`dae check`, with a form for every stage."""
+    app = typer.Typer(cls=StageOrRecipe, pretty_exceptions_enable=False)
+    for name in STAGES:
+        app.command(name)(stage_command(name))
+    app.callback()(checks)
+    app.command(RECIPE_FORM, hidden=True)(check_recipe)
+    return app
 
 
-@check_app.callback()
 def checks() -> None:
     r"""Load everything but the weights: rows, shares, masks, steps, memory; refuse what would go wrong.
 
@@ -69,7 +80,6 @@ def checks() -> None:
     """
 
 
-@check_app.command(RECIPE_FORM, hidden=True)
 def check_recipe(
     recipe: Annotated[Path | None, typer.Argument(metavar="FILE", help="the recipe, in YAML")] = None,
     assignments: Assignments = None,
@@ -79,17 +89,18 @@ def check_recipe(
 ) -> None:
     """Check a recipe file."""
     if recipe is None:
-        raise UserError(EXPECTED)
+        raise UserError(expected())
     chosen = stage or stage_of(recipe, assignments or [])
-    if chosen not in CHECKED:
-        raise UserError(f"--stage {chosen}: expected {one_of(CHECKED)}")
-    look_at(load_recipe(SCHEMAS[chosen], recipe, {}, assignments or []))  # type: ignore[arg-type]
+    if chosen not in STAGES:
+        raise UserError(f"--stage {chosen}: expected {one_of(list(STAGES))}")
+    entry = STAGES[chosen]
+    check_stage(entry, load_recipe(entry.recipe, recipe, {}, assignments or []))
 
 
 def stage_of(recipe: Path, assignments: Sequence[str]) -> str:
-    """The stage that a recipe is for: `align` if it names an expert, `distill` if it names a teacher, else `sft`.
+    """The stage that a recipe is for: the one with most of its own required keys in it; `sft` has none of its own.
 
-    Raises UserError where it is a recipe of a command that is none of these stages.
+    Raises UserError where it is a recipe of a command that is none of the stages.
     """
     layers = Layers(address)
     layers.read_yaml(recipe)
@@ -97,24 +108,29 @@ def stage_of(recipe: Path, assignments: Sequence[str]) -> str:
     if command is not None:
         raise UserError(
             f"{recipe}: is a recipe of `dae {command}`, which reports all mistakes itself before it runs; "
-            f"`dae check` looks at recipes of {one_of(CHECKED)}"
+            f"`dae check` looks at recipes of {one_of(list(STAGES))}"
         )
-    for key, stage in (("expert", "align"), ("teacher", "distill")):
-        if key in layers.raw or any(text.startswith(key) for text in assignments):
-            return stage
-    return "sft"
+    written = {*layers.raw, *(re.split(r"[.=]", text)[0] for text in assignments)}
+
+    def own_keys(name: str) -> int:
+        fields = STAGES[name].recipe.model_fields.items()
+        return len(
+            {key for key, field in fields if field.is_required() and key not in StageRecipe.model_fields} & written
+        )
+
+    return max(["sft", *STAGES], key=own_keys)
 
 
 def other_command(keys: AbstractSet[str]) -> str | None:
-    """The command whose recipe knows more of these outermost keys than those of the stages that are checked do."""
+    """The command whose recipe knows more of these outermost keys than those of the stages do."""
     from dae.pipeline.recipe import PipelineRecipe
 
     def known(schema: type[Frozen]) -> int:
         return len(keys & {field.alias or name for name, field in schema.model_fields.items()})
 
-    others: dict[str, type[Frozen]] = {name: schema for name, schema in SCHEMAS.items() if name not in CHECKED}
+    others: dict[str, type[Frozen]] = {name: schema for name, schema in schemas().items() if name not in STAGES}
     others["run"] = PipelineRecipe
     best = max(others, key=lambda name: known(others[name]))
-    if known(others[best]) <= max(known(SCHEMAS[stage]) for stage in CHECKED):
+    if known(others[best]) <= max(known(entry.recipe) for entry in STAGES.values()):
         return None
     return "eval tasks --suite" if best == "suite" else best.replace("merge-", "merge ")

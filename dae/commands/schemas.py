@@ -1,4 +1,4 @@
-"""The recipe of each command, by the command's name."""
+"""The recipe of each command, by the command's name: what `dae keys` lists."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ from dae_eval.suites import Suite
 
 from dae.merging.recipe import MoeRecipe, ToLoraRecipe, WeightsRecipe
 from dae.rank_teachers.recipe import RankRecipe
-from dae.recipe import AlignRecipe
 from dae.sampling.recipe import SampleRecipe
+from dae.stages import STAGES
 from kd.config.schema import Frozen
-from kd.stages.distill_recipe import DistillRecipe
-from kd.stages.sft_recipe import SftRecipe
 
-SCHEMAS: dict[str, type[Frozen]] = {
-    "align": AlignRecipe,
-    "distill": DistillRecipe,
-    "sft": SftRecipe,
-    "sample": SampleRecipe,
-    "rank-teachers": RankRecipe,
-    "merge-moe": MoeRecipe,
-    "merge-weights": WeightsRecipe,
-    "merge-to-lora": ToLoraRecipe,
-    "suite": Suite,
-}
-CHECKED = ("align", "distill", "sft")  # the stages that `dae check` looks at
+
+def schemas() -> dict[str, type[Frozen]]:
+    """The stages' recipes, then the others."""
+    return {
+        **{name: entry.recipe for name, entry in STAGES.items()},
+        "sample": SampleRecipe,
+        "rank-teachers": RankRecipe,
+        "merge-moe": MoeRecipe,
+        "merge-weights": WeightsRecipe,
+        "merge-to-lora": ToLoraRecipe,
+        "suite": Suite,
+    }

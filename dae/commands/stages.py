@@ -1,150 +1,82 @@
-"""`dae align`, `dae sft`, `dae distill`: build the recipe, then train by it, or with `--check` only look at it."""
+"""The command of each stage (`dae align`, ...): build the recipe, then train, or only check with `--check`."""
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dae.recipe import AlignRecipe
-from dae.routing import GENERAL, UNNAMED
-from kd.config.data_recipe import ROUTE_NAME
+from dae.stages import STAGES, StageEntry
+from kd.config.flags import Flag
 from kd.config.loading import load_recipe
-from kd.errors import UserError
+from kd.config.stage_recipe import StageRecipe
 from kd.runs.provenance import HELD_OUT
-from kd.stages.distill_recipe import DistillRecipe
-from kd.stages.sft_recipe import SftRecipe
 
 if TYPE_CHECKING:
-    from kd.training.run_stage import RunResult
+    from kd.stages.run_stage import RunResult
 
 Assignments = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="any key of the recipe; `dae keys` lists them")
 ]
 RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", metavar="FILE", help="YAML; flags and KEY=VALUE go over it")
+    Path | None, typer.Option("--recipe", metavar="FILE", help="YAML; flags and KEY=VALUE override it")
 ]
-Base = Annotated[str | None, typer.Option(metavar="CKPT", help="checkpoint that training starts from")]
 Merge = Annotated[bool, typer.Option("--merge", help="also write merged full weights")]
-Check = Annotated[bool, typer.Option("--check", help="only look, as `dae check` does: load no weights, train nothing")]
+Check = Annotated[bool, typer.Option("--check", help="only check, as `dae check` does: load no weights, train nothing")]
 
 
-def align(
-    assignments: Assignments = None,
-    base: Base = None,
-    expert: Annotated[
-        list[str] | None, typer.Option(metavar="[NAME=]PATH", help="a domain's teacher; repeats, by name")
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option(metavar="CKPT", help="teacher of general rows (default: the base)")
-    ] = None,
-    domain_data: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[NAME=]PATH", help="rows of an expert (default: those recorded in its run folder)"),
-    ] = None,
-    general_data: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATH", help="general rows (default: those recorded in the reference's run folder)"),
-    ] = None,
-    output: Annotated[str | None, typer.Option(metavar="DIR", help="run folder (default: runs/align)")] = None,
-    recipe: RecipeFile = None,
-    merge: Merge = False,
-    check: Check = False,
-) -> None:
-    """Make the student that matches each expert on its domain and the reference elsewhere."""
-    flags, names = align_flags(expert or [], domain_data or [])
-    flags |= {"base": base, "reference": reference, "output": output, "merge": merge or None}
-    flags["data.general"] = list(general_data) if general_data else None
-    names["data.general"] = "--general-data"
-    loaded = load_recipe(AlignRecipe, recipe, flags, assignments or [], names)
-    if check:
-        look_at(loaded)
-        return
+def stage_command(name: str) -> Callable[..., None]:
+    """The command of a stage, with a parameter for each flag that its recipe declares."""
+    entry = STAGES[name]
 
-    from dae.alignment import align as run
+    def command(**given: Any) -> None:
+        flags, names = entry.recipe.from_flags({key: value for key, value in given.items() if value is not None})
+        flags["merge"] = given["merge"] or None
+        recipe = load_recipe(entry.recipe, given["recipe"], flags, given["assignments"] or [], names)
+        (check_stage if given["check"] else run)(entry, recipe)
 
-    tell(run(loaded))
+    parameters: dict[str, tuple[Any, Any]] = {"assignments": (Assignments, None)}
+    parameters |= {flag.name.replace("-", "_"): (annotation(flag), None) for flag in entry.recipe.flags}
+    parameters |= {"output": (annotation(output_flag(entry.recipe)), None), "recipe": (RecipeFile, None)}
+    parameters |= {"merge": (Merge, False), "check": (Check, False)}
+    kind = inspect.Parameter.KEYWORD_ONLY
+    signature = [inspect.Parameter(key, kind, default=d, annotation=a) for key, (a, d) in parameters.items()]
+    command.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined] # what typer reads
+    command.__annotations__ = {key: a for key, (a, _) in parameters.items()}
+    command.__name__, command.__doc__ = name, entry.recipe.summary
+    return command
 
 
-def sft(
-    assignments: Assignments = None,
-    base: Base = None,
-    data: Annotated[list[str] | None, typer.Option(metavar="PATH", help="training rows; repeats")] = None,
-    output: Annotated[str | None, typer.Option(metavar="DIR", help="run folder")] = None,
-    recipe: RecipeFile = None,
-    merge: Merge = False,
-    check: Check = False,
-) -> None:
-    """Train an expert: next-token loss on response tokens."""
-    flags = {"base": base, "data.train": list(data) if data else None, "output": output, "merge": merge or None}
-    loaded = load_recipe(SftRecipe, recipe, flags, assignments or [], {"data.train": "--data"})
-    if check:
-        look_at(loaded)
-        return
-
-    from kd.stages.sft import sft as run
-
-    tell(run(loaded))
+def annotation(flag: Flag) -> Any:
+    """A flag as typer reads it."""
+    option = typer.Option(f"--{flag.name}", metavar=flag.metavar, help=flag.help)
+    return Annotated[list[str] | None, option] if flag.repeats else Annotated[str | None, option]
 
 
-def distill(
-    assignments: Assignments = None,
-    base: Base = None,
-    teacher: Annotated[str | None, typer.Option(metavar="CKPT", help="checkpoint to learn from, of any size")] = None,
-    data: Annotated[list[str] | None, typer.Option(metavar="PATH", help="training rows; repeats")] = None,
-    output: Annotated[str | None, typer.Option(metavar="DIR", help="run folder (default: runs/distill)")] = None,
-    recipe: RecipeFile = None,
-    merge: Merge = False,
-    check: Check = False,
-) -> None:
-    """Make a student that matches a larger teacher: the stage before align."""
-    rows = list(data) if data else None
-    flags = {"base": base, "teacher": teacher, "data.train": rows, "output": output, "merge": merge or None}
-    loaded = load_recipe(DistillRecipe, recipe, flags, assignments or [], {"data.train": "--data"})
-    if check:
-        look_at(loaded)
-        return
-
-    from kd.stages.distill import distill as run
-
-    tell(run(loaded))
+def output_flag(recipe: type[StageRecipe]) -> Flag:
+    """`--output`, with the recipe's default."""
+    default = recipe.model_fields["output"].default
+    return Flag(
+        "output", "output", "DIR", "run folder" + (f" (default: {default})" if isinstance(default, str) else "")
+    )
 
 
-def look_at(recipe: AlignRecipe | SftRecipe | DistillRecipe) -> None:
-    """Show what a run by this recipe would do. Raises UserError for what would go wrong."""
+def run(entry: StageEntry, recipe: StageRecipe) -> None:
+    """Train by a recipe, and print what came of it."""
+    from kd.stages.run_stage import run_stage
+
+    tell(run_stage(entry.load(), recipe))
+
+
+def check_stage(entry: StageEntry, recipe: StageRecipe) -> None:
+    """Show what a run by this recipe would do. Raises UserError with everything that would stop it."""
     from dae.checking.check import check
 
-    check(recipe)
-
-
-def align_flags(experts: Sequence[str], domain_data: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """`--expert [NAME=]PATH` and `--domain-data [NAME=]PATH` as dotted keys, and the flag of each key for messages."""
-    flags: dict[str, Any] = {}
-    names: dict[str, str] = {}
-    for name, path in map(named, experts):
-        key = "expert" if name is None else f"expert.{name}"
-        if key in flags:
-            again = "names two experts alike" if name else "without a name is for one expert: write --expert NAME=PATH"
-            raise UserError(f"--expert {path}: {again}")
-        flags[key], names[key] = path, "--expert"
-    if "expert" in flags and len(flags) > 1:
-        raise UserError(f"--expert {flags['expert']}: has no name beside named ones: write --expert NAME=PATH")
-    for name, path in map(named, domain_data):
-        if name == GENERAL:
-            raise UserError(f"--domain-data {name}={path}: `{GENERAL}` is the reference's route: --general-data {path}")
-        key = f"data.{name or UNNAMED}"
-        flags.setdefault(key, []).append(path)
-        names[key] = "--domain-data"
-    return flags, names
-
-
-def named(text: str) -> tuple[str | None, str]:
-    """NAME=PATH -> (NAME, PATH); a text whose first part cannot be a name is a path."""
-    name, equals, path = text.partition("=")
-    return (name, path) if equals and ROUTE_NAME.fullmatch(name) else (None, text)
+    check(entry.load(), recipe)
 
 
 def tell(result: RunResult) -> None:

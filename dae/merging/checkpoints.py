@@ -31,7 +31,7 @@ from kd.models.roles import STUDENT_ADAPTER, LoadSettings, load_model, refuse_ba
 from kd.runs.files import TEMPORARY_PREFIX, remove
 from kd.runs.provenance import base_fingerprint_of
 from kd.runs.run_folder import RunFolder
-from kd.training.run_stage import RunResult
+from kd.stages.run_stage import RunResult
 
 logger = logging.getLogger("dae")
 

@@ -33,7 +33,7 @@ from kd.models.adapter_files import is_adapter, refuse_adapter
 from kd.models.checkpoint_files import resolve_model, weight_files
 from kd.models.compatibility import check_tokenizers, empty_model
 from kd.models.merged import state_ties_of_files
-from kd.training.run_stage import RunResult
+from kd.stages.run_stage import RunResult
 
 logger = logging.getLogger("dae")
 

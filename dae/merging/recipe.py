@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from kd.config.data_recipe import ROUTE_NAME
 from kd.config.problems import NO_VALUE, Problem
-from kd.config.schema import LARGEST_SEED, Frozen
+from kd.config.schema import LARGEST_SEED, Frozen, Reads
 
 Gate = Literal["hidden", "cheap_embed", "random"]
 Method = Literal["linear", "slerp", "task_arithmetic", "ties", "dare_ties"]
@@ -31,6 +31,8 @@ class MoeExpert(Frozen):
 
 class MoeRecipe(Frozen):
     """`dae merge moe`: the MLPs of several dense checkpoints as the experts of one mixture."""
+
+    reads: ClassVar[Mapping[str, Reads]] = {"base": "full checkpoint", "experts.*.path": "checkpoint"}
 
     base: str = Field(min_length=1, description="attention, norms and embeddings come from it: folder or hub id")
     experts: dict[str, MoeExpert] = Field(
@@ -108,6 +110,12 @@ def prompt_problems(experts: Mapping[str, Any], gate: Any) -> list[Problem]:
 class WeightsRecipe(Frozen):
     """`dae merge weights`: a checkpoint between or beside others by arithmetic on their weights, without training."""
 
+    reads: ClassVar[Mapping[str, Reads]] = {
+        "base": "full checkpoint",
+        "reference": "checkpoint",
+        "expert": "checkpoint",
+    }
+
     method: Method = Field(description="linear and slerp between reference and expert; the others add task vectors")
     base: str = Field(
         min_length=1, description="what task vectors are counted from, and what adapters stand on: folder or hub id"
@@ -153,6 +161,8 @@ class WeightsRecipe(Frozen):
 
 class ToLoraRecipe(Frozen):
     """`dae merge to-lora`: what a fully fine-tuned expert learnt, as a LoRA adapter on the reference."""
+
+    reads: ClassVar[Mapping[str, Reads]] = {"reference": "full checkpoint", "expert": "full checkpoint"}
 
     reference: str = Field(min_length=1, description="the checkpoint that the adapter is to stand on: folder or hub id")
     expert: str = Field(min_length=1, description="the fully fine-tuned checkpoint")

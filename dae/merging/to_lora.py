@@ -34,7 +34,7 @@ from kd.models.checkpoint_files import resolve_model
 from kd.models.compatibility import check_tokenizers, empty_model
 from kd.models.roles import LoadSettings, load_model
 from kd.runs.files import json_text, read_json
-from kd.training.run_stage import RunResult
+from kd.stages.run_stage import RunResult
 
 logger = logging.getLogger("dae")
 

@@ -10,16 +10,13 @@ import yaml
 from pydantic import Field
 
 from dae.merging.recipe import MoeRecipe, ToLoraRecipe, WeightsRecipe
-from dae.recipe import AlignRecipe
 from dae.sampling.recipe import SampleRecipe
+from dae.stages import STAGES
 from kd.config.data_recipe import ROUTE_NAME
 from kd.config.layering import RecipeDumper
 from kd.config.problems import NO_VALUE, Key, Problem
-from kd.config.schema import Frozen
-from kd.stages.distill_recipe import DistillRecipe
-from kd.stages.sft_recipe import SftRecipe
+from kd.config.schema import Frozen, Reads
 
-Wanted = Literal["checkpoint", "full checkpoint", "rows", "evaluation", "suite", "template"]
 Gives = Literal["checkpoint", "rows", "evaluation", "report"]
 ROLES = ("base", "expert", "reference", "student")
 
@@ -40,6 +37,12 @@ class SuiteChoice(Frozen):
 class EvalStage(Frozen):
     """`dae eval tasks`: one model scored on the tasks of a suite."""
 
+    reads: ClassVar[Mapping[str, Reads]] = {
+        "model": "checkpoint",
+        "base": "full checkpoint",
+        "suite.file": "suite",
+    }
+
     model: str = Field(min_length=1, description="checkpoint, adapter or run folder")
     base: str | None = Field(default=None, min_length=1, description="what an adapter stands on; null: what it names")
     suite: SuiteChoice = Field(description="a file, or {file, set: {key: value}}")
@@ -52,6 +55,13 @@ class EvalStage(Frozen):
 
 class ReportStage(Frozen):
     """`dae report`: base, expert, reference and student compared; from models, or from finished evaluations."""
+
+    reads: ClassVar[Mapping[str, Reads]] = {
+        **dict.fromkeys(ROLES, "checkpoint"),
+        "compare.*": "checkpoint",
+        "from.*": "evaluation",
+        "suite.file": "suite",
+    }
 
     base: str | None = Field(default=None, min_length=1, description="where the expert started from")
     expert: str | None = Field(default=None, min_length=1, description="whose gain on the domain is wanted")
@@ -113,61 +123,25 @@ def in_one_line(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of stage.
-
-    inputs: dotted key inside the section (`*` for any one part) -> what is to be found there.
-    """
+    """One kind of stage: its command, its recipe, and what it writes."""
 
     command: tuple[str, ...]
     schema: type[Frozen]
-    inputs: Mapping[str, Wanted]
     gives: Gives = "checkpoint"
 
 
-_ROWS: dict[str, Wanted] = {
-    "data.routes.*.*.path": "rows",
-    "data.eval.*.*.path": "rows",
-    "data.chat_template": "template",
-}
-_ROLES: dict[str, Wanted] = dict.fromkeys(ROLES, "checkpoint")
-
-KINDS: dict[str, Kind] = {
-    "sft": Kind(("sft",), SftRecipe, {"base": "full checkpoint", **_ROWS}),
-    "sample": Kind(("sample",), SampleRecipe, {"model": "checkpoint", "prompts": "rows"}, "rows"),
-    "distill": Kind(("distill",), DistillRecipe, {"base": "full checkpoint", "teacher": "full checkpoint", **_ROWS}),
-    "merge moe": Kind(("merge", "moe"), MoeRecipe, {"base": "full checkpoint", "experts.*.path": "checkpoint"}),
-    "merge weights": Kind(
-        ("merge", "weights"),
-        WeightsRecipe,
-        {"base": "full checkpoint", "reference": "checkpoint", "expert": "checkpoint"},
-    ),
-    "merge to-lora": Kind(
-        ("merge", "to-lora"), ToLoraRecipe, {"reference": "full checkpoint", "expert": "full checkpoint"}
-    ),
-    "align": Kind(
-        ("align",),
-        AlignRecipe,
-        {
-            "base": "full checkpoint",
-            "expert.*": "checkpoint",
-            "reference": "checkpoint",
-            "student_from": "checkpoint",
-            **_ROWS,
-        },
-    ),
-    "eval": Kind(
-        ("eval", "tasks"),
-        EvalStage,
-        {"model": "checkpoint", "base": "full checkpoint", "suite.file": "suite"},
-        "evaluation",
-    ),
-    "report": Kind(
-        ("report",),
-        ReportStage,
-        {**_ROLES, "compare.*": "checkpoint", "from.*": "evaluation", "suite.file": "suite"},
-        "report",
-    ),
-}
+def kinds() -> dict[str, Kind]:
+    """Every kind of stage by name, in the order in which messages list them."""
+    trained = {name: Kind((name,), entry.recipe) for name, entry in STAGES.items()}
+    return {
+        **trained,
+        "sample": Kind(("sample",), SampleRecipe, "rows"),
+        "merge moe": Kind(("merge", "moe"), MoeRecipe),
+        "merge weights": Kind(("merge", "weights"), WeightsRecipe),
+        "merge to-lora": Kind(("merge", "to-lora"), ToLoraRecipe),
+        "eval": Kind(("eval", "tasks"), EvalStage, "evaluation"),
+        "report": Kind(("report",), ReportStage, "report"),
+    }
 
 
 def found_at(raw: Any, pattern: str) -> Iterator[tuple[Key, str]]:

@@ -21,9 +21,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field, ValidationError
 
-from dae.pipeline.kinds import KINDS, found_at
+from dae.pipeline.kinds import found_at, kinds
 from dae.pipeline.references import Draft, Input, misfits, parse
-from dae.recipe import AlignRecipe
 from dae.routing import GENERAL
 from kd.config.data_recipe import ROUTE_NAME
 from kd.config.layering import Layers
@@ -50,7 +49,7 @@ class PipelineRecipe(Frozen):
 
     @classmethod
     def key_elsewhere(cls, name: str) -> str | None:
-        return f"stages.{name}" if name in KINDS else None
+        return f"stages.{name}" if name in kinds() else None
 
 
 @dataclass(frozen=True)
@@ -157,15 +156,15 @@ def read_pipeline(path: Path, assignments: Sequence[str] = ()) -> Loaded:
 
 def kind_of(name: str, section: Mapping[str, Any]) -> Any:
     """What kind of stage a section says that it is: by `stage`, or by its name."""
-    return section.get("stage", name if name in (*KINDS, "merge") else None)
+    return section.get("stage", name if name in (*kinds(), "merge") else None)
 
 
 def expanded(name: str, section: Any) -> Any:
     """A section with its short forms written out; left as it is where its kind is not known."""
     kind = kind_of(name, section) if isinstance(section, Mapping) else None
-    if not isinstance(kind, str) or kind not in KINDS:
+    if not isinstance(kind, str) or kind not in kinds():
         return section
-    return KINDS[kind].schema.expand({str(key): value for key, value in section.items()})
+    return kinds()[kind].schema.expand({str(key): value for key, value in section.items()})
 
 
 def read_section(loaded: Loaded, name: str, section: Any, names: Sequence[str]) -> None:
@@ -178,15 +177,14 @@ def read_section(loaded: Loaded, name: str, section: Any, names: Sequence[str]) 
     raw = {key: value for key, value in expanded(name, section).items() if key != "stage"}
     draft = Draft(name, kind, raw)
     if not raw.get("output"):
-        ending = ".jsonl" if KINDS[kind].gives == "rows" else ""
+        ending = ".jsonl" if kinds()[kind].gives == "rows" else ""
         raw["output"] = str((loaded.output or Path()) / f"{name}{ending}")
     elif str(raw["output"]).startswith("@"):
         words = "is a place to write to, not another stage's output: give a folder, or leave it out"
         loaded.problems.append(Problem(("stages", name, "output"), raw["output"], words))
-    if kind == "align":
-        draft.raw = with_rows_of_stages(raw, loaded.drafts)
+    draft.raw = with_rows_of_stages(draft, loaded.drafts)
     wrong = resolve(loaded, draft, names)
-    schema = KINDS[kind].schema
+    schema = kinds()[kind].schema
     completed = schema.complete(draft.raw)
     known = {one.key for one in draft.inputs}
     draft.inputs += [one for one in external_inputs(kind, completed) if one.key not in known]
@@ -203,7 +201,7 @@ def read_section(loaded: Loaded, name: str, section: Any, names: Sequence[str]) 
 def section_problems(name: str, section: Any) -> list[Problem]:
     """What keeps a section from being read at all."""
     key: Key = ("stages", name)
-    if not ROUTE_NAME.fullmatch(name) and name not in KINDS:
+    if not ROUTE_NAME.fullmatch(name) and name not in kinds():
         return [Problem(key, NO_VALUE, "a name starts with a letter and has letters, digits, - and _ only")]
     if name == RECIPES:
         return [Problem(key, NO_VALUE, "the stages' recipes are kept under this name: give the stage another")]
@@ -211,13 +209,13 @@ def section_problems(name: str, section: Any) -> list[Problem]:
         return [Problem(key, section, "wants `key: value` pairs, `stage` among them")]
     kind = kind_of(name, section)
     if kind == "merge":
-        ways = one_of([kind for kind in KINDS if kind.startswith("merge ")])
+        ways = one_of([kind for kind in kinds() if kind.startswith("merge ")])
         return [Problem((*key, "stage"), kind, f"there are three ways to merge: write {ways}")]
     if kind is None:
-        return [Problem((*key, "stage"), NO_VALUE, f"is missing: write {one_of(list(KINDS))}")]
-    if not isinstance(kind, str) or kind not in KINDS:
-        near = suggestion(kind, KINDS) if isinstance(kind, str) else ""
-        return [Problem((*key, "stage"), kind, f"wants {one_of(list(KINDS))}{near}")]
+        return [Problem((*key, "stage"), NO_VALUE, f"is missing: write {one_of(list(kinds()))}")]
+    if not isinstance(kind, str) or kind not in kinds():
+        near = suggestion(kind, kinds()) if isinstance(kind, str) else ""
+        return [Problem((*key, "stage"), kind, f"wants {one_of(list(kinds()))}{near}")]
     return []
 
 
@@ -225,7 +223,7 @@ def external_inputs(kind: str, raw: Mapping[str, Any]) -> list[Input]:
     """All inputs that a section names, as if none were a reference."""
     return [
         Input(as_written(key), wanted, text, None)
-        for pattern, wanted in KINDS[kind].inputs.items()
+        for pattern, wanted in kinds()[kind].schema.reads.items()
         for key, text in found_at(raw, pattern)
     ]
 
@@ -234,7 +232,7 @@ def resolve(loaded: Loaded, draft: Draft, names: Sequence[str]) -> list[Problem]
     """Find a section's inputs and put paths for its references; what is wrong with these."""
     problems: list[Problem] = []
     outputs = {os.path.normpath(other.raw["output"]): other.name for other in loaded.drafts.values()}
-    for pattern, wanted in KINDS[draft.kind].inputs.items():
+    for pattern, wanted in kinds()[draft.kind].schema.reads.items():
         for key, text in list(found_at(draft.raw, pattern)):
             if not text.startswith("@"):
                 problems += spelled_out(draft, key, text, outputs)
@@ -286,13 +284,14 @@ def replaced(values: Any, key: Key, value: str) -> Any:
     return changed
 
 
-def with_rows_of_stages(raw: dict[str, Any], earlier: Mapping[str, Draft]) -> dict[str, Any]:
-    """Rows that an align section leaves out, from the sections of the stages that its checkpoints come from.
+def with_rows_of_stages(draft: Draft, earlier: Mapping[str, Draft]) -> dict[str, Any]:
+    """Rows that the section of a stage with experts leaves out, from the stages that its checkpoints come from.
 
-    As `dae align` takes them from run folders, which are not there yet (dae/recipe.py).
+    As the stage's own command takes them from run folders, which are not there yet (dae/recorded_rows.py).
     """
+    schema, raw = kinds()[draft.kind].schema, draft.raw
     experts, data = raw.get("expert"), raw.get("data")
-    if not isinstance(experts, Mapping) or not isinstance(data, Mapping):
+    if not getattr(schema, "has_experts", False) or not isinstance(experts, Mapping) or not isinstance(data, Mapping):
         return raw
     routes = dict(data["routes"])
     for name, path in {**experts, GENERAL: raw.get("reference") or raw.get("base")}.items():
@@ -305,7 +304,7 @@ def with_rows_of_stages(raw: dict[str, Any], earlier: Mapping[str, Draft]) -> di
         if isinstance(sources, (list, tuple)):
             kept = [{k: v for k, v in s.items() if k in ("path", "split")} for s in sources if isinstance(s, Mapping)]
             routes[name] = kept
-    return AlignRecipe.expand({**raw, "data": {**data, "routes": routes}})
+    return schema.expand({**raw, "data": {**data, "routes": routes}})
 
 
 def same_outputs(loaded: Loaded) -> list[Problem]:

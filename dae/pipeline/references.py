@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dae.pipeline.kinds import KINDS, Wanted
+from dae.pipeline.kinds import kinds
+from dae.stages import STAGES
 from kd.config.problems import Key, as_written
-from kd.config.schema import Frozen
+from kd.config.schema import Frozen, Reads
 
 MERGED = "merged"
 EVALUATIONS = "evaluations"
-TRAINING = ("sft", "distill", "align")
 _GIVEN = {"checkpoint": "a checkpoint", "rows": "rows", "evaluation": "an evaluation", "report": "a report"}
 
 
@@ -33,7 +33,7 @@ class Input:
     """
 
     key: Key
-    wanted: Wanted
+    wanted: Reads
     path: str
     reference: str | None
 
@@ -83,9 +83,9 @@ def misfits(kind: str, inputs: Sequence[Input], earlier: Mapping[str, Draft]) ->
             yield one.key, one.reference, words
 
 
-def misfit(wanted: Wanted, upstream: Draft, part: str) -> str:
+def misfit(wanted: Reads, upstream: Draft, part: str) -> str:
     """What is wrong with an output or a part of it; empty where it is what is wanted."""
-    gives = KINDS[upstream.kind].gives
+    gives = kinds()[upstream.kind].gives
     if wanted in ("suite", "template"):
         return "stages write no such files: give a path"
     if gives == "report" and wanted == "evaluation" and part.startswith(f"{EVALUATIONS}/"):
@@ -109,20 +109,20 @@ def subject(wanted: str) -> str:
 
 def gives_adapter(upstream: Draft) -> bool:
     """Whether a stage writes a LoRA adapter."""
-    trains_adapter = upstream.kind in TRAINING and upstream.raw.get("lora", True) is not None
+    trains_adapter = upstream.kind in STAGES and upstream.raw.get("lora", True) is not None
     return trains_adapter or upstream.kind == "merge to-lora"
 
 
 def has_merged(upstream: Draft) -> bool:
     """Whether a stage also writes merged weights."""
-    return upstream.kind in TRAINING and upstream.raw.get("merge") is True and gives_adapter(upstream)
+    return upstream.kind in STAGES and upstream.raw.get("merge") is True and gives_adapter(upstream)
 
 
 def remedy(upstream: Draft) -> str:
     """How to come to full weights of a stage."""
     if not gives_adapter(upstream):
         return f'its weights are full: write "@{upstream.name}"'
-    if upstream.kind not in TRAINING:
+    if upstream.kind not in STAGES:
         return "give the checkpoint that it was made from"
     merge = "" if has_merged(upstream) else f"give `{upstream.name}` the key `merge: true` and "
     return f'{merge}write "@{upstream.name}/{MERGED}"'
@@ -130,7 +130,7 @@ def remedy(upstream: Draft) -> str:
 
 def other_base(kind: str, one: Input, inputs: Sequence[Input], upstream: Draft) -> str:
     """An adapter beside a base that it was not trained on, as far as that is certain before anything has run."""
-    if kind not in ("align", "report") or upstream.kind not in TRAINING or not gives_adapter(upstream):
+    if kind not in ("align", "report") or upstream.kind not in STAGES or not gives_adapter(upstream):
         return ""
     theirs = next((other for other in upstream.inputs if other.key == ("base",)), None)
     ours = next((other for key in ("base", "reference") for other in inputs if other.key == (key,)), None)

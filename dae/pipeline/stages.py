@@ -12,7 +12,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dae.pipeline.kinds import KINDS, EvalStage, ReportStage, flags_of
+from dae.pipeline.kinds import EvalStage, ReportStage, flags_of, kinds
 from dae.pipeline.recipe import Loaded, Stage, read_pipeline, recipe_text
 from dae.pipeline.stage_process import Signals, run_command
 from dae.pipeline.state import Fingerprints, PipelineFolder, Standing, read_state
@@ -99,7 +99,7 @@ def run_stages(folder: PipelineFolder, redo: bool) -> int:
                 verdict = folder.records[stage.name].verdict
             else:
                 code = run_stage(folder, stage, view, signals)
-                is_verdict = code == NOT_PASSED and KINDS[stage.kind].gives == "report"
+                is_verdict = code == NOT_PASSED and kinds()[stage.kind].gives == "report"
                 if code != DONE and not is_verdict:
                     status = failed(stage, code, view, signals)
                     break
@@ -158,7 +158,7 @@ def write_recipe(folder: PipelineFolder, stage: Stage) -> None:
 
 def command_of(folder: PipelineFolder, stage: Stage) -> list[str]:
     """The stage's own command, without the word `dae`."""
-    words = [*KINDS[stage.kind].command]
+    words = [*kinds()[stage.kind].command]
     if isinstance(stage.recipe, (EvalStage, ReportStage)):
         return [*words, *flags_of(stage.recipe)]
     return [*words, "--recipe", str(folder.recipe_path(stage))]

@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 import yaml
 
-from dae.pipeline.kinds import KINDS, EvalStage, ReportStage, Wanted
+from dae.pipeline.kinds import EvalStage, ReportStage, kinds
 from dae.pipeline.recipe import RECIPES, Pipeline, Stage
 from dae.pipeline.references import Input
+from kd.config.schema import Reads
 from kd.data.fingerprint import data_sha256
 from kd.errors import UserError
 from kd.models.adapter_files import base_of, is_adapter
@@ -71,7 +72,7 @@ class Fingerprints:
         self.known = {key: dict(entry) for key, entry in known.items()}
         self._folders: dict[str, Path] = {}
 
-    def of(self, wanted: Wanted, path: str, recipe: Any = None) -> str:
+    def of(self, wanted: Reads, path: str, recipe: Any = None) -> str:
         """Of an input or a result. recipe: the stage's, whose suite it is. Raises UserError where it cannot be had."""
         if wanted == "suite":
             return suite_sha256(recipe)
@@ -242,7 +243,7 @@ class PipelineFolder:
 
     def result(self, stage: Stage) -> str:
         """Fingerprint of what a stage has written."""
-        gives = KINDS[stage.kind].gives
+        gives = kinds()[stage.kind].gives
         if gives == "report":
             return file_of(stage.output / "report.json")
         return self.fingerprints.of(gives, str(stage.output))
@@ -272,7 +273,7 @@ class PipelineFolder:
     def finish(self, stage: Stage) -> str | None:
         """Note that a stage has finished; the word of its verdict, where it is a report."""
         verdict = None
-        if KINDS[stage.kind].gives == "report":
+        if kinds()[stage.kind].gives == "report":
             verdict = str(read_json(stage.output / "report.json").get("word"))
         record = asdict(self.records[stage.name])
         self.records[stage.name] = Record(**{**record, "result": self.result(stage), "verdict": verdict})
@@ -332,7 +333,7 @@ def changes(record: Record, stage: Stage, inputs: Mapping[str, str]) -> list[str
 def places(stage: Stage) -> list[Path]:
     """All that a stage writes."""
     output = stage.output
-    if KINDS[stage.kind].gives != "rows":
+    if kinds()[stage.kind].gives != "rows":
         return [output]
     return [output, *(output.with_name(output.name + ending) for ending in (".meta.json", ".partial"))]
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from pydantic import Field
 
-from kd.config.schema import LARGEST_SEED, Frozen
+from kd.config.schema import LARGEST_SEED, Frozen, Reads
 
 
 class SampleRecipe(Frozen):
     """`dae sample`: a model writes general rows itself."""
+
+    reads: ClassVar[Mapping[str, Reads]] = {"model": "checkpoint", "prompts": "rows"}
 
     model: str = Field(min_length=1, description="checkpoint that writes: folder or hub id")
     output: str = Field(min_length=1, description="the JSONL file to write")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -36,6 +36,10 @@ def plain(value: Any) -> Any:
     return value
 
 
+# What is to be found at an input of a command.
+Reads = Literal["checkpoint", "full checkpoint", "rows", "evaluation", "suite", "template"]
+
+
 class Frozen(BaseModel):
     """Base of all recipes: immutable, exact types (no "3" for 3), unknown keys refused, all problems told at once."""
 
@@ -43,6 +47,8 @@ class Frozen(BaseModel):
         frozen=True, strict=True, extra="forbid", validate_by_name=True, validate_by_alias=True, allow_inf_nan=False
     )
     verbatim: ClassVar[frozenset[str]] = frozenset()
+    # Dotted key (`*` for any one part) -> what is read there: how `dae run` finds a stage's inputs.
+    reads: ClassVar[Mapping[str, Reads]] = {}
 
     @classmethod
     def expand(cls, raw: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from pydantic import (
 )
 
 from kd.config.data_recipe import DATA_SETTINGS, DataRecipe
+from kd.config.flags import BASE, ROWS, Flag
 from kd.config.problems import Problem, suggestion
-from kd.config.schema import LARGEST_SEED, Frozen
+from kd.config.schema import LARGEST_SEED, Frozen, Reads
 from kd.config.training_arguments import argument_types, training_argument_problems
 
 
@@ -40,6 +41,14 @@ class StageRecipe(Frozen):
 
     verbatim: ClassVar[frozenset[str]] = frozenset({"train"})
     has_experts: ClassVar[bool] = False
+    summary: ClassVar[str] = ""  # the command's help
+    flags: ClassVar[tuple[Flag, ...]] = (BASE, ROWS)  # beside --output, --recipe, --merge and --check
+    reads: ClassVar[Mapping[str, Reads]] = {
+        "base": "full checkpoint",
+        "data.routes.*.*.path": "rows",
+        "data.eval.*.*.path": "rows",
+        "data.chat_template": "template",
+    }
 
     base: str = Field(min_length=1, description="checkpoint that training starts from: folder or hub id")
     output: str = Field(min_length=1, description="the run folder to write")
@@ -69,6 +78,13 @@ class StageRecipe(Frozen):
     train: dict[str, Any] = Field(
         default_factory=dict, description="transformers.TrainingArguments by name, such as learning_rate"
     )
+
+    @classmethod
+    def from_flags(cls, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        """Flags as typed (NAME with _ -> value) as dotted keys, and the flag of each key for messages."""
+        keys = {flag.name.replace("-", "_"): flag for flag in cls.flags}
+        flags = {keys[name].key if name in keys else name: given[name] for name in (*keys, "output") if name in given}
+        return flags, {flag.key: f"--{flag.name}" for flag in cls.flags}
 
     @classmethod
     def expand(cls, raw: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from kd.data.batches import Batch, predicting_positions
 from kd.errors import UserError
+from kd.losses.hidden_states import decoder_layers
 from kd.losses.layer_pairs import LayerPairs
 from kd.losses.token_loss import ACCELERATOR_CHUNK_ELEMENTS, CPU_CHUNK_ELEMENTS
 from kd.models.forward import final_hidden_states, unwrapped
@@ -103,6 +104,13 @@ def attention_loss(weight: float, student: Role, teacher: Role, pairs: LayerPair
     Where two layers see unlike windows, their maps are compared over the keys that both see. Raises UserError for an
     architecture whose maps are not known here, and for heads that do not group.
     """
+    if (
+        student.model.device.type == "meta"
+    ):  # nothing can be probed without weights; each layer stands for its attention
+        layers, their_layers = decoder_layers(student), decoder_layers(teacher)
+        return AttentionLoss(
+            weight, (student.model, teacher.model), tuple((layers[a], their_layers[b]) for a, b in pairs)
+        )
     ours, theirs = attention_layers(student), attention_layers(teacher)
     unlike = []
     for student_layer, teacher_layer in pairs:

@@ -28,6 +28,7 @@ from kd.config.stage_recipe import LoraRecipe
 from kd.errors import UserError
 from kd.models.adapter_files import refuse_adapter
 from kd.models.adapters import put_adapter
+from kd.models.compatibility import empty_model, refuse_unusable_attention
 from kd.models.completeness import first_line, opened_whole
 from kd.models.forward import decoder_of, final_hidden_states, head_of, innermost, unwrapped
 from kd.models.merged import state_ties
@@ -86,11 +87,16 @@ class Backbone:
 
 
 def load_model(path: str, settings: LoadSettings, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Open a full checkpoint (safetensors only) in eval mode with all weights frozen.
+    """Open a full checkpoint (safetensors only) in eval mode with all weights frozen; on `meta` its architecture alone.
 
     Raises UserError for an unreadable or incomplete checkpoint and for weights that are not finite, naming the tensor.
     """
     refuse_adapter(path)
+    if settings.device == "meta":
+        empty: Any = empty_model(path, settings.trust_remote_code).requires_grad_(False).eval()
+        refuse_unusable_attention(empty, path, settings.attn_implementation)
+        refuse_unknown_forward(empty, path)
+        return empty
     open_model = partial(
         AutoModelForCausalLM.from_pretrained,
         path,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from kd.config.data_recipe import route_problems
+from kd.config.flags import BASE, ROWS, Flag
 from kd.config.layer_recipes import AttentionRecipe, HiddenRecipe
 from kd.config.problems import NO_VALUE, Problem
+from kd.config.schema import Reads
 from kd.config.stage_recipe import StageRecipe
 
 ROUTE = "train"
@@ -18,6 +20,14 @@ LEAST_SKEW = 0.001  # nearer to 0 or 1 the mixture is one of the two distributio
 
 class DistillRecipe(StageRecipe):
     """`dae distill`: the student matches one teacher, of any size, on the rows of the route `train`."""
+
+    summary: ClassVar[str] = "Make a student that matches a larger teacher: the stage before align."
+    flags: ClassVar[tuple[Flag, ...]] = (
+        BASE,
+        Flag("teacher", "teacher", "CKPT", "checkpoint to learn from, of any size"),
+        ROWS,
+    )
+    reads: ClassVar[Mapping[str, Reads]] = {**StageRecipe.reads, "teacher": "full checkpoint"}
 
     output: str = Field(default="runs/distill", min_length=1, description="the run folder to write")
     teacher: str = Field(min_length=1, description="the checkpoint to learn from: folder or hub id")

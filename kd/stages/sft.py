@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from kd.config.stage_recipe import StageRecipe
-from kd.data.stage_data import load_stage_data
+from kd.data.stage_data import StageData, load_stage_data
 from kd.losses.token_loss import TokenLoss
 from kd.models.adapter_files import refuse_adapter
-from kd.models.checkpoint_files import model_fingerprint
+from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.compatibility import check_complete
 from kd.models.roles import (
     STUDENT_ADAPTER,
@@ -16,40 +16,54 @@ from kd.models.roles import (
     add_student_adapter,
     load_model,
     trainable_model,
-    vocabulary_rows,
 )
-from kd.stages.sft_recipe import SftRecipe
+from kd.stages.run_stage import RunResult, run_stage
+from kd.stages.sft_recipe import ROUTE, SftRecipe
+from kd.stages.stage import Inputs, Stage, StageRoles
+from kd.training.model_card import Description
 from kd.training.objective import Objective, Route
-from kd.training.run_stage import RunResult, StageRoles, run_stage
 from kd.training.settings import student_dtype
 
-ROUTE = "train"
+
+class Sft(Stage[SftRecipe]):
+    """The student alone; no teacher."""
+
+    name = "sft"
+    recipe = SftRecipe
+
+    def inputs(self, recipe: SftRecipe) -> dict[str, Checkpoint]:
+        return {"base": checkpoint(recipe.base)}
+
+    def check(self, recipe: SftRecipe, inputs: Inputs) -> SftRecipe:
+        refuse_adapter(recipe.base, "base")
+        check_complete(recipe.base, recipe.trust_remote_code)
+        return recipe
+
+    def load_data(self, recipe: SftRecipe, inputs: Inputs) -> StageData:
+        return load_stage_data(recipe, [ROUTE], None)
+
+    def build_roles(self, recipe: SftRecipe, inputs: Inputs, settings: LoadSettings) -> StageRoles:
+        return student_alone(recipe, settings)
+
+    def objective(self, recipe: SftRecipe, roles: StageRoles) -> Objective:
+        return Objective((Route(ROUTE, None),), TokenLoss(weight=0.0), pooled=True)
+
+    def describe(self, recipe: SftRecipe) -> Description:
+        return Description(
+            f"An expert: `{recipe.base}` trained further by next-token loss on the response tokens of the rows below."
+        )
 
 
 def sft(recipe: SftRecipe) -> RunResult:
     """Train an expert with plain next-token prediction on response tokens; LoRA, or all weights with `lora: null`."""
-    inputs = {"base": model_fingerprint(recipe.base)}
-    check_checkpoint(recipe)
-    data = load_stage_data(recipe, [ROUTE], None)
-    return run_stage("sft", recipe, inputs, data, lambda settings: build_roles(recipe, settings))
+    return run_stage(Sft(), recipe)
 
 
-def check_checkpoint(recipe: SftRecipe) -> None:
-    """Raise UserError where the base is no full checkpoint with all of its weights; reads no weights."""
-    refuse_adapter(recipe.base, "base")
-    check_complete(recipe.base, recipe.trust_remote_code)
-
-
-def build_roles(recipe: SftRecipe, settings: LoadSettings) -> StageRoles:
-    """One role: the student. No teacher."""
-    role = student_role(recipe, settings)
-    objective = Objective((Route(ROUTE, None),), TokenLoss(weight=0.0), pooled=True)
-    return StageRoles(role.model, objective, (role,), vocabulary_rows([role]))
-
-
-def student_role(recipe: StageRecipe, settings: LoadSettings) -> Role:
-    """The student alone on its base: a new adapter, or all weights with `lora: null`."""
+def student_alone(recipe: StageRecipe, settings: LoadSettings) -> StageRoles:
+    """The student on its base: a new adapter, or all weights with `lora: null`."""
     if recipe.lora is None:
-        return Role("student", trainable_model(recipe.base, settings, student_dtype(recipe)), None)
+        model = trainable_model(recipe.base, settings, student_dtype(recipe))
+        return StageRoles(Role("student", model, None), {})
     backbone = Backbone(recipe.base, load_model(recipe.base, settings))
-    return Role("student", add_student_adapter(backbone, recipe.lora, None), STUDENT_ADAPTER)
+    adapted = add_student_adapter(backbone, recipe.lora, None)
+    return StageRoles(Role("student", adapted, STUDENT_ADAPTER), {}, shared=adapted)

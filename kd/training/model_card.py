@@ -22,44 +22,27 @@ if TYPE_CHECKING:
 CARD = "README.md"
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
-_WHAT_IT_IS = {
-    "sft": "An expert: `{base}` trained further by next-token loss on the response tokens of the rows below.",
-    "distill": (
-        "A student distilled from the teacher below: `{base}` trained further to match the teacher's next-token "
-        "distribution on the response tokens of the rows below."
-    ),
-    "align": (
-        "A student made by Domain Alignment from Expert (DAE): starting from `{base}`, it was trained to match the "
-        "next-token distribution of an expert on domain rows and of a frozen reference on general rows, to take on the "
-        "expert's domain without forgetting the rest."
-    ),
-}
-_PAPER = """\
-The method is that of [arXiv 2406.19112](https://arxiv.org/abs/2406.19112):
 
-```bibtex
-@misc{kothari2024teacher,
-  title         = {A Teacher Is Worth A Million Instructions},
-  author        = {Nikhil Kothari and Ravindra Nayak and Shreyas Shetty and Amey Patil and Nikesh Garera},
-  year          = {2024},
-  eprint        = {2406.19112},
-  archivePrefix = {arXiv},
-  primaryClass  = {cs.LG}
-}
-```"""
+@dataclass(frozen=True)
+class Description:
+    """What a stage's result is, in one paragraph, and how its method is cited."""
+
+    text: str
+    citation: str = ""
 
 
 @dataclass(frozen=True)
 class CardFacts:
     """What a card is made of.
 
-    inputs: fingerprint of each model by role; data: the sources of each route, held-out ones under `eval.NAME`;
+    inputs: path and fingerprint of each model by role; data: the sources of each route, eval sets under `eval.NAME`;
     reports: what became of these sources, in the same order; summary: as in run.json.
     """
 
     stage: str
+    description: Description
     recipe: StageRecipe
-    inputs: Mapping[str, str]
+    inputs: Mapping[str, tuple[str, str]]
     data: Mapping[str, Sequence[DataInput]]
     reports: Mapping[str, Sequence[SourceReport]]
     summary: Mapping[str, Any]
@@ -79,9 +62,9 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
         "Recipe": f"```yaml\n{resolved_yaml(facts.recipe).rstrip()}\n```",
         "Made with": ", ".join(f"{name} {version}" for name, version in library_versions().items()),
     }
-    if facts.stage == "align":
-        sections["Citation"] = _PAPER
-    text = f"# {Path(facts.recipe.output).name}\n\n{_WHAT_IT_IS[facts.stage].format(base=facts.recipe.base)}\n"
+    if facts.description.citation:
+        sections["Citation"] = facts.description.citation
+    text = f"# {Path(facts.recipe.output).name}\n\n{facts.description.text}\n"
     text += "".join(f"\n## {title}\n\n{content}\n" for title, content in sections.items())
     card = ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n{text}")
     path = folder / CARD
@@ -125,16 +108,8 @@ def _models(facts: CardFacts) -> str:
     terms = (
         f"The base's card states the licence `{licence}`. " if licence else "The base's card states no licence. "
     ) + "The terms of the other models and of the data apply as well; they are not known to the toolkit."
-    rows = [(role, f"`{_path_of(role, facts.recipe)}`", f"`{sha256}`") for role, sha256 in facts.inputs.items()]
+    rows = [(role, f"`{path}`", f"`{sha256}`") for role, (path, sha256) in facts.inputs.items()]
     return table(("role", "checkpoint", "fingerprint (SHA-256 of weights and config)"), rows) + f"\n\n{terms}"
-
-
-def _path_of(role: str, recipe: StageRecipe) -> str:
-    """The recipe's path for a role such as `reference` or `expert.ecom`; a reference that is not given is the base."""
-    value: Any = recipe.model_dump(by_alias=True)
-    for key in role.split("."):
-        value = value[key]
-    return str(value if value is not None else recipe.base)
 
 
 def _data(facts: CardFacts) -> str:

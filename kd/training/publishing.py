@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from kd.config.stage_recipe import StageRecipe
 from kd.data.stage_data import StageData
 from kd.models.forward import final_hidden_states, head_of
 from kd.models.merged import merged
@@ -49,16 +48,7 @@ def final_evaluation(trainer: RoutedTrainer) -> Mapping[str, Any]:
     return (best or evaluations or [{}])[-1]
 
 
-def publish(
-    stage: str,
-    recipe: StageRecipe,
-    run: RunFolder,
-    trainer: RoutedTrainer,
-    data: StageData,
-    settings: LoadSettings,
-    inputs: Mapping[str, str],
-    summary: Mapping[str, Any],
-) -> None:
+def publish(facts: CardFacts, run: RunFolder, trainer: RoutedTrainer, data: StageData, settings: LoadSettings) -> None:
     """Write the result, load it in a fresh process and compare, then call the run finished."""
     student = trainer.accelerator.unwrap_model(trainer.model)
     student.eval()
@@ -66,9 +56,6 @@ def publish(
     with torch.no_grad():
         hidden = final_hidden_states(student, {"input_ids": ids.to(trainer.args.device)})
         expected = head_of(student).logits(hidden[0]).cpu()
-    facts = CardFacts(
-        stage=stage, recipe=recipe, inputs=inputs, data=data.inputs, reports=data.reports, summary=summary
-    )
 
     def write_files(folder: Path) -> None:
         save_student(student, folder)
@@ -77,8 +64,8 @@ def publish(
 
     run.publish(write_files)
     verify_saved(run.path, ids[0].tolist(), expected, settings)
-    if recipe.merge and isinstance(student, PeftModel):
-        whole = merged(student, STUDENT_ADAPTER, recipe.output)
+    if facts.recipe.merge and isinstance(student, PeftModel):
+        whole = merged(student, STUDENT_ADAPTER, facts.recipe.output)
 
         def write_merged(folder: Path) -> None:
             whole.save_pretrained(str(folder / "merged"))
@@ -86,4 +73,4 @@ def publish(
 
         run.publish(write_merged)
         verify_saved(run.path / "merged", ids[0].tolist(), expected, settings)
-    run.mark_finished(summary)
+    run.mark_finished(facts.summary)

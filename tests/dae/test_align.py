@@ -32,7 +32,7 @@ import dae.alignment
 import kd.training.publishing
 from dae import cli
 from kd.models.roles import LoadSettings, speaking_as
-from kd.training.run_stage import StageRoles
+from kd.stages.run_stage import StageRoles
 from kd.training.verify import verify_saved
 
 HELD_OUT = ("data.eval.domain=heldout_shop.jsonl", "data.eval.general=heldout_general.jsonl")

@@ -244,7 +244,7 @@ MODELS = {
     ),
     "a base that is an adapter": Case(nothing, ("base: expert: is an adapter",), ("base=expert",)),
     "an expert's run that has not finished": Case(
-        lambda w: dae([*SFT[:-2], "half", SFT[-1]], w, signals=[Signal("kd.training.run_stage:publish")]),
+        lambda w: dae([*SFT[:-2], "half", SFT[-1]], w, signals=[Signal("kd.stages.run_stage:publish")]),
         ("half: this run has not finished",),
         ("expert=half",),
     ),
@@ -330,7 +330,7 @@ def test_rows_that_are_dropped_are_not_a_mistake_while_others_are_left(world: Pa
 
 def test_a_folder_held_by_a_live_run(world: Path) -> None:
     running = Running(
-        align_command(), world, proof=False, signals=[Signal("kd.training.run_stage:start_metrics", 1, signal.SIGSTOP)]
+        align_command(), world, proof=False, signals=[Signal("kd.stages.run_stage:start_metrics", 1, signal.SIGSTOP)]
     )
     try:
         while not running.is_stopped():

@@ -1,14 +1,11 @@
-"""What every training stage does around its objective: data, roles, training, publishing, proof that the result loads.
-
-A stage (sft, align) hands over its recipe, its rows and a function that builds its roles; `run_stage` does the rest.
-"""
+"""What every stage does around its objective: claim, data, roles, training, publishing, proof of the result."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import nn
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from kd.config.loading import resolved_yaml
 from kd.config.stage_recipe import StageRecipe
@@ -27,10 +23,11 @@ from kd.data.stage_data import StageData, held_out_batches, padding_id, refuse_u
 from kd.errors import MachineError, Stopped, UserError
 from kd.losses.router import refuse_useless_router_loss
 from kd.models.forward import learned_positions
-from kd.models.roles import LoadSettings, Role, check_head, check_packing, refuse_unmergeable
+from kd.models.roles import LoadSettings, check_head, check_packing, refuse_unmergeable
 from kd.runs.run_folder import RunFolder, State
+from kd.stages.stage import Inputs, RecipeT, Stage
 from kd.training.callbacks import EarlyStopping, StepBookkeeping, StopOnSignal
-from kd.training.objective import Objective
+from kd.training.model_card import CardFacts
 from kd.training.progress import TrainingProgress, doing
 from kd.training.publishing import publish, summarise
 from kd.training.settings import load_settings, planned_steps, processes, rows_per_step, training_arguments
@@ -51,24 +48,8 @@ class RunResult:
     summary: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class StageRoles:
-    """The models of a stage: the student (trainable), the objective with its teachers, every role once for checking."""
-
-    student: nn.Module
-    objective: Objective
-    roles: tuple[Role, ...]
-    vocabulary_rows: int
-
-
-# Callbacks of the caller's own, made once roles and trainer are there.
-MakeCallbacks = Callable[[StageRoles, RoutedTrainer], Sequence[TrainerCallback]]
-
-
 @contextlib.contextmanager
-def claimed(
-    run: RunFolder, stage: str, recipe: StageRecipe, inputs: Mapping[str, str], data: StageData
-) -> Iterator[State]:
+def claimed(run: RunFolder, stage: str, recipe: StageRecipe, inputs: Inputs, data: StageData) -> Iterator[State]:
     """`RunFolder.claim` by the main process; the other ranks learn what it found, also when it was refused."""
     state = processes()
     with contextlib.ExitStack() as stack:
@@ -78,7 +59,7 @@ def claimed(
                 claim = run.claim(
                     stage,
                     resolved_yaml(recipe),
-                    inputs,
+                    {role: one.fingerprint for role, one in inputs.items()},
                     base=recipe.base,
                     data=data.inputs,
                     processes=state.num_processes,
@@ -93,20 +74,16 @@ def claimed(
         yield answer[0]
 
 
-def run_stage(
-    stage: str,
-    recipe: StageRecipe,
-    inputs: Mapping[str, str],
-    data: StageData,
-    build_roles: Callable[[LoadSettings], StageRoles],
-    make_callbacks: MakeCallbacks | None = None,
-) -> RunResult:
-    """Train, publish, prove. Going on after a stop is the same call (design: "Going on after a stop").
+def run_stage(stage: Stage[RecipeT], recipe: RecipeT) -> RunResult:
+    """Train, publish, load the result in a fresh process. The same call goes on after a stop.
 
-    inputs: fingerprint of every model by role (`base` among them). Raises UserError, MachineError, Stopped.
+    Raises UserError (recipe, data or checkpoints), MachineError (disk, memory), Stopped (Ctrl-C, SIGTERM).
     """
+    inputs = stage.inputs(recipe)
+    recipe = stage.check(recipe, inputs)
+    data = stage.load_data(recipe, inputs)
     run = RunFolder(recipe.output)
-    with claimed(run, stage, recipe, inputs, data) as state:
+    with claimed(run, stage.name, recipe, inputs, data) as state:
         if state == "finished":
             logger.info("%s: this run is finished; nothing to do", recipe.output)
             return RunResult(run.path, run.summary())
@@ -116,7 +93,7 @@ def run_stage(
         torch.set_flush_denormal(True)  # denormals slow a CPU run several times over
         args = training_arguments(recipe, settings)
         with doing("loading the models"):
-            trainer, stop = prepare(recipe, args, settings, data, build_roles, run, make_callbacks)
+            trainer, stop = prepare(stage, recipe, inputs, args, settings, data, run)
         resume_from = run.latest_checkpoint() if state == "resume" else None
         with doing("measuring before the first step"):
             first_kl = start_metrics(trainer, data, run, resume_from)
@@ -130,9 +107,17 @@ def run_stage(
         summary = summarise(trainer, data, first_kl)
         if processes().is_main_process:
             with doing("writing the result, and loading it in a fresh process"):
-                publish(stage, recipe, run, trainer, data, settings, inputs, summary)
+                publish(card_facts(stage, recipe, inputs, data, summary), run, trainer, data, settings)
         processes().wait_for_everyone()
         return RunResult(run.path, summary)
+
+
+def card_facts(
+    stage: Stage[RecipeT], recipe: RecipeT, inputs: Inputs, data: StageData, summary: Mapping[str, Any]
+) -> CardFacts:
+    """What the model card says of the run."""
+    fingerprints = {role: (one.path, one.fingerprint) for role, one in inputs.items()}
+    return CardFacts(stage.name, stage.describe(recipe), recipe, fingerprints, data.inputs, data.reports, summary)
 
 
 def tell_of_rows(data: StageData) -> None:
@@ -146,26 +131,27 @@ def tell_of_rows(data: StageData) -> None:
 
 
 def prepare(
-    recipe: StageRecipe,
+    stage: Stage[RecipeT],
+    recipe: RecipeT,
+    inputs: Inputs,
     args: TrainingArguments,
     settings: LoadSettings,
     data: StageData,
-    build_roles: Callable[[LoadSettings], StageRoles],
     run: RunFolder,
-    make_callbacks: MakeCallbacks | None = None,
 ) -> tuple[RoutedTrainer, StopOnSignal]:
     """Roles, checked against the data, and the trainer over the mixture."""
     mixture = Mixture(data.sources, rows_per_step(args), recipe.seed)
     args.max_steps = planned_steps(mixture, args)
-    roles = build_roles(settings)
-    refuse_useless_router_loss(roles.student, recipe.router_aux_loss)
-    for role in roles.roles:
+    roles = stage.build_roles(recipe, inputs, settings)
+    objective = stage.objective(recipe, roles)
+    refuse_useless_router_loss(roles.student.model, recipe.router_aux_loss)
+    for role in roles.all:
         refuse_unfit_rows(recipe, data, roles.vocabulary_rows, learned_positions(role.model))
         check_head(role, roles.vocabulary_rows)
         if recipe.data.packing:
             check_packing(role, roles.vocabulary_rows)
     if recipe.merge:
-        refuse_unmergeable(roles.student)
+        refuse_unmergeable(roles.student.model)
     collate_rows = partial(collate, pad_token_id=padding_id(data.tokenizer), packing=recipe.data.packing)
     lengths = [rows.lengths for rows in data.rows]
     routes = [data.route_names.index(source.route) for source in data.sources]
@@ -175,9 +161,9 @@ def prepare(
     if recipe.early_stopping_patience is not None:
         callbacks.append(EarlyStopping(recipe.early_stopping_patience))
     trainer = RoutedTrainer(
-        model=roles.student,
+        model=roles.student.model,
         args=args,
-        objective=replace(roles.objective, router_aux_weight=recipe.router_aux_loss),
+        objective=replace(objective, router_aux_weight=recipe.router_aux_loss),
         train_rows=MixedRows(list(data.rows), routes),
         batch_sampler=StepBatchSampler(mixture, args.max_steps, lengths, args.per_device_train_batch_size),
         collate=collate_rows,
@@ -185,7 +171,7 @@ def prepare(
         eval_batches=held_out_batches(data, collate_rows, args.per_device_eval_batch_size),
         callbacks=callbacks,
     )
-    for callback in make_callbacks(roles, trainer) if make_callbacks is not None else ():
+    for callback in stage.callbacks(data, roles, trainer):
         trainer.add_callback(callback)
     return trainer, stop
 

@@ -1,0 +1,166 @@
+"""What a recipe comes to, without the weights: rows, steps, roles, all that would stop the run.
+
+It goes the way of the real run (the stage's own functions read rows, pair roles and lay out steps), so that a recipe
+which passes does not fail later for a reason that could have been seen.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from torch import nn
+from transformers import TrainingArguments
+
+from kd.config.data_recipe import SourceRecipe
+from kd.config.loading import resolved_yaml
+from kd.config.stage_recipe import StageRecipe
+from kd.data.mixing import Mixture
+from kd.data.records import read_records
+from kd.data.stage_data import StageData, refuse_unfit_rows
+from kd.errors import UserError
+from kd.losses.router import refuse_useless_router_loss
+from kd.models.forward import head_of, learned_positions
+from kd.models.roles import LoadSettings, refuse_unmergeable, speaking_as
+from kd.runs.provenance import read_provenance
+from kd.runs.run_folder import RunFolder
+from kd.stages.stage import AnyStage, Inputs, StageRoles
+from kd.training.objective import Objective
+from kd.training.settings import load_settings, planned_steps, rows_per_step, training_arguments
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe comes to; the roles are on the device `meta`, without weights."""
+
+    recipe: StageRecipe
+    data: StageData
+    args: TrainingArguments
+    settings: LoadSettings
+    mixture: Mixture
+    steps: int
+    roles: StageRoles
+    objective: Objective
+
+
+class Findings:
+    """Problems found so far; each step of a check adds its own, so that all are told at once."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def of(self, step: Callable[[], Result]) -> Result | None:
+        """The step's result, or None where it found a problem."""
+        try:
+            return step()
+        except UserError as error:
+            self.problems.append(str(error))
+            return None
+
+    def tell(self) -> None:
+        """Raise UserError with everything that was found."""
+        if len(self.problems) == 1:
+            raise UserError(self.problems[0])
+        if self.problems:
+            raise UserError("\n".join([f"{len(self.problems)} problems:", *(f"  {line}" for line in self.problems)]))
+
+
+def make_plan(stage: AnyStage, recipe: StageRecipe) -> Plan:
+    """Everything but the weights. Raises UserError with every problem found."""
+    found = Findings()
+    found.of(lambda: check_output(recipe.output))
+    settings = load_settings(recipe)
+    inputs = found.of(lambda: stage.inputs(recipe))
+    roles = objective = None
+    if inputs is not None:
+        checked = found.of(lambda: stage.check(recipe, inputs))
+        if checked is not None and not found.problems:  # what does not belong together cannot be laid out either
+            recipe = checked
+            roles = found.of(lambda: stage.build_roles(recipe, inputs, replace(settings, device="meta")))
+    if roles is not None:
+        for role in roles.all:  # adapters were read from their files, and would not meet the weights of the base
+            nn.Module.to(role.model, "meta")
+        objective = found.of(lambda: stage.objective(recipe, roles))
+    args = found.of(lambda: training_arguments(recipe, settings))
+    readable = [found.of(partial(first_record, source)) for source in sources_of(recipe)]
+    data = found.of(lambda: stage.load_data(recipe, inputs)) if inputs is not None and None not in readable else None
+    mixture = steps = None
+    if data is not None and args is not None:
+        mixture = found.of(lambda: Mixture(data.sources, rows_per_step(args), recipe.seed))
+    if mixture is not None and args is not None:
+        steps = found.of(lambda: planned_steps(mixture, args))
+    if roles is not None:
+        found.of(lambda: check_roles(recipe, roles))
+    if data is not None and roles is not None:
+        found.of(lambda: refuse_unfit_rows(recipe, data, roles.vocabulary_rows, fewest_positions(roles)))
+    if data is not None and inputs is not None:
+        found.of(lambda: look_at_output(stage, recipe, inputs, data))
+    found.tell()
+    assert data is not None
+    assert args is not None
+    assert mixture is not None
+    assert steps is not None
+    assert roles is not None
+    assert objective is not None
+    return Plan(recipe, data, args, settings, mixture, steps, roles, objective)
+
+
+def check_roles(recipe: StageRecipe, roles: StageRoles) -> None:
+    """Raise UserError where the run would refuse its models: a head it does not know, a merge that would go wrong."""
+    for role in roles.all:
+        try:
+            with speaking_as(role) as model:
+                head_of(model)
+        except UserError as error:
+            raise UserError(f"role {role.name}: {error}") from error
+    refuse_useless_router_loss(roles.student.model, recipe.router_aux_loss)
+    if recipe.merge:
+        refuse_unmergeable(roles.student.model)
+
+
+def fewest_positions(roles: StageRoles) -> int | None:
+    """Positions that every role has an embedding for; None where all compute theirs."""
+    learned = (learned_positions(role.model) for role in roles.all)
+    return min((positions for positions in learned if positions is not None), default=None)
+
+
+def sources_of(recipe: StageRecipe) -> list[SourceRecipe]:
+    """All sources, for training and held out."""
+    return [
+        source for part in (recipe.data.routes, recipe.data.eval) for sources in part.values() for source in sources
+    ]
+
+
+def first_record(source: SourceRecipe) -> str:
+    """Where a source begins. Raises UserError where it cannot be read, so that all missing files are told at once."""
+    location, _ = next(read_records(source))
+    return location
+
+
+def check_output(output: str) -> None:
+    """Raise UserError where the run folder could not be written."""
+    place = Path(output)
+    if place.exists() and not place.is_dir():
+        raise UserError(f"output: {output}: is a file; name a folder")
+    existing = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"output: {output}: {existing} may not be written; name a place that you may use")
+
+
+def look_at_output(stage: AnyStage, recipe: StageRecipe, inputs: Inputs, data: StageData) -> None:
+    """Raise UserError where the run folder holds another run, or a live process holds it."""
+    begun = read_provenance(recipe.output) or {}
+    RunFolder(recipe.output).look(
+        stage.name,
+        resolved_yaml(recipe),
+        {role: one.fingerprint for role, one in inputs.items()},
+        base=recipe.base,
+        data=data.inputs,
+        processes=begun.get("processes", 1),  # how many a launcher will start is not known here
+    )

@@ -1,0 +1,90 @@
+"""What a training stage is: which checkpoints it reads, its rows, its roles, and what it minimises.
+
+`run_stage` (run_stage.py) trains by it, and `dae check` looks at it without weights. A new stage is a recipe
+(a StageRecipe) and one class here's protocol describes, plus a line in `dae.stages.STAGES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from torch import nn
+from transformers import TrainerCallback
+
+from kd.config.stage_recipe import StageRecipe
+from kd.data.stage_data import StageData
+from kd.models.checkpoint import Checkpoint
+from kd.models.roles import LoadSettings, Role, vocabulary_rows
+from kd.training.model_card import Description
+from kd.training.objective import Objective
+from kd.training.trainer import RoutedTrainer
+
+RecipeT = TypeVar("RecipeT", bound=StageRecipe)
+Inputs = Mapping[str, Checkpoint]  # by role; `base` is among them
+
+
+@dataclass(frozen=True)
+class StageRoles:
+    """The models of a stage.
+
+    teachers: by role, in the order in which cards and checks name them; shared: the copy of the base's weights that
+    several roles stand on, where there is one; own_vocabulary: the teachers have a tokenizer of their own.
+    """
+
+    student: Role
+    teachers: Mapping[str, Role]
+    shared: nn.Module | None = None
+    own_vocabulary: bool = False
+
+    @property
+    def all(self) -> tuple[Role, ...]:
+        """The student first."""
+        return (self.student, *self.teachers.values())
+
+    @property
+    def vocabulary_rows(self) -> int:
+        """Rows that the heads share which are compared with each other."""
+        return vocabulary_rows([self.student] if self.own_vocabulary else self.all)
+
+
+class Stage(Protocol[RecipeT]):
+    """One kind of training run. What depends on the kind is asked of it, and of nothing else."""
+
+    name: str
+    recipe: type[RecipeT]
+
+    def inputs(self, recipe: RecipeT) -> dict[str, Checkpoint]:
+        """The checkpoints by role, `base` among them. Raises UserError where one cannot be had."""
+        ...
+
+    def check(self, recipe: RecipeT, inputs: Inputs) -> RecipeT:
+        """The recipe, with what its checkpoints decide filled in; reads no weights of full checkpoints.
+
+        Raises UserError where the checkpoints do not belong together or do not fit the recipe.
+        """
+        ...
+
+    def load_data(self, recipe: RecipeT, inputs: Inputs) -> StageData:
+        """All rows, encoded. Raises UserError where they cannot be used."""
+        ...
+
+    def build_roles(self, recipe: RecipeT, inputs: Inputs, settings: LoadSettings) -> StageRoles:
+        """The student and its teachers; on the device `meta` without weights. Raises UserError."""
+        ...
+
+    def objective(self, recipe: RecipeT, roles: StageRoles) -> Objective:
+        """What is minimised."""
+        ...
+
+    def callbacks(self, data: StageData, roles: StageRoles, trainer: RoutedTrainer) -> Sequence[TrainerCallback]:
+        """Further callbacks of the trainer, such as measures on the eval sets."""
+        return ()
+
+    def describe(self, recipe: RecipeT) -> Description:
+        """What the result is, for its model card."""
+        ...
+
+
+AnyStage = Stage[Any]
