@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dae.checking.check import check
+from kd.stages.sft import Sft
 from kd.stages.sft_recipe import SftRecipe
 
 PICTURE = Path(__file__).parents[1] / "docs" / "check-rows.svg"
@@ -84,7 +85,7 @@ def main() -> None:
         data = {"max_length": 96, "train": "rows.jsonl"}
         recipe = SftRecipe(base="base", output="expert", data=data, train={"per_device_train_batch_size": 4})
         console = Console(record=True, width=132, file=io.StringIO(), force_terminal=True, highlight=False)
-        check(recipe, console)
+        check(Sft(), recipe, console)
         drawn = console.export_svg(title="dae check sft --base base --data rows.jsonl", unique_id="check")
         # Rich names fonts to be fetched from elsewhere; any will do.
         PICTURE.write_text(re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL), encoding="utf-8")

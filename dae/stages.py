@@ -33,6 +33,6 @@ class StageEntry:
 
 STAGES: dict[str, StageEntry] = {
     "align": StageEntry(AlignRecipe, "dae.alignment:Align"),
-    "sft": StageEntry(SftRecipe, "kd.stages.sft:Sft"),
     "distill": StageEntry(DistillRecipe, "kd.stages.distill:Distill"),
+    "sft": StageEntry(SftRecipe, "kd.stages.sft:Sft"),
 }

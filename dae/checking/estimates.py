@@ -19,9 +19,8 @@ from kd.losses.token_loss import (
     block_elements,
     logits_elements,
 )
-from kd.models.roles import LoadSettings, Role
+from kd.models.roles import Role
 from kd.stages.distill import text_config
-from kd.stages.stage import StageRoles
 from kd.training.settings import student_dtype
 from kd.training.trainer import TRAINING_ONLY
 
@@ -45,9 +44,10 @@ class Item:
     bytes: float
 
 
-def weights(recipe: StageRecipe, roles: StageRoles, settings: LoadSettings) -> list[Item]:
+def weights(plan: Plan) -> list[Item]:
     """What a run keeps in memory for its models: each copy of full weights once, adapters, what trains."""
-    element, items = settings.dtype.itemsize, list[Item]()
+    recipe, roles = plan.recipe, plan.roles
+    element, items = plan.settings.dtype.itemsize, list[Item]()
     adapters: dict[tuple[int, str], Item] = {}
     on_model: dict[int, list[Role]] = {}
     for role in roles.all:
@@ -121,7 +121,7 @@ def memory(plan: Plan) -> list[Item]:
             terms.append(Item("attention: queries and keys until the loss, and their gradients", held))
             maps = LIVE_MAP_CHUNKS * 4 * chunk
     return [
-        *weights(plan.recipe, roles, settings),
+        *weights(plan),
         Item("gradients and AdamW", trainable(roles.student) * (GRADIENT_BYTES + ADAMW_BYTES)),
         Item(f"{name}, {args.per_device_train_batch_size} x {longest} tokens", kept),
         *terms,

@@ -32,7 +32,7 @@ import dae.alignment
 import kd.training.publishing
 from dae import cli
 from kd.models.roles import LoadSettings, speaking_as
-from kd.stages.run_stage import StageRoles
+from kd.stages.stage import StageRoles
 from kd.training.verify import verify_saved
 
 HELD_OUT = ("data.eval.domain=heldout_shop.jsonl", "data.eval.general=heldout_general.jsonl")
@@ -392,21 +392,21 @@ def test_where_all_teachers_are_the_base_full_weights_do_not_move_either(world: 
 def test_teachers_do_not_move_while_the_student_does(world: Path, lora: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[StageRoles] = []
     before: list[dict[str, Tensor]] = []
-    build = dae.alignment.build_roles
+    build = dae.alignment.Align.build_roles
 
     def keep(*arguments: Any) -> StageRoles:
         kept.append(build(*arguments))
         before.append(logits_of_roles(kept[0]))
         return kept[0]
 
-    monkeypatch.setattr(dae.alignment, "build_roles", keep)
+    monkeypatch.setattr(dae.alignment.Align, "build_roles", keep)
     run(lora, "train.max_steps=10")
     after = logits_of_roles(kept[0])
     for name in ("reference", "expert.domain"):
         assert torch.equal(after[name], before[0][name])
     assert not torch.equal(after["student"], before[0]["student"])
     assert torch.equal(before[0]["student"], before[0]["reference"])
-    shared = len({id(parameter) for role in kept[0].roles for parameter in role.model.parameters()})
+    shared = len({id(parameter) for role in kept[0].all for parameter in role.model.parameters()})
     alone = len(load_file("base/model.safetensors"))
     adapters = len(load_file("expert/adapter_model.safetensors"))
     assert shared == (alone + 2 * adapters if lora != "lora=null" else 2 * alone + adapters)
@@ -414,7 +414,7 @@ def test_teachers_do_not_move_while_the_student_does(world: Path, lora: str, mon
 
 def logits_of_roles(roles: StageRoles) -> dict[str, Tensor]:
     logits = {}
-    for role in roles.roles:
+    for role in roles.all:
         with speaking_as(role) as model, torch.no_grad():
             logits[role.name] = model(input_ids=PROBE).logits.clone()
     return logits

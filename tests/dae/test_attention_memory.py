@@ -9,9 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from pico import make_checkpoint, make_model
+from stages import plan_of
 
 import kd.losses.attention
-from dae.checking.check import make_plan
 from dae.checking.estimates import held_for_maps, memory
 from kd.config.layer_recipes import AttentionRecipe
 from kd.losses.attention import attention_loss
@@ -81,8 +81,8 @@ def test_the_estimate_of_a_distillation_has_them(tmp_path: Path) -> None:
         recipe = DistillRecipe(
             base=tmp_path / "base", teacher=tmp_path / "base", output="o", data={"train": rows}, attention=attention
         )  # type: ignore[arg-type]
-        plan = make_plan(recipe)
-        needed.append({i.name: i.bytes for i in memory(recipe, plan.models, plan.args, plan.data, plan.settings)})
+        plan = plan_of(recipe)
+        needed.append({i.name: i.bytes for i in memory(plan)})
     (added,) = needed[1].keys() - needed[0].keys() - {"logits or attention maps, one chunk at a time"}
     assert added == "attention: queries and keys until the loss, and their gradients"
     # Of 8 rows at a time, 4 + 2 heads of width 4, in 2 layers: once the teacher's, once gradients.

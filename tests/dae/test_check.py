@@ -12,15 +12,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from pico import make_checkpoint, make_model
+from stages import fingerprints, plan_of, stage_of
 from transformers import AutoModelForCausalLM
 from worlds import make_adapter
 
-from dae.alignment import fingerprints
 from dae.checking import estimates
-from dae.checking.check import Plan, check, in_words, make_plan, marked_row, shortened
-from dae.checking.estimates import bytes_of_logits, disk, memory, tokens_of_run
+from dae.checking.check import check, in_words, marked_row, shortened
+from dae.checking.estimates import bytes_of_logits, disk, memory, tokens_of_run, trainable, weights
 from dae.checking.loss_shares import LossShare, loss_shares
 from dae.checking.overlap import normalised, overlaps, parts
+from dae.checking.plan import Plan
 from dae.recipe import AlignRecipe
 from kd.config.data_recipe import DataRecipe
 from kd.config.loading import resolved_yaml
@@ -61,9 +62,13 @@ def recipe_of(world: Path, output: Path, **changes: Any) -> AlignRecipe:
     return AlignRecipe(**{**values, **changes})
 
 
+def check_of(recipe: AlignRecipe | SftRecipe) -> None:
+    check(stage_of(recipe), recipe)
+
+
 def message(recipe: AlignRecipe | SftRecipe) -> str:
     with pytest.raises(UserError) as caught:
-        make_plan(recipe)
+        plan_of(recipe)
     return str(caught.value)
 
 
@@ -99,8 +104,8 @@ def test_shares_of_the_loss_are_those_of_the_rows_that_a_run_draws(
 ) -> None:
     train = {"per_device_train_batch_size": rows, "num_train_epochs": 1}
     recipe = recipe_of(world, tmp_path / "o", weights=weights, train=train)
-    plan = make_plan(recipe)
-    shown = loss_shares(recipe, plan.data, plan.mixture, plan.steps)
+    plan = plan_of(recipe)
+    shown = loss_shares(plan.objective, plan.data, plan.mixture, plan.steps)
     assert {name: (share.mean, share.absent) for name, share in shown.items()} == {
         name: pytest.approx(expected) for name, expected in counted(plan, factors).items()
     }
@@ -108,29 +113,29 @@ def test_shares_of_the_loss_are_those_of_the_rows_that_a_run_draws(
 
 def test_a_step_without_a_route_gives_its_weight_to_the_others(world: Path, tmp_path: Path) -> None:
     recipe = recipe_of(world, tmp_path / "o", train={"per_device_train_batch_size": 2, "num_train_epochs": 1})
-    plan = make_plan(recipe)
-    shares = loss_shares(recipe, plan.data, plan.mixture, plan.steps)
+    plan = plan_of(recipe)
+    shares = loss_shares(plan.objective, plan.data, plan.mixture, plan.steps)
     # A tenth of the rows, never two in one step of two: a fifth of the steps, and half of the loss of each.
     assert shares == {"general": LossShare(pytest.approx(0.9), 0.0), "domain": LossShare(pytest.approx(0.1), 0.8)}
 
 
 def test_of_a_long_run_the_first_steps_are_looked_at(world: Path, tmp_path: Path) -> None:
     train = {"per_device_train_batch_size": 20, "max_steps": 10**9}
-    plan = make_plan(recipe_of(world, tmp_path / "o", train=train))
-    shares = loss_shares(recipe_of(world, tmp_path / "o"), plan.data, plan.mixture, plan.steps)
+    plan = plan_of(recipe_of(world, tmp_path / "o", train=train))
+    shares = loss_shares(plan.objective, plan.data, plan.mixture, plan.steps)
     assert shares["domain"] == LossShare(pytest.approx(0.5), 0.0)
 
 
 def test_a_route_with_little_of_the_loss_is_warned_about(world: Path, tmp_path: Path, capsys: Any) -> None:
-    check(recipe_of(world, tmp_path / "o", weights="tokens"))
+    check_of(recipe_of(world, tmp_path / "o", weights="tokens"))
     shown = capsys.readouterr().out
     assert "warning: route domain has" in shown and "weights=routes gives each route the same say" in shown
-    check(recipe_of(world, tmp_path / "o", weights="routes", train={"per_device_train_batch_size": 10}))
+    check_of(recipe_of(world, tmp_path / "o", weights="routes", train={"per_device_train_batch_size": 10}))
     assert "warning" not in capsys.readouterr().out
 
 
 def test_a_route_that_is_missing_from_many_steps_is_warned_about(world: Path, tmp_path: Path, capsys: Any) -> None:
-    check(recipe_of(world, tmp_path / "o", weights="routes"))
+    check_of(recipe_of(world, tmp_path / "o", weights="routes"))
     (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert "route domain has no row in 60 % of the steps" in told
     assert "at least 10 rows (train.gradient_accumulation_steps)" in told and "weights=tokens" in told
@@ -152,7 +157,7 @@ def test_the_report_shows_rows_masks_steps_and_needs(world: Path, tmp_path: Path
             {"prompt": "new", "completion": " ten"},
         ])},
     }  # fmt: skip
-    check(recipe_of(world, tmp_path / "o", data=data, weights="tokens"))
+    check_of(recipe_of(world, tmp_path / "o", data=data, weights="tokens"))
     shown = capsys.readouterr().out
     with_paths = (str(tmp_path), str(world), "warning", "  ")
     assert max(len(line) for line in shown.splitlines() if not line.startswith(with_paths)) <= 80
@@ -176,7 +181,7 @@ def test_held_out_rows_are_shown_as_training_rows_are(world: Path, tmp_path: Pat
     domain = write_rows(tmp_path / "d.jsonl", long + [{"prompt": f"Q{n}?", "completion": " ten"} for n in range(30)])
     held = write_rows(tmp_path / "h.jsonl", long + short)
     data = {"max_length": 24, "general": world / "general.jsonl", "domain": domain, "eval": {"domain": held}}
-    check(recipe_of(world, tmp_path / "o", data=data, weights="tokens"))
+    check_of(recipe_of(world, tmp_path / "o", data=data, weights="tokens"))
     shown = capsys.readouterr().out.splitlines()
     (row,) = [line.split() for line in shown if line.split()[:2] == ["domain", "4"]]
     # rows, tokens, response tokens, cut, dropped, in training, same prompt; a prompt "H0?" is 3 tokens of 24
@@ -185,12 +190,12 @@ def test_held_out_rows_are_shown_as_training_rows_are(world: Path, tmp_path: Pat
 
 
 def test_a_checked_recipe_leaves_nothing_behind(world: Path, tmp_path: Path) -> None:
-    make_plan(recipe_of(world, tmp_path / "runs" / "o"))
+    plan_of(recipe_of(world, tmp_path / "runs" / "o"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_long_rows_are_shown_by_their_ends(world: Path, tmp_path: Path) -> None:
-    plan = make_plan(recipe_of(world, tmp_path / "o"))
+    plan = plan_of(recipe_of(world, tmp_path / "o"))
     assert marked_row(plan.data.rows[1], 0, plan, styled=True).plain == "  Q0: how big is the blue kettle? ten</s>"
     text = "".join(str(n % 10) for n in range(1000))
     assert shortened(text).startswith(text[:100])
@@ -205,35 +210,35 @@ def test_weights_are_counted_as_they_are_loaded(world: Path, tmp_path: Path) -> 
     size = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(world / "base").parameters())
     shutil.copytree(world / "base", tmp_path / "copy", dirs_exist_ok=True)
     make_checkpoint(tmp_path / "other", seed=1)
-    shared = make_plan(recipe_of(world, tmp_path / "o", reference=tmp_path / "copy")).models
-    assert [item.name for item in shared.weights] == [
+    shared = plan_of(recipe_of(world, tmp_path / "o", reference=tmp_path / "copy"))
+    assert [item.name for item in weights(shared)] == [
         "base: student, reference, expert.domain",
         "expert.domain adapter",
         "student adapter",
     ]
-    assert shared.weights[0].bytes == size * 4
-    assert shared.weights[1].bytes == shared.weights[2].bytes == shared.trainable * 4
-    own = make_plan(recipe_of(world, tmp_path / "o", expert=str(tmp_path / "other"), lora=None)).models
-    assert [(item.name, item.bytes) for item in own.weights] == [
+    assert weights(shared)[0].bytes == size * 4
+    assert weights(shared)[1].bytes == weights(shared)[2].bytes == trainable(shared.roles.student) * 4
+    own = plan_of(recipe_of(world, tmp_path / "o", expert=str(tmp_path / "other"), lora=None))
+    assert [(item.name, item.bytes) for item in weights(own)] == [
         ("base: reference", size * 4),
         ("expert.domain", size * 4),
         ("student, all weights", size * 4),
     ]
-    assert own.trainable == size
+    assert trainable(own.roles.student) == size
 
 
 def test_trainable_weights_are_those_of_a_real_adapter(world: Path, tmp_path: Path) -> None:
     model = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "down_proj"]))
     real = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     recipe = recipe_of(world, tmp_path / "o", lora={"rank": 2, "target_modules": ["q_proj", "down_proj"]})
-    assert make_plan(recipe).models.trainable == real
+    assert trainable(plan_of(recipe).roles.student) == real
 
 
 def test_checkpointing_needs_less_memory_and_more_rows_need_more(world: Path, tmp_path: Path) -> None:
     def needed(**train: Any) -> float:
         recipe = recipe_of(world, tmp_path / "o", train={"max_steps": 3, **train})
-        plan = make_plan(recipe)
-        return sum(item.bytes for item in memory(recipe, plan.models, plan.args, plan.data, plan.settings))
+        plan = plan_of(recipe)
+        return sum(item.bytes for item in memory(plan))
 
     assert needed(gradient_checkpointing=True) < needed() < needed(per_device_train_batch_size=32)
 
@@ -268,11 +273,11 @@ def test_kept_activations_are_near_what_a_llama_layer_keeps() -> None:
 
 
 def test_tokens_and_disk(world: Path, tmp_path: Path) -> None:
-    plan = make_plan(recipe_of(world, tmp_path / "o"))
+    plan = plan_of(recipe_of(world, tmp_path / "o"))
     drawn = [row for step in range(plan.steps) for row in plan.mixture.rows_of_step(step)]
     real = sum(int(plan.data.rows[source].lengths[row]) for source, row in drawn)
     assert tokens_of_run(plan.data, len(drawn), plan.data.route_names) == pytest.approx(real, rel=0.02)
-    result, checkpoints = disk(recipe_of(world, tmp_path / "o"), plan.models, plan.args)
+    result, checkpoints = disk(plan)
     assert checkpoints.bytes == 3 * 3 * result.bytes
 
 
@@ -357,7 +362,7 @@ def test_every_role_is_looked_at_and_not_the_base_alone(world: Path, tmp_path: P
     told = message(recipe_of(world, tmp_path / "o", expert=str(adapted)))
     assert "role expert.domain: LlamaForCausalLM: an adapter on the output layer must be plain LoRA" in told
     plain = make_adapter(tmp_path / "plain", world / "base", target_modules=["q_proj", "lm_head"])
-    make_plan(recipe_of(world, tmp_path / "o", expert=str(plain)))
+    plan_of(recipe_of(world, tmp_path / "o", expert=str(plain)))
 
 
 @pytest.mark.parametrize("stage", ["sft", "align"])
@@ -368,29 +373,29 @@ def test_an_attention_that_does_not_exist_is_refused(world: Path, tmp_path: Path
     else:
         told = message(recipe_of(world, tmp_path / "o", attn_implementation="sdpaa"))
     assert f"attn_implementation: sdpaa: {world / 'base'} cannot be run with it" in told
-    make_plan(recipe_of(world, tmp_path / "o", attn_implementation="eager"))
+    plan_of(recipe_of(world, tmp_path / "o", attn_implementation="eager"))
 
 
 def test_a_merge_that_has_no_place_for_a_bias_is_refused(world: Path, tmp_path: Path) -> None:
     earlier = str(make_adapter(tmp_path / "earlier", world / "base", r=2, target_modules=["q_proj"], lora_bias=True))
     told = message(recipe_of(world, tmp_path / "o", student_from=earlier, merge=True))
     assert "merge: true: the adapter has a bias of its own (lora_bias)" in told
-    make_plan(recipe_of(world, tmp_path / "o", student_from=earlier))
+    plan_of(recipe_of(world, tmp_path / "o", student_from=earlier))
 
 
 def test_a_student_that_goes_on_trains_what_it_trained_before(world: Path, tmp_path: Path) -> None:
     begun = make_adapter(tmp_path / "first", world / "base", r=6, target_modules=["q_proj"])
     earlier, new = (
-        make_plan(recipe_of(world, tmp_path / "o", lora={"rank": 6, "target_modules": ["q_proj"]}, **more)).models
+        plan_of(recipe_of(world, tmp_path / "o", lora={"rank": 6, "target_modules": ["q_proj"]}, **more)).roles.student
         for more in ({"student_from": begun}, {})
     )
-    assert earlier.trainable == new.trainable
-    unsaid = make_plan(recipe_of(world, tmp_path / "o", student_from=begun, lora={}))
-    assert unsaid.models.trainable == new.trainable
+    assert trainable(earlier) == trainable(new)
+    unsaid = plan_of(recipe_of(world, tmp_path / "o", student_from=begun, lora={}))
+    assert trainable(unsaid.roles.student) == trainable(new)
 
 
 def test_an_sft_recipe_is_checked_too(world: Path, tmp_path: Path, capsys: Any) -> None:
-    check(SftRecipe(base=world / "base", output=tmp_path / "o", data={"train": world / "domain.jsonl"}))  # type: ignore[arg-type]
+    check_of(SftRecipe(base=world / "base", output=tmp_path / "o", data={"train": world / "domain.jsonl"}))  # type: ignore[arg-type]
     shown = capsys.readouterr().out
     assert "0 through teachers" in shown
 
@@ -400,14 +405,14 @@ def test_an_sft_recipe_is_checked_too(world: Path, tmp_path: Path, capsys: Any) 
 
 def test_an_output_that_holds_another_run_or_a_living_one_is_refused(world: Path, tmp_path: Path) -> None:
     recipe = recipe_of(world, tmp_path / "o")
-    plan = make_plan(recipe)
+    plan = plan_of(recipe)
     run = RunFolder(recipe.output)
     begun: dict[str, Any] = {"base": recipe.base, "data": plan.data.inputs, "processes": 8}
     with run.claim("align", resolved_yaml(recipe), fingerprints(recipe), **begun):
         assert "held by a live process" in message(recipe)
         (run.checkpoints_dir / "step-000001").mkdir()
         before = sorted(path.name for path in run.path.rglob("*"))
-    make_plan(recipe)  # the same run, however many processes began it
+    plan_of(recipe)  # the same run, however many processes began it
     other = recipe_of(world, tmp_path / "o", temperature=2.0)
     assert "temperature: 1.0 -> 2.0" in message(other)
     assert sorted(path.name for path in run.path.rglob("*")) == before

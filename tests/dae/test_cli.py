@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import dae as package
-from dae import cli
+from dae import cli, process
+from dae.commands.schemas import schemas
 from dae.commands.stages import tell
 from dae.recipe import AlignRecipe
 from kd.config.loading import load_recipe
@@ -42,7 +43,7 @@ def dae(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedP
 @pytest.fixture
 def aligned(monkeypatch: pytest.MonkeyPatch) -> list[AlignRecipe]:
     """Recipes that `dae align` would have run."""
-    import dae.alignment
+    import kd.stages.run_stage
 
     recipes: list[AlignRecipe] = []
 
@@ -50,22 +51,22 @@ def aligned(monkeypatch: pytest.MonkeyPatch) -> list[AlignRecipe]:
         path = Path("runs/align")
         summary = {"steps": 3, "rows": {}, "initial_kl": {}, "last": {"loss": 0.5}, "held_out": {}}  # noqa: RUF012
 
-    def record(recipe: AlignRecipe) -> Result:
+    def record(_stage: Any, recipe: AlignRecipe) -> Result:
         recipes.append(recipe)
         return Result()
 
-    monkeypatch.setattr(dae.alignment, "align", record)
+    monkeypatch.setattr(kd.stages.run_stage, "run_stage", record)
     return recipes
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """Makes `dae align` fail with this error."""
-    import dae.alignment
+    import kd.stages.run_stage
 
-    def fail(_recipe: AlignRecipe) -> None:
+    def fail(_stage: Any, _recipe: AlignRecipe) -> None:
         raise error
 
-    monkeypatch.setattr(dae.alignment, "align", fail)
+    monkeypatch.setattr(kd.stages.run_stage, "run_stage", fail)
 
 
 ENOUGH = ["align", "--base", "b", "--expert", "e", "--domain-data", "d.jsonl", "--general-data", "g.jsonl"]
@@ -141,7 +142,7 @@ def test_check_knows_the_stage(
     import dae.checking.check
 
     checked: list[Any] = []
-    monkeypatch.setattr(dae.checking.check, "check", checked.append)
+    monkeypatch.setattr(dae.checking.check, "check", lambda _stage, recipe: checked.append(recipe))
     (tmp_path / "r.yaml").write_text(text)
     assert cli.run(["check", str(tmp_path / "r.yaml"), *more]) == 0
     assert [type(recipe) for recipe in checked] == [schema]
@@ -161,7 +162,7 @@ def test_the_command_to_come_is_checked_by_a_word_before_it_or_a_flag_behind_it(
     import dae.checking.check
 
     checked: list[Any] = []
-    monkeypatch.setattr(dae.checking.check, "check", checked.append)
+    monkeypatch.setattr(dae.checking.check, "check", lambda _stage, recipe: checked.append(recipe))
     monkeypatch.chdir(tmp_path)
     (tmp_path / command[0]).write_text("no recipe")  # the stage goes before a file of its name
     assert cli.run(["check", *command]) == 0
@@ -176,7 +177,7 @@ def test_a_file_with_the_name_of_a_stage_is_had_by_its_folder(
     import dae.checking.check
 
     checked: list[Any] = []
-    monkeypatch.setattr(dae.checking.check, "check", checked.append)
+    monkeypatch.setattr(dae.checking.check, "check", lambda _stage, recipe: checked.append(recipe))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "align").write_text("base: b\noutput: o\ndata: {train: d}\n")
     assert cli.run(["check", "./align", "seed=4"]) == 0
@@ -235,10 +236,10 @@ def test_an_align_recipe_with_a_key_of_another_stays_one(tmp_path: Path, capsys:
     assert "rank = 4: stands in another place: write `lora.rank`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [n for n, schema in cli.SCHEMAS.items() if "seed" in schema.model_fields])
+@pytest.mark.parametrize("command", [n for n, schema in schemas().items() if "seed" in schema.model_fields])
 def test_a_seed_that_no_library_takes_is_told(command: str) -> None:
     with pytest.raises(UserError, match="seed=4294967296: must be at most 4294967295"):
-        load_recipe(cli.SCHEMAS[command], None, {}, ["seed=4294967296"])
+        load_recipe(schemas()[command], None, {}, ["seed=4294967296"])
 
 
 @pytest.mark.parametrize("command", [["demo"], ["eval", "mt-bench"], ["eval", "alpaca-eval"]])
@@ -293,7 +294,7 @@ def test_our_own_faults_leave_a_log(
     assert cli.run(ENOUGH) == 3
     told = capsys.readouterr().err
     (log,) = tmp_path.iterdir()
-    assert told.strip().endswith(f"the traceback is in {log}")
+    assert told.strip().endswith(f"traceback in {log}")
     assert told.count("\n") == 1
     assert "Traceback (most recent call last)" in log.read_text()
     assert type(error).__name__ in log.read_text()
@@ -367,7 +368,7 @@ def test_threads_sleep_while_they_wait_unless_the_user_chose(
         "print(before.get('OMP_WAIT_POLICY'), os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules, flush=True);"
         "subprocess.run([sys.executable, '-c', shown])"
     )
-    clean = {key: text for key, text in os.environ.items() if key not in cli.SPINNING}
+    clean = {key: text for key, text in os.environ.items() if key not in process.SPINNING}
     if name is not None and value is not None:
         clean[name] = value
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean, capture_output=True, text=True, check=True)

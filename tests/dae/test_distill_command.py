@@ -14,12 +14,12 @@ import yaml
 from pico import make_checkpoint
 from processes import ROOT
 from safetensors.torch import load_file
+from stages import plan_of
 from worlds import make_rows, metrics_of
 
 import kd.training.publishing
 from dae import cli
-from dae.checking.check import make_plan
-from dae.checking.estimates import parameters
+from dae.checking.estimates import parameters, weights
 from kd.models.compatibility import empty_model
 from kd.stages.distill_recipe import DistillRecipe
 
@@ -70,14 +70,14 @@ def test_check_knows_the_stage_and_counts_the_teacher(world: Path, capsys: Any) 
     assert cli.run(["check", "r.yaml", "train.max_steps=2"]) == 0
     shown = capsys.readouterr().out
     assert "route train" in shown and "teacher" in shown and " 0 through teachers" not in shown
-    plan = make_plan(DistillRecipe(**recipe))
-    sizes = {item.name: item.bytes for item in plan.models.weights}
+    plan = plan_of(DistillRecipe(**recipe))
+    sizes = {item.name: item.bytes for item in weights(plan)}
     assert sizes["teacher"] == 4 * parameters(empty_model("teacher"))
     assert sizes["base: student"] == 4 * parameters(empty_model("base"))
-    assert plan.models.vocabulary_rows == 288
+    assert plan.roles.vocabulary_rows == 288
     make_checkpoint(world / "wide", hidden_size=24, num_hidden_layers=3)
-    wide = make_plan(DistillRecipe(**{**recipe, "teacher": "wide", "hidden": {}}))
-    sizes = {item.name: item.bytes for item in wide.models.weights}
+    wide = plan_of(DistillRecipe(**{**recipe, "teacher": "wide", "hidden": {}}))
+    sizes = {item.name: item.bytes for item in weights(wide)}
     assert sizes["projections, their gradients and AdamW"] == 2 * 16 * 24 * 4 * 4
     assert cli.run(["check", "r.yaml", "attention.layers=[[3, 0]]"]) == cli.USER
     assert "the student has no layer 3" in capsys.readouterr().err

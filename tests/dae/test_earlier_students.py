@@ -10,9 +10,9 @@ import torch
 import yaml
 from pico import make_checkpoint
 from processes import dae
+from stages import plan_of
 from worlds import align_command, make_adapter, make_rows, make_world
 
-from dae.checking.check import make_plan
 from dae.earlier_student import with_lora_of_student
 from dae.recipe import AlignRecipe
 from kd.config.loading import load_recipe
@@ -58,7 +58,7 @@ def test_the_recipe_says_what_the_adapter_is(world: Path) -> None:
     ],
 )
 def test_what_it_is_not_is_refused_by_name(world: Path, assignment: str, told: str) -> None:
-    for refusing in (with_lora_of_student, make_plan):
+    for refusing in (with_lora_of_student, plan_of):
         with pytest.raises(UserError) as caught:
             refusing(recipe_of(world, assignment))
         assert told.format(first=world / "first") in str(caught.value)

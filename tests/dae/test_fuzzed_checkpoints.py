@@ -18,11 +18,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pico import make_checkpoint
+from stages import build_roles, plan_of
 from worlds import GENERAL_WORDS, make_adapter, make_rows
 
-from dae.alignment import build_roles, fingerprints
-from dae.checking.check import make_plan
-from dae.cli import status_of
+from dae.exit_status import status_of
 from dae.recipe import AlignRecipe
 from kd.config.loading import load_recipe
 from kd.models.roles import LoadSettings, check_head
@@ -106,11 +105,11 @@ def outcome(world: Path, expert: str, *, start: bool = False) -> tuple[int, str]
         align = load_recipe(
             AlignRecipe, None, {**flags, "expert": str(world / expert), "data.general": rows, "data.domain": rows}, []
         )
-        make_plan(align)
-        make_plan(load_recipe(SftRecipe, None, {**flags, "data.train": rows}, []))
+        plan_of(align)
+        plan_of(load_recipe(SftRecipe, None, {**flags, "data.train": rows}, []))
         if start:
-            roles = build_roles(align, fingerprints(align), LoadSettings(torch.float32))
-            for role in roles.roles:
+            roles = build_roles(align, LoadSettings(torch.float32))
+            for role in roles.all:
                 check_head(role, roles.vocabulary_rows)
     except BaseException as error:  # tokenizers' panics are no Exceptions
         if isinstance(error, KeyboardInterrupt):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dae.commands.checking import stage_of
-from dae.commands.schemas import SCHEMAS
+from dae.commands.schemas import schemas
 from dae.recipe import AlignRecipe
 from kd.config.loading import load_recipe, resolved_yaml
 from kd.errors import UserError
@@ -46,7 +46,7 @@ def run_folder(folder: Path, rows: Path, route: str = "train", split: str = "tra
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_shipped_recipes_load_and_read_back_the_same(path: Path, tmp_path: Path) -> None:
-    schema = SCHEMAS[stage_of(path, [])]
+    schema = schemas()[stage_of(path, [])]
     recipe = load_recipe(schema, path, {})
     copy = tmp_path / "copy.yaml"
     copy.write_text(resolved_yaml(recipe))

@@ -85,7 +85,7 @@ def whole_checkpoints(run: Path) -> list[str]:
 MOMENTS = {
     "before anything is written": Signal("kd.runs.run_folder:RunFolder._set_up"),
     "in the middle of the set-up": Signal("kd.runs.run_folder:write_text_durably", 2),
-    "while the models are loaded": Signal("dae.alignment:build_roles"),
+    "while the models are loaded": Signal("dae.alignment:Align.build_roles"),
     "after the first measurement": Signal("kd.stages.run_stage:start_metrics", after=True),
     "in the third step, before any checkpoint": Signal("kd.training.trainer:RoutedTrainer._save_checkpoint"),
     "with half a checkpoint written": Signal("kd.training.trainer:save_student", after=True),

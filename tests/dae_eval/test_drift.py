@@ -327,7 +327,7 @@ def test_training_is_the_same_to_the_bit_without_it(
 ) -> None:
     few = ["train.max_steps=6", "train.gradient_checkpointing=true"]
     watched = run(*settings, *few, output="watched")
-    monkeypatch.setattr(dae.alignment, "drift_callbacks", lambda *_: [])
+    monkeypatch.setattr(dae.alignment.Align, "callbacks", lambda *_: [])
     alone = run(*settings, *few, output="alone")
     assert (drift_of(watched).keys(), drift_of(alone)) == ({0, 2, 4, 6}, {})
     name = "model.safetensors" if "lora=null" in settings else "adapter_model.safetensors"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from distillation import assert_same, gradients, step_loss
 from pico import make_checkpoint, make_model, make_tokenizer
+from stages import build, check_checkpoints, stage_of
 from torch import Tensor, nn
 from worlds import GENERAL_WORDS, metrics_of
 from worlds import make_rows as write_rows
@@ -19,11 +20,12 @@ from kd.config.data_recipe import DataRecipe, SourceRecipe
 from kd.data.examples import load_rows
 from kd.data.mixing import MixedRows, collate
 from kd.data.paired_rows import PairedRows, load_paired_rows
+from kd.data.stage_data import StageData
 from kd.errors import UserError
 from kd.losses.cross_tokenizer import CrossTokenizerLoss, aligned_positions, differentiable_logits, uld_sum
 from kd.models.head import Head
 from kd.models.roles import LoadSettings, Role
-from kd.stages.distill import build_roles, check_checkpoints, distill, load_data
+from kd.stages.distill import distill
 from kd.stages.distill_recipe import DistillRecipe
 
 M, D, E = 7, 5, 4
@@ -174,6 +176,10 @@ def test_a_run_lowers_the_distance_to_a_teacher_with_other_tokens(
     assert held_out[-1] < 0.95 * lines[0]["train/uld"]
 
 
+def load_data(recipe: DistillRecipe) -> StageData:
+    return stage_of(recipe).load_data(recipe, stage_of(recipe).inputs(recipe))
+
+
 def batches_of(world: Path, tmp_path: Path, size: int) -> list[dict[str, Tensor]]:
     (rows,) = load_data(recipe_of(world, tmp_path)).rows
     mixed = MixedRows([rows], [0])
@@ -182,11 +188,11 @@ def batches_of(world: Path, tmp_path: Path, size: int) -> list[dict[str, Tensor]
 
 
 def test_micro_batches_do_not_matter_and_the_loss_is_the_definition(world: Path, tmp_path: Path) -> None:
-    roles = build_roles(recipe_of(world, tmp_path), LoadSettings(torch.float64))
-    student: nn.Module = roles.student.double()
+    model, teacher, objective = build(recipe_of(world, tmp_path), LoadSettings(torch.float64))
+    student: nn.Module = model.double()
     results = []
     for size in (8, 4, 1):
-        loss = step_loss(student, batches_of(world, tmp_path, size), roles.objective)
+        loss = step_loss(student, batches_of(world, tmp_path, size), objective)
         results.append((loss, gradients(student)))
     for loss, found in results[1:]:
         torch.testing.assert_close(loss, results[0][0], rtol=1e-10, atol=1e-12)
@@ -195,7 +201,7 @@ def test_micro_batches_do_not_matter_and_the_loss_is_the_definition(world: Path,
     for batch in batches_of(world, tmp_path, 1):
         with torch.no_grad():
             ours = student(batch["input_ids"]).logits[0][:-1][batch["response_mask"][0, 1:]]
-            theirs = roles.roles[1].model(batch["teacher_input_ids"]).logits[0][:-1]
+            theirs = teacher(batch["teacher_input_ids"]).logits[0][:-1]
         theirs = theirs[batch["teacher_response_mask"][0, 1:]]
         labels = batch["input_ids"][0, 1:][batch["response_mask"][0, 1:]]
         count += len(labels)
@@ -206,15 +212,15 @@ def test_micro_batches_do_not_matter_and_the_loss_is_the_definition(world: Path,
 
 
 def test_the_teacher_reads_its_own_tokens_without_gradient(world: Path, tmp_path: Path) -> None:
-    roles = build_roles(recipe_of(world, tmp_path), LoadSettings(torch.float32))
-    (term,) = roles.objective.terms
+    student, _, objective = build(recipe_of(world, tmp_path), LoadSettings(torch.float32))
+    (term,) = objective.terms
     assert isinstance(term, CrossTokenizerLoss) and isinstance(term.teacher, Role)
     (batch,) = batches_of(world, tmp_path, 8)
     seen = []
     term.teacher.model.register_forward_pre_hook(
         lambda _m, _a, inputs: seen.append((inputs["input_ids"], torch.is_grad_enabled())), with_kwargs=True
     )
-    step_loss(roles.student, [batch], roles.objective)
+    step_loss(student, [batch], objective)
     assert len(seen) == 1 and not seen[0][1] and torch.equal(seen[0][0], batch["teacher_input_ids"])
     assert batch["teacher_input_ids"].shape != batch["input_ids"].shape
 

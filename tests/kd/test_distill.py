@@ -13,6 +13,7 @@ from distillation import as_batch, assert_same, gradients, make_rows, step_loss
 from peft import PeftModel
 from pico import make_checkpoint, make_tokenizer
 from safetensors.torch import load_file
+from stages import build, check_checkpoints
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from worlds import SHOP_WORDS, make_adapter, metrics_of
@@ -25,7 +26,7 @@ from kd.errors import UserError
 from kd.models.forward import final_hidden_states, head_of
 from kd.models.roles import LoadSettings
 from kd.runs.run_folder import RunFolder
-from kd.stages.distill import build_roles, check_checkpoints, distill
+from kd.stages.distill import distill
 from kd.stages.distill_recipe import DistillRecipe
 from kd.training.objective import Objective, route_sums
 from kd.training.verify import Verification, verify_saved
@@ -240,36 +241,36 @@ def test_loss_and_gradient_equal_the_definition(
 ) -> None:
     changes: dict[str, Any] = {"divergence": divergence, "lambda": weight, "temperature": temperature}
     recipe = recipe_of(world, **changes, **({"skew": 0.3} if "skewed" in divergence else {}))
-    roles = build_roles(recipe, DOUBLE)
+    student, teacher, objective = build(recipe, DOUBLE)
     if not lora:
-        roles.student.requires_grad_(True)
-    student, batch = roles.student.double().eval(), as_batch(make_rows(4))
-    expected = defined_loss(student, roles.roles[1].model, batch, recipe)
+        student.requires_grad_(True)
+    student, batch = student.double().eval(), as_batch(make_rows(4))
+    expected = defined_loss(student, teacher, batch, recipe)
     expected.backward()
     wanted = gradients(student)
-    loss = step_loss(student, [batch], roles.objective)
+    loss = step_loss(student, [batch], objective)
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-7, atol=1e-8)
     assert_same(gradients(student), wanted)
 
 
 def test_a_model_that_teaches_itself_has_a_gradient_of_exactly_zero(world: Path) -> None:
     recipe = recipe_of(world, teacher=world / "base", attention={"weight": 1.0}, hidden={"loss": "mse"})
-    roles = build_roles(recipe, LoadSettings(torch.float32))
-    sums = route_sums(roles.student.train(), as_batch(make_rows()), roles.objective)
+    student, _, objective = build(recipe, LoadSettings(torch.float32))
+    sums = route_sums(student.train(), as_batch(make_rows()), objective)
     sums.loss.sum().backward()
     assert sums.loss.tolist() == [0.0] and [term.item() for term in sums.terms] == [0.0, 0.0]
-    found = gradients(roles.student)
+    found = gradients(student)
     assert found and not any(gradient.any() for gradient in found.values())
 
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_micro_batches_do_not_matter_with_every_term_on(world: Path, lora: bool) -> None:
     recipe = recipe_of(world, **{"lambda": 0.7}, **BOTH, **({} if lora else {"lora": None}))
-    roles = build_roles(recipe, DOUBLE)
-    student, rows, results = roles.student.double(), make_rows(8), []
+    student, _, objective = build(recipe, DOUBLE)
+    student, rows, results = student.double(), make_rows(8), []
     for size in (8, 4, 2, 1):
         batches = [as_batch(rows[i : i + size]) for i in range(0, 8, size)]
-        results.append((step_loss(student, batches, roles.objective), gradients(student)))
+        results.append((step_loss(student, batches, objective), gradients(student)))
     assert [name for name in results[0][1] if "training_only" in name]
     for loss, found in results[1:]:
         torch.testing.assert_close(loss, results[0][0], rtol=1e-10, atol=1e-12)
@@ -277,32 +278,32 @@ def test_micro_batches_do_not_matter_with_every_term_on(world: Path, lora: bool)
 
 
 def test_a_micro_batch_without_response_tokens_contributes_nothing(world: Path) -> None:
-    roles = build_roles(recipe_of(world, **BOTH), DOUBLE)
-    student, rows = roles.student.double(), make_rows()
+    student, _, objective = build(recipe_of(world, **BOTH), DOUBLE)
+    student, rows = student.double(), make_rows()
     silent = [{**row, "response_mask": row["response_mask"] & False} for row in make_rows(3, seed=5)]
-    alone = step_loss(student, [as_batch(rows)], roles.objective)
+    alone = step_loss(student, [as_batch(rows)], objective)
     wanted = gradients(student)
-    assert step_loss(student, [as_batch(silent), as_batch(rows)], roles.objective) == alone
+    assert step_loss(student, [as_batch(silent), as_batch(rows)], objective) == alone
     assert_same(gradients(student), wanted, 0.0)
 
 
 def test_a_frozen_teacher_runs_once_and_gets_no_gradient(world: Path) -> None:
-    roles = build_roles(recipe_of(world, **BOTH), LoadSettings(torch.float32))
-    teacher, calls = roles.roles[1].model, []
+    student, teacher, objective = build(recipe_of(world, **BOTH), LoadSettings(torch.float32))
+    calls: list[bool] = []
     teacher.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    route_sums(roles.student, as_batch(make_rows()), roles.objective).loss.sum().backward()
+    route_sums(student, as_batch(make_rows()), objective).loss.sum().backward()
     assert calls == [False]
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in teacher.parameters())
 
 
 def test_plain_next_token_loss_asks_no_teacher(world: Path) -> None:
-    objective = build_roles(recipe_of(world, **{"lambda": 0.0}), LoadSettings(torch.float32)).objective
+    objective = build(recipe_of(world, **{"lambda": 0.0}), LoadSettings(torch.float32))[2]
     assert not objective.trains_with_teachers
     assert Objective(objective.routes, objective.token_loss, terms=build_terms(world)).trains_with_teachers
 
 
 def build_terms(world: Path) -> Any:
-    return build_roles(recipe_of(world, **BOTH), LoadSettings(torch.float32)).objective.terms
+    return build(recipe_of(world, **BOTH), LoadSettings(torch.float32))[2].terms
 
 
 def test_final_hidden_states_and_head_of_a_mixture_of_experts_give_its_logits(world: Path) -> None:

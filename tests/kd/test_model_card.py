@@ -13,9 +13,11 @@ from peft import LoraConfig, get_peft_model
 from pico import make_checkpoint, make_tokenizer
 from transformers import AutoModelForCausalLM
 
+from dae.alignment import Align
 from dae.recipe import AlignRecipe
 from kd.data.examples import SourceReport
 from kd.runs.provenance import DataInput
+from kd.stages.sft import Sft
 from kd.stages.sft_recipe import SftRecipe
 from kd.training.model_card import CardFacts, write_model_card
 
@@ -34,8 +36,9 @@ def align_facts(base: str, output: str, **changes: Any) -> CardFacts:
     )
     return CardFacts(
         stage="align",
+        description=Align().describe(recipe),
         recipe=recipe,
-        inputs={"base": "b" * 64, "reference": "b" * 64, "expert.ecom": "e" * 64},
+        inputs={"base": (base, "b" * 64), "reference": (base, "b" * 64), "expert.ecom": ("experts/ecom", "e" * 64)},
         data={
             "general": [DataInput("some/stories", "1" * 64, 0.9)],
             "ecom": [DataInput("ecom.jsonl", "2" * 64, 0.1)],
@@ -112,7 +115,7 @@ def test_an_sft_card_does_not_cite_the_alignment_paper(tmp_path: Path) -> None:
     recipe = SftRecipe.model_validate({"base": str(tmp_path / "base"), "output": "x", "data": {"train": "rows.jsonl"}})
     data = {"train": [DataInput("rows.jsonl", "1" * 64)]}
     reports = {"train": [SourceReport("rows.jsonl", kept=3, response_tokens=5)]}
-    facts = CardFacts("sft", recipe, {"base": "b" * 64}, data, reports, {})
+    facts = CardFacts("sft", Sft().describe(recipe), recipe, {"base": ("b", "b" * 64)}, data, reports, {})
     text = write_model_card(tmp_path, facts).read_text()
     assert "2406.19112" not in text
     assert f"| train | `rows.jsonl` | 3 | 0 | 0 |  | 5 | `{'1' * 64}` |" in text
