@@ -137,7 +137,7 @@ def objective_of(recipe: AlignRecipe, teachers: Mapping[str, Role | None]) -> Ob
     factors = recipe.weights if isinstance(recipe.weights, Mapping) else {}
     return Objective(
         tuple(Route(name, teacher, factors.get(name, 1.0)) for name, teacher in teachers.items()),
-        TokenLoss(recipe.lambda_, recipe.temperature, recipe.divergence, recipe.beta),
+        TokenLoss(recipe.lambda_, recipe.temperature, recipe.divergence, recipe.beta, recipe.skew),
         pooled=recipe.weights == "tokens",
     )
 

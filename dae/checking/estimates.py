@@ -17,7 +17,7 @@ from dae.recipe import AlignRecipe
 from kd.config.layer_recipes import AttentionRecipe
 from kd.config.stage_recipe import StageRecipe
 from kd.data.stage_data import StageData
-from kd.losses.token_loss import (
+from kd.losses.chunked import (
     ACCELERATOR_CHUNK_ELEMENTS,
     CPU_CHUNK_ELEMENTS,
     FEWEST_CHUNK_TOKENS,

@@ -15,7 +15,7 @@ from dae.alignment import role_paths
 from dae.recipe import AlignRecipe
 from kd.config.stage_recipe import StageRecipe
 from kd.errors import UserError
-from kd.losses.gradient_reach import refuse_useless_terms
+from kd.losses.gradient_reach import refuse_constant_losses
 from kd.losses.router import refuse_useless_router_loss
 from kd.models.adapter_files import is_adapter
 from kd.models.compatibility import empty_model, refuse_unusable_attention
@@ -24,11 +24,11 @@ from kd.models.roles import (
     STUDENT_ADAPTER,
     Backbone,
     Role,
+    activate,
     add_frozen_adapter,
     add_student_adapter,
     refuse_unknown_forward,
     refuse_unmergeable,
-    speaking_as,
 )
 from kd.stages.distill_recipe import DistillRecipe
 
@@ -75,14 +75,14 @@ def check_roles(recipe: StageRecipe, roles: Sequence[Role]) -> None:
     """Raise UserError where the run would refuse its models: a head it does not know, a merge that would go wrong."""
     for role in roles:
         try:
-            with speaking_as(role) as model:
+            with activate(role) as model:
                 head_of(model)
         except UserError as error:
             raise UserError(f"role {role.name}: {error}") from error
     student = roles[0].model
     refuse_useless_router_loss(student, recipe.router_aux_loss)
     if isinstance(recipe, DistillRecipe):
-        refuse_useless_terms(recipe.attention, recipe.hidden, roles[0])
+        refuse_constant_losses(recipe.attention, recipe.hidden, roles[0])
     if recipe.merge:
         refuse_unmergeable(student)
 
