@@ -106,7 +106,7 @@ class Align(Stage[AlignRecipe]):
         teachers = teachers_by_route(roles.teachers["reference"], experts)
         return Objective(
             tuple(Route(name, teacher, factors.get(name, 1.0)) for name, teacher in teachers.items()),
-            TokenLoss(recipe.lambda_, recipe.temperature, recipe.divergence, recipe.beta),
+            TokenLoss(recipe.lambda_, recipe.temperature, recipe.divergence, recipe.beta, recipe.skew),
             pooled=recipe.weights == "tokens",
         )
 

@@ -15,9 +15,10 @@ from kd.config.problems import NO_VALUE, Problem
 from kd.config.schema import Reads
 from kd.config.stage_recipe import StageRecipe
 from kd.errors import UserError
+from kd.losses.divergence_recipe import DivergenceRecipe
 
 
-class AlignRecipe(StageRecipe):
+class AlignRecipe(DivergenceRecipe):
     """`dae align`: the student matches each expert on the rows of its route, and the reference on `general`."""
 
     has_experts: ClassVar[bool] = True
@@ -56,14 +57,6 @@ class AlignRecipe(StageRecipe):
     student_from: str | None = Field(
         default=None, min_length=1, description="go on from an earlier student: its run folder"
     )
-    lambda_: float = Field(
-        default=1.0, ge=0, le=1, alias="lambda", description="weight of the divergence; the rest is next-token loss"
-    )
-    temperature: float = Field(default=1.0, gt=0, description="both distributions are softened by it")
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
-        default="forward_kl", description="between teacher and student: KL(t||s), KL(s||t), or between them"
-    )
-    beta: float = Field(default=0.5, ge=0, le=1, description="of jsd: 0 is forward KL, 1 is reverse KL")
     weights: Literal["routes", "tokens"] | dict[str, float] = Field(
         default="routes", description="each route the same say, each token the same say, or a factor for each route"
     )
@@ -94,10 +87,6 @@ class AlignRecipe(StageRecipe):
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> list[Problem]:
         problems = super().cross_checks(raw)
-        if raw.get("beta", 0.5) != 0.5 and raw.get("divergence", "forward_kl") != "jsd":
-            problems.append(
-                Problem(("beta",), raw["beta"], "is read with `divergence: jsd` only: set that, or remove it")
-            )
         experts = raw.get("expert")
         if not isinstance(experts, Mapping):
             return problems

@@ -24,7 +24,7 @@ from dae.rank_teachers.student_losses import losses_of
 from kd.data.mixing import collate
 from kd.data.token_rows import TokenRow, TokenRows
 from kd.losses.attention import attention_loss
-from kd.losses.auxiliary import Term
+from kd.losses.auxiliary import AuxiliaryLoss
 from kd.losses.cross_tokenizer import CrossTokenizerLoss
 from kd.losses.hidden_states import hidden_state_loss
 from kd.losses.token_loss import TokenLoss
@@ -81,7 +81,7 @@ def trained(student: Any, batches: list[Any], objective: Objective, device: torc
     return values + list(evaluate_routes(student, {"all": batches}, objective, device).values())
 
 
-def with_term(make: Callable[[Role, Role], Term], student: Any, teacher: Any, device: torch.device) -> Values:
+def with_term(make: Callable[[Role, Role], AuxiliaryLoss], student: Any, teacher: Any, device: torch.device) -> Values:
     roles = Role("student", student, STUDENT_ADAPTER), Role("teacher", teacher, None)
     objective = Objective((Route("train", roles[1]),), TokenLoss(0.5, 2.0, "jsd"), pooled=True, terms=(make(*roles),))
     batches = [as_batch(make_rows(3, shortest=9)), as_batch(make_rows(3, seed=2))]
@@ -99,7 +99,7 @@ def more_heads(device: torch.device) -> Values:
 
 
 def hidden_states(device: torch.device) -> Values:
-    def make(student: Role, teacher: Role) -> Term:
+    def make(student: Role, teacher: Role) -> AuxiliaryLoss:
         torch.manual_seed(0)
         term = hidden_state_loss(0.5, "mse", student, teacher, ((0, 1), (1, 2)))
         assert term.projections is not None

@@ -12,7 +12,7 @@ from dae.checking.plan import Plan
 from kd.config.stage_recipe import StageRecipe
 from kd.data.stage_data import StageData
 from kd.losses.attention import AttentionLoss
-from kd.losses.token_loss import (
+from kd.losses.chunked import (
     ACCELERATOR_CHUNK_ELEMENTS,
     CPU_CHUNK_ELEMENTS,
     FEWEST_CHUNK_TOKENS,

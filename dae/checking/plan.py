@@ -25,7 +25,7 @@ from kd.data.stage_data import StageData, refuse_unfit_rows
 from kd.errors import UserError
 from kd.losses.router import refuse_useless_router_loss
 from kd.models.forward import head_of, learned_positions
-from kd.models.roles import LoadSettings, refuse_unmergeable, speaking_as
+from kd.models.roles import LoadSettings, activate, refuse_unmergeable
 from kd.runs.provenance import read_provenance
 from kd.runs.run_folder import RunFolder
 from kd.stages.stage import AnyStage, Inputs, StageRoles
@@ -115,7 +115,7 @@ def check_roles(recipe: StageRecipe, roles: StageRoles) -> None:
     """Raise UserError where the run would refuse its models: a head it does not know, a merge that would go wrong."""
     for role in roles.all:
         try:
-            with speaking_as(role) as model:
+            with activate(role) as model:
                 head_of(model)
         except UserError as error:
             raise UserError(f"role {role.name}: {error}") from error

@@ -26,10 +26,10 @@ from kd.models.roles import (
     Backbone,
     LoadSettings,
     Role,
+    activate,
     add_frozen_adapter,
     check_head,
     load_model,
-    speaking_as,
     vocabulary_rows,
 )
 
@@ -109,7 +109,7 @@ def losses_of(
         input_ids_BT, attention_mask_BT = right_padded([rows[index].input_ids for index in chosen], 0)
         inputs = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT}
         inputs = {name: tensor.to(role.model.device) for name, tensor in inputs.items()}
-        with speaking_as(role) as model, torch.no_grad():
+        with activate(role) as model, torch.no_grad():
             hidden_BTD, head = final_hidden_states(model, inputs), head_of(model)
             for place, index in enumerate(chosen):
                 mask_T = torch.tensor(rows[index].response_mask[1:], device=hidden_BTD.device)

@@ -37,7 +37,7 @@ from kd.errors import UserError
 from kd.losses.token_loss import TokenLoss, token_loss_sums
 from kd.models.forward import final_hidden_states, head_of, learned_positions
 from kd.models.head import Head
-from kd.models.roles import Role, speaking_as, vocabulary_rows
+from kd.models.roles import Role, activate, vocabulary_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -169,7 +169,7 @@ def batches_of(rows: TokenRows, chosen: Iterable[int], size: int) -> list[Batch]
 def say(role: Role, batch: Batch) -> Said:
     """One forward pass of a role, in eval mode; afterwards its model is as it was."""
     placed = {key: value.to(role.model.device) for key, value in batch.items()}
-    with speaking_as(role) as model:
+    with activate(role) as model:
         hidden_BTD = final_hidden_states(model, model_inputs(placed))[:, :-1]
         return Said(hidden_BTD[predicting_positions(placed)], head_of(model))
 
@@ -240,7 +240,7 @@ class KeptRoute:
         return teacher_forced(model, zip(self.batches, answers, strict=True), list(self.teachers))
 
     def _again(self, name: str, index: int, role: Role) -> Said:
-        with speaking_as(role) as model, torch.no_grad():
+        with activate(role) as model, torch.no_grad():
             return Said(self.hidden[name][index].to(role.model.device), head_of(model))
 
 

@@ -21,7 +21,7 @@ from kd.models.checkpoint_files import model_fingerprint, resolve_model
 from kd.models.compatibility import check_adapter
 from kd.models.forward import unwrapped
 from kd.models.opening import opening
-from kd.models.roles import Backbone, LoadSettings, Role, add_frozen_adapter, load_model, speaking_as
+from kd.models.roles import Backbone, LoadSettings, Role, activate, add_frozen_adapter, load_model
 from kd.runs.provenance import read_provenance
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -138,7 +138,7 @@ class Memory:
     def speaking(self, model: Model) -> Iterator[PreTrainedModel]:
         """The transformers model that answers as `model`; loads what is not there and frees another backbone first."""
         (role,) = self.roles({model.path: model}).values()
-        with speaking_as(role) as speaking:
+        with activate(role) as speaking:
             yield unwrapped(speaking)
 
     def roles(self, models: Mapping[str, Model]) -> dict[str, Role]:

@@ -30,12 +30,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from kd.data.batches import Batch, predicting_positions
 from kd.errors import UserError
+from kd.losses.chunked import ACCELERATOR_CHUNK_ELEMENTS, CPU_CHUNK_ELEMENTS
 from kd.losses.hidden_states import decoder_layers
 from kd.losses.layer_pairs import LayerPairs
-from kd.losses.token_loss import ACCELERATOR_CHUNK_ELEMENTS, CPU_CHUNK_ELEMENTS
 from kd.models.forward import final_hidden_states, unwrapped
 from kd.models.head import Head, sum_dtype
-from kd.models.roles import Role, speaking_as
+from kd.models.roles import Role, activate
 
 logger = logging.getLogger("dae")
 
@@ -69,7 +69,7 @@ class QueryRows:
 
 @dataclass(frozen=True)
 class AttentionLoss:
-    """The attention maps of chosen layers as a term of the objective (kd.losses.auxiliary.Term).
+    """The attention maps of chosen layers as a term of the objective (kd.losses.auxiliary.AuxiliaryLoss).
 
     pairs: attention modules, (student's, teacher's).
     """
@@ -210,7 +210,7 @@ def attention_layers(role: Role) -> dict[int, tuple[nn.Module, AttentionInputs]]
         errors.append(float((got_THC - expected_THC).abs().max() / expected_THC.abs().max().clamp(min=1e-6)))
 
     ids = torch.arange(PROBE_TOKENS, device=role.model.device)[None]
-    with speaking_as(role) as model, torch.no_grad(), observed_attention([model], note):
+    with activate(role) as model, torch.no_grad(), observed_attention([model], note):
         final_hidden_states(model, {"input_ids": ids})
     tolerance = 1e-4 if base.dtype in (torch.float32, torch.float64) else 3e-2
     if unknown or sorted(layers) != list(range(config.num_hidden_layers)) or not max(errors) < tolerance:

@@ -1,4 +1,4 @@
-"""A further loss between student and teacher."""
+"""A loss beside the token loss."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from kd.data.batches import Batch
 from kd.models.head import Head
 
 
-class Term(Protocol):
-    """A further loss between student and teacher, such as that between their attention maps. It is logged by its name.
+class AuxiliaryLoss(Protocol):
+    """A loss between student and teacher beside the token loss, such as that of attention maps; logged by its name.
 
     It is a sum over the response tokens of a batch, so that the trainer's one normaliser is its normaliser, too.
     """

@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,13 +31,10 @@ from torch.utils.checkpoint import checkpoint
 
 from kd.data.batches import Batch, predicting_positions
 from kd.data.paired_rows import FOR_TEACHER
-from kd.losses.token_loss import ACCELERATOR_CHUNK_ELEMENTS, CPU_CHUNK_ELEMENTS, FEWEST_CHUNK_TOKENS
+from kd.losses.chunked import ACCELERATOR_CHUNK_ELEMENTS, CPU_CHUNK_ELEMENTS, FEWEST_CHUNK_TOKENS
 from kd.models.forward import final_hidden_states, head_of
 from kd.models.head import Head, sum_dtype
-from kd.models.roles import Role, speaking_as
-
-if TYPE_CHECKING:
-    pass
+from kd.models.roles import Role, activate
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class CrossTokenizerLoss:
     def _summed(self, batch: Batch, hidden_BTD: Tensor, head: Head) -> Tensor:
         theirs = {key.removeprefix(FOR_TEACHER): value for key, value in batch.items() if key.startswith(FOR_TEACHER)}
         ours_BT, theirs_BT = aligned_positions(batch, theirs)
-        with speaking_as(self.teacher) as model, torch.no_grad():
+        with activate(self.teacher) as model, torch.no_grad():
             inputs = {key: theirs[key] for key in ("input_ids", "attention_mask")}
             teacher_hidden_BTE = final_hidden_states(model, inputs)[:, :-1]
             teacher_head = head_of(model)

@@ -30,7 +30,7 @@ Distance = Literal["cosine", "mse"]
 
 @dataclass(frozen=True)
 class HiddenStateLoss:
-    """The hidden states of chosen layers as a term of the objective (kd.losses.auxiliary.Term).
+    """The hidden states of chosen layers as a term of the objective (kd.losses.auxiliary.AuxiliaryLoss).
 
     pairs: decoder layers, (student's, teacher's); projections: one for each pair, or none where widths are equal.
     """

@@ -57,19 +57,16 @@ def final_hidden_states(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tenso
     return caught[-1]
 
 
-def head_of(model: nn.Module, matmul_dtype: torch.dtype | None = None) -> Head:
+def head_of(model: nn.Module) -> Head:
     """The output layer as the *currently active* adapter leaves it (modules_to_save copy, LoRA on the head, or plain).
 
-    matmul_dtype: the dtype of hidden @ weight.T, None for the weight's own (mixed precision keeps fp32 weights but
-    multiplies in bf16). Raises UserError for output layers it does not know.
+    Raises UserError for output layers that it does not know.
     """
     base = unwrapped(model)
     weight_VD, bias_V = _output_weights(base.get_output_embeddings(), type(base).__name__)
     config = base.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    if matmul_dtype is not None:
-        weight_VD = weight_VD.to(matmul_dtype)
     return Head(weight_VD, bias_V, scale, None if softcap is None else float(softcap))
 
 
@@ -93,7 +90,7 @@ def _output_weights(layer: nn.Module | None, architecture: str) -> tuple[Tensor,
                     f"{architecture}: an adapter on the output layer must be plain LoRA, and this one is DoRA; "
                     "merge it into its base and pass the full checkpoint."
                 )
-            # A frozen role speaks in eval mode, where dropout does nothing.
+            # A frozen role runs in eval mode, where dropout does nothing.
             trains = layer.lora_A[name].weight.requires_grad
             if trains and not isinstance(layer.lora_dropout[name], nn.Identity):
                 raise UserError(

@@ -52,7 +52,7 @@ class LoadSettings:
 
 @dataclass(frozen=True)
 class Role:
-    """A model that speaks through one adapter (a name) or none (None: all adapters off).
+    """A model with one active adapter (a name) or none (None: all adapters off).
 
     Made once all adapters are on the model: it remembers the model's modules.
     """
@@ -68,7 +68,7 @@ class Role:
 
     @cached_property
     def switches(self) -> tuple[tuple[Any, list[str]], ...]:
-        """The modules that adapters sit on, and what is active on each as this role speaks: its adapter, or nothing."""
+        """The modules that adapters sit on, and what this role activates on each: its adapter, or nothing."""
         layers = [m for m in self.modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
         return tuple((m, [self.adapter] if self.adapter in m._get_available_adapters() else []) for m in layers)
 
@@ -183,8 +183,8 @@ def add_frozen_adapter(backbone: Backbone, path: str) -> str:
 
 
 @contextlib.contextmanager
-def speaking_as(role: Role) -> Iterator[Model]:
-    """The role's model with its adapter switched on, in eval mode; afterwards everything is as it was.
+def activate(role: Role) -> Iterator[Model]:
+    """The role's model with its adapter active, in eval mode; afterwards everything is as it was.
 
     peft's own switches rewrite requires_grad on every adapter and walk a full status report each time; this one only
     moves the pointers, so it is cheap enough for every micro-batch and safe under DistributedDataParallel.
@@ -230,7 +230,7 @@ def check_head(role: Role, vocabulary_rows: int) -> None:
     Raises UserError naming role and architecture if it does something to its logits that `Head` does not know.
     """
     ids = torch.arange(8, device=role.model.device)[None] % vocabulary_rows
-    with speaking_as(role) as model, torch.no_grad():
+    with activate(role) as model, torch.no_grad():
         with opening(
             f"role {role.name}: {type(unwrapped(role.model)).__name__} cannot run as its config.json describes it",
             "Mend config.json, or save the checkpoint again.",
@@ -261,7 +261,7 @@ def check_packing(role: Role, vocabulary_rows: int) -> None:
     second = torch.arange(6, device=role.model.device).flip(0)[None] % vocabulary_rows
     both = torch.cat([first, second], dim=1)
     positions = torch.cat([torch.arange(5), torch.arange(6)]).to(both.device)[None]
-    with speaking_as(role) as model, torch.no_grad():
+    with activate(role) as model, torch.no_grad():
         apart = torch.cat([final_hidden_states(model, {"input_ids": ids}) for ids in (first, second)], dim=1)
         packed = final_hidden_states(model, {"input_ids": both, "position_ids": positions})
     error = ((apart - packed).abs().max() / apart.abs().max()).item()

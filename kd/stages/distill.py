@@ -21,9 +21,9 @@ from kd.data.paired_rows import PairedRows, load_paired_rows
 from kd.data.stage_data import StageData, load_stage_data, refuse_unfit_rows
 from kd.errors import UserError
 from kd.losses.attention import attention_loss, head_groups
-from kd.losses.auxiliary import Term
+from kd.losses.auxiliary import AuxiliaryLoss
 from kd.losses.cross_tokenizer import CrossTokenizerLoss
-from kd.losses.gradient_reach import refuse_useless_terms
+from kd.losses.gradient_reach import refuse_constant_losses
 from kd.losses.hidden_states import hidden_state_loss
 from kd.losses.layer_pairs import LayerPairs, layer_pairs
 from kd.losses.token_loss import TokenLoss
@@ -133,9 +133,9 @@ def pairs_of(section: str, layers: Any, student: nn.Module, teacher: nn.Module) 
     return layer_pairs(layers, student_layers, teacher_layers, f"{section}.layers")
 
 
-def terms_of(recipe: DistillRecipe, student: Role, teacher: Role) -> tuple[Term, ...]:
+def terms_of(recipe: DistillRecipe, student: Role, teacher: Role) -> tuple[AuxiliaryLoss, ...]:
     """What is compared beside the next-token distribution; projections are put on the student, to train with it."""
-    terms: list[Term] = []
+    terms: list[AuxiliaryLoss] = []
     if recipe.attention is not None:
         pairs = pairs_of("attention", recipe.attention.layers, student.model, teacher.model)
         terms.append(attention_loss(recipe.attention.weight, student, teacher, pairs))
@@ -145,5 +145,5 @@ def terms_of(recipe: DistillRecipe, student: Role, teacher: Role) -> tuple[Term,
         if term.projections is not None:
             student.model.add_module(TRAINING_ONLY, term.projections.to(student.model.device))
         terms.append(term)
-    refuse_useless_terms(recipe.attention, recipe.hidden, student)
+    refuse_constant_losses(recipe.attention, recipe.hidden, student)
     return tuple(terms)

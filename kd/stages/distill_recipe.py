@@ -13,12 +13,12 @@ from kd.config.layer_recipes import AttentionRecipe, HiddenRecipe
 from kd.config.problems import NO_VALUE, Problem
 from kd.config.schema import Reads
 from kd.config.stage_recipe import StageRecipe
+from kd.losses.divergence_recipe import DivergenceRecipe
 
 ROUTE = "train"
-LEAST_SKEW = 0.001  # nearer to 0 or 1 the mixture is one of the two distributions, and logarithms of fp32 run out
 
 
-class DistillRecipe(StageRecipe):
+class DistillRecipe(DivergenceRecipe):
     """`dae distill`: the student matches one teacher, of any size, on the rows of the route `train`."""
 
     summary: ClassVar[str] = "Make a student that matches a larger teacher: the stage before align."
@@ -31,20 +31,6 @@ class DistillRecipe(StageRecipe):
 
     output: str = Field(default="runs/distill", min_length=1, description="the run folder to write")
     teacher: str = Field(min_length=1, description="the checkpoint to learn from: folder or hub id")
-    lambda_: float = Field(
-        default=1.0, ge=0, le=1, alias="lambda", description="weight of the divergence; the rest is next-token loss"
-    )
-    temperature: float = Field(default=1.0, gt=0, description="both distributions are softened by it")
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"] = Field(
-        default="forward_kl", description="between teacher and student: KL(t||s), KL(s||t), between them, or skewed"
-    )
-    beta: float = Field(default=0.5, ge=0, le=1, description="of jsd: 0 is forward KL, 1 is reverse KL")
-    skew: float = Field(
-        default=0.1,
-        ge=LEAST_SKEW,
-        le=1 - LEAST_SKEW,
-        description="of the skewed divergences: how much of the first distribution is mixed into the second",
-    )
     attention: AttentionRecipe | None = Field(
         default=None, description="also match attention maps: {weight, layers}; null: do not"
     )
@@ -58,12 +44,6 @@ class DistillRecipe(StageRecipe):
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> list[Problem]:
         problems = [*super().cross_checks(raw), *route_problems(raw, {ROUTE: "add --data PATH"})]
-        divergence = raw.get("divergence", "forward_kl")
-        if raw.get("beta", 0.5) != 0.5 and divergence != "jsd":
-            problems.append(Problem(("beta",), raw["beta"], "is read with `divergence: jsd` only: remove it"))
-        if raw.get("skew", 0.1) != 0.1 and not str(divergence).startswith("skewed_"):
-            words = "is read with `divergence: skewed_forward_kl` or `skewed_reverse_kl` only: remove it"
-            problems.append(Problem(("skew",), raw["skew"], words))
         return problems + cross_tokenizer_problems(raw)
 
 

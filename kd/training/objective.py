@@ -19,12 +19,12 @@ from kd.data.batches import (
     route_of_tokens,
     rows_of_routes,
 )
-from kd.losses.auxiliary import Term
+from kd.losses.auxiliary import AuxiliaryLoss
 from kd.losses.router import experts_per_token, load_balancing_loss, recorded_router_logits
 from kd.losses.token_loss import LossSums, TokenLoss, token_loss_sums
 from kd.models.forward import final_hidden_states, head_of
 from kd.models.head import Head
-from kd.models.roles import Role, speaking_as
+from kd.models.roles import Role, activate
 
 
 @dataclass(frozen=True)
@@ -38,27 +38,26 @@ class Route:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: the token loss on every route, each against its own teacher, and further terms.
+    """What is minimised: the token loss on every route, each against its own teacher, and auxiliary losses.
 
     pooled: False weighs routes by their factors (w_r = factor / N_r), True weighs tokens alike (w_r = 1).
-    terms: only with a single route; each comes with its own weight, the token loss with `token_weight`.
+    terms: auxiliary losses, only with a single route; each has its own weight, the token loss has `token_weight`.
     router_aux_weight: of the routers' load balancing loss, where the student is a mixture of experts (router.py).
     """
 
     routes: tuple[Route, ...]
     token_loss: TokenLoss
     pooled: bool = False
-    matmul_dtype: torch.dtype | None = None
-    terms: tuple[Term, ...] = ()
+    terms: tuple[AuxiliaryLoss, ...] = ()
     token_weight: float = 1.0
     router_aux_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        assert not self.terms or len(self.routes) == 1, "terms do not know routes"
+        assert not self.terms or len(self.routes) == 1, "auxiliary losses do not know routes"
 
     @property
     def trains_with_teachers(self) -> bool:
-        """Whether a training step asks the routes' teachers."""
+        """Whether a training step runs the routes' teachers."""
         return self.routes[0].teacher is not None and (self.token_loss.weight > 0 or bool(self.terms))
 
     def weights(self, tokens_R: Tensor) -> Tensor:
@@ -76,7 +75,7 @@ class Objective:
 class RouteSums:
     """Sums over the response tokens of a batch, per route: tensors [R]. Only `loss` carries a gradient.
 
-    terms: what each further term of the objective comes to, without its weight; in `loss` it is with it.
+    terms: the value of each auxiliary loss, without its weight; in `loss` it is with it.
     router_aux: a mean over the batch's tokens, not a sum, without its weight and not in `loss`; a scalar with gradient,
     or None where none is asked for or nothing has a gradient.
     """
@@ -91,21 +90,21 @@ class RouteSums:
 
 @dataclass(frozen=True)
 class TeacherView:
-    """What a route's teacher makes of its rows: hidden_NE [N_r, E] at response positions, in row order; its head."""
+    """A teacher's output on its route's rows: hidden_NE [N_r, E] at response positions, in row order; its head."""
 
     hidden_NE: Tensor
     head: Head
 
 
 def teacher_views(batch: Batch, objective: Objective) -> dict[int, TeacherView]:
-    """Route index -> what its teacher says, for the routes that have rows in the batch.
+    """Route index -> its teacher's output, for the routes that have rows in the batch.
 
     Each row passes its own teacher, once and without gradient; routes that share a teacher go through it together.
     """
     groups: list[tuple[Role, list[int]]] = []
     for index in torch.unique(batch["route_ids"]).tolist():
         teacher = objective.routes[index].teacher
-        assert teacher is not None, "routes without a teacher have nobody to ask"
+        assert teacher is not None, "every route needs a teacher"
         for known, members in groups:
             if known.same_as(teacher):
                 members.append(index)
@@ -115,9 +114,9 @@ def teacher_views(batch: Batch, objective: Objective) -> dict[int, TeacherView]:
     views: dict[int, TeacherView] = {}
     for teacher, members in groups:
         rows = rows_of_routes(batch, members)
-        with speaking_as(teacher) as model, torch.no_grad():
+        with activate(teacher) as model, torch.no_grad():
             hidden_BTE = final_hidden_states(model, model_inputs(rows))[:, :-1]
-            head = head_of(model, objective.matmul_dtype)
+            head = head_of(model)
         predicting, route_BT = predicting_positions(rows), route_of_tokens(rows)
         views |= {index: TeacherView(hidden_BTE[predicting & (route_BT == index)], head) for index in members}
     return views
@@ -135,7 +134,7 @@ def route_sums(model: nn.Module, batch: Batch, objective: Objective, *, with_tea
         router_logits = stack.enter_context(recorded_router_logits(model)) if with_router else []
         teachers = teacher_views(batch, objective) if with_teachers else {}
         hidden_BTD = final_hidden_states(model, model_inputs(batch))[:, :-1]
-    head = head_of(model, objective.matmul_dtype)
+    head = head_of(model)
     labels_BT = batch["input_ids"][:, 1:]
     predicting, route_BT = predicting_positions(batch), route_of_tokens(batch)
     present = set(torch.unique(batch["route_ids"]).tolist())
@@ -147,8 +146,8 @@ def route_sums(model: nn.Module, batch: Batch, objective: Objective, *, with_tea
             sums.append(LossSums(nothing, nothing.detach(), nothing.detach()))
             continue
         here, view = predicting & (route_BT == index), teachers.get(index)
-        said = (view.hidden_NE, view.head) if view is not None else (None, None)
-        sums.append(token_loss_sums(hidden_BTD[here], head, labels_BT[here], objective.token_loss, *said))
+        teacher = (view.hidden_NE, view.head) if view is not None else (None, None)
+        sums.append(token_loss_sums(hidden_BTD[here], head, labels_BT[here], objective.token_loss, *teacher))
     loss_R = torch.stack([s.loss for s in sums])
     if objective.token_weight != 1.0:
         loss_R = objective.token_weight * loss_R

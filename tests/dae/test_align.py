@@ -31,7 +31,7 @@ from worlds import FORGETTING, align_command, make_adapter, make_rows, make_worl
 import dae.alignment
 import kd.training.publishing
 from dae import cli
-from kd.models.roles import LoadSettings, speaking_as
+from kd.models.roles import LoadSettings, activate
 from kd.stages.stage import StageRoles
 from kd.training.verify import verify_saved
 
@@ -415,7 +415,7 @@ def test_teachers_do_not_move_while_the_student_does(world: Path, lora: str, mon
 def logits_of_roles(roles: StageRoles) -> dict[str, Tensor]:
     logits = {}
     for role in roles.all:
-        with speaking_as(role) as model, torch.no_grad():
+        with activate(role) as model, torch.no_grad():
             logits[role.name] = model(input_ids=PROBE).logits.clone()
     return logits
 

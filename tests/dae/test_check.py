@@ -27,7 +27,7 @@ from kd.config.data_recipe import DataRecipe
 from kd.config.loading import resolved_yaml
 from kd.data.examples import SourceReport
 from kd.errors import UserError
-from kd.losses import token_loss as losses
+from kd.losses import chunked
 from kd.runs.run_folder import RunFolder
 from kd.stages.sft_recipe import SftRecipe
 
@@ -244,10 +244,10 @@ def test_checkpointing_needs_less_memory_and_more_rows_need_more(world: Path, tm
 
 
 def test_logits_take_a_chunk_or_all_tokens_whichever_is_less() -> None:
-    chunk = losses.CPU_LOGITS_ELEMENTS
+    chunk = chunked.CPU_LOGITS_ELEMENTS
     assert bytes_of_logits(3, 500, "cpu") == 4 * (estimates.LIVE_CHUNKS + estimates.LIVE_BLOCKS) * 3 * 500
     assert bytes_of_logits(10**6, 500, "cpu") == bytes_of_logits(2 * 10**6, 500, "cpu") > 4 * 2 * chunk
-    wide = chunk // losses.FEWEST_CHUNK_TOKENS * 4
+    wide = chunk // chunked.FEWEST_CHUNK_TOKENS * 4
     assert bytes_of_logits(10**6, wide, "cpu") > 4 * 2 * 4 * chunk
 
 

@@ -29,10 +29,10 @@ from kd.models.roles import (
     Backbone,
     LoadSettings,
     Role,
+    activate,
     add_frozen_adapter,
     add_student_adapter,
     load_model,
-    speaking_as,
 )
 
 LONG = torch.randint(3, 288, (1, 150), generator=torch.Generator().manual_seed(0))  # longer than the window of 64
@@ -287,7 +287,7 @@ def test_a_lora_on_the_mixture_reaches_router_and_experts_and_shares_the_backbon
     name = add_frozen_adapter(backbone, "tuned")
     add_student_adapter(backbone, LoraRecipe(rank=4), None)
     for adapter, expected in ((name, alone), (None, before), (STUDENT_ADAPTER, before)):
-        with speaking_as(Role("one", backbone.model, adapter)) as model:
+        with activate(Role("one", backbone.model, adapter)) as model:
             torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-5)
 
     merge = ["merge", "weights", "--method", "linear", "--base", "moe", "--expert", "tuned", "--output", "whole"]

@@ -27,11 +27,11 @@ from kd.models.roles import (
     Backbone,
     LoadSettings,
     Role,
+    activate,
     add_frozen_adapter,
     add_student_adapter,
     check_head,
     load_model,
-    speaking_as,
     vocabulary_rows,
 )
 
@@ -66,7 +66,7 @@ def plain_logits(base: Path, adapter: Path | None = None) -> Tensor:
 
 
 def role_logits(role: Role) -> Tensor:
-    with speaking_as(role) as model, torch.no_grad():
+    with activate(role) as model, torch.no_grad():
         return head_of(model).logits(final_hidden_states(model, {"input_ids": IDS})[0])
 
 

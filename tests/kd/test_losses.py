@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from kd.losses import token_loss as losses
-from kd.losses.token_loss import TokenLoss, token_loss_sums
-from kd.models import head as head_module
+import kd.models.head
+from kd.losses import chunked, token_loss
+from kd.losses.analytic_gradients import ANALYTIC
+from kd.losses.divergences import DIVERGENCES
+from kd.losses.token_loss import LossSums, TokenLoss, token_loss_sums
 from kd.models.head import Head
 
 N, D, E, V = 11, 5, 7, 13
-DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"]
 SKEW = 0.2
+Case = dict[str, Tensor]
+
+# Of one token, from the probabilities of the student (p) and the teacher (q).
+DEFINITIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "forward_kl": lambda p, q, _: (q * (q / p).log()).sum(),
+    "reverse_kl": lambda p, q, _: (p * (p / q).log()).sum(),
+    "jsd": lambda p, q, beta: (
+        beta * (q * (q / (beta * q + (1 - beta) * p)).log()).sum()
+        + (1 - beta) * (p * (p / (beta * q + (1 - beta) * p)).log()).sum()
+    ),
+    "skewed_forward_kl": lambda p, q, _: (q * (q / (SKEW * q + (1 - SKEW) * p)).log()).sum(),
+    "skewed_reverse_kl": lambda p, q, _: (p * (p / (SKEW * p + (1 - SKEW) * q)).log()).sum(),
+}
+
+
+def test_every_divergence_has_a_definition_here() -> None:
+    assert DEFINITIONS.keys() == DIVERGENCES.keys() >= ANALYTIC.keys()
+    for name, analytic in ANALYTIC.items():
+        assert list(inspect.signature(analytic).parameters) == list(inspect.signature(DIVERGENCES[name]).parameters)
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of two or three tokens, so that a chunk of four or five has several; products over the head in three."""
-    monkeypatch.setattr(losses, "CPU_BLOCK_ELEMENTS", 3 * V)
-    monkeypatch.setattr(head_module, "CPU_PRODUCT_ROWS", 5)
+    monkeypatch.setattr(chunked, "CPU_BLOCK_ELEMENTS", 3 * V)
+    monkeypatch.setattr(kd.models.head, "CPU_PRODUCT_ROWS", 5)
 
 
-def random_case(dtype: torch.dtype = torch.float64, padded_rows: int = 0) -> dict[str, Tensor]:
+def random_case(dtype: torch.dtype = torch.float64, padded_rows: int = 0) -> Case:
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape: int) -> Tensor:
@@ -41,33 +63,32 @@ def random_case(dtype: torch.dtype = torch.float64, padded_rows: int = 0) -> dic
     }
 
 
-def defined_loss(
-    logits_NV: Tensor,
-    teacher_logits_NV: Tensor,
-    labels_N: Tensor,
-    weight: float,
-    temperature: float,
-    divergence: str,
-    beta: float,
-) -> Tensor:
+def learning(case: Case, *names: str) -> dict[str, Tensor]:
+    """Copies of the student's tensors that ask for a gradient."""
+    return {name: case[name].clone().requires_grad_() for name in names}
+
+
+def sums_of(case: Case, hidden: Tensor, head: Head, loss: TokenLoss, chunk_tokens: int | None = None) -> LossSums:
+    """The losses against the case's teacher."""
+    teacher = Head(case["teacher_weight"])
+    return token_loss_sums(
+        hidden, head, case["labels"], loss, case["teacher_hidden"], teacher, chunk_tokens=chunk_tokens
+    )
+
+
+def defined_loss(logits_NV: Tensor, teacher_logits_NV: Tensor, labels_N: Tensor, loss: TokenLoss) -> Tensor:
     """The formula of the paper and of the divergences, token by token and word by word, no trick at all."""
     total = torch.zeros((), dtype=logits_NV.dtype)
+    name = loss.divergence
+    if name == "jsd" and loss.beta in (0, 1):
+        name = ("forward_kl", "reverse_kl")[int(loss.beta)]
     for n in range(logits_NV.shape[0]):
-        p = torch.exp(logits_NV[n] / temperature) / torch.exp(logits_NV[n] / temperature).sum()
-        q = torch.exp(teacher_logits_NV[n] / temperature) / torch.exp(teacher_logits_NV[n] / temperature).sum()
-        p1 = torch.exp(logits_NV[n]) / torch.exp(logits_NV[n]).sum()
-        if divergence == "forward_kl" or (divergence == "jsd" and beta == 0):
-            d = (q * (q / p).log()).sum()
-        elif divergence == "reverse_kl" or (divergence == "jsd" and beta == 1):
-            d = (p * (p / q).log()).sum()
-        elif divergence == "skewed_forward_kl":
-            d = (q * (q / (SKEW * q + (1 - SKEW) * p)).log()).sum()
-        elif divergence == "skewed_reverse_kl":
-            d = (p * (p / (SKEW * p + (1 - SKEW) * q)).log()).sum()
-        else:
-            m = beta * q + (1 - beta) * p
-            d = beta * (q * (q / m).log()).sum() + (1 - beta) * (p * (p / m).log()).sum()
-        total = total + (1 - weight) * -p1[labels_N[n]].log() + weight * temperature**2 * d
+        p, q, p1 = (
+            torch.exp(z) / torch.exp(z).sum()
+            for z in (logits_NV[n] / loss.temperature, teacher_logits_NV[n] / loss.temperature, logits_NV[n])
+        )
+        divergence = loss.temperature**2 * DEFINITIONS[name](p, q, loss.beta)
+        total = total + (1 - loss.weight) * -p1[labels_N[n]].log() + loss.weight * divergence
     return total
 
 
@@ -77,52 +98,49 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: floa
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+@pytest.mark.parametrize("gradient", ["registered", "autograd"])
 @pytest.mark.parametrize(("divergence", "beta"), [*((d, 0.5) for d in DIVERGENCES), *(("jsd", b) for b in (0, 0.3, 1))])
 @pytest.mark.parametrize(("temperature", "weight"), list(itertools.product([1.0, 2.5], [1.0, 0.4, 0.0])))
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, 3.0)])
 def test_value_and_gradients_equal_the_definition(
-    divergence: str, beta: float, temperature: float, weight: float, scale: float, softcap: float | None
+    gradient: str,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    weight: float,
+    scale: float,
+    softcap: float | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    case = random_case()
-    ours = {k: case[k].clone().requires_grad_() for k in ("hidden", "weight", "bias")}
-    sums = token_loss_sums(
-        ours["hidden"],
-        Head(ours["weight"], ours["bias"], scale, softcap),
-        case["labels"],
-        TokenLoss(weight, temperature, divergence, beta, SKEW),  # type: ignore[arg-type]
-        case["teacher_hidden"],
-        Head(case["teacher_weight"]),
-        chunk_tokens=4,
-    )
-    theirs = {k: case[k].clone().requires_grad_() for k in ("hidden", "weight", "bias")}
+    """Also where no gradient is registered: the formula alone gives the same."""
+    if gradient == "autograd":
+        monkeypatch.setattr(token_loss, "ANALYTIC", {})
+    case, loss = random_case(), TokenLoss(weight, temperature, divergence, beta, SKEW)
+    ours, theirs = (learning(case, "hidden", "weight", "bias") for _ in range(2))
+    sums = sums_of(case, ours["hidden"], Head(ours["weight"], ours["bias"], scale, softcap), loss, chunk_tokens=4)
     logits = head_logits(theirs["hidden"], theirs["weight"], theirs["bias"], scale, softcap)
-    teacher_logits = case["teacher_hidden"] @ case["teacher_weight"].T
-    expected = defined_loss(logits, teacher_logits, case["labels"], weight, temperature, divergence, beta)
+    both = logits, case["teacher_hidden"] @ case["teacher_weight"].T, case["labels"]
+    expected = defined_loss(*both, loss)
     torch.testing.assert_close(sums.loss, expected, rtol=1e-10, atol=1e-10)
     sums.loss.backward()
     expected.backward()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor.grad, theirs[name].grad, rtol=1e-9, atol=1e-10)
-    forward_kl = defined_loss(logits, teacher_logits, case["labels"], 1.0, 1.0, "forward_kl", 0.5)
-    torch.testing.assert_close(sums.kl, forward_kl.detach(), rtol=1e-10, atol=1e-10)
-    ntp = defined_loss(logits, teacher_logits, case["labels"], 0.0, 1.0, "forward_kl", 0.5)
-    torch.testing.assert_close(sums.ntp, ntp.detach(), rtol=1e-10, atol=1e-10)
+    for value, reported in ((sums.kl, TokenLoss()), (sums.ntp, TokenLoss(0.0))):
+        torch.testing.assert_close(value, defined_loss(*both, reported).detach(), rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        frozen = Head(case["weight"], case["bias"], scale, softcap)
+        torch.testing.assert_close(sums_of(case, case["hidden"], frozen, loss).loss, sums.loss, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_gradients_pass_gradcheck(divergence: str) -> None:
-    case = random_case()
+    case, loss = random_case(), TokenLoss(0.6, 1.7, divergence, 0.3, SKEW)
 
-    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        head = Head(weight, bias, 0.7, 3.0)
-        token_loss = TokenLoss(0.6, 1.7, divergence, 0.3, SKEW)  # type: ignore[arg-type]
-        teacher = Head(case["teacher_weight"])
-        return token_loss_sums(
-            hidden, head, case["labels"], token_loss, case["teacher_hidden"], teacher, chunk_tokens=3
-        ).loss
+    def value(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return sums_of(case, hidden, Head(weight, bias, 0.7, 3.0), loss, chunk_tokens=3).loss
 
-    inputs = tuple(case[name].requires_grad_() for name in ("hidden", "weight", "bias"))
-    assert torch.autograd.gradcheck(loss, inputs)
+    assert torch.autograd.gradcheck(value, tuple(learning(case, "hidden", "weight", "bias").values()))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -132,10 +150,9 @@ def test_a_distribution_against_itself_costs_exactly_nothing(
     divergence: str, dtype: torch.dtype, temperature: float
 ) -> None:
     case = random_case(dtype)
-    hidden = case["hidden"].clone().requires_grad_()
-    weight = case["weight"].clone().requires_grad_()
-    token_loss = TokenLoss(1.0, temperature, divergence, 0.3)  # type: ignore[arg-type]
-    sums = token_loss_sums(hidden, Head(weight), case["labels"], token_loss, hidden, Head(weight), chunk_tokens=4)
+    hidden, weight = learning(case, "hidden", "weight").values()
+    loss = TokenLoss(1.0, temperature, divergence, 0.3)
+    sums = token_loss_sums(hidden, Head(weight), case["labels"], loss, hidden, Head(weight), chunk_tokens=4)
     sums.loss.backward()
     assert sums.loss == 0 and sums.kl == 0
     assert hidden.grad is not None and not hidden.grad.any()
@@ -144,22 +161,11 @@ def test_a_distribution_against_itself_costs_exactly_nothing(
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_sizes_of_chunks_and_blocks_do_not_matter(divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = random_case()
-    results = []
+    case, results = random_case(), []
     for chunk_tokens, block_tokens in itertools.product((1, 2, 5, 100), (1, 2, 3, 100)):
-        monkeypatch.setattr(losses, "CPU_BLOCK_ELEMENTS", block_tokens * V)
-        hidden = case["hidden"].clone().requires_grad_()
-        token_loss = TokenLoss(0.5, 2.0, divergence, 0.3)  # type: ignore[arg-type]
-        teacher = Head(case["teacher_weight"])
-        sums = token_loss_sums(
-            hidden,
-            Head(case["weight"]),
-            case["labels"],
-            token_loss,
-            case["teacher_hidden"],
-            teacher,
-            chunk_tokens=chunk_tokens,
-        )
+        monkeypatch.setattr(chunked, "CPU_BLOCK_ELEMENTS", block_tokens * V)
+        (hidden,) = learning(case, "hidden").values()
+        sums = sums_of(case, hidden, Head(case["weight"]), TokenLoss(0.5, 2.0, divergence, 0.3), chunk_tokens)
         sums.loss.backward()
         results.append((sums.loss.detach(), sums.kl, sums.ntp, hidden.grad))
     for found in results[1:]:
@@ -168,73 +174,64 @@ def test_sizes_of_chunks_and_blocks_do_not_matter(divergence: str, monkeypatch: 
 
 def test_no_tokens_give_zero_that_is_connected() -> None:
     case = random_case()
-    hidden = case["hidden"].clone().requires_grad_()
-    weight = case["weight"].clone().requires_grad_()
-    teacher = Head(case["teacher_weight"])
-    sums = token_loss_sums(
-        hidden[:0], Head(weight), case["labels"][:0], TokenLoss(), case["teacher_hidden"][:0], teacher
-    )
+    hidden, weight = learning(case, "hidden", "weight").values()
+    nothing = {**case, "labels": case["labels"][:0], "teacher_hidden": case["teacher_hidden"][:0]}
+    sums = sums_of(nothing, hidden[:0], Head(weight), TokenLoss())
     sums.loss.backward()
     assert sums.loss == 0
     assert hidden.grad is not None and not hidden.grad.any()
     assert weight.grad is not None and not weight.grad.any()
 
 
+def test_without_a_teacher_it_is_next_token_loss_and_the_kl_is_unknown() -> None:
+    case = random_case()
+    (hidden,) = learning(case, "hidden").values()
+    sums = token_loss_sums(hidden, Head(case["weight"]), case["labels"], TokenLoss(0.0), chunk_tokens=4)
+    expected = torch.nn.functional.cross_entropy(hidden @ case["weight"].T, case["labels"], reduction="sum")
+    torch.testing.assert_close(sums.loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*torch.autograd.grad(sums.loss, hidden), *torch.autograd.grad(expected, hidden))
+    assert sums.kl.isnan() and sums.ntp == sums.loss
+
+
 def test_differently_padded_vocabularies_meet_on_their_common_rows() -> None:
     case = random_case(padded_rows=6)
-    teacher = Head(case["teacher_weight"])
-    padded = token_loss_sums(
-        case["hidden"], Head(case["weight"], case["bias"]), case["labels"], TokenLoss(), case["teacher_hidden"], teacher
-    )
-    cut = Head(case["weight"][:V], case["bias"][:V])
-    common = token_loss_sums(case["hidden"], cut, case["labels"], TokenLoss(), case["teacher_hidden"], teacher)
+    padded = sums_of(case, case["hidden"], Head(case["weight"], case["bias"]), TokenLoss())
+    common = sums_of(case, case["hidden"], Head(case["weight"][:V], case["bias"][:V]), TokenLoss())
     assert padded.loss == common.loss
 
 
-def test_nothing_is_computed_for_what_is_frozen() -> None:
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_nothing_is_computed_for_what_is_frozen(divergence: str) -> None:
     case = random_case()
-    teacher_hidden = case["teacher_hidden"].clone().requires_grad_()
-    teacher_weight = case["teacher_weight"].clone().requires_grad_()
-    hidden = case["hidden"].clone().requires_grad_()
-    head = Head(case["weight"])
-    sums = token_loss_sums(hidden, head, case["labels"], TokenLoss(), teacher_hidden, Head(teacher_weight))
-    sums.loss.backward()
-    assert teacher_hidden.grad is None and teacher_weight.grad is None and case["weight"].grad is None
-    assert hidden.grad is not None and hidden.grad.any()
+    case |= learning(case, "teacher_hidden", "teacher_weight", "hidden")
+    sums_of(case, case["hidden"], Head(case["weight"]), TokenLoss(divergence=divergence)).loss.backward()
+    assert all(case[name].grad is None for name in ("teacher_hidden", "teacher_weight", "weight"))
+    assert case["hidden"].grad is not None and case["hidden"].grad.any()
 
 
 @pytest.mark.parametrize("divergence", ["skewed_forward_kl", "skewed_reverse_kl"])
 def test_a_skewed_divergence_is_bounded_where_the_plain_one_is_not(divergence: str) -> None:
     """KL(a || skew a + (1 - skew) b) <= -log skew, whatever a and b are."""
     hidden, eye = torch.tensor([[500.0, 0.0]]), Head(torch.eye(2))
-    token_loss = TokenLoss(1.0, 1.0, divergence, skew=SKEW)  # type: ignore[arg-type]
-    loss = token_loss_sums(hidden, eye, torch.tensor([0]), token_loss, hidden.flip(1), eye).loss
-    torch.testing.assert_close(loss, -torch.tensor(SKEW).log())
+    loss = TokenLoss(1.0, 1.0, divergence, skew=SKEW)
+    found = token_loss_sums(hidden, eye, torch.tensor([0]), loss, hidden.flip(1), eye).loss
+    torch.testing.assert_close(found, -torch.tensor(SKEW).log())
 
 
-def test_far_apart_distributions_stay_finite_and_jsd_is_never_negative() -> None:
-    logits = torch.tensor([[100.0, -100.0, 0.0]])
-    eye = Head(torch.eye(3))
-    for divergence in DIVERGENCES:
-        hidden = logits.clone().requires_grad_()
-        token_loss = TokenLoss(1.0, 1.0, divergence, 0.5)  # type: ignore[arg-type]
-        sums = token_loss_sums(hidden, eye, torch.tensor([0]), token_loss, -logits, eye)
-        sums.loss.backward()
-        assert sums.loss > 0 and torch.isfinite(sums.loss)
-        assert hidden.grad is not None and torch.isfinite(hidden.grad).all()
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_far_apart_distributions_stay_finite_and_no_divergence_is_negative(divergence: str) -> None:
+    hidden, eye = torch.tensor([[100.0, -100.0, 0.0]], requires_grad=True), Head(torch.eye(3))
+    sums = token_loss_sums(hidden, eye, torch.tensor([0]), TokenLoss(divergence=divergence), -hidden, eye)
+    sums.loss.backward()
+    assert sums.loss > 0 and torch.isfinite(sums.loss)
+    assert hidden.grad is not None and torch.isfinite(hidden.grad).all()
 
 
 def test_half_precision_inputs_are_summed_in_fp32() -> None:
-    exact, half = random_case(torch.float64), random_case(torch.bfloat16)
-    as_double = {k: half[k].double() if half[k].is_floating_point() else half[k] for k in half}
-    token_loss = TokenLoss(1.0, 1.0, "jsd", 0.5)
-    results = [
-        token_loss_sums(
-            c["hidden"], Head(c["weight"]), c["labels"], token_loss, c["teacher_hidden"], Head(c["teacher_weight"])
-        )
-        for c in (as_double, half)
-    ]
-    assert results[1].loss.dtype == torch.float32
+    half = random_case(torch.bfloat16)
+    as_double = {k: v.double() if v.is_floating_point() else v for k, v in half.items()}
+    loss = TokenLoss(1.0, 1.0, "jsd", 0.5)
+    exact, found = (sums_of(case, case["hidden"], Head(case["weight"]), loss).loss for case in (as_double, half))
+    assert found.dtype == torch.float32
     # Only the logits are rounded (8 bits of mantissa), not the sum.
-    torch.testing.assert_close(results[1].loss.double(), results[0].loss, rtol=2e-2, atol=1e-3)
-    assert exact["hidden"].dtype == torch.float64
+    torch.testing.assert_close(found.double(), exact, rtol=2e-2, atol=1e-3)

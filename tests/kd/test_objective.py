@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd.data.batches import predicting_positions, response_token_counts
 from kd.data.mixing import collate
-from kd.losses import token_loss as losses
+from kd.losses import chunked
 from kd.losses.token_loss import TokenLoss
 from kd.models.forward import head_of
-from kd.models.roles import STUDENT_ADAPTER, Role, speaking_as
+from kd.models.roles import STUDENT_ADAPTER, Role, activate
 from kd.training.objective import Objective, Route, route_sums
 
 Row = dict[str, Any]
@@ -99,7 +99,7 @@ def defined_loss(world: World, rows: list[Row], token_loss: TokenLoss, weights: 
     sums, counts = [torch.zeros((), dtype=torch.float64) for _ in range(2)], [0, 0]
     for row in rows:
         ids = torch.tensor([row["input_ids"]])
-        with speaking_as(world.expert if row["route_id"] == 1 else world.reference) as model, torch.no_grad():
+        with activate(world.expert if row["route_id"] == 1 else world.reference) as model, torch.no_grad():
             q = model(input_ids=ids).logits[0].softmax(-1)
         log_p = world.student(input_ids=ids).logits[0].log_softmax(-1)
         for t in range(ids.shape[1] - 1):
@@ -265,8 +265,8 @@ def test_no_tensor_is_larger_than_both_sides_of_a_chunk(token_loss: TokenLoss, m
     world, batch = World(), as_batch(make_rows())
     head_VD = head_of(world.student).weight_VD
     vocabulary = len(head_VD)
-    monkeypatch.setattr(losses, "CPU_LOGITS_ELEMENTS", 2 * vocabulary)
-    monkeypatch.setattr(losses, "FEWEST_CHUNK_TOKENS", 1)
+    monkeypatch.setattr(chunked, "CPU_LOGITS_ELEMENTS", 2 * vocabulary)
+    monkeypatch.setattr(chunked, "FEWEST_CHUNK_TOKENS", 1)
     with LogitsSeen(head_VD) as seen:
         our_loss(world, [batch], world.objective(token_loss))
     assert int(predicting_positions(batch).sum()) > 6

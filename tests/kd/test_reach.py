@@ -14,7 +14,7 @@ from worlds import make_rows
 
 from dae import cli
 from kd.config.stage_recipe import LoraRecipe
-from kd.losses.gradient_reach import maps_that_learn, states_that_learn
+from kd.losses.gradient_reach import attention_maps_with_gradient, hidden_states_with_gradient
 from kd.losses.hidden_states import decoder_layers
 from kd.models.roles import STUDENT_ADAPTER, Backbone, Role, add_student_adapter
 
@@ -42,10 +42,13 @@ def test_a_layer_learns_from_what_trains_before_it(family: str) -> None:
             empty = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.config.to_dict()))
         for one in (model, empty.requires_grad_(False)):
             student = student_on(one, target)
-            assert (maps_that_learn(student), states_that_learn(student)) == (maps, states), (target, one.device)
+            assert (attention_maps_with_gradient(student), hidden_states_with_gradient(student)) == (maps, states), (
+                target,
+                one.device,
+            )
             assert not any(layer._forward_hooks for layer in decoder_layers(student))
     whole: nn.Module = make_model(family)
-    assert all(maps_that_learn(Role("student", whole, None)).values())  # type: ignore[arg-type]
+    assert all(attention_maps_with_gradient(Role("student", whole, None)).values())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,13 @@ from kd.models.roles import (
     Backbone,
     LoadSettings,
     Role,
+    activate,
     add_frozen_adapter,
     add_student_adapter,
     check_head,
     check_packing,
     load_model,
     refuse_unmergeable,
-    speaking_as,
     vocabulary_rows,
 )
 
@@ -58,7 +58,7 @@ def plain_logits(base: Path, adapter: Path | None = None) -> torch.Tensor:
 
 
 def role_logits(role: Role) -> torch.Tensor:
-    with speaking_as(role) as model, torch.no_grad():
+    with activate(role) as model, torch.no_grad():
         return head_of(model).logits(final_hidden_states(model, {"input_ids": IDS})[0])
 
 
@@ -139,9 +139,9 @@ def test_switching_roles_leaves_everything_as_it_was(tmp_path: Path) -> None:
     assert trainable and all(f".{STUDENT_ADAPTER}." in n for n in trainable)
     before = role_logits(Role("student", student, STUDENT_ADAPTER))
     for role in (Role("expert", student, name), Role("reference", student, None)):
-        with speaking_as(role) as model:
+        with activate(role) as model:
             assert not model.training
-        with pytest.raises(RuntimeError, match="in the middle"), speaking_as(role):
+        with pytest.raises(RuntimeError, match="in the middle"), activate(role):
             raise RuntimeError("in the middle")
         assert student.training
         assert {n for n, p in student.named_parameters() if p.requires_grad} == trainable

@@ -1,0 +1,48 @@
+"""The distance to a teacher, in a recipe: for every stage that has teachers with the student's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from kd.config.problems import Problem
+from kd.config.stage_recipe import StageRecipe
+from kd.losses.divergences import DIVERGENCES, parameters_of
+
+LEAST_SKEW = 0.001  # nearer to 0 or 1 the mixture is one of the two distributions, and logarithms of fp32 run out
+FORMULAS = "; ".join(f"{name}: {(it.__doc__ or '').splitlines()[0].rstrip('.')}" for name, it in DIVERGENCES.items())
+
+if TYPE_CHECKING:
+    DivergenceName = str
+else:
+    DivergenceName = Literal[tuple(DIVERGENCES)]
+
+
+class DivergenceRecipe(StageRecipe):
+    """What a stage with teachers is told of its token loss."""
+
+    lambda_: float = Field(
+        default=1.0, ge=0, le=1, alias="lambda", description="weight of the divergence; the rest is next-token loss"
+    )
+    temperature: float = Field(default=1.0, gt=0, description="both distributions are softened by it")
+    divergence: DivergenceName = Field(default="forward_kl", description=f"between student p and teacher q; {FORMULAS}")
+    beta: float = Field(default=0.5, ge=0, le=1, description="of jsd: 0 is forward KL, 1 is reverse KL")
+    skew: float = Field(
+        default=0.1,
+        ge=LEAST_SKEW,
+        le=1 - LEAST_SKEW,
+        description="of the skewed divergences: how much of the first distribution is mixed into the second",
+    )
+
+    @classmethod
+    def cross_checks(cls, raw: Mapping[str, Any]) -> list[Problem]:
+        problems = super().cross_checks(raw)
+        for key in ("beta", "skew"):
+            readers = [name for name in DIVERGENCES if key in parameters_of(name)]
+            unread = raw.get("divergence", "forward_kl") not in readers
+            if unread and raw.get(key, cls.model_fields[key].default) != cls.model_fields[key].default:
+                words = f"is read with `divergence: {'` or `'.join(readers)}` only: remove it"
+                problems.append(Problem((key,), raw[key], words))
+        return problems
