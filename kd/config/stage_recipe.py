@@ -13,7 +13,7 @@ from pydantic import (
 from kd.config.data_recipe import DATA_SETTINGS, DataRecipe
 from kd.config.problems import Problem, suggestion
 from kd.config.schema import LARGEST_SEED, Frozen
-from kd.config.training_arguments import argument_types, training_argument_problems
+from kd.config.training_arguments import ALLOWED, training_argument_problems
 
 
 class LoraRecipe(Frozen):
@@ -101,4 +101,4 @@ class StageRecipe(Frozen):
         found = next((dotted for dotted, key in nested.items() if key == name), None)
         if found or suggestion(name, cls.model_fields):
             return found
-        return f"train.{name}" if name in argument_types() else None  # imports transformers: last
+        return f"train.{name}" if name in ALLOWED else None
