@@ -244,7 +244,7 @@ MODELS = {
     ),
     "a base that is an adapter": Case(nothing, ("base: expert: is an adapter",), ("base=expert",)),
     "an expert's run that has not finished": Case(
-        lambda w: dae([*SFT[:-2], "half", SFT[-1]], w, signals=[Signal("kd.training.publishing:publish")]),
+        lambda w: dae([*SFT[:-2], "half", SFT[-1]], w, signals=[Signal("kd.training.run_stage:publish")]),
         ("half: this run has not finished",),
         ("expert=half",),
     ),
@@ -262,7 +262,7 @@ COMMANDS = {
     "wrong type": Case(nothing, ("seed=many: wants a whole number",), ("seed=many",)),
     "wrong type of a training argument": Case(nothing, ("train.max_steps=ten: expected ",), ("train.max_steps=ten",)),
     "out of range": Case(nothing, ("lambda", "1.5"), ("lambda=1.5",)),
-    "owned by the toolkit": Case(nothing, ("the run folder is the key `output`",), ("train.output_dir=x",)),
+    "owned by the toolkit": Case(nothing, ("train.output_dir=x: ", "`output`"), ("train.output_dir=x",)),
     "an optimizer that is not installed": Case(nothing, ("train: ", "bitsandbytes"), ("train.optim=adamw_bnb_8bit",)),
     "a schedule without its settings": Case(
         nothing, ("train: ", "min_lr"), ("train.lr_scheduler_type=cosine_with_min_lr",)
