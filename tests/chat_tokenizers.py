@@ -1,4 +1,4 @@
-"""Tokenizers of every kind, made on the fly, and chat templates with the quirks of known ones."""
+"""Tokenizers of every kind, made on the fly, chat templates with the quirks of known ones, and rows in them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from kd.config.data_recipe import DataRecipe, SourceRecipe
+from kd.data.examples import encode_record, load_rows
+from kd.data.token_rows import TokenRow
 
 CORPUS = [
     "Question: what is it? Answer: a red cup, yes. No.\n\n",
@@ -140,3 +144,35 @@ TOOLS_BY_PART = TOOLS_AS_OBJECT.replace(
     "{{ '<call>' + f.name }}{% for k, v in f.arguments.items() %}{{ '<' + k + '>' + v + '</' + k + '>' }}{% endfor %}"
     "{{ '</call>' }}",
 )
+
+
+def chat(*contents: str, system: str | None = None) -> dict:
+    head = [] if system is None else [{"role": "system", "content": system}]
+    roles = ("user", "assistant")
+    return {"messages": head + [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]}
+
+
+def encoded(record: dict, tokenizer: PreTrainedTokenizerBase, **keys: object) -> TokenRow:
+    row = encode_record(record, tokenizer, DataRecipe(**keys), "rows.jsonl:7")
+    assert isinstance(row, TokenRow), row
+    assert not row.response_mask[0]
+    assert len(row.input_ids) == len(row.response_mask)
+    return row
+
+
+def responses(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of each run of response tokens, decoded with what comes before it, so that its spaces stay."""
+    runs, begin = [], None
+    for t, is_response in enumerate([*row.response_mask, False]):
+        if is_response and begin is None:
+            begin = t
+        elif not is_response and begin is not None:
+            runs.append(tokenizer.decode(row.input_ids[:t])[len(tokenizer.decode(row.input_ids[:begin])) :])
+            begin = None
+    return runs
+
+
+def told_notes(path: Path, records: list[dict], tokenizer: PreTrainedTokenizerBase, **keys: object):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    (rows,), (report,) = load_rows([SourceRecipe(path=str(path))], tokenizer, DataRecipe(**keys))
+    return rows, report

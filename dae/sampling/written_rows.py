@@ -14,6 +14,7 @@ from typing import Any
 from dae.sampling.generation import END_TOKEN, Continuation
 from kd.config.data_recipe import DataRecipe
 from kd.data.chat import ChatFormat, UnrenderableError
+from kd.data.chat_markers import marks_responses
 from kd.data.drafts import Dropped
 from kd.data.examples import encode_record
 from kd.errors import UserError
@@ -121,8 +122,10 @@ class RowMaker:
         first = len(prompt_ids)
         while first < len(wanted) and is_space(self.tokenizer, wanted[first]) and mask[first : first + 1] == [False]:
             first += 1  # a space by itself is the header's
-        # What a template writes behind the end token, such as a line break, carries no loss.
-        if ids[: len(wanted)] == wanted and mask == [first <= t < len(wanted) for t in range(len(ids))]:
+        # What a template writes behind the end token, such as a line break, carries no loss, unless it says so itself.
+        carries_loss = [first <= t < len(wanted) for t in range(len(ids))]
+        marked = self.fmt is not None and marks_responses(self.fmt)
+        if ids[: len(wanted)] == wanted and (marked or mask == carries_loss):
             return None
         said = len(prompt_ids) + len(written.ids)
         if ids[:said] == wanted[:said]:

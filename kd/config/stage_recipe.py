@@ -14,7 +14,7 @@ from kd.config.data_recipe import DATA_SETTINGS, DataRecipe
 from kd.config.flags import BASE, ROWS, Flag
 from kd.config.problems import Problem, suggestion
 from kd.config.schema import LARGEST_SEED, Frozen, Reads
-from kd.config.training_arguments import argument_types, training_argument_problems
+from kd.config.training_arguments import ALLOWED, training_argument_problems
 
 
 class LoraRecipe(Frozen):
@@ -117,4 +117,4 @@ class StageRecipe(Frozen):
         found = next((dotted for dotted, key in nested.items() if key == name), None)
         if found or suggestion(name, cls.model_fields):
             return found
-        return f"train.{name}" if name in argument_types() else None  # imports transformers: last
+        return f"train.{name}" if name in ALLOWED else None

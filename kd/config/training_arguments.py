@@ -1,6 +1,6 @@
-"""What `train` in a recipe may say: transformers.TrainingArguments by name, less the fields that the toolkit owns.
+"""The section `train` of a recipe: which transformers.TrainingArguments it may set, their types and their ranges.
 
-transformers is imported only inside functions, and only when `train` says something.
+Types come from transformers.TrainingArguments itself, which is imported only when `train` is not empty.
 """
 
 from __future__ import annotations
@@ -20,93 +20,108 @@ from kd.config.problems import NO_VALUE, Problem, in_plain_words, one_of, sugges
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-_BY_SEED_AND_STEP = "the rows of each step follow from (seed, step) alone, on any number of ranks"
-_HELD_OUT = "held-out rows (`data.eval`) are scored by KL per route and the best checkpoint is kept without being asked"
-_NO_UPLOAD = "a run writes a folder only; upload the finished folder with `hf upload`"
-_NOT_DISTRIBUTED = "shared roles are trained with DDP only (torchrun, accelerate launch)"
-_DEVICE = "the device is found by itself; to train on the CPU, hide the others: CUDA_VISIBLE_DEVICES="
-_WHOLE_CHECKPOINTS = "checkpoints are whole, so that a run can go on after a stop"
 
-# Field -> why a recipe cannot set it, and what to do instead.
-OWNED = {
-    "output_dir": "the run folder is the key `output`",
-    "seed": "the seed is the key `seed`, outside `train`",
-    "data_seed": "the seed is the key `seed`, outside `train`",
-    "remove_unused_columns": "it would drop the columns that hold response mask and route",
-    "label_names": "the loss reads the response mask, not labels",
-    "label_smoothing_factor": "the loss is the one of the recipe's `lambda` and `divergence`",
-    "torch_compile": "the student would be compiled and its teachers not: equal models would no longer give a KL of 0",
-    "use_liger_kernel": "it replaces the forward pass that the chunked loss reads hidden states from",
-    "use_cache": "a key-value cache would let packed rows see each other",
-    "average_tokens_across_devices": "the loss is always divided by the count over all ranks",
-    "fp16": "use bf16: the loss is not scaled for fp16",
-    "fp16_full_eval": "use bf16: the loss is not scaled for fp16",
-    "do_train": "the command decides what is done",
-    "do_eval": "the command decides what is done",
-    "do_predict": "the command decides what is done",
-    "resume_from_checkpoint": "the same command goes on from the last whole checkpoint by itself",
-    "ignore_data_skip": _BY_SEED_AND_STEP,
-    "auto_find_batch_size": _BY_SEED_AND_STEP,
-    "dataloader_drop_last": _BY_SEED_AND_STEP,
-    "accelerator_config": _BY_SEED_AND_STEP,
-    "train_sampling_strategy": "rows are sorted by length within each step by themselves",
-    "length_column_name": "rows are sorted by length within each step by themselves",
-    "save_only_model": _WHOLE_CHECKPOINTS,
-    "save_on_each_node": _WHOLE_CHECKPOINTS,
-    "enable_jit_checkpoint": "a stop by signal writes a checkpoint by itself",
-    "restore_callback_states_from_checkpoint": "the same command goes on from the last whole checkpoint by itself",
-    "load_best_model_at_end": _HELD_OUT,
-    "metric_for_best_model": _HELD_OUT,
-    "greater_is_better": _HELD_OUT,
-    "prediction_loss_only": _HELD_OUT,
-    "include_for_metrics": _HELD_OUT,
-    "batch_eval_metrics": _HELD_OUT,
-    "eval_accumulation_steps": _HELD_OUT,
-    "eval_do_concat_batches": _HELD_OUT,
-    "eval_use_gather_object": _HELD_OUT,
-    "push_to_hub": _NO_UPLOAD,
-    "hub_model_id": _NO_UPLOAD,
-    "hub_strategy": _NO_UPLOAD,
-    "hub_token": _NO_UPLOAD,
-    "hub_private_repo": _NO_UPLOAD,
-    "hub_always_push": _NO_UPLOAD,
-    "hub_revision": _NO_UPLOAD,
-    "fsdp": _NOT_DISTRIBUTED,
-    "fsdp_config": _NOT_DISTRIBUTED,
-    "deepspeed": _NOT_DISTRIBUTED,
-    "parallelism_config": _NOT_DISTRIBUTED,
-    "local_rank": "torchrun sets it",
-    "use_cpu": _DEVICE,
-    "disable_tqdm": "progress is shown in a terminal, and as lines elsewhere",
-    "logging_nan_inf_filter": "a loss that is no number ends the run, and is not to be hidden",
+def _split(table: Mapping[str, str]) -> dict[str, str]:
+    """{"a b": text} -> {"a": text, "b": text}."""
+    return {name: text for names, text in table.items() for name in names.split()}
+
+
+# What a recipe may set, by what it is for. The types are transformers' own.
+_ALLOWED = {
+    "optimization": """learning_rate optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2
+        adam_epsilon max_grad_norm neftune_noise_alpha full_determinism""",
+    "schedule": "num_train_epochs max_steps lr_scheduler_type lr_scheduler_kwargs warmup_steps",
+    "batches": """per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
+        dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+        dataloader_multiprocessing_context dataloader_in_order""",
+    "evaluation and checkpoints": """eval_strategy eval_steps eval_delay eval_on_start save_strategy save_steps
+        save_total_limit""",
+    "logging": """logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica
+        include_num_input_tokens_seen skip_memory_metrics debug report_to run_name project trackio_space_id
+        trackio_bucket_id trackio_static_space_id""",
+    "precision and memory": """bf16 bf16_full_eval tf32 gradient_checkpointing gradient_checkpointing_kwargs
+        activation_checkpointing activation_checkpointing_kwargs torch_empty_cache_steps""",
+    "distributed": """ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+        ddp_static_graph""",
 }
+ALLOWED = frozenset(name for names in _ALLOWED.values() for name in names.split())
 
-# Names that transformers has dropped, or that other toolkits use -> what to write here.
-RENAMED = {
-    "warmup_ratio": "write `warmup_steps` (below 1 it is a fraction of the run: `warmup_steps: 0.1`)",
-    "group_by_length": "remove it: rows are sorted by length within each step by themselves",
-    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR; metrics.jsonl is always written",
-    "save_safetensors": "remove it: weights are always safetensors",
-    "overwrite_output_dir": "remove it: choose another `output`, or delete that folder",
-    "evaluation_strategy": "write `eval_strategy`",
-    "no_cuda": f"remove it: {_DEVICE}",
-    "use_mps_device": "remove it: the device is found by itself",
-    "per_gpu_train_batch_size": "write `per_device_train_batch_size`",
-    "per_gpu_eval_batch_size": "write `per_device_eval_batch_size`",
-    "adafactor": "write `optim: adafactor`",
-    "fp16_opt_level": "write `bf16: true`",
-    "fp16_backend": "write `bf16: true`",
-    "half_precision_backend": "write `bf16: true`",
-    "torchdynamo": "write `torch_compile_backend`",
-    "include_tokens_per_second": "remove it: metrics.jsonl has tokens per second",
-    "dispatch_batches": f"remove it: {_BY_SEED_AND_STEP}",
-    "split_batches": f"remove it: {_BY_SEED_AND_STEP}",
-    "lr": "write `learning_rate`",
-    "epochs": "write `num_train_epochs`",
-    "batch_size": "write `per_device_train_batch_size`",
-}
+_BY_SEED_AND_STEP = "the rows of each step depend on (seed, step) alone, on any number of ranks"
+_BY_LENGTH = "the rows of each step are already sorted by length"
+_DEVICE = "the device is found automatically; to train on the CPU, hide the GPUs: CUDA_VISIBLE_DEVICES="
+_NO_COMPILE = "compiling the student and not its teachers would give equal models a KL above 0"
 
-# Smallest allowed value, and whether it is itself allowed: transformers checks none of these.
+# What the toolkit decides -> the key or command to use instead, or the reason. Everything else that transformers has
+# and ALLOWED has not is refused as not supported: a new release of transformers needs no entry here.
+SET_BY_TOOLKIT = _split(
+    {
+        "output_dir": "set the top-level key `output`",
+        "seed data_seed": "set the top-level key `seed`",
+        "remove_unused_columns": "the columns with response mask and route must stay",
+        "label_names": "the loss reads the response mask, not labels",
+        "label_smoothing_factor": "the keys `lambda` and `divergence` define the loss",
+        "average_tokens_across_devices": "the loss is always divided by the token count over all ranks",
+        "torch_compile torch_compile_backend torch_compile_mode": _NO_COMPILE,
+        "use_liger_kernel": "it replaces the forward pass from which the chunked loss takes hidden states",
+        "use_cache": "a key-value cache would let packed rows attend to each other",
+        "fp16 fp16_full_eval": "use `bf16: true`: the loss is not scaled for fp16",
+        "do_train do_eval do_predict": "the command decides",
+        "resume_from_checkpoint restore_callback_states_from_checkpoint": "the same command resumes from the last "
+        "complete checkpoint",
+        "enable_jit_checkpoint": "a signal always writes a checkpoint before the run stops",
+        "ignore_data_skip auto_find_batch_size dataloader_drop_last accelerator_config": _BY_SEED_AND_STEP,
+        "train_sampling_strategy": _BY_LENGTH,
+        "save_only_model save_on_each_node": "checkpoints are always complete, so that a run can resume",
+        "load_best_model_at_end metric_for_best_model greater_is_better prediction_loss_only": "with an eval set "
+        "(`data.eval`), routes are scored and the best checkpoint is kept automatically",
+        "push_to_hub hub_model_id": "a run only writes a folder; upload the finished folder with `hf upload`",
+        "fsdp fsdp_config deepspeed": "shared roles are trained with DDP only (torchrun, accelerate launch)",
+        "local_rank": "torchrun sets it",
+        "use_cpu": _DEVICE,
+        "disable_tqdm": "progress is a bar in a terminal and lines elsewhere",
+        "logging_nan_inf_filter": "a loss that is not finite must stop the run, not be hidden",
+    }
+)
+
+# Arguments of earlier releases of transformers -> what to do now.
+RENAMED = _split(
+    {
+        "warmup_ratio": "write `warmup_steps` (below 1 it is a fraction of the run: `warmup_steps: 0.1`)",
+        "group_by_length": f"remove it: {_BY_LENGTH}",
+        "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR; metrics.jsonl is always written",
+        "save_safetensors": "remove it: weights are always safetensors",
+        "overwrite_output_dir": "remove it: choose another `output`, or delete that folder",
+        "evaluation_strategy": "write `eval_strategy`",
+        "no_cuda use_mps_device": f"remove it: {_DEVICE}",
+        "per_gpu_train_batch_size": "write `per_device_train_batch_size`",
+        "per_gpu_eval_batch_size": "write `per_device_eval_batch_size`",
+        "adafactor": "write `optim: adafactor`",
+        "fp16_opt_level fp16_backend half_precision_backend": "write `bf16: true`",
+        "torchdynamo": f"remove it: {_NO_COMPILE}",
+        "include_tokens_per_second": "remove it: metrics.jsonl has tokens per second",
+        "dispatch_batches split_batches": f"remove it: {_BY_SEED_AND_STEP}",
+    }
+)
+
+# What other libraries say -> the argument they mean, where the spelling alone would not tell.
+_SYNONYMS = _split(
+    {
+        "lr": "learning_rate",
+        "optimizer": "optim",
+        "wd": "weight_decay",
+        "grad_clip gradient_clipping": "max_grad_norm",
+        "epochs num_epochs": "num_train_epochs",
+        "steps": "max_steps",
+        "scheduler lr_scheduler": "lr_scheduler_type",
+        "warmup": "warmup_steps",
+        "batch_size micro_batch_size train_batch_size": "per_device_train_batch_size",
+        "eval_batch_size": "per_device_eval_batch_size",
+        "grad_accum": "gradient_accumulation_steps",
+        "num_workers": "dataloader_num_workers",
+    }
+)
+
+# Lower bound, and whether the bound itself is allowed: transformers checks none of these.
 MINIMA = {
     "per_device_train_batch_size": (1, True),
     "per_device_eval_batch_size": (1, True),
@@ -125,23 +140,15 @@ MINIMA = {
 CHECKPOINTING_KWARGS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 
 # Building a TrainingArguments with one of these changes the state of the whole process.
-_NOT_TRIED = {"tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "log_level", "log_level_replica"}
+_NOT_TRIED = {"tf32", "log_level", "log_level_replica"}
 
-_NEED_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that cannot be made without it
-
-
-def check_training_arguments(train: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the section `train`, one line for each problem; an empty list when nothing is."""
-    return [
-        f"train.{problem.key[-1]}: {problem.message}" if len(problem.key) > 1 else f"train: {problem.message}"
-        for problem in training_argument_problems(train)
-    ]
+_NEED_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that are built from it
 
 
 def training_argument_problems(train: Mapping[str, Any], held_out: bool = False) -> list[Problem]:
-    """What is wrong with the section `train`: owned, removed and unknown names, wrong types, values out of range.
+    """What is wrong with the section `train`: names that it may not set, wrong types, values out of range.
 
-    held_out: whether the recipe has held-out rows, so that checkpoints are chosen by their score.
+    held_out: whether the recipe has an eval set, so that the best checkpoint is kept.
     """
     if not train:
         return []
@@ -153,58 +160,65 @@ def training_argument_problems(train: Mapping[str, Any], held_out: bool = False)
 
 
 def wrong(name: Any, value: Any) -> str | None:
-    """What is wrong with one argument, in plain words with the remedy; None when nothing is."""
-    fields = argument_types()
-    if name in OWNED:
-        return f"is not for a recipe to set: {OWNED[name]}"
-    if name not in fields:
-        gone = RENAMED.get(name)
-        return (
-            f"is no longer a training argument: {gone}" if gone else f"unknown argument{suggestion(str(name), fields)}"
-        )
-    return wrong_type(fields[name], value) or wrong_value(name, value)
+    """What is wrong with one argument, with the remedy; None if nothing is."""
+    if name in SET_BY_TOOLKIT:
+        return f"cannot be set in a recipe: {SET_BY_TOOLKIT[name]}"
+    if name in RENAMED:
+        return f"belongs to earlier releases of transformers: {RENAMED[name]}"
+    types = argument_types()
+    if name in ALLOWED and name in types:
+        return wrong_type(types[name], value) or wrong_value(name, value)
+    if name in ALLOWED:
+        return "the installed transformers does not have it: remove it"
+    if name in types:
+        return "an argument of transformers that is not supported here: remove it"
+    near = f"; did you mean `{_SYNONYMS[name]}`?" if name in _SYNONYMS else suggestion(str(name), ALLOWED)
+    return f"unknown training argument `{name}`{near}"
 
 
 def wrong_type(annotation: Any, value: Any) -> str | None:
-    """Why a value does not fit an argument's type; names of an enumeration count as text that fits."""
+    """Why a value does not fit an argument's type; an enumeration takes the names of its members as text."""
     kinds = (annotation, *typing.get_args(annotation))
     choices = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
     if choices:
         names = [str(member.value) for member in choices[0]]
-        return None if value in names else f"wants {any_of(names)}{suggestion(str(value), names)}"
+        return None if value in names else f"expected {any_of(names)}{suggestion(str(value), names)}"
     exact = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
     try:
         TypeAdapter(annotation, config=exact).validate_python(value)
     except ValidationError as error:
-        words = [in_plain_words({**line, "input": None}, ()).removeprefix("wants ") for line in error.errors()]
-        return f"wants {one_of(list(dict.fromkeys(words)))}"
+        # One message for each type of a union, such as "wants a number": the first word is said once for all.
+        words = [in_plain_words({**line, "input": None}, ()).partition(" ")[2] for line in error.errors()]
+        return f"expected {one_of(list(dict.fromkeys(words)))}"
     return None
 
 
 def any_of(names: list[str]) -> str:
-    """The names themselves, or where they can be read when there are too many for a line."""
+    """The names, or where to read them if they are too many for a line."""
     return one_of(names) if len(names) <= 12 else f"one of {len(names)} names that transformers.TrainingArguments lists"
 
 
 def wrong_value(name: str, value: Any) -> str | None:
-    """Values that are of the right type and cannot work."""
+    """Why a value of the right type cannot work."""
     if name in MINIMA and value is not None:
         least, included = MINIMA[name]
         if value < least or (value == least and not included):
             return f"must be {'at least' if included else 'above'} {least}"
     if name == "max_steps" and value == 0:
-        return "must be at least 1 (leave it out for num_train_epochs)"
+        return "must be at least 1 (remove it to train for num_train_epochs)"
     if name.endswith("_strategy") and value in ("epoch", "best"):
-        return f"wants steps or no: set `{name.removesuffix('_strategy')}_steps` (below 1 it is a fraction of the run)"
+        return (
+            f"expected steps or no: set `{name.removesuffix('_strategy')}_steps` (below 1 it is a fraction of the run)"
+        )
     if name in CHECKPOINTING_KWARGS and isinstance(value, str):
-        return "wants a mapping"
+        return "expected a mapping"
     if name in CHECKPOINTING_KWARGS and isinstance(value, dict) and value.get("use_reentrant"):
-        return "with adapters, reentrant checkpointing gives wrong gradients without a word: use_reentrant: false"
+        return "reentrant checkpointing gives wrong gradients with adapters: set use_reentrant: false"
     return missing_reporter(value) if name == "report_to" else None
 
 
 def missing_reporter(names: str | list[str]) -> str | None:
-    """Which of the named experiment trackers is not installed here; None when all are."""
+    """Which of the named experiment trackers is not installed; None if all are."""
     from transformers.integrations import get_available_reporting_integrations
 
     installed = get_available_reporting_integrations()
@@ -213,7 +227,7 @@ def missing_reporter(names: str | list[str]) -> str | None:
     ]
     if not absent:
         return None
-    return f"{one_of(absent)} is not installed here: install it, or remove it (metrics.jsonl is always written)"
+    return f"{one_of(absent)} is not installed: install it, or remove it (metrics.jsonl is always written)"
 
 
 @functools.cache
@@ -226,7 +240,7 @@ def argument_types() -> dict[str, Any]:
 
 
 def refused_together(train: Mapping[str, Any], held_out: bool) -> str | None:
-    """What transformers says against these arguments taken together; None when it takes them."""
+    """Why transformers refuses these arguments together; None if it takes them."""
     import torch
     from transformers import TrainingArguments
 
@@ -237,7 +251,7 @@ def refused_together(train: Mapping[str, Any], held_out: bool) -> str | None:
             return torch.device("cpu")
 
     if held_out and train.get("eval_strategy") == "no":
-        return "eval_strategy: no: held-out rows (`data.eval`) are there to be scored; remove one of the two"
+        return "eval_strategy: no: the eval set (`data.eval`) would never be scored; remove one of the two"
     tried = {"save_steps": 0.1} | {name: value for name, value in train.items() if name not in _NOT_TRIED}
     if held_out:
         tried = {"eval_strategy": "steps", "eval_steps": tried["save_steps"], "load_best_model_at_end": True} | tried
@@ -252,9 +266,9 @@ def refused_together(train: Mapping[str, Any], held_out: bool) -> str | None:
 
 
 def try_optimizer(arguments: TrainingArguments) -> None:
-    """Make the optimizer's settings and the schedule, as training will.
+    """Build the optimizer's settings and the schedule as training will.
 
-    Raises ImportError for an optimizer whose library is missing, ValueError and TypeError for settings that do not fit.
+    Raises ImportError if the optimizer's library is missing, ValueError or TypeError if a setting does not fit.
     """
     import torch
     from transformers import Trainer, get_scheduler

@@ -6,7 +6,8 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +43,8 @@ class RenderedChat:
 
     Attributes:
         text: up to the last turn that carries loss; messages after it are left away.
-        spans: [start, end) in characters of each response, in order; each with its first end token, where it has one.
-        end: where the last response's end token begins; None where it has none.
+        spans: [start, end) in characters of each response or part of one, in order; with its end token, if it has one.
+        end: where the first end token after the start of the last span begins; None where there is none.
         rewritten: earlier turns look different once later ones are there, so that `spans` holds the last response only.
     """
 
@@ -95,10 +96,8 @@ class ChatFormat:
 def render(
     tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages, tools: Any = None, ask: bool = False
 ) -> str:
-    """`apply_chat_template` as text, whatever the template does wrong told as UnrenderableError."""
-    from jinja2.exceptions import TemplateError, TemplateSyntaxError
-
-    try:
+    """`apply_chat_template` as text. Raises as `template_errors` does."""
+    with template_errors(tokenizer):
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tools=tools or None,
@@ -106,6 +105,17 @@ def render(
             add_generation_prompt=ask,
             tokenize=False,
         )
+    assert isinstance(text, str)
+    return text
+
+
+@contextmanager
+def template_errors(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Raise UserError for a template that Jinja cannot read, UnrenderableError for whatever goes wrong in it."""
+    from jinja2.exceptions import TemplateError, TemplateSyntaxError
+
+    try:
+        yield
     except TemplateSyntaxError as error:
         raise UserError(
             f"{tokenizer.name_or_path or 'the tokenizer'}: its chat template, line {error.lineno}: {error.message}; "
@@ -113,8 +123,6 @@ def render(
         ) from error
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise UnrenderableError(str(error) or type(error).__name__) from error
-    assert isinstance(text, str)
-    return text
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, settings: DataRecipe, tools: Any = None) -> str | None:
@@ -200,7 +208,7 @@ def chat_format(tokenizer: PreTrainedTokenizerBase, template: str) -> ChatFormat
 def render_chat(
     fmt: ChatFormat, messages: Messages, turns: Sequence[int], tools: Any = None, mark: str = ""
 ) -> RenderedChat | None:
-    """Renders a conversation and finds its responses.
+    """Renders a conversation and finds its responses, under a template that does not mark them (kd.data.chat_markers).
 
     The response to messages[:k] is what render(messages[:k+1]) has after render(messages[:k], ask), up to and including
     the end token that the template writes behind it; without one, all of it. Each is looked up in the whole

@@ -202,9 +202,15 @@ def _with_function(whole: Mapping[str, Any], function: Mapping[str, Any]) -> dic
     return {**whole, "function": dict(function)} if "function" in whole else dict(function)
 
 
+def renamed(whole: Mapping[str, Any]) -> dict[str, Any]:
+    """A call or tool with another name."""
+    function = whole.get("function", whole)
+    return _with_function(whole, {**function, "name": _other(function["name"])})
+
+
 def _call_variants(call: Mapping[str, Any], where: str) -> Iterator[tuple[Part, dict[str, Any]]]:
     function = call.get("function", call)
-    yield Part(where), _with_function(call, {**function, "name": _other(function["name"])})
+    yield Part(where), renamed(call)
     arguments = function.get("arguments")
     if arguments:
         other: Any = {**arguments, "another": 1} if isinstance(arguments, Mapping) else json.dumps({"another": 1})
@@ -216,7 +222,7 @@ def _call_variants(call: Mapping[str, Any], where: str) -> Iterator[tuple[Part, 
 
 def _tool_variants(tool: Mapping[str, Any], where: str) -> Iterator[tuple[Part, dict[str, Any]]]:
     function = tool.get("function", tool)
-    yield Part(where), _with_function(tool, {**function, "name": _other(function["name"])})
+    yield Part(where), renamed(tool)
     for key, value in function.items():
         if key in SCHEMAS and value:
             yield Part(f"{where}.{key}"), _with_function(tool, {**function, key: _schema("another")})

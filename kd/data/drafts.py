@@ -18,6 +18,7 @@ from kd.data.chat import (
     template_of,
 )
 from kd.data.chat_fitting import as_the_template_wants, refuse_lost_parts
+from kd.data.chat_markers import marks_responses, render_marked_chat
 from kd.data.chat_parts import control_tokens, shape_of
 from kd.data.messages import REASONING, carries_loss, strings_of
 from kd.data.record_forms import form_of
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
 NO_ASSISTANT = "no assistant turn"
 NO_WEIGHT = "every assistant turn has weight 0"
 EMPTY_RESPONSE = "empty response"
-RESPONSE_NOT_FOUND = "the chat template hides where the response begins"
+RESPONSE_NOT_FOUND = "the chat template does not show where the response is"
 
 EOS_APPENDED = "the template renders no end token: EOS appended"
 ENDLESS = "the template renders no end token, and append_eos is false: the response has none"
+MARKED = "responses as the chat template marks them: {% generation %}"
 REWRITTEN = "the template rewrites earlier turns: last assistant turn only"
 UNWEIGHTED = "assistant turns with weight 0: without loss"
 EMPTY_TURNS = "empty assistant turns: without loss"
@@ -176,8 +178,9 @@ def conversation_draft(
     try:
         messages, more = as_the_template_wants(fmt, messages[: places[-1] + 1], tools, location)
         unread = refuse_lost_parts(fmt, messages, tools, location)
+        find = render_marked_chat if marks_responses(fmt) else render_chat
         rendered = render_literally(
-            fmt, messages, tools, location, lambda given, about, mark: render_chat(fmt, given, places, about, mark)
+            fmt, messages, tools, location, lambda given, about, mark: find(fmt, given, places, about, mark)
         )
     except UnrenderableError as error:
         raise UserError(
@@ -187,7 +190,7 @@ def conversation_draft(
     if rendered is None:
         return Dropped(RESPONSE_NOT_FOUND)
     chat, literal, spelled_notes = rendered
-    notes = [*notes, *more, *spelled_notes]
+    notes = [*notes, *more, *spelled_notes, *([MARKED] if find is render_marked_chat else [])]
     # Earlier turns that a template rewrites carry no loss, and have a note of their own.
     kept = [m for k, m in enumerate(messages) if not chat.rewritten or m["role"] != "assistant" or k == places[-1]]
     if not says_all(chat.text, kept):
@@ -319,16 +322,18 @@ def finished(drafted: Draft, chat: RenderedChat, cut_off: bool, tokenizer: PreTr
     if cut_off:
         start, end = chat.spans[-1]
         stop = start + len(drafted.text[start : end if chat.end is None else chat.end].rstrip())
-        return replace(
-            drafted,
-            text=drafted.text[:stop],
-            append_eos=False,
-            spans=(*chat.spans[:-1], (start, stop)),
-            literal=tuple(span for span in drafted.literal if span[1] <= stop),
-            notes=(*notes, CUT_OFF),
-        )
+        spans = (*chat.spans[:-1], (start, min(stop, end)))
+        return replace(cut_at(drafted, stop), append_eos=False, spans=spans, notes=(*notes, CUT_OFF))
     if chat.end is not None:
         return replace(drafted, append_eos=False, notes=tuple(notes))
     if drafted.append_eos and tokenizer.eos_token_id is None:
         raise UserError(f"{drafted.location}: {missing_eos(tokenizer)}")
+    # EOS follows the response, also where a template that marks it writes something after it.
+    drafted = cut_at(drafted, chat.spans[-1][1])
     return replace(drafted, notes=(*notes, EOS_APPENDED if drafted.append_eos else ENDLESS))
+
+
+def cut_at(drafted: Draft, stop: int) -> Draft:
+    """A conversation up to a character of its text."""
+    literal = tuple(span for span in drafted.literal if span[1] <= stop)
+    return replace(drafted, text=drafted.text[:stop], literal=literal)

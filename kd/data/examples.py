@@ -105,12 +105,14 @@ def encode_record(
 
     Conversations (`messages`; or `prompt` and `completion` as message lists, where only the completion's assistant
     turns are responses): the template's text is encoded once, without further special tokens, so BOS is there exactly
-    if the template writes it. A token belongs to a response if its first character that is no white space does; a
-    token of white space only belongs where it begins. So after `Answer: `, a token ` yes` is a response token, and
-    where `\n` before a response merges with a `\n` in it, that token is not. Where no end token is rendered, EOS is
-    appended unless `append_eos: false`. (Tokenizers that give no character offsets: cut as pairs are.) Contents are
-    text, whatever they spell: control tokens come from the template. A turn of `weight: 0` and an empty one carry no
-    loss, and with `finish_reason: length` the last response gets no end token. What the template leaves out is refused.
+    if the template writes it. Responses are what the template marks with `{% generation %}` (kd.data.chat_markers); in
+    a template without markers, they are found by comparing renderings (kd.data.chat). A token belongs to a response if
+    its first character that is no white space does; a token of white space only belongs where it begins. So after
+    `Answer: `, a token ` yes` is a response token, and where `\n` before a response merges with a `\n` in it, that
+    token is not. Where no end token is rendered, EOS is appended unless `append_eos: false`. (Tokenizers that give no
+    character offsets: cut as pairs are.) Contents are text, whatever they spell: control tokens come from the template.
+    A turn of `weight: 0` and an empty one carry no loss, and with `finish_reason: length` the last response gets no end
+    token. What the template leaves out is refused.
 
     In strings, `special_tokens` says whether the control tokens that they spell are read as such.
 

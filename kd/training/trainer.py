@@ -39,6 +39,23 @@ logger = logging.getLogger(__name__)
 TRAINING_ONLY = "training_only"
 TRAINING_ONLY_WEIGHTS = f"{TRAINING_ONLY}.safetensors"
 
+# Methods of transformers.Trainer that RoutedTrainer overrides, with the parameters they had when it was written. The
+# private ones may change in any release: tests/kd/test_trainer_hooks.py compares them with the installed one.
+OVERRIDDEN = {
+    "get_train_dataloader": "(self)",
+    "compute_loss": "(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
+    "log": "(self, logs, start_time=None)",
+    "evaluate": "(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval')",
+    "_get_num_items_in_batch": "(self, batch_samples, device)",
+    "_run_epoch": "(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
+    "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)",
+    "_finalize_training": "(self, trial, num_train_samples, start_time)",
+    "_save_checkpoint": "(self, model, trial)",
+    "_save": "(self, output_dir=None, state_dict=None)",
+    "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
+}
+PRIVATE_ARGUMENTS = ("_n_gpu",)  # attributes of TrainingArguments that it sets
+
 
 class RoutedTrainer(Trainer):
     """Trainer whose loss is an `Objective` and whose checkpoints go through a `RunFolder`.
@@ -164,17 +181,17 @@ class RoutedTrainer(Trainer):
         self._point_at_best()
 
     def _run_epoch(self, **arguments: Any) -> None:  # type: ignore[override]
-        """Nothing, where the run was stopped early before it was killed."""
+        """Skip training if the run had already stopped early before it was killed."""
         if not self.control.should_training_stop:
             super()._run_epoch(**arguments)
 
     def _finalize_training(self, *arguments: Any) -> Any:
-        """Load the best checkpoint from where it lies now: the run folder may have been moved since it was written."""
+        """Load the best checkpoint from its current path: the run folder may have been moved since it was written."""
         self._point_at_best()
         return super()._finalize_training(*arguments)
 
     def _point_at_best(self) -> None:
-        """Trainer looks for the best checkpoint where it wrote it; it has been moved since."""
+        """Trainer remembers the path in the staging folder; the checkpoint has been moved since."""
         best = self.run_folder.checkpoint(self.state.best_global_step or 0)
         self.state.best_model_checkpoint = str(best) if best.exists() else None
 
@@ -189,7 +206,7 @@ class RoutedTrainer(Trainer):
             save_file(getattr(student, TRAINING_ONLY).state_dict(), target / TRAINING_ONLY_WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Also what is no part of the result."""
+        """Also load the weights that only train (TRAINING_ONLY)."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         student = self.accelerator.unwrap_model(model or self.model)
         if hasattr(student, TRAINING_ONLY):

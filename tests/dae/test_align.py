@@ -687,4 +687,4 @@ def test_align_runs_in_a_thread(world: Path) -> None:
 
 def test_a_tracker_that_is_not_there_is_told(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.run(align_command("train.report_to=trackio")) == 2
-    assert "train.report_to=trackio: trackio is not installed here" in capfd.readouterr().err
+    assert "train.report_to=trackio: trackio is not installed" in capfd.readouterr().err

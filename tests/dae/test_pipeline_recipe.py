@@ -166,7 +166,7 @@ stages:
 """
 MISTAKES = """\
 dae.yaml:2: stage = 3: unknown key; did you mean `stages`?
-dae.yaml:8: stages.expert.train.learning_rat = 3: unknown argument; did you mean `learning_rate`?
+dae.yaml:8: stages.expert.train.learning_rat = 3: unknown training argument
 dae.yaml:7: stages.expert.data.train: no training rows for `train`: add --data PATH
 dae.yaml:7: stages.expert.data.trin: unknown key or route; the routes are train; did you mean `train`?
 dae.yaml:6: stages.expert.base: nowhere: there is no such folder

@@ -92,6 +92,19 @@ def test_a_row_encodes_to_what_was_read_and_written(
     assert end or len(found.input_ids) == len(said)
 
 
+def test_a_template_that_marks_its_header_as_response_has_rows() -> None:
+    turn = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    assert turn in KEEPS
+    marked = "{% if m['role'] == 'assistant' %}{% generation %}" + turn + "{% endgeneration %}{% else %}" + turn
+    tokenizer = byte_level()
+    continuation = written(tokenizer, "yes")
+    row, question = made(KEEPS.replace(turn, marked + "{% endif %}"), continuation, tokenizer)
+    found = encoded(row, tokenizer)
+    said = [*question, *continuation.ids, continuation.end]
+    assert found.input_ids[: len(said)] == said
+    assert sum(found.response_mask) > len(said) - len(question)
+
+
 @pytest.mark.parametrize(
     ("template", "text", "end", "reason"),
     [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +18,12 @@ from chat_tokenizers import (
     SPACE_IN_HEADER,
     TRIMS,
     byte_level,
+    chat,
+    encoded,
     metaspace,
     real_template,
+    responses,
+    told_notes,
     with_template,
     words_only,
     wrapped,
@@ -50,38 +53,6 @@ from kd.errors import UserError
 @pytest.fixture(params=list(KINDS))
 def tokenizer(request) -> PreTrainedTokenizerFast:
     return KINDS[request.param]
-
-
-def chat(*contents: str, system: str | None = None) -> dict:
-    head = [] if system is None else [{"role": "system", "content": system}]
-    roles = ("user", "assistant")
-    return {"messages": head + [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]}
-
-
-def encoded(record: dict, tokenizer: PreTrainedTokenizerBase, **keys: object) -> TokenRow:
-    row = encode_record(record, tokenizer, DataRecipe(**keys), "rows.jsonl:7")
-    assert isinstance(row, TokenRow), row
-    assert not row.response_mask[0]
-    assert len(row.input_ids) == len(row.response_mask)
-    return row
-
-
-def responses(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each run of response tokens, decoded with what comes before it, so that its spaces stay."""
-    runs, begin = [], None
-    for t, is_response in enumerate([*row.response_mask, False]):
-        if is_response and begin is None:
-            begin = t
-        elif not is_response and begin is not None:
-            runs.append(tokenizer.decode(row.input_ids[:t])[len(tokenizer.decode(row.input_ids[:begin])) :])
-            begin = None
-    return runs
-
-
-def told_notes(path: Path, records: list[dict], tokenizer: PreTrainedTokenizerBase, **keys: object):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    (rows,), (report,) = load_rows([SourceRecipe(path=str(path))], tokenizer, DataRecipe(**keys))
-    return rows, report
 
 
 # -- conversations ----------------------------------------------------------------------------------------------------
