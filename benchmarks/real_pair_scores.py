@@ -1,5 +1,7 @@
 """Scores of any metric, bits too, and two numbers on documents that all models answered.
 
+    python benchmarks/real_pair_scores.py CKPT FILE --tasks real_hetpqa real_stories    # scores one checkpoint
+
 `dae report` takes scores on 0..1 only. One value per document: D documents of a task, M models, R resamples.
 Intervals are two-sided 95 % percentile intervals of a paired bootstrap: the same documents are drawn, with replacement
 within each task, for all models at once.
@@ -7,18 +9,28 @@ within each task, for all models at once.
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from dae_eval.harness import Harness, load_tasks, name_of, run_task, version_of
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from benchmarks.real_pair_tables import BIT_TASKS
 from kd.errors import UserError
+from kd.models.checkpoint_files import model_fingerprint
+from kd.runs.files import write_text_durably
+
+SHARED = Path("../shared")  # the model and the rows, as from the repository's root
+TASKS = Path(__file__).parent / "tasks"
 
 
 @dataclass(frozen=True)
@@ -153,3 +165,78 @@ def _task_scores(task: Any, metric: str, samples: Sequence[Mapping[str, Any]]) -
         raise UserError(f"task {name_of(task)}: no metric {metric!r}; it has {', '.join(samples[0]['metrics'])}")
     documents = tuple(Document(int(s["doc_id"]), str(s["doc_hash"]), float(s[metric])) for s in samples)
     return TaskScores(name_of(task), version_of(task), metric, documents)
+
+
+# -- documents and checkpoints of ../shared ----------------------------------------------------------------------------
+
+
+def evaluate(checkpoint: str, shared: Path, tasks: Sequence[str], scores: Path, limit: int | None = None) -> None:
+    """Score a checkpoint and write {"fingerprint", "tasks"}; leave scores of the same weights and tasks as they are."""
+    fingerprint = model_fingerprint(checkpoint)
+    if scores.is_file():
+        known = json.loads(scores.read_text(encoding="utf-8"))
+        if known["fingerprint"] == fingerprint and set(tasks) <= known["tasks"].keys() and known["limit"] == limit:
+            return
+    found = score_checkpoint(checkpoint, shared, tasks, limit)
+    scores.parent.mkdir(parents=True, exist_ok=True)
+    record = {"fingerprint": fingerprint, "limit": limit, "tasks": {task: asdict(found[task]) for task in tasks}}
+    write_text_durably(scores, json.dumps(record))  # whole or not at all: others read while this one writes
+
+
+def score_checkpoint(
+    checkpoint: str, shared: Path, tasks: Sequence[str], limit: int | None = None
+) -> dict[str, TaskScores]:
+    """lm-eval on a checkpoint as plain transformers and peft open it; an adapter is merged into its base."""
+    torch.set_flush_denormal(True)
+    if (Path(checkpoint) / "adapter_config.json").is_file():
+        model = AutoPeftModelForCausalLM.from_pretrained(checkpoint).merge_and_unload()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    found: dict[str, TaskScores] = {}
+    for metric in ("bits", "acc"):
+        chosen = [task for task in tasks if (task in BIT_TASKS) == (metric == "bits")]
+        if chosen:
+            metadata = {"shared": str(shared)}
+            found |= score_tasks(
+                model, tokenizer, chosen, include_path=TASKS, metadata=metadata, metric=metric, limit=limit
+            )
+    return found
+
+
+def completion_bytes(shared: Path, task: str) -> NDArray[np.float64]:
+    """[D] bytes of what is scored in each document of a task in bits."""
+    source = yaml.safe_load((TASKS / f"{task.removeprefix('real_')}.yaml").read_text(encoding="utf-8"))[
+        "dataset_kwargs"
+    ]
+    lines = (shared / "data" / source["file"]).read_text(encoding="utf-8").splitlines()
+    texts = [row.get("completion") or row["text"][: source["first_characters"]] for row in map(json.loads, lines)]
+    return np.array([len(text.encode()) for text in texts], dtype=np.float64)
+
+
+def new_evidence(shared: Path) -> NDArray[np.bool_]:
+    """[D] the documents of hetPQA whose evidence text no training row has."""
+
+    def evidence(file: str) -> list[str]:
+        prompts = [
+            json.loads(line)["prompt"] for line in (shared / "data" / file).read_text(encoding="utf-8").splitlines()
+        ]
+        return [next((part for part in prompt.split("\n") if part.startswith("Evidence: ")), "") for prompt in prompts]
+
+    seen = set(evidence("ecom/train.jsonl")) - {""}
+    return np.array([text not in seen for text in evidence("ecom/heldout_hetpqa.jsonl")])
+
+
+def main() -> None:
+    """Score one checkpoint."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoint")
+    parser.add_argument("scores", type=Path, help="the file to write")
+    parser.add_argument("--tasks", nargs="+", required=True)
+    parser.add_argument("--limit", type=int, help="only the first documents of each task")
+    given = parser.parse_args()
+    evaluate(given.checkpoint, SHARED, given.tasks, given.scores, given.limit)
+
+
+if __name__ == "__main__":
+    main()

@@ -41,17 +41,15 @@ NOTES = """## How to read it
   `dae sample`."""
 
 
-def markdown(record: Mapping[str, Any], commands: Sequence[str], score: str) -> str:
-    """The tables, how to read them, the commands of one seed, and `score`, the command that scores a checkpoint."""
+def markdown(record: Mapping[str, Any]) -> str:
+    """The tables, how to read them, and the commands."""
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     written = f"{record['date']}, CPU, {versions}. Written by `benchmarks/real_pair.py`."
     parts = ["# The main job on a real pretrained model", written]
-    for name in record["sets"]:
+    for name in dict.fromkeys(result["set"] for result in record["results"]):
         results = [result for result in record["results"] if result["set"] == name]
-        if results:
-            parts += [f"## {name}", set_table(results), difference_table(results)]
-    parts += [NOTES, "## Commands of the first seed", "Those of the others differ in `seed=` and `--output`."]
-    parts += ["\n".join(["```", *commands, "```"]), "Each checkpoint was scored like this:", f"```\n{score}\n```"]
+        parts += [f"## {name}", set_table(results), difference_table(results)]
+    parts += [NOTES, "## Commands", "\n".join(["```", *record["commands"], "```"])]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -1,8 +1,7 @@
 """What benchmarks/trade_off.py needs beside the demo and ../shared: validation documents, and smaller students.
 
-python benchmarks/trade_off_inputs.py validation  --output DIR
-python benchmarks/trade_off_inputs.py small-world --seed 0 --output DIR
-python benchmarks/trade_off_inputs.py small-real  --base CKPT --output DIR
+python benchmarks/trade_off_inputs.py world DEMO --seed 0   # DEMO/validation and DEMO/small
+python benchmarks/trade_off_inputs.py real FOLDER           # the smaller student of the real pair
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
+from benchmarks.real_pair_scores import SHARED
 from dae.demo import vocabulary as words
 from dae.demo import world
 from dae.demo.world import Quartet, Question
@@ -99,7 +98,7 @@ def write_validation(folder: Path) -> None:
         "domain": [f"world_{name}" for name in found if name in world.ALIGNED_KINDS],
         "general": [f"world_{name}" for name in found if name in world.GENERAL_SKILLS],
     }
-    suite = {"shipped": "world", "metadata": {"world": str(folder)}, "chat_template": False, "groups": groups}
+    suite = {"shipped": "world", "metadata": {"world": "validation"}, "chat_template": False, "groups": groups}
     write_text_durably(folder / "suite.yaml", yaml.safe_dump(suite, sort_keys=False))
 
 
@@ -125,22 +124,19 @@ def save_small_real(base: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 
 
-def main() -> int:
-    """Make one of them."""
+def main() -> None:
+    """Make what one pair needs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["validation", "small-world", "small-real"])
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--base", type=Path, help="of small-real: whose layers are kept")
-    parser.add_argument("--seed", type=int, default=0, help="of small-world: of the random weights")
+    parser.add_argument("pair", choices=["world", "real"])
+    parser.add_argument("folder", type=Path, help="world: what `dae demo` wrote; real: the folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="world: of the random weights")
     given = parser.parse_args()
-    if given.what == "validation":
-        write_validation(given.output)
-    elif given.what == "small-world":
-        save_small_world(given.output, given.seed)
+    if given.pair == "world":
+        write_validation(given.folder / "validation")
+        save_small_world(given.folder / "small", given.seed)
     else:
-        save_small_real(given.base, given.output)
-    return 0
+        save_small_real(SHARED / "models" / "stories260k", given.folder)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

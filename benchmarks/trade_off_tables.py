@@ -1,9 +1,22 @@
-"""The tables of benchmarks/trade_off.py, from its record."""
+"""The tables and the picture of benchmarks/trade_off.py, from its record.
+
+python benchmarks/trade_off_tables.py    # writes them anew from results/trade_off.json
+"""
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from kd.runs.files import write_bytes_durably, write_text_durably
 
 Line = Mapping[str, Any]
 
@@ -72,9 +85,9 @@ def markdown(record: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     parts = ["# The trade-off: ways to a student, in miniature"]
     parts.append(f"{record['date']}, CPU, {versions}. Written by `benchmarks/trade_off.py`.")
-    if record["trial_steps"] is not None:
-        parts.append(f"**A trial of the script with {record['trial_steps']} steps: no result.**")
-    parts += [completeness(record), "![domain against general](trade_off.svg)"]
+    models, seeds = sum(len(line["figures"]) for line in record["results"]), ", ".join(map(str, record["seeds"]))
+    parts += [f"Complete: all {models} planned models are scored, seeds {seeds}."]
+    parts += ["![domain against general](trade_off.svg)"]
     parts.append("Means over seeds, joined over the settings that stand beside them; faint: the seeds.")
     for part, title in (
         ("alignment", "Alignment: domain against general"),
@@ -87,25 +100,6 @@ def markdown(record: Mapping[str, Any]) -> str:
     parts += [tuning_table(record), NOTES]
     parts += ["## Commands", "One of each kind, with the first seed and default folders.", ""]
     return "\n\n".join(filter(None, parts)) + "\n".join(["\n\n```", *record["commands"], "```"]) + "\n"
-
-
-def completeness(record: Mapping[str, Any]) -> str:
-    """How many models have been scored, and by part and pair which are missing."""
-    planned, seeds = record["planned"], ", ".join(map(str, record["seeds"]))
-    done = sum(model["scored"] for model in planned)
-    if done == len(planned):
-        return f"Complete: all {done} planned models are scored, seeds {seeds}."
-    lines = [f"**Partial: {done} of {len(planned)} planned models are scored (seeds {seeds}).** Missing:", ""]
-    for part, pair in dict.fromkeys((model["part"], model["pair"]) for model in planned):
-        own = [model for model in planned if (model["part"], model["pair"]) == (part, pair)]
-        missing = [model for model in own if not model["scored"]]
-        if missing:
-            by_name: dict[str, list[str]] = {}
-            for model in missing:
-                by_name.setdefault(model["name"], []).append(str(model["seed"]))
-            names = ", ".join(f"`{name}` ({', '.join(of)})" for name, of in by_name.items())
-            lines.append(f"- {part}, {pair}: {len(missing)} of {len(own)} (seeds in parentheses): {names}")
-    return "\n".join(lines)
 
 
 # -- one part on one pair ----------------------------------------------------------------------------------------------
@@ -123,7 +117,7 @@ def part_tables(results: Sequence[Line], part: str, pair: str) -> str:
         names = shown_figures(lines, pair)
         head = ["by seed", "setting", "seeds", *(COLUMNS[pair][name] for name in names)]
         rows = [
-            [title, at, str(len(values[names[0]])), *(difference_cell(pair, values[name]) for name in names)]
+            [title, at, str(len(values[names[0]])), *(cell(pair, values[name], "+") for name in names)]
             for title, at, values in differences
         ]
         parts.append(table([head, *rows]))
@@ -146,11 +140,8 @@ def figures_table(lines: Sequence[Line], part: str, pair: str) -> str:
     head = ["way", "setting", "learning rate", "seeds", *(COLUMNS[pair][name] for name in names)]
     rows = [head + (["front"] if best else [])]
     for place, line in enumerate(lines):
-        seeds = len(line["figures"])
-        count = str(seeds) if seeds == line["planned_seeds"] else f"{seeds} of {line['planned_seeds']}"
         rate = "" if line["learning_rate"] is None else f"{line['learning_rate']:g}"
-        rate += "" if line["is_rate_chosen"] or not rate else ", not chosen yet"
-        cells = [title_of(line, part), setting_of(line), rate, count]
+        cells = [title_of(line, part), setting_of(line), rate, str(len(line["figures"]))]
         cells += [cell(pair, values_of(line, name)) for name in names]
         rows.append(cells + (["yes" if place in best else ""] if best else []))
     return table(rows)
@@ -190,16 +181,15 @@ def front(lines: Sequence[Line], pair: str) -> set[int]:
 
 
 def difference_rows(lines: Sequence[Line], one: str, other: str) -> list[tuple[str, str, dict[str, list[float]]]]:
-    """(title, setting, figure -> differences by seed) of two ways at equal settings, over the seeds that both have."""
+    """(title, setting, figure -> differences by seed) of two ways at equal settings."""
     found = []
     for first in (line for line in lines if line["way"] == one):
         for second in (line for line in lines if line["way"] == other):
-            seeds = [seed for seed in first["figures"] if seed in second["figures"]]
-            if not seeds or (first["at"] != second["at"] and None not in (first["at"], second["at"])):
-                continue
-            names = set(first["figures"][seeds[0]]) & set(second["figures"][seeds[0]])
-            values = {n: [first["figures"][s][n] - second["figures"][s][n] for s in seeds] for n in names}
-            found.append((f"{first['title']} minus {second['title']}", setting_of(first), values))
+            if first["at"] == second["at"] or None in (first["at"], second["at"]):
+                pairs = [(figures, second["figures"][seed]) for seed, figures in first["figures"].items()]
+                names = pairs[0][0].keys() & pairs[0][1].keys()
+                values = {name: [ours[name] - theirs[name] for ours, theirs in pairs] for name in names}
+                found.append((f"{first['title']} minus {second['title']}", setting_of(first), values))
     return found
 
 
@@ -215,17 +205,10 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def cell(pair: str, values: Sequence[float]) -> str:
-    """`93.1 (91.0 to 95.2)`: mean, lowest and highest."""
+def cell(pair: str, values: Sequence[float], sign: str = "") -> str:
+    """`93.1 (91.0 to 95.2)`: mean, lowest and highest; sign `+`: of differences."""
     factor, digits = (100, 1) if pair in PERCENT else (1, 3)
-    shown = [f"{factor * value:.{digits}f}" for value in (mean(values), min(values), max(values))]
-    return shown[0] if len(values) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
-
-
-def difference_cell(pair: str, values: Sequence[float]) -> str:
-    """The same with signs."""
-    factor, digits = (100, 1) if pair in PERCENT else (1, 3)
-    shown = [f"{factor * value:+.{digits}f}" for value in (mean(values), min(values), max(values))]
+    shown = [f"{factor * value:{sign}.{digits}f}" for value in (mean(values), min(values), max(values))]
     return shown[0] if len(values) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
 
 
@@ -237,16 +220,11 @@ def tuning_table(record: Mapping[str, Any]) -> str:
     rates = sorted({rate for line in record["tuning"] for rate in line["scores"]}, key=float)
     rows = [["pair", "way", *rates, "chosen"]]
     for line in record["tuning"]:
-        if all(score is None for score in line["scores"].values()):
-            continue
         scores = [line["scores"].get(rate) for rate in rates]
         shown = ["" if score is None else validation_cell(line["pair"], score) for score in scores]
-        chosen = "" if line["chosen"] is None else f"{line['chosen']:g}"
         tried = [*map(float, line["scores"])]
         edge = " (edge)" if line["chosen"] in (min(tried), max(tried)) else ""
-        rows.append([line["pair"], f"`{line['way']}`", *shown, chosen + edge])
-    if len(rows) == 1:
-        return ""
+        rows.append([line["pair"], f"`{line['way']}`", *shown, f"{line['chosen']:g}{edge}"])
     what = (
         "On validation documents, first seed. World: accuracy in %, mean of domain and general (distillation: general)."
     )
@@ -256,3 +234,111 @@ def tuning_table(record: Mapping[str, Any]) -> str:
 
 def validation_cell(pair: str, score: float) -> str:
     return f"{100 * score:.1f}" if pair in PERCENT else f"{-score:.3f}"
+
+
+# -- picture -----------------------------------------------------------------------------------------------------------
+
+# way: (colour, marker, line). Colours after Okabe and Ito, for colour-blind readers; markers say the same again.
+STYLES = {
+    "base": ("#1b1f24", "P", ""),
+    "expert": ("#1b1f24", "X", ""),
+    "dae": ("#0072b2", "o", "-"),
+    "ntp": ("#d55e00", "s", "-"),
+    "sft": ("#b5558f", "D", ""),
+    "linear": ("#009e73", "^", "--"),
+    "slerp": ("#6b4c2a", "v", "--"),
+    "ties": ("#b07a00", "<", ":"),
+    "dare_ties": ("#6e7781", ">", ":"),
+    "task_arithmetic": ("#009e73", "+", ""),
+}
+PANELS = {
+    "world": ("The embedded world", "domain (shop), accuracy in %", "general, accuracy in %"),
+    "real": ("stories260k, product questions", "domain, bits per byte", "stories, bits per byte"),
+}
+SETTINGS: dict[Any, Any] = {
+    **{key: value for key, value in mpl.rcParamsDefault.items() if not key.startswith("backend")},
+    "font.size": 9,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "trade_off",  # the same record gives the same bytes
+    "text.parse_math": False,
+}
+
+
+def write_picture(record: Mapping[str, Any], folder: Path) -> None:
+    """trade_off.svg and trade_off.png: up and right is better in both panels."""
+    with mpl.rc_context(SETTINGS):
+        figure = draw(record["results"])
+        for name, facts in (("svg", {"Date": None}), ("png", {"Software": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=name, dpi=150, metadata=facts)
+            write_bytes_durably(folder / f"trade_off.{name}", buffer.getvalue())
+
+
+def draw(results: Sequence[Mapping[str, Any]]) -> Figure:
+    """One panel for each pair with any result; a way's seeds are faint, their mean is joined over its settings."""
+    shown = [
+        line for line in results if line["part"] == "alignment" and "domain" in next(iter(line["figures"].values()))
+    ]
+    pairs = [pair for pair in PANELS if any(line["pair"] == pair for line in shown)]
+    figure = Figure(figsize=(5.6 * max(1, len(pairs)), 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, pair in enumerate(pairs):
+        axes = figure.add_subplot(1, len(pairs), place + 1)
+        panel(axes, pair, [line for line in shown if line["pair"] == pair])
+    if pairs:
+        handles = {
+            label: handle
+            for axes in figure.axes
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def panel(axes: Axes, pair: str, lines: Sequence[Mapping[str, Any]]) -> None:
+    title, across, up = PANELS[pair]
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_xlabel(f"{across}  (right is better)")
+    axes.set_ylabel(f"{up}  (up is better)")
+    axes.grid(visible=True, alpha=0.3, linewidth=0.6)
+    for way, (colour, marker, line_style) in STYLES.items():
+        own = sorted((line for line in lines if line["way"] == way), key=lambda line: line["at"] or 0.0)
+        if own:
+            curve(axes, pair, own, colour=colour, marker=marker, line_style=line_style)
+    if pair == "real":
+        axes.invert_xaxis()
+        axes.invert_yaxis()
+
+
+def curve(
+    axes: Axes, pair: str, lines: Sequence[Mapping[str, Any]], *, colour: str, marker: str, line_style: str
+) -> None:
+    """One way: its mean at each setting with the setting's number, and the seeds around it."""
+    factor = 100.0 if pair == "world" else 1.0
+    points = [tuple(factor * mean(values_of(line, name)) for name in ("domain", "general")) for line in lines]
+    for line in lines:
+        seeds = [
+            tuple(factor * figures[name] for name in ("domain", "general")) for figures in line["figures"].values()
+        ]
+        if len(seeds) > 1:
+            axes.plot(*zip(*seeds, strict=True), marker, color=colour, alpha=0.3, markersize=4, linestyle="")
+    label = {"base": "base = reference"}.get(lines[0]["way"], lines[0]["title"])
+    axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line_style, label=label, markersize=6)
+    for line, point in zip(lines, points, strict=True):
+        if line["at"] is not None:
+            axes.annotate(
+                f"{line['at']:g}", (point[0], point[1]), (4, 4), textcoords="offset points", fontsize=7, color=colour
+            )
+
+
+def write_tables(record: Mapping[str, Any], folder: Path) -> None:
+    """Write trade_off.json, .md, .svg and .png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_picture(record, folder)
+    write_text_durably(folder / "trade_off.json", json.dumps(record, indent=1) + "\n")
+    write_text_durably(folder / "trade_off.md", markdown(record))
+
+
+if __name__ == "__main__":
+    RESULTS = Path(__file__).parent / "results"
+    write_tables(json.loads((RESULTS / "trade_off.json").read_text(encoding="utf-8")), RESULTS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import subprocess
@@ -25,7 +24,6 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
     "--hide-scrollbars",
-    "--force-color-profile=srgb",
 )
 
 
@@ -45,14 +43,12 @@ class Browser:
         """One command of the DevTools protocol."""
         return self._post("goog/cdp/execute", {"cmd": command, "params": parameters})
 
-    def open(self, page: Path, size: tuple[int, int], *, dark: bool = False, scripts: bool = True) -> None:
-        """Load a file of this machine at a window size in CSS pixels, in a colour scheme, with or without scripts."""
+    def open(self, page: Path, size: tuple[int, int], *, scripts: bool = True) -> None:
+        """Load a file of this machine at a window size in CSS pixels, with or without scripts."""
         width, height = size
         mobile = width < 600
         metrics = {"width": width, "height": height, "deviceScaleFactor": 2 if mobile else 1, "mobile": mobile}
         self.devtools("Emulation.setDeviceMetricsOverride", **metrics)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.devtools("Emulation.setEmulatedMedia", features=[scheme])
         self.devtools("Emulation.setScriptExecutionDisabled", value=not scripts)
         self._post("url", {"url": page.resolve().as_uri()})
 
@@ -68,11 +64,6 @@ class Browser:
     def messages(self) -> list[str]:
         """What stands in the console since the last call."""
         return [entry["message"] for entry in self._post("se/log", {"type": "browser"})]
-
-    def screenshot(self, file: Path, *, whole: bool = False) -> None:
-        """The window, or the whole page, as PNG."""
-        shot = self.devtools("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        file.write_bytes(base64.b64decode(shot["data"]))
 
     def close(self) -> None:
         """End the session and its Chromium."""

@@ -173,17 +173,9 @@ def test_nothing_of_the_cpu_meets_the_accelerator(scene: Callable[[torch.device]
 
 
 def test_the_stand_in_refuses_what_a_gpu_refuses() -> None:
+    """Else the test above could not fail."""
     with Elsewhere():
         there, here = torch.ones(3, 2).to(DEVICE), torch.ones(3, 2)
-        assert torch.arange(3, device=DEVICE).device == torch.tensor([1], device=DEVICE).device == DEVICE
-        assert type(there.cpu()) is torch.Tensor and there.cpu().tolist() == here.tolist()
         assert float((there * here.sum())[torch.tensor([0, 2])].sum()) == 24.0  # a number, and indices
-        for mistake in (
-            lambda: there.masked_fill(here > 0, 0.0),
-            lambda: there + here,
-            lambda: torch.stack([there.sum(), here.sum()]),
-            lambda: here[torch.arange(2, device=DEVICE)],
-            lambda: torch.zeros(2) + there[0],
-        ):
-            with pytest.raises(RuntimeError, match="on the CPU meets tensors on mps:0"):
-                mistake()
+        with pytest.raises(RuntimeError, match="on the CPU meets tensors on mps:0"):
+            there + here

@@ -1,9 +1,8 @@
-"""Judges behind an endpoint, against a real server process, and in process."""
+"""Judges in process: the log of replies, prompts, cost, and local checkpoints."""
 
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +10,10 @@ import pytest
 import torch
 from benchmark_files import NO_SYSTEM_TEMPLATE, make_chat_checkpoint
 from dae_eval.judging.asking import LENGTH, NO_ROOM, Reply, ReplyLog, Request, ask_all, unanswered
-from dae_eval.judging.endpoints import Dialect, Endpoint, EndpointChoice, Pace, plain_url
 from dae_eval.judging.fastchat_files import JudgePrompt
 from dae_eval.judging.judges import JudgeChoice, cost_estimate, judge_request, refuse_crowded
 from dae_eval.judging.local_chat import DrawPerRow, LocalChat, open_local_chat
 from dae_eval.models import locate
-from judge_server import JudgeServer, rating_of
 from lossy_tokenizers import make_lossy_checkpoint
 from peft import PeftModel
 from pico import make_checkpoint
@@ -25,190 +22,10 @@ from worlds import make_adapter
 
 from kd.errors import MachineError, UserError
 
-KEY = "sk-very-secret-0123456789"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[JudgeServer]:
-    with JudgeServer() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-def choice(server: JudgeServer, concurrency: int = 1) -> EndpointChoice:
-    return EndpointChoice(server.url, "some-judge", "--judge-url", "OPENAI_API_KEY", None, concurrency)
-
 
 def request(key: str, text: str = "", **settings: object) -> Request:
     messages = ({"role": "system", "content": "Judge."}, {"role": "user", "content": text or f"prompt {key}"})
     return Request(key, messages, **{"temperature": 0.0, "max_tokens": 12, **settings})  # type: ignore[arg-type]
-
-
-def answers_of(endpoint: Endpoint, *requests: Request) -> dict[str, str]:
-    return {key: reply.text for key, reply in endpoint.replies(requests, {r.key for r in requests})}
-
-
-# -- endpoints ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_request_is_what_was_asked_and_tells_nothing_of_the_machine(server: JudgeServer) -> None:
-    server.behave()
-    found = answers_of(Endpoint(choice(server)), request("1"))
-    assert found == {"1": f"A fair answer. Rating: [[{rating_of('prompt 1')}]]"}
-    (seen,) = server.requests()
-    assert seen["body"] == {
-        "model": "some-judge",
-        "messages": [{"role": "system", "content": "Judge."}, {"role": "user", "content": "prompt 1"}],
-        "temperature": 0.0,
-        "max_tokens": 12,
-    }
-    assert "authorization" not in seen["headers"]
-    assert not [name for name in seen["headers"] if "stainless" in name]
-
-
-def test_proxies_of_the_environment_are_not_used(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.behave()
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    assert len(answers_of(Endpoint(choice(server)), request("1"))) == 1
-
-
-def test_refusals_that_pass_are_asked_again(server: JudgeServer) -> None:
-    server.behave(script=["429", "500", "cut", "429", "good"])
-    assert answers_of(Endpoint(choice(server)), request("1"))["1"].endswith(f"[[{rating_of('prompt 1')}]]")
-    assert [one["step"] for one in server.requests()] == ["429", "500", "cut", "429", "good"]
-
-
-def test_a_slow_answer_is_given_up_and_asked_for_again(server: JudgeServer) -> None:
-    server.behave(script=["hold", "good"])
-    found = answers_of(Endpoint(choice(server), timeout=0.2), request("1"))
-    server.release()
-    assert list(found) == ["1"]
-    assert [one["step"] for one in server.requests()] == ["hold", "good"]
-
-
-@pytest.mark.parametrize(
-    ("script", "says"),
-    [
-        (["429"] * 3, "still refuses (429) after 3 tries"),
-        (["500"] * 3, "500 after 3 tries"),
-        (["cut"] * 3, "no whole answer after 3 tries"),
-    ],
-)
-def test_a_server_that_goes_on_refusing_is_the_machines(server: JudgeServer, script: list[str], says: str) -> None:
-    server.behave(script=script)
-    with pytest.raises(MachineError) as caught:
-        answers_of(Endpoint(choice(server), retries=2), request("1"))
-    assert says in str(caught.value)
-    assert "the same command goes on" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("step", "says"),
-    [
-        ("401", "put its key into the variable OPENAI_API_KEY"),
-        ("404", "often ends in /v1"),
-        ("400", "temperature is out of range"),
-        ("html", "no chat completion"),
-        ("empty", "no chat completion"),
-    ],
-)
-def test_a_refusal_for_good_is_the_users_and_asked_once(server: JudgeServer, step: str, says: str) -> None:
-    server.behave(script=[step])
-    with pytest.raises(UserError, match=says):
-        answers_of(Endpoint(choice(server)), request("1"))
-    assert len(server.requests()) == 1
-
-
-def test_nobody_listening_shows_at_once() -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
-    with pytest.raises(MachineError, match="cannot be reached"):
-        answers_of(Endpoint(EndpointChoice(url, "m", "--judge-url", "OPENAI_API_KEY")), request("1"))
-
-
-@pytest.mark.parametrize("standing", [{"max_tokens": False}, {"system": False}, {"max_tokens": False, "system": False}])
-def test_a_judge_with_a_dialect_is_understood_after_one_refusal_each(
-    server: JudgeServer, standing: dict[str, bool]
-) -> None:
-    server.behave(**standing)
-    endpoint = Endpoint(choice(server))
-    requests = [request("1"), request("2")]
-    replies = dict(endpoint.replies(requests, {"1", "2"}))
-    steps = [one["step"] for one in server.requests()]
-    assert sorted(steps[:-2]) == sorted(f"no {name}" for name in standing)
-    assert steps[-2:] == ["good", "good"]
-    last = server.requests()[-1]["body"]
-    assert ("max_completion_tokens" in last) == ("max_tokens" in standing)
-    if "system" in standing:
-        assert last["messages"] == [{"role": "user", "content": "Judge.\n\nprompt 2"}]
-    spoken = Dialect("max_completion_tokens" if "max_tokens" in standing else "max_tokens", "system" not in standing)
-    assert {reply.how for reply in replies.values()} == {spoken.how}
-    assert spoken.how
-
-
-def test_the_key_goes_to_the_server_and_into_no_message(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
-    server.behave(needs_key=KEY, echo_key=True)
-    assert KEY not in answers_of(Endpoint(choice(server)), request("1"))["1"]
-    assert server.requests()[0]["headers"]["authorization"] == f"Bearer {KEY}"
-    server.behave(needs_key="another")
-    with pytest.raises(UserError, match="check the key in OPENAI_API_KEY") as caught:
-        answers_of(Endpoint(choice(server)), request("1"))
-    assert KEY not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "url", ["localhost:8000", "ftp://host/v1", "http://", "http://me:pw@host/v1", "http://host/v1?key=1", "http://h:x"]
-)
-def test_addresses_that_cannot_be_used_or_hold_secrets(url: str) -> None:
-    with pytest.raises(UserError, match="--judge-url"):
-        plain_url(EndpointChoice(url, "m", "--judge-url", "OPENAI_API_KEY"))
-
-
-def test_what_is_under_way_when_one_request_fails_is_still_had(server: JudgeServer) -> None:
-    server.behave(script=["hold", "400"])
-    endpoint = Endpoint(choice(server, concurrency=2))
-    requests = [request(str(number)) for number in range(20)]
-    server.release_when(["hold", "400"])
-    found = []
-    with pytest.raises(UserError, match="out of range"):  # noqa: PT012 - what came before the failure matters
-        for key, _ in endpoint.replies(requests, {r.key for r in requests}):
-            found.append(key)
-    answered = [one["body"]["messages"][-1]["content"] for one in server.requests() if one["step"] != "400"]
-    assert sorted(f"prompt {key}" for key in found) == sorted(answered)
-    assert len(answered) < 19, "no more is begun"
-
-
-def test_at_most_so_many_requests_at_a_time(server: JudgeServer) -> None:
-    server.behave(script=["hold"] * 8)
-    endpoint = Endpoint(choice(server, concurrency=3))
-    requests = [request(str(number)) for number in range(8)]
-    server.release_when(["hold"] * 3)
-    assert {key for key, _ in endpoint.replies(requests, {r.key for r in requests})} == {r.key for r in requests}
-    assert max(one["at_once"] for one in server.requests()) == 3
-    assert len(server.requests()) == 8
-
-
-def test_the_pace_spaces_requests_evenly() -> None:
-    now, slept = [100.0], []
-
-    def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        now[0] += seconds
-
-    pace = Pace(30.0, clock=lambda: now[0], sleep=sleep)
-    for _ in range(3):
-        pace.wait()
-    now[0] += 10  # late: the next one need not wait, and nothing is caught up
-    pace.wait()
-    pace.wait()
-    assert slept == [2.0, 2.0, 2.0]
 
 
 # -- the log -----------------------------------------------------------------------------------------------------------

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import io
-import json
-import math
 import re
-import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
-from xml.etree import ElementTree as ET
 
 import matplotlib as mpl
-import numpy as np
 import pytest
 from dae_eval.comparing.statistics import Estimate
 from dae_eval.rendering import as_json, html, markdown, plots, terminal, wording, write_report
@@ -33,7 +25,6 @@ from kd.runs.files import TEMPORARY_PREFIX
 REPORTS: dict[str, Callable[[], Report]] = {
     "demo": demo_report, "bare": bare_report, "failing": failing_report, "wide": wide_report, "hostile": hostile_report,
 }  # fmt: skip
-SCHEMA = Path(__file__).parents[2] / "docs" / "report-schema.md"
 
 
 @pytest.fixture(params=REPORTS)
@@ -71,11 +62,6 @@ def test_headlines_of_the_demo() -> None:
     assert "+0.4 (-2.1 to +3.0) points" in undefined.remark
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.0, "0.0"), (-0.04, "0.0"), (0.06, "+0.1"), (-12.34, "-12.3")])
-def test_signed(value: float, text: str) -> None:
-    assert wording.signed(value) == text
-
-
 def test_models_with_the_same_weights_are_one_column() -> None:
     labels = [column.label for column in wording.columns(demo_report())]
     assert labels == ["base = reference", "expert", "student", "next-token"]
@@ -95,21 +81,6 @@ def test_tasks_count_only_in_a_line_that_there_is() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("names", "start"),
-    [
-        (["world_a", "world_b"], "world_"),
-        (["world_price", "world_prime"], "world_"),
-        (["alone_one"], ""),
-        (["one", "two"], ""),
-        (["mmlu_a_x", "mmlu_a_y", "mmlu_b"], "mmlu_"),
-        (["same_x", "same_x"], "same_"),
-    ],
-)
-def test_common_start(names: list[str], start: str) -> None:
-    assert wording.common_start(names) == start
-
-
 def test_visible_writes_out_what_only_acts_and_leaves_every_script() -> None:
     assert wording.visible("a\x1b[1m\u202eb\x00\ud83d\tc\nd") == "a<U+001B>[1m<U+202E>b<U+0000><U+D83D>\tc\nd"
     assert wording.visible("żółć 价格 السعر 😀 e\u0301") == "żółć 价格 السعر 😀 e\u0301"
@@ -118,7 +89,7 @@ def test_visible_writes_out_what_only_acts_and_leaves_every_script() -> None:
 # Terminal
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("width", [60, 120])
 def test_terminal_keeps_within_its_width_and_says_everything(report: Report, width: int) -> None:
     text = printed(report, width)
     assert max(map(len, text.splitlines())) <= width
@@ -217,105 +188,6 @@ def test_markdown_escapes_every_text(text: str) -> None:
         assert not {token.type for token in tokens} & {"html_block", "heading_open", "ordered_list_open", "hr"}
 
 
-def test_markdown_has_no_heading_without_content() -> None:
-    assert re.findall(r"^#+ .*", markdown.render(bare_report()), re.MULTILINE) == [
-        "## Evaluation: INCONCLUSIVE", "### Models", "### Tasks",
-    ]  # fmt: skip
-
-
-# JSON
-
-
-def test_json_round_trip(report: Report, tmp_path: Path) -> None:
-    path = tmp_path / "report.json"
-    path.write_text(as_json.render(report), encoding="utf-8")
-    assert as_json.load_report(path) == report
-
-
-def test_json_has_no_nan_and_takes_numpy(tmp_path: Path) -> None:
-    report = demo_report()
-    curve = replace(report.curves[0], values=(math.nan, math.inf, *report.curves[0].values[2:]))
-    task = replace(report.tasks[0], n=np.int64(7), p=np.float64(0.25))  # type: ignore[arg-type]
-    text = as_json.render(replace(report, curves=(curve,), tasks=(task,)))
-
-    def refuse(word: str) -> None:
-        raise AssertionError(word)
-
-    content = json.loads(text, parse_constant=refuse)
-    assert content["curves"][0]["values"][:2] == [None, None]
-    assert (content["tasks"][0]["n"], content["tasks"][0]["p"]) == (7, 0.25)
-    path = tmp_path / "report.json"
-    path.write_text(text, encoding="utf-8")
-    assert math.isnan(as_json.load_report(path).curves[0].values[0])
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda it: it.update(schema_version=2), "schema_version: 2 is not 1"),
-        (lambda it: it.pop("schema_version"), "no `schema_version`"),
-        (lambda it: it["tasks"][1].pop("n"), r"tasks\[1\]: 'n'"),
-        (lambda it: it["tasks"][0].update(kind="other"), r"tasks\[0\].kind: 'other' is not one of domain, general"),
-        (lambda it: it["student"]["gap"]["gain"].update(low="x"), "student.gap.gain.low: 'x' is not a number"),
-        (lambda it: it["flips"][0].update(seen=1), r"flips\[0\].seen: '1' is not of type bool"),
-        (lambda it: it["provenance"][0].pop(), r"provenance\[0\]: .* is not a list of 2"),
-        (lambda it: it.update(notes={}), "notes: '{}' is not a list"),
-    ],
-)
-def test_a_wrong_report_json_is_refused_by_file_and_key(
-    change: Callable[[dict[str, Any]], object], said: str, tmp_path: Path
-) -> None:
-    content = json.loads(as_json.render(demo_report()))
-    change(content)
-    path = tmp_path / "report.json"
-    path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=rf"{re.escape(str(path))}: .*{said}"):
-        as_json.load_report(path)
-
-
-def documented() -> dict[str, dict[str, str]]:
-    """Section -> key -> type, as docs/report-schema.md has them."""
-    sections: dict[str, dict[str, str]] = {}
-    for line in SCHEMA.read_text(encoding="utf-8").splitlines():
-        if line.startswith("## "):
-            section = sections.setdefault(line[3:], {})
-        elif found := re.match(r"\| `(\w+)` \| (.*?) \| .+ \|$", line):
-            section[found[1]] = found[2]
-    return sections
-
-
-def visit(value: Any, kind: str, sections: dict[str, dict[str, str]], visited: set[tuple[str, str]]) -> None:
-    """Hold a JSON value against its documented type; `visited` gathers (section, key) of what was more than null."""
-    base = kind.removesuffix(" or null")
-    if value is None:
-        assert kind != base or base == "number"  # a number that is not finite
-    elif base.startswith("list of pair of "):
-        assert all(len(pair) == 2 for pair in value)
-        visit([part for pair in value for part in pair], base.replace("pair of ", ""), sections, visited)
-    elif base.startswith("list of "):
-        for part in value:
-            visit(part, base.removeprefix("list of "), sections, visited)
-    elif base.startswith("map from role to "):
-        for part in value.values():
-            visit(part, base.removeprefix("map from role to "), sections, visited)
-    elif found := re.fullmatch(r"\[([\w-]+)\]\(#\1\)", base):
-        keys = sections[found[1]]
-        assert value.keys() == keys.keys(), found[1]
-        for key, part in value.items():
-            visit(part, keys[key], sections, visited)
-            visited |= {(found[1], key)} if part not in (None, [], {}) else set()
-    else:
-        types = {"text": (str,), "whole number": (int,), "number": (int, float), "yes or no": (bool,)}
-        assert type(value) in types[base], (kind, value)
-
-
-def test_every_key_is_documented_and_every_documented_key_is_written() -> None:
-    sections, visited = documented(), set[tuple[str, str]]()
-    for make in REPORTS.values():
-        visit(json.loads(as_json.render(make())), "[report](#report)", sections, visited)
-    assert visited == {(section, key) for section, keys in sections.items() for key in keys}
-
-
 # HTML
 
 
@@ -335,6 +207,9 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
+PAGES = pytest.mark.parametrize("name", ["demo", "bare", "hostile"])
+
+
 @cache
 def drawn(name: str) -> tuple[plots.Plot, ...]:
     return plots.draw(REPORTS[name]())
@@ -345,6 +220,7 @@ def page_of(name: str) -> str:
     return html.render(REPORTS[name](), drawn(name))
 
 
+@PAGES
 def test_the_page_needs_nothing_from_elsewhere(name: str) -> None:
     text = page_of(name)
     page = Page(text)
@@ -360,14 +236,15 @@ def test_the_page_needs_nothing_from_elsewhere(name: str) -> None:
     assert text.encode("utf-8")
 
 
-def test_every_id_of_the_page_is_there_once_and_every_link_has_its_target(name: str, report: Report) -> None:
+@PAGES
+def test_every_id_of_the_page_is_there_once_and_every_link_has_its_target(name: str) -> None:
     page = Page(page_of(name))
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     values = (a.get(key) or "" for _, a in page.elements for key in ("href", "xlink:href"))
     links = {value[1:] for value in values if value.startswith("#")}
     assert links <= set(ids) and {"differences", "tasks", "models"} <= links
-    assert ("documents" in links) == bool(report.flips)
+    assert ("documents" in links) == bool(REPORTS[name]().flips)
     for _, attributes in page.elements:
         assert set((attributes.get("aria-labelledby") or "").split()) <= set(ids)
 
@@ -398,49 +275,6 @@ def test_a_large_report_embeds_a_fair_part_and_says_so() -> None:
     assert len(text) < 1_500_000
 
 
-def test_few_flips_are_all_in_the_page_and_it_says_nothing_of_a_part() -> None:
-    assert "The page holds" not in page_of("demo")
-    assert html.embedded(demo_report().flips) == list(demo_report().flips)
-
-
-def test_what_is_absent_has_no_heading() -> None:
-    text = page_of("bare")
-    for absent in ("Notes", "Documents that changed", "Held-out responses", "During training", "Other students"):
-        assert f">{absent}<" not in text
-    assert "radar" not in text
-    empty = replace(demo_report(), tasks=(), flips=(), held_out=(), radars=(), curves=(), notes=(), others=())
-    headings = re.findall(r"<h[1-6][^>]*>(.*?)</h", html.render(empty, plots.draw(empty)), re.DOTALL)
-    assert [re.sub("<[^>]*>|[^A-Za-z ]", "", heading).split()[0] for heading in headings] == [
-        "PASS", "Gap", "Retention", "Models",
-    ]  # fmt: skip
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance of WCAG 2."""
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def contrast(one: str, other: str) -> float:
-    dark, light = sorted((luminance(one), luminance(other)))
-    return (light + 0.05) / (dark + 0.05)
-
-
-def test_contrast_in_light_and_dark() -> None:
-    style = (Path(html.__file__).parent / "page.css").read_text(encoding="utf-8")
-    light, dark = style.split("prefers-color-scheme: dark", 1)
-    for scheme in (light, dark.split("\n}\n")[0]):
-        colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", scheme))
-        for text in ("ink", "muted", "link", "pass", "fail", "inconclusive"):
-            for ground in ("ground", "card"):
-                assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
-        for word in ("pass", "fail", "inconclusive"):
-            assert contrast(colours[word], colours[f"{word}-soft"]) >= 4.5, word
-        for name in set(html._PLOT_COLOURS.values()) - {"paper"}:
-            assert contrast(colours[f"plot-{name}"], colours["plot-paper"]) >= 3, name
-
-
 # Plots
 
 
@@ -462,57 +296,6 @@ def test_plots_that_there_is_no_data_for_are_not_drawn() -> None:
     assert plots.draw(replace(bare_report(), tasks=())) == ()
 
 
-def test_plots_are_svg_and_png(name: str) -> None:
-    for plot in drawn(name):
-        root = ET.fromstring(plot.svg)
-        assert root.tag.endswith("svg") and "<text" not in plot.svg and "metadata" not in plot.svg
-        assert plot.png.startswith(b"\x89PNG")
-        width, _ = struct.unpack(">II", plot.png[16:24])
-        assert width == round(plots.WIDTH * 200)
-
-
-def boxes(figure: Any) -> list[tuple[str, Any]]:
-    """(text, box in pixels) of everything written in a figure."""
-    from matplotlib.text import Text
-
-    figure.canvas.draw()
-    return [
-        (text.get_text(), text.get_window_extent())
-        for text in figure.findobj(Text)
-        if text.get_text() and text.get_visible() and not text.get_rotation() % 90
-    ]
-
-
-def test_names_of_forty_tasks_neither_overlap_nor_leave_the_picture() -> None:
-    with mpl.rc_context(plots._SETTINGS):
-        figure = plots.forest(wide_report())
-        found = boxes(figure)
-    edge = figure.bbox
-    for number, (text, box) in enumerate(found):
-        assert edge.x0 <= box.x0 and box.x1 <= edge.x1 and edge.y0 <= box.y0 and box.y1 <= edge.y1, text
-        for other_text, other in found[:number]:
-            assert box.x1 <= other.x0 or other.x1 <= box.x0 or box.y1 <= other.y0 or other.y1 <= box.y0, (
-                text,
-                other_text,
-            )
-    assert len({text for text, _ in found if re.match(r"…\d\d_", text)}) == 40
-
-
-@pytest.mark.parametrize("make", [demo_report, wide_report])
-def test_labels_of_a_radar_stay_in_the_picture_and_off_its_legend(make: Callable[[], Report]) -> None:
-    report = make()
-    with mpl.rc_context(plots._SETTINGS):
-        figure = plots.radar_plot(report.radars[0], report, plots._styles(report))
-        figure.canvas.draw()
-        legend = figure.legends[0].get_window_extent()
-        labels = [text for text in figure.axes[0].texts if text.get_text()]
-        assert len(labels) == len(report.radars[0].axes)
-        for text in labels:
-            box = text.get_window_extent()
-            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text
-            assert box.y0 >= legend.y1, text
-
-
 def test_the_forest_plot_shows_the_numbers_of_the_report() -> None:
     report = demo_report()
     figure = plots.forest(report)
@@ -527,36 +310,21 @@ def test_the_forest_plot_shows_the_numbers_of_the_report() -> None:
     assert filled == sum(task.p_holm < 0.05 for task in report.tasks)
 
 
-def test_every_model_has_its_own_colour_marker_and_line() -> None:
-    report = demo_report()
-    student = report.models[-1]
-    others = tuple(replace(student, role=f"student {number}") for number in range(9))
-    looks = plots._styles(replace(report, models=others, radars=(), curves=())).values()
-    assert len({tuple(map(str, look.values())) for look in looks}) == 4 + 9
-    styles = plots._styles(report)
-    for key in ("color", "marker", "linestyle"):
-        assert len({str(style[key]) for style in styles.values()}) == len(styles)
-
-
 # Folder
 
 
 def test_a_report_folder_is_whole_and_can_be_written_again(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "report"
-    write_report(demo_report(), folder)
+    report = replace(demo_report(), radars=(), curves=demo_report().curves[:1])
+    write_report(report, folder)
     (folder / "mine.txt").write_text("stays")
     (folder / f"{TEMPORARY_PREFIX}new-plots").mkdir()  # as a kill may leave it
     first = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    names = {"report.html", "report.md", "report.json", "mine.txt"}
-    plotted = {
-        f"{name}.{kind}" for name in ("forest", "radar-1", "curve-1", "curve-2", "curve-3") for kind in ("svg", "png")
-    }
-    assert set(first) == names | plotted
+    plotted = {"forest.svg", "forest.png", "curve-1.svg", "curve-1.png"}
+    assert set(first) == {"report.html", "report.md", "report.json", "mine.txt"} | plotted
     write_report(as_json.load_report(folder / "report.json"), folder)
     assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == first
     assert not list(folder.glob(f"{TEMPORARY_PREFIX}*"))
-    write_report(bare_report(), folder)
-    assert {path.name for path in (folder / "plots").iterdir()} == {"forest.svg", "forest.png"}
     write_report(replace(bare_report(), tasks=()), folder)
     assert not (folder / "plots").exists()
 
@@ -565,14 +333,6 @@ def test_a_place_that_cannot_be_written_is_a_users_mistake(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write_report(bare_report(), tmp_path / "file" / "report")
-
-
-def test_the_terminal_needs_no_matplotlib() -> None:
-    code = "import sys; from dae_eval.rendering import terminal, write_report; print('matplotlib' in sys.modules)"
-    root = Path(__file__).parents[2]
-    ran = subprocess.run([sys.executable, "-c", code], cwd=root / "eval", env={"PYTHONPATH": f"{root}:{root / 'eval'}"},
-                         capture_output=True, text=True, check=True)  # fmt: skip
-    assert ran.stdout == "False\n"
 
 
 def test_every_format_tells_all_of_a_task() -> None:

@@ -1,0 +1,228 @@
+"""MT-Bench: FastChat's files, and scores equal to those that it publishes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from benchmark_files import answer_row, write_lines
+from dae_eval.folders import read_evaluation
+from dae_eval.judging.fastchat_files import (
+    NO_RATING,
+    Judgment,
+    PairJudgment,
+    Question,
+    answer_lines,
+    judgment_lines,
+    local_file,
+    read_answers,
+    read_judge_prompts,
+    read_judgments,
+    read_pair_judgments,
+    read_questions,
+)
+from dae_eval.judging.mt_bench import FinishedJudgments, score_judgments
+from dae_eval.judging.mt_bench_results import result_lines
+from dae_eval.judging.mt_bench_scores import (
+    Scores,
+    compatible,
+    compatible_pairs,
+    pair_scores_of,
+    rating_in,
+    scores_of,
+    strict,
+    strict_pairs,
+    verdict_in,
+)
+
+from kd.errors import UserError
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "mt-bench"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/mt-bench is not there")
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+@needs_shared
+@pytest.mark.parametrize("strictly", [True, False])
+def test_published_judgments_give_the_published_scores(tmp_path: Path, strictly: bool) -> None:
+    job = FinishedJudgments(
+        files=(str(SHARED / "model_judgment" / "gpt-4_single.jsonl"),),
+        questions=str(SHARED / "question.jsonl"),
+        output=tmp_path / "out",
+        model_id="vicuna-7b-v1.3",
+        strict=strictly,
+    )
+    result = score_judgments(job)
+    (scores,) = result.repeats
+    assert isinstance(scores, Scores)
+    assert f"{scores.turns[1]:.6f} {scores.turns[2]:.6f} {scores.average:.6f}" == "6.731250 5.475000 6.103125"
+    assert len(scores.categories) == 8
+    task = read_evaluation(tmp_path / "out").tasks["mt_bench"]
+    assert len(task.documents) == 160
+    assert 10 * task.mean == pytest.approx(6.103125, abs=1e-12)
+    assert "6.103125" in "\n".join(result_lines(result))
+
+
+def single(question_id: int, turn: int, score: float, model: str = "m", judge: str = "gpt") -> Judgment:
+    return Judgment(question_id, model, (judge, "single-v1"), turn, score)
+
+
+MESSY = [
+    single(1, 1, 7.5), single(1, 2, 3), single(2, 1, 9), single(2, 1, 4), single(2, 2, NO_RATING), single(3, 1, 10),
+    single(3, 2, 1), single(1, 2, NO_RATING), single(3, 2, 6),
+]  # fmt: skip
+THREE = [Question(number, "writing" if number < 3 else "stem", ("a", "b")) for number in (1, 2, 3)]
+
+
+def show_result(path: Path) -> tuple[dict[int, float], float]:
+    """What FastChat's script says of a file, from its description: drop -1, group, mean; nothing de-duplicated."""
+    table = pd.read_json(path, lines=True)
+    table = table[table["score"] != -1]
+    return table.groupby("turn")["score"].mean().to_dict(), float(table["score"].mean())
+
+
+def test_compatible_scores_are_fastchats_on_messy_judgments(tmp_path: Path) -> None:
+    path = tmp_path / "judgments.jsonl"
+    path.write_text(judgment_lines(MESSY))
+    kept, dropped = compatible(read_judgments(path))
+    scores = scores_of(kept, {1: "writing", 2: "writing", 3: "stem"}, dropped)
+    turns, average = show_result(path)
+    assert (scores.turns, scores.average) == (pytest.approx(turns), pytest.approx(average))
+    assert average != pytest.approx(sum(turns.values()) / 2), "pooled, not the mean of turn means"
+    assert dropped == ("2 without a rating: 2 turn 2, 1 turn 2",)
+    assert scores.categories == {"writing": pytest.approx((7.5 + 3 + 9 + 4) / 4), "stem": pytest.approx(17 / 3)}
+
+
+def test_strict_scores_want_every_turn_and_say_what_they_leave_out() -> None:
+    with pytest.raises(UserError, match=r"no rating on the scale for 1 of 6 \(question, turn\): 2 turn 2"):
+        strict(MESSY, THREE, "here")
+    whole = [*MESSY, single(2, 2, 5), single(99, 1, 5), single(1, 1, 11)]
+    kept, dropped = strict(whole, THREE, "here")
+    assert [(j.question_id, j.turn, j.score) for j in kept] == [
+        (1, 1, 7.5), (1, 2, 3), (2, 1, 4), (2, 2, 5), (3, 1, 10), (3, 2, 6)
+    ]  # fmt: skip
+    assert dropped == (
+        "3 without a rating from 1 to 10: 2 turn 2, 1 turn 2, 1 turn 1",
+        "2 earlier duplicates: 2 turn 1, 3 turn 2",
+        "1 of questions that are not in the question file: 99 turn 1",
+    )
+    with pytest.raises(UserError, match="judged by gpt, other"):
+        strict([*whole, single(1, 1, 5, judge="other")], THREE, "here")
+
+
+def test_nothing_rated_is_an_error_not_a_division_by_zero() -> None:
+    with pytest.raises(UserError, match="no judgment has a rating"):
+        scores_of(*compatible([single(1, 1, NO_RATING)])[:1], {}, ())
+    with pytest.raises(UserError, match="no pair has a verdict"):
+        pair_scores_of([], {}, ())
+
+
+@pytest.mark.parametrize(
+    ("text", "rating"),
+    [
+        ("Rating: [[8]]", 8),
+        ("[[7.5]] and then [[9]]", 7.5),
+        ("only [4]", 4),
+        ("Rating: 8", -1),
+        ("[[8/10]]", -1),
+        ("", -1),
+    ],
+)
+def test_ratings_are_read_as_fastchat_reads_them(text: str, rating: float) -> None:
+    assert rating_in(text) == rating
+
+
+@pytest.mark.parametrize(
+    ("text", "winner"),
+    [("[[A]]", "us"), ("[[C]]", "tie"), ("[[B]] or [[A]]", "us"), ("[A]", "error")],
+)
+def test_verdicts_are_read_as_fastchat_reads_them(text: str, winner: str) -> None:
+    assert verdict_in(text, "us", "them") == winner  # type: ignore[arg-type]
+
+
+def pair(question_id: int, first: str, second: str, turn: int = 1) -> PairJudgment:
+    return PairJudgment(question_id, "m", "n", first, second, ("gpt", "pair-v2"), turn)
+
+
+def test_a_win_needs_both_orders() -> None:
+    pairs = [
+        pair(1, "model_1", "model_1"), pair(2, "model_1", "model_2"), pair(3, "model_2", "model_2"),
+        pair(4, "tie", "tie"), pair(5, "model_1", "tie"), pair(6, "error", "model_1"), pair(7, "model_1", "model_1"),
+    ]  # fmt: skip
+    kept, dropped = compatible_pairs(pairs)
+    scores = pair_scores_of(kept, {1: "stem"}, dropped)
+    assert (scores.wins, scores.losses, scores.ties, scores.judgments) == (2, 1, 3, 6)
+    assert scores.win_rate == pytest.approx(2 / 6)
+    assert scores.loss_rate == pytest.approx(1 / 6)
+    assert scores.win_rate_adjusted == pytest.approx(3.5 / 6)
+    assert dropped == ("1 without a verdict in both orders: 6 turn 1",)
+    with pytest.raises(UserError, match="6 turn 1"):
+        strict_pairs(pairs, [Question(number, "stem", ("a",)) for number in range(1, 8)], "here")
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@needs_shared
+def test_fastchats_own_files_come_out_as_they_went_in(tmp_path: Path) -> None:
+    assert len(read_questions(SHARED / "question.jsonl")) == 80
+    assert {"single-v1", "pair-math-v1-multi-turn"} <= set(read_judge_prompts(SHARED / "judge_prompts.jsonl"))
+    file = SHARED / "model_judgment" / "gpt-4_single.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    written = [json.loads(line) for line in judgment_lines(read_judgments(file)).splitlines()]
+    assert written == rows
+    assert [list(row) for row in written] == [list(row) for row in rows]
+    reference = SHARED / "reference_answer" / "gpt-4.jsonl"
+    answers = read_answers(reference)
+    again = [json.loads(line) for line in answer_lines(answers, dict.fromkeys(answers.turns, 0.0)).splitlines()]
+    for row, one in zip(map(json.loads, reference.read_text().splitlines()), again, strict=True):
+        assert list(one) == list(row)
+        assert {k: one[k] for k in ("question_id", "model_id", "choices")} == {
+            k: row[k] for k in ("question_id", "model_id", "choices")
+        }
+
+
+def test_pair_judgments_survive_the_file(tmp_path: Path) -> None:
+    pairs = [pair(1, "model_1", "tie"), replace(pair(2, "error", "model_2", 2), g2_judgment="né\u2028\n[[B]]")]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(judgment_lines(pairs))
+    assert read_pair_judgments(path) == pairs
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"question_id": "1", "category": "x", "turns": ["a"]}, "question_id: wants a whole number, not a string"),
+        ({"question_id": 1, "category": "x", "turns": ["a", "b", "c"]}, "turns: wants one or two texts"),
+        ({"question_id": 1, "turns": ["a"]}, "has no category"),
+    ],
+)
+def test_bad_questions_are_named(tmp_path: Path, row: Any, says: str) -> None:
+    path = write_lines(tmp_path / "q.jsonl", [{"question_id": 7, "category": "x", "turns": ["a"]}, row])
+    with pytest.raises(UserError, match=f"q.jsonl:2: {says}"):
+        read_questions(path)
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    question = {"question_id": 7, "category": "x", "turns": ["a"]}
+    with pytest.raises(UserError, match="question_id 7: more than once"):
+        read_questions(write_lines(tmp_path / "a.jsonl", [question, question]))
+    for reader in (read_questions, read_judge_prompts, read_answers, read_judgments, read_pair_judgments):
+        with pytest.raises(UserError, match=r"empty\.jsonl: has no"):
+            reader(write_lines(tmp_path / "empty.jsonl", []))
+    with pytest.raises(UserError, match="holds answers of a, b"):
+        read_answers(write_lines(tmp_path / "b.jsonl", [answer_row(1, "a", "x"), answer_row(2, "b", "x")]))
+    with pytest.raises(UserError, match=r"choices\[0\]\.turns"):
+        read_answers(write_lines(tmp_path / "c.jsonl", [answer_row(1, "a")]))
+    with pytest.raises(UserError, match="there is no such file"):
+        local_file(str(tmp_path / "nowhere.jsonl"), "--questions")
+    with pytest.raises(UserError, match="wants hub:OWNER/NAME/FILE"):
+        local_file("hub:owner/name", "--questions")
+    with pytest.raises(UserError, match="the hub does not give this file"):
+        local_file("hub:no-such-owner/no-such-name/question.jsonl", "--questions")

@@ -1,0 +1,114 @@
+"""report.json: read back as it was, refused by file and key where it is wrong, and documented key by key."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dae_eval.rendering import as_json
+from dae_eval.report import Report
+from reports import bare_report, demo_report, failing_report, hostile_report, wide_report
+
+from kd.errors import UserError
+
+REPORTS: tuple[Callable[[], Report], ...] = (demo_report, bare_report, failing_report, wide_report, hostile_report)
+SCHEMA = Path(__file__).parents[2] / "docs" / "report-schema.md"
+
+
+@pytest.mark.parametrize("make", REPORTS)
+def test_json_round_trip(make: Callable[[], Report], tmp_path: Path) -> None:
+    report = make()
+    path = tmp_path / "report.json"
+    path.write_text(as_json.render(report), encoding="utf-8")
+    assert as_json.load_report(path) == report
+
+
+def test_json_has_no_nan_and_takes_numpy(tmp_path: Path) -> None:
+    report = demo_report()
+    curve = replace(report.curves[0], values=(math.nan, math.inf, *report.curves[0].values[2:]))
+    task = replace(report.tasks[0], n=np.int64(7), p=np.float64(0.25))  # type: ignore[arg-type]
+    text = as_json.render(replace(report, curves=(curve,), tasks=(task,)))
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    content = json.loads(text, parse_constant=refuse)
+    assert content["curves"][0]["values"][:2] == [None, None]
+    assert (content["tasks"][0]["n"], content["tasks"][0]["p"]) == (7, 0.25)
+    path = tmp_path / "report.json"
+    path.write_text(text, encoding="utf-8")
+    assert math.isnan(as_json.load_report(path).curves[0].values[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda it: it.update(schema_version=2), "schema_version: 2 is not 1"),
+        (lambda it: it.pop("schema_version"), "no `schema_version`"),
+        (lambda it: it["tasks"][1].pop("n"), r"tasks\[1\]: 'n'"),
+        (lambda it: it["tasks"][0].update(kind="other"), r"tasks\[0\].kind: 'other' is not one of domain, general"),
+        (lambda it: it["student"]["gap"]["gain"].update(low="x"), "student.gap.gain.low: 'x' is not a number"),
+        (lambda it: it["flips"][0].update(seen=1), r"flips\[0\].seen: '1' is not of type bool"),
+        (lambda it: it["provenance"][0].pop(), r"provenance\[0\]: .* is not a list of 2"),
+        (lambda it: it.update(notes={}), "notes: '{}' is not a list"),
+    ],
+)
+def test_a_wrong_report_json_is_refused_by_file_and_key(
+    change: Callable[[dict[str, Any]], object], said: str, tmp_path: Path
+) -> None:
+    content = json.loads(as_json.render(demo_report()))
+    change(content)
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}: .*{said}"):
+        as_json.load_report(path)
+
+
+def documented() -> dict[str, dict[str, str]]:
+    """Section -> key -> type, as docs/report-schema.md has them."""
+    sections: dict[str, dict[str, str]] = {}
+    for line in SCHEMA.read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            section = sections.setdefault(line[3:], {})
+        elif found := re.match(r"\| `(\w+)` \| (.*?) \| .+ \|$", line):
+            section[found[1]] = found[2]
+    return sections
+
+
+def visit(value: Any, kind: str, sections: dict[str, dict[str, str]], visited: set[tuple[str, str]]) -> None:
+    """Hold a JSON value against its documented type; `visited` gathers (section, key) of what was more than null."""
+    base = kind.removesuffix(" or null")
+    if value is None:
+        assert kind != base or base == "number"  # a number that is not finite
+    elif base.startswith("list of pair of "):
+        assert all(len(pair) == 2 for pair in value)
+        visit([part for pair in value for part in pair], base.replace("pair of ", ""), sections, visited)
+    elif base.startswith("list of "):
+        for part in value:
+            visit(part, base.removeprefix("list of "), sections, visited)
+    elif base.startswith("map from role to "):
+        for part in value.values():
+            visit(part, base.removeprefix("map from role to "), sections, visited)
+    elif found := re.fullmatch(r"\[([\w-]+)\]\(#\1\)", base):
+        keys = sections[found[1]]
+        assert value.keys() == keys.keys(), found[1]
+        for key, part in value.items():
+            visit(part, keys[key], sections, visited)
+            visited |= {(found[1], key)} if part not in (None, [], {}) else set()
+    else:
+        types = {"text": (str,), "whole number": (int,), "number": (int, float), "yes or no": (bool,)}
+        assert type(value) in types[base], (kind, value)
+
+
+def test_every_key_is_documented_and_every_documented_key_is_written() -> None:
+    sections, visited = documented(), set[tuple[str, str]]()
+    for make in REPORTS:
+        visit(json.loads(as_json.render(make())), "[report](#report)", sections, visited)
+    assert visited == {(section, key) for section, keys in sections.items() for key in keys}
