@@ -29,7 +29,6 @@ from dae.checking.overlap import overlaps
 from dae.earlier_student import with_lora_of_student
 from dae.recipe import AlignRecipe
 from kd.config.data_recipe import SourceRecipe
-from kd.config.loading import resolved_yaml
 from kd.data.examples import SourceReport, marked_text
 from kd.data.mixing import Mixture
 from kd.data.records import read_records
@@ -39,7 +38,7 @@ from kd.errors import UserError
 from kd.models.checkpoint_files import model_fingerprint
 from kd.models.roles import LoadSettings
 from kd.runs.provenance import HELD_OUT, read_provenance
-from kd.runs.run_folder import RunFolder
+from kd.runs.run_folder import RunFolder, Start
 from kd.stages import distill
 from kd.stages.distill_recipe import DistillRecipe
 from kd.stages.sft import ROUTE, check_checkpoint
@@ -185,14 +184,9 @@ def check_output(output: str) -> None:
 def look_at_output(recipe: SftRecipe | DistillRecipe | AlignRecipe, inputs: Mapping[str, str], data: StageData) -> None:
     """Raise UserError where the run folder holds another run, or a live process holds it."""
     begun = read_provenance(recipe.output) or {}
-    RunFolder(recipe.output).look(
-        STAGES[type(recipe)],
-        resolved_yaml(recipe),
-        inputs,
-        base=recipe.base,
-        data=data.inputs,
-        processes=begun.get("processes", 1),  # how many a launcher will start is not known here
-    )
+    processes = begun.get("processes", 1)  # how many a launcher will start is not known here
+    start = Start(STAGES[type(recipe)], recipe, inputs, recipe.base, data.inputs, processes)
+    RunFolder(recipe.output).look(start)
 
 
 def show_routes(console: Console, recipe: SftRecipe | DistillRecipe | AlignRecipe, plan: Plan) -> None:

@@ -19,7 +19,6 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from kd.config.loading import resolved_yaml
 from kd.config.stage_recipe import StageRecipe
 from kd.data.batches import Batch
 from kd.data.mixing import MixedRows, Mixture, StepBatchSampler, collate
@@ -28,7 +27,7 @@ from kd.errors import MachineError, Stopped, UserError
 from kd.losses.router import refuse_useless_router_loss
 from kd.models.forward import learned_positions
 from kd.models.roles import LoadSettings, Role, check_head, check_packing, refuse_unmergeable
-from kd.runs.run_folder import RunFolder, State
+from kd.runs.run_folder import RunFolder, Start, State
 from kd.training.callbacks import EarlyStopping, StepBookkeeping, StopOnSignal
 from kd.training.objective import Objective
 from kd.training.progress import TrainingProgress, doing
@@ -75,15 +74,8 @@ def claimed(
         answer: list[Any] = [None, None]
         if state.is_main_process:
             try:
-                claim = run.claim(
-                    stage,
-                    resolved_yaml(recipe),
-                    inputs,
-                    base=recipe.base,
-                    data=data.inputs,
-                    processes=state.num_processes,
-                )
-                answer = [stack.enter_context(claim), None]
+                start = Start(stage, recipe, inputs, recipe.base, data.inputs, state.num_processes)
+                answer = [stack.enter_context(run.claim(start)), None]
             except (UserError, MachineError) as error:
                 answer = [None, error]
         if state.num_processes > 1:
@@ -117,7 +109,7 @@ def run_stage(
         args = training_arguments(recipe, settings)
         with doing("loading the models"):
             trainer, stop = prepare(recipe, args, settings, data, build_roles, run, make_callbacks)
-        resume_from = run.latest_checkpoint() if state == "resume" else None
+        resume_from = run.checkpoints.latest() if state == "resume" else None
         with doing("measuring before the first step"):
             first_kl = start_metrics(trainer, data, run, resume_from)
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
@@ -125,7 +117,7 @@ def run_stage(
             raise Stopped(
                 stop.received,
                 f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
-                f"a checkpoint is in {run.checkpoints_dir}. The same command goes on from there.",
+                f"a checkpoint is in {run.checkpoints.folder}. The same command goes on from there.",
             )
         summary = summarise(trainer, data, first_kl)
         if processes().is_main_process:
