@@ -17,7 +17,6 @@ from torch import nn
 from transformers import TrainingArguments
 
 from kd.config.data_recipe import SourceRecipe
-from kd.config.loading import resolved_yaml
 from kd.config.stage_recipe import StageRecipe
 from kd.data.mixing import Mixture
 from kd.data.records import read_records
@@ -27,7 +26,7 @@ from kd.losses.router import refuse_useless_router_loss
 from kd.models.forward import head_of, learned_positions
 from kd.models.roles import LoadSettings, activate, refuse_unmergeable
 from kd.runs.provenance import read_provenance
-from kd.runs.run_folder import RunFolder
+from kd.runs.run_folder import RunFolder, Start
 from kd.stages.stage import AnyStage, Inputs, StageRoles
 from kd.training.objective import Objective
 from kd.training.settings import load_settings, planned_steps, rows_per_step, training_arguments
@@ -156,11 +155,6 @@ def check_output(output: str) -> None:
 def look_at_output(stage: AnyStage, recipe: StageRecipe, inputs: Inputs, data: StageData) -> None:
     """Raise UserError where the run folder holds another run, or a live process holds it."""
     begun = read_provenance(recipe.output) or {}
-    RunFolder(recipe.output).look(
-        stage.name,
-        resolved_yaml(recipe),
-        {role: one.fingerprint for role, one in inputs.items()},
-        base=recipe.base,
-        data=data.inputs,
-        processes=begun.get("processes", 1),  # how many a launcher will start is not known here
-    )
+    processes = begun.get("processes", 1)  # how many a launcher will start is not known here
+    fingerprints = {role: one.fingerprint for role, one in inputs.items()}
+    RunFolder(recipe.output).look(Start(stage.name, recipe, fingerprints, recipe.base, data.inputs, processes))

@@ -20,7 +20,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from dae.merging.card import write_merge_card
 from dae.merging.recipe import MergeRecipe
-from kd.config.loading import resolved_yaml
 from kd.errors import UserError
 from kd.models.adapter_files import is_adapter, read_adapter_config
 from kd.models.adapters import put_adapter
@@ -30,7 +29,7 @@ from kd.models.merged import merged
 from kd.models.roles import STUDENT_ADAPTER, LoadSettings, load_model, refuse_bad_weights
 from kd.runs.files import TEMPORARY_PREFIX, remove
 from kd.runs.provenance import base_fingerprint_of
-from kd.runs.run_folder import RunFolder
+from kd.runs.run_folder import RunFolder, Start
 from kd.stages.run_stage import RunResult
 
 logger = logging.getLogger("dae")
@@ -78,7 +77,7 @@ def run_merge(recipe: MergeRecipe, checkpoints: Checkpoints, check: Callable[[],
     Raises UserError, MachineError.
     """
     run = RunFolder(recipe.output)
-    with run.claim("merge", resolved_yaml(recipe), checkpoints.inputs, base=checkpoints.base, data={}) as state:
+    with run.claim(Start("merge", recipe, checkpoints.inputs, checkpoints.base, data={})) as state:
         if state == "finished":
             logger.info("%s: this merge is finished; nothing to do", recipe.output)
             return RunResult(run.path, run.summary())
@@ -100,7 +99,7 @@ def run_merge(recipe: MergeRecipe, checkpoints: Checkpoints, check: Callable[[],
 
         run.publish(write_files)
         with suppress(FileNotFoundError):
-            run.checkpoints_dir.rmdir()  # a merge makes none
+            run.checkpoints.folder.rmdir()  # a merge makes none
         run.mark_finished(summary)
         return RunResult(run.path, summary)
 

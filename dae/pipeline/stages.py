@@ -81,7 +81,7 @@ def told(stale: Mapping[str, Standing], folder: PipelineFolder) -> str:
     lines = [f"  {name}: {reason}" for name, standing in stale.items() for reason in standing.reasons]
     again = ", ".join(stage.name for stage in folder.with_downstream(set(stale)))
     remedy = f"Give the same command with --redo to move {again} aside and run again, or undo the change."
-    return "\n".join([f"{folder.path}: was made from something else (there -> now):", *lines, remedy])
+    return "\n".join([f"{folder.path}: was started with different settings (recorded -> current):", *lines, remedy])
 
 
 def run_stages(folder: PipelineFolder, redo: bool) -> int:

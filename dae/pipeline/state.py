@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from dae.pipeline.kinds import EvalStage, ReportStage, kinds
 from dae.pipeline.recipe import RECIPES, Pipeline, Stage
 from dae.pipeline.references import Input
@@ -29,13 +27,14 @@ from kd.errors import UserError
 from kd.models.adapter_files import base_of, is_adapter
 from kd.models.checkpoint_files import model_fingerprint, resolve_model
 from kd.models.tokenizer_files import tokenizer_sha256
-from kd.runs.files import TEMPORARY_PREFIX, disk_errors, json_text, read_json, write_text_durably
+from kd.runs.claimed_folder import LOCK, ClaimedFolder
+from kd.runs.files import disk_errors, json_text, read_json, write_text_durably
 from kd.runs.hashes import file_sha256
 from kd.runs.lock import hold
-from kd.runs.provenance import TOOLKIT, differences
+from kd.runs.provenance import TOOLKIT
+from kd.runs.settings import changed, changed_facts, recorded_values
 
 STATE = "pipeline.json"
-LOCK = ".lock"
 VERSION = 1
 TOKENIZER_OF = "tokenizer of "
 
@@ -150,26 +149,11 @@ class PipelineFolder:
         Raises:
             UserError: a live process holds it, it is not a pipeline's, or it may not be written.
         """
-        self._refuse_foreign_files()
-        with disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        with hold(self.path / LOCK, str(self.path)):
-            self._refuse_foreign_files()
+        with ClaimedFolder(self.path, STATE).held():
             content = read_state(self.path)
             self.records = {name: Record(**record) for name, record in content.get("stages", {}).items()}
             self._written = json_text(content) if content else ""
             yield
-
-    def _refuse_foreign_files(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path}: this is a file; `output` names a folder")
-        if not self.path.is_dir() or (self.path / STATE).is_file():
-            return
-        own = (LOCK, TEMPORARY_PREFIX + STATE)
-        foreign = sorted(entry.name for entry in self.path.iterdir() if entry.name not in own)
-        if foreign:
-            shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-            raise UserError(f"{self.path}: holds files that no pipeline wrote ({shown}); give `output` a new folder")
 
     def save(self) -> None:
         """Write pipeline.json, if anything in it has changed."""
@@ -320,14 +304,16 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def changes(record: Record, stage: Stage, inputs: Mapping[str, str]) -> list[str]:
     """One line for each setting and input that is not what the record says; inputs that are not given are left out."""
-    before = {"stage": record.stage, "processes": 1, "data": {}}
-    now: dict[str, Any] = {"stage": stage.kind, "processes": 1, "data": {}}
-    known = {name: sha256 for name, sha256 in record.inputs.items() if name in inputs}
-    # Earlier releases recorded no tokenizers.
-    recorded = any(name.startswith(TOKENIZER_OF) for name in record.inputs)
-    now["inputs"] = {n: sha256 for n, sha256 in inputs.items() if recorded or not n.startswith(TOKENIZER_OF)}
-    texts = [yaml.safe_dump(settings) for settings in (record.settings, json.loads(json.dumps(stage.settings())))]
-    return differences({**before, "inputs": known}, now, texts[0], texts[1])
+    if record.stage != stage.kind:
+        return changed({"stage": record.stage}, {"stage": stage.kind})
+    schema = kinds()[stage.kind].schema
+    try:
+        recorded = recorded_values(record.settings, schema)
+    except UserError as error:
+        return [str(error)]
+    settings = changed(recorded, recorded_values(stage.settings(), schema))
+    contents = ({f"content of {name}": sha256 for name, sha256 in known.items()} for known in (record.inputs, inputs))
+    return settings + changed_facts(*contents)
 
 
 def places(stage: Stage) -> list[Path]:

@@ -14,21 +14,17 @@ Every file is whole or absent, so a kill costs the candidate that was under way 
 from __future__ import annotations
 
 import json
-import logging
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kd.errors import UserError
-from kd.runs.files import TEMPORARY_PREFIX, disk_errors, json_text, plain, read_json, write_text_durably
-from kd.runs.lock import hold
-from kd.runs.provenance import changed_settings
+from dae.rank_teachers.recipe import RankRecipe
+from kd.runs.claimed_folder import ClaimedFolder
+from kd.runs.files import disk_errors, json_text, plain, read_json, write_text_durably
+from kd.runs.settings import changed_settings, refuse_changes
 
-logger = logging.getLogger("dae")
-
-SETTINGS, RESULT, LOCK = "settings.json", "ranking.json", ".lock"
+SETTINGS, RESULT = "settings.json", "ranking.json"
 KIND = "rank-teachers"
 
 
@@ -49,52 +45,19 @@ class RankFolder:
         Where a UserError comes before `begin`, nothing is left behind.
 
         Raises:
-            UserError: a live process holds it; it was begun with other settings, or holds somebody else's files.
+            UserError: a live process holds it; it was started with different settings, or holds somebody else's files.
             MachineError: the disk is full.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path}: this is a file; --output names a folder")
-        self._refuse_foreign_files()
-        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        with disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            with hold(self.path / LOCK, str(self.path)):
-                try:
-                    self._refuse_other_settings()
-                    yield
-                finally:
-                    (self.path / LOCK).unlink(missing_ok=True)
-        finally:
-            for folder in missing:  # only what is empty goes
-                with suppress(OSError):
-                    folder.rmdir()
+        with ClaimedFolder(self.path, SETTINGS, inside=("rewards", "losses", "responses")).held():
+            if (self.path / SETTINGS).exists():
+                recorded = read_json(self.path / SETTINGS)
+                refuse_changes(self.path, changed_settings(recorded, self._settings, RankRecipe))
+            yield
 
     def begin(self) -> None:
         """Write down what all results follow from; before the first of them (`keep` does)."""
         if not (self.path / SETTINGS).exists():
             write_text_durably(self.path / SETTINGS, json_text(self._settings))
-
-    def _refuse_foreign_files(self) -> None:
-        if not self.path.is_dir() or (self.path / SETTINGS).exists():
-            return
-        with disk_errors(self.path):
-            names = sorted(os.listdir(self.path))
-        foreign = [name for name in names if name not in (LOCK, TEMPORARY_PREFIX + SETTINGS)]
-        if foreign:
-            shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-            raise UserError(f"{self.path}: holds files that no ranking wrote ({shown}); give --output a new folder")
-
-    def _refuse_other_settings(self) -> None:
-        if not (self.path / SETTINGS).exists():
-            return
-        shown = changed_settings(read_json(self.path / SETTINGS), self._settings)
-        if shown:
-            raise UserError(
-                f"{self.path}: was begun with other settings (there -> now):\n{shown}\n"
-                "Give the same command to go on with it (betas and shift may change), choose another --output, or "
-                "remove it."
-            )
 
     def responses(self, name: str) -> Path:
         """Where the responses go that a candidate writes."""

@@ -19,16 +19,17 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
 from dae.sampling.generation import Continuation, Writer, derived_seed, open_writer
 from dae.sampling.prompts import instruction_of, read_prompts, user_opening
+from dae.sampling.recipe import SampleRecipe
 from dae.sampling.written_rows import Batch, Prompt, RowMaker, is_space
 from kd.data.chat import ChatFormat, UnrenderableError, chat_format
 from kd.data.examples import conversation_ids
@@ -37,17 +38,15 @@ from kd.errors import UserError
 from kd.models.adapter_files import base_of, tokenizer_home
 from kd.models.checkpoint_files import model_fingerprint, resolve_model
 from kd.models.tokenizer_files import tokenizer_sha256
-from kd.runs.files import append_lines, cut_torn_line, disk_errors, fsync_path, json_text, read_json, write_text_durably
+from kd.runs.claimed_folder import held_below, refuse_file
+from kd.runs.files import append_lines, cut_torn_line, fsync_path, json_text, read_json, write_text_durably
 from kd.runs.hashes import file_sha256
-from kd.runs.lock import hold
-from kd.runs.provenance import changed_settings
-
-if TYPE_CHECKING:
-    from dae.sampling.recipe import SampleRecipe
+from kd.runs.settings import changed_settings, refuse_changes
 
 logger = logging.getLogger("dae")
 
 IDLE_BATCHES = 20  # batches in a row without a row after which nothing more is expected
+PROMISE = "promise of rows"
 ROWS_AS = "their ids are those that were read and written"  # what rows promise; files of another promise are not mixed
 _INSTRUCTION, _ANSWER = 0, 1
 
@@ -62,8 +61,8 @@ def sample(recipe: SampleRecipe) -> Path:
         The file's path.
 
     Raises:
-        UserError: model, prompts or output cannot be used; the output was begun with other settings or is somebody
-            else's; the model gives no rows.
+        UserError: model, prompts or output cannot be used; the output was started with different settings or is
+            somebody else's; the model gives no rows.
         MachineError: the disk is full. Whole batches are kept.
     """
     prompts = None if recipe.prompts is None else read_prompts(recipe.prompts)
@@ -94,7 +93,7 @@ def settings_of(recipe: SampleRecipe) -> dict[str, Any]:
     if recipe.prompts is not None:
         settings["content of prompts"] = file_sha256(recipe.prompts)
     settings["content of tokenizer and chat template"] = tokenizer_sha256(resolve_model(tokenizer_home(recipe.model)))
-    settings["promise of rows"] = ROWS_AS
+    settings[PROMISE] = ROWS_AS
     return settings
 
 
@@ -148,27 +147,11 @@ class SampleFile:
         Raises:
             UserError: see `sample`.
         """
-        self._refuse_foreign_file()
-        missing = [folder for folder in self.path.parents if not folder.exists()]
-        with disk_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with hold(self._lock, str(self.path)):
-                try:
-                    yield self._batches_so_far()
-                finally:
-                    self._lock.unlink(missing_ok=True)
-        finally:
-            for folder in missing:  # only what is empty goes
-                with suppress(OSError):
-                    folder.rmdir()
-
-    def _refuse_foreign_file(self) -> None:
-        nearest = next(place for place in self.path.parents if place.exists())
-        if not nearest.is_dir():
-            raise UserError(f"{self.path}: {nearest} is a file, and no file can lie in it; choose another --output")
+        refuse_file(self.path.parent)
         if self.path.exists() and not self.partial.exists() and not self.meta.exists():
-            raise UserError(f"{self.path}: is there and was not written by dae sample; choose another --output")
+            raise UserError(f"{self.path}: was not written by this command; choose another output")
+        with held_below(self.path.parent, self._lock, str(self.path)):
+            yield self._batches_so_far()
 
     def _batches_so_far(self) -> list[Batch] | None:
         if self.partial.exists():
@@ -176,26 +159,21 @@ class SampleFile:
             lines = self.partial.read_text(encoding="utf-8").splitlines()
             before, batches = json.loads(lines[0]) if lines else {}, [_batch_from(line) for line in lines[1:]]
             if any(batch.rows for batch in batches):
-                self._refuse_other_settings(before)
-            if batches and not changed_settings(before, self._settings):
+                refuse_changes(self.path, self._changes(before))
+            if batches and not self._changes(before):
                 return batches
             self.partial.unlink()  # not a row is lost
         elif self.meta.exists():
             written = read_json(self.meta)
-            self._refuse_other_settings(written["settings"])
+            refuse_changes(self.path, self._changes(written["settings"]))
             if not self.path.exists() or file_sha256(self.path) != written["sha256"]:
                 fate = "has changed" if self.path.exists() else "is gone"
                 raise UserError(f"{self.path}: {fate} since it was written; remove {self.meta} to write it again")
             return None
         return []
 
-    def _refuse_other_settings(self, before: Mapping[str, Any]) -> None:
-        shown = changed_settings(before, self._settings)
-        if shown:
-            raise UserError(
-                f"{self.path}: was begun with other settings (there -> now):\n{shown}\n"
-                f"Give the same command to go on with it, choose another --output, or remove it."
-            )
+    def _changes(self, recorded: Mapping[str, Any]) -> list[str]:
+        return changed_settings({PROMISE: None, **recorded}, self._settings, SampleRecipe)
 
     def append(self, batch: Batch) -> None:
         """Add one batch, and before the first one the settings."""

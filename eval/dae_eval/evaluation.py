@@ -18,10 +18,9 @@ import torch
 from dae_eval.answers import cluster_id, documents_of
 from dae_eval.folders import (
     DOCUMENTS,
-    LOCK,
+    evaluation_folder,
     pack_documents,
     read_documents,
-    refuse_foreign_files,
     refuse_other_model,
     write_evaluation,
 )
@@ -35,7 +34,6 @@ from dae_eval.suites import Suite
 from kd.errors import MachineError
 from kd.models.checkpoint_files import resolve_model
 from kd.runs.files import disk_errors, json_text, plain, read_json, write_bytes_durably, write_text_durably
-from kd.runs.lock import hold
 from kd.runs.provenance import read_provenance
 from kd.runs.run_folder import RunFolder
 
@@ -65,7 +63,7 @@ def evaluate(
     for role, model in models.items():
         distinct.setdefault(model.identity, role)
     for role in distinct.values():
-        refuse_foreign_files(folders[role])
+        evaluation_folder(folders[role]).refuse_foreign_files()
         refuse_other_model(folders[role], models[role].facts())
     planner = Planner(suite, load_settings(), command)
     plans = [planner.plan(role, models[role], folders[role]) for role in distinct.values()]
@@ -84,10 +82,10 @@ def evaluate(
 @contextmanager
 def claimed(folder: Path, model: Model) -> Iterator[None]:
     """Hold an evaluation's folder for this process. Raises UserError where another process holds or has filled it."""
-    with disk_errors(folder):
-        (folder / DOCUMENTS).mkdir(parents=True, exist_ok=True)
-    with hold(folder / LOCK, str(folder)):
+    with evaluation_folder(folder).held():
         refuse_other_model(folder, model.facts())
+        with disk_errors(folder):
+            (folder / DOCUMENTS).mkdir(exist_ok=True)
         yield
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from dae_eval.results import Document, Evaluation, HeldOutLoss, ModelFacts, TaskResult, TrainingRows
 from kd.errors import UserError
+from kd.runs.claimed_folder import ClaimedFolder
 from kd.runs.files import (
-    TEMPORARY_PREFIX,
     disk_errors,
     json_text,
     plain,
@@ -22,11 +22,11 @@ from kd.runs.files import (
     write_bytes_durably,
     write_text_durably,
 )
+from kd.runs.settings import changed, refuse_changes
 
 EVALUATION = "evaluation.json"
 DOCUMENTS = "documents"
 HELD_OUT = "held_out"
-LOCK = ".lock"
 FORMAT = "dae-align evaluation"
 VERSION = 1
 KEY_DIGITS = 32  # 128 bits: enough that two keys are never alike
@@ -157,27 +157,20 @@ def read_documents(path: Path, sha256: str | None = None) -> tuple[Document, ...
         raise UserError(f"{path}: cannot be read ({error}); {remedy}") from error
 
 
-def refuse_foreign_files(folder: Path) -> None:
-    """Raise UserError unless `folder` is new, empty, or one that evaluations of tasks are written into."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: this is a file; --output names a folder")
-    own = {EVALUATION, DOCUMENTS, HELD_OUT, LOCK}
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    foreign = [name for name in names if name not in own and not name.startswith(TEMPORARY_PREFIX)]
-    if foreign:
-        shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-        raise UserError(f"{folder}: holds files of something else ({shown}); give --output an empty or a new folder")
+def evaluation_folder(folder: Path) -> ClaimedFolder:
+    """The folder that evaluations of tasks are written into. It holds nothing else, not even when it has finished."""
+    return ClaimedFolder(folder, None, own=frozenset({EVALUATION, DOCUMENTS, HELD_OUT}), inside=(DOCUMENTS, HELD_OUT))
 
 
 def refuse_other_model(folder: Path, model: ModelFacts) -> None:
     """Raise UserError where `folder` holds the finished evaluation of another model."""
     if not (folder / EVALUATION).is_file():
         return
-    there = read_json(folder / EVALUATION).get("model")
-    there = there if isinstance(there, dict) else {}
-    known = (there.get("fingerprint"), there.get("base_fingerprint"))
-    if known != (model.fingerprint, model.base_fingerprint):
-        raise UserError(
-            f"{folder}: holds the evaluation of {there.get('path')} (fingerprint {str(known[0])[:12]}), and "
-            f"{model.path} is {model.fingerprint[:12]}; choose another --output, or remove the folder"
-        )
+    recorded = read_json(folder / EVALUATION).get("model")
+    if not isinstance(recorded, dict):
+        recorded = {}
+    keys = ("fingerprint", "base_fingerprint")
+    if any(recorded.get(key) != getattr(model, key) for key in keys):
+        sides = ((recorded.get("path"), recorded.get("fingerprint")), (model.path, model.fingerprint))
+        shown = [f"{path} (content {str(fingerprint)[:12]})" for path, fingerprint in sides]
+        refuse_changes(folder, changed({"model": shown[0]}, {"model": shown[1]}))

@@ -1,67 +1,71 @@
-"""One living process to a place: a lock that ends with its holder, however that ends."""
+"""One living process to a place: a lock that ends with its holder, however that ends.
+
+The lock itself is filelock's: flock, which the system takes away with a killed holder and which a forked child (a data
+loader's worker) does not keep. Here it gets the holder's name and the messages.
+"""
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from kd.errors import UserError
 from kd.runs.files import disk_errors
 
-# A forked child (a data loader's worker) shares the lock's open file and would keep the place held after its parent was
-# killed, so it closes its copies.
-_held: set[int] = set()
-
-
-def _close_in_child() -> None:
-    for descriptor in _held:
-        with suppress(OSError):
-            os.close(descriptor)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
+_CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
 
 
 @contextmanager
 def hold(lock_file: Path, held: str) -> Iterator[None]:
-    """Hold `lock_file` (flock) while the context lasts; it names the holder's process and host meanwhile.
+    """Hold `lock_file` while the context lasts; it names the holder's process and host meanwhile, and then is gone.
 
     held: what is held, as a message names it.
 
     Raises:
         UserError: a live process holds it, or the file cannot be written or locked.
     """
+    descriptors: list[int] = []
+
+    def sign(descriptor: int) -> None:
+        descriptors.append(descriptor)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    holder = os.getpid()
+    # No soft lock where the file system has no flock: that one outlives its holder.
+    lock = FileLock(lock_file, blocking=False, fallback_to_soft=False, on_acquired=sign)
     with disk_errors(lock_file):
-        descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The earlier holder may have removed the file between our opening and locking it.
-        if os.fstat(descriptor).st_nlink == 0:
-            raise BlockingIOError
-    except OSError as error:
-        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "its number is not known"
-        os.close(descriptor)
-        if not isinstance(error, BlockingIOError):
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"{held}: held by a live process ({_holder(lock_file)}); wait for it, stop it, or choose another output"
+            ) from error
+        except OSError as error:
+            if error.errno not in _CANNOT_LOCK:
+                raise
             raise UserError(
                 f"{lock_file}: this file system cannot lock files ({error.strerror}); choose another place"
             ) from error
-        raise UserError(
-            f"{held}: held by a live process ({holder}); wait for it, stop it, or choose another --output"
-        ) from error
-    _held.add(descriptor)
     try:
-        with disk_errors(lock_file):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
-        if descriptor in _held:  # not so in a forked child
-            _held.discard(descriptor)
+        if os.getpid() == holder:  # not so in a forked child
             with suppress(OSError):
-                os.ftruncate(descriptor, 0)  # the host's name is not for publishing
-            os.close(descriptor)
+                os.ftruncate(descriptors[0], 0)  # the host's name is not for publishing, wherever the file is moved
+                if os.path.samestat(os.fstat(descriptors[0]), lock_file.stat()):
+                    lock_file.unlink()
+            lock.release()
+
+
+def _holder(lock_file: Path) -> str:
+    with suppress(OSError):
+        if name := lock_file.read_text(errors="replace")[:200].strip():
+            return name
+    return "its number is not known"

@@ -1,4 +1,4 @@
-"""What a run was made from: the record beside its weights, and how it differs from another run's."""
+"""What a run was made from: the record beside its weights, and how it differs from what the same command has now."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kd.errors import UserError
+from kd.runs.settings import changed_facts
 
 PROVENANCE = "provenance.json"
 FINISHED = "run.json"
 TOOLKIT = "dae-align"
 HELD_OUT = "eval."  # before a route's name: its held-out rows
-_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -61,67 +59,32 @@ def base_fingerprint_of(adapter_folder: str | Path) -> str | None:
     return fingerprint if isinstance(fingerprint, str) else None
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], recipe_before: str, recipe_now: str) -> list[str]:
-    """One line, with the old and the new value, for each recipe key and input that differs; for another stage, that.
+def changed_inputs(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """One line for each input of a run whose content differs, as far as both records have it.
 
-    The number of processes counts among them: it decides how many rows make an optimizer step.
+    The number of processes counts among them: it decides how many rows make an optimizer step. Tokens are told where
+    the rows are the same.
     """
-    if before.get("stage") != now["stage"]:
-        return [f"stage: {_shown(before.get('stage'))} -> {_shown(now['stage'])}"]
-    pairs = (
-        {"processes": (before.get("processes", 1), now["processes"])}
-        | _pairs(_flat(_yaml_of_recipe(recipe_before)), _flat(_yaml_of_recipe(recipe_now)))
-        | _pairs(_input_hashes(before), _input_hashes(now))
-        | _changed_tokens(before, now)
+    records = (recorded, current)
+    before, now = (_sources(record) for record in records)
+    same = [name for name in now if name in before and before[name]["sha256"] == now[name]["sha256"]]
+    tokens = (
+        {
+            f"tokens of {name} (tokenizer or chat template)": sources[name]["encoded"]
+            for name in same
+            if sources[name].get("encoded") is not None
+        }
+        for sources in (before, now)
     )
-    return [f"{key}: {_shown(old)} -> {_shown(new)}" for key, (old, new) in pairs.items() if old != new]
+    return changed_facts(*(_contents(record) for record in records)) + changed_facts(*tokens)
 
 
-def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The same for flat settings, one indented line each; empty where nothing differs."""
-    return "\n".join(f"  {key}: {_shown(a)} -> {_shown(b)}" for key, (a, b) in _pairs(before, now).items() if a != b)
-
-
-def _pairs(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {key: (old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in dict.fromkeys([*old, *new])}
-
-
-def _shown(value: Any) -> str:
-    return "(not given)" if value is _ABSENT else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _yaml_of_recipe(text: str) -> dict[str, Any]:
-    recipe = yaml.safe_load(text)
-    return {key: value for key, value in recipe.items() if key != "output"}
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as one mapping: {"data.general[0].path": ...}."""
-    if isinstance(value, Mapping) and value:
-        parts = {f"{prefix}.{key}" if prefix else str(key): part for key, part in value.items()}
-    elif isinstance(value, list) and value:
-        parts = {f"{prefix}[{index}]": part for index, part in enumerate(value)}
-    else:
-        return {prefix: value}
-    return {name: leaf for key, part in parts.items() for name, leaf in _flat(part, key).items()}
-
-
-def _changed_tokens(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Tokens of sources whose content is the same. Earlier releases recorded no tokens."""
-    found = {}
-    for route, sources in now["data"].items():
-        for index, (source, old) in enumerate(zip(sources, before["data"].get(route, ()), strict=False)):
-            tokens = old.get("encoded"), source.get("encoded")
-            if None not in tokens and old["sha256"] == source["sha256"]:
-                found[f"tokens of data.{route}[{index}] (tokenizer or chat template)"] = tokens
-    return found
-
-
-def _input_hashes(provenance: Mapping[str, Any]) -> dict[str, str]:
+def _contents(provenance: Mapping[str, Any]) -> dict[str, Any]:
     models = {f"content of {role}": sha256 for role, sha256 in provenance["inputs"].items()}
-    files = {
-        f"content of data.{route}[{index}]": source["sha256"]
-        for route, sources in provenance["data"].items()
-        for index, source in enumerate(sources)
-    }
-    return models | files
+    rows = {f"content of {name}": source["sha256"] for name, source in _sources(provenance).items()}
+    return {"processes": provenance.get("processes", 1), **models, **rows}
+
+
+def _sources(provenance: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    data = provenance["data"].items()
+    return {f"data.{route}[{index}]": source for route, sources in data for index, source in enumerate(sources)}

@@ -20,17 +20,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kd.config.loading import resolved_yaml
+from kd.config.schema import Frozen
 from kd.errors import UserError
+from kd.runs.checkpoints import Checkpoints
+from kd.runs.claimed_folder import LOCK, ClaimedFolder
 from kd.runs.environment import changes, environment
 from kd.runs.files import (
-    TEMPORARY_PREFIX,
     append_lines,
     cut_torn_line,
     disk_errors,
@@ -43,15 +45,8 @@ from kd.runs.files import (
     write_text_durably,
 )
 from kd.runs.hashes import file_sha256, files_sha256
-from kd.runs.lock import hold
-from kd.runs.provenance import (
-    FINISHED,
-    PROVENANCE,
-    TOOLKIT,
-    DataInput,
-    differences,
-    read_provenance,
-)
+from kd.runs.provenance import FINISHED, PROVENANCE, TOOLKIT, DataInput, changed_inputs, read_provenance
+from kd.runs.settings import changed, recipe_values, recorded_recipe, refuse_changes
 
 logger = logging.getLogger("dae")
 
@@ -62,26 +57,48 @@ ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 TRACKERS = "trackers"
-LOCK = ".lock"
-MANIFEST = "manifest.json"
 _PUBLISHING = ".publishing"
 _OWN_NAMES = {PROVENANCE, ENVIRONMENT, RECIPE, METRICS, CHECKPOINTS, TRACKERS, LOCK, FINISHED}
-_LEFTOVER = re.compile(r"\.(tmp|drop)-.*|\.staging|\.publishing")
-_STEP = re.compile(r"step-(\d{6,})")
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 
-def _provenance(
-    stage: str, inputs: Mapping[str, str], base: str, data: Mapping[str, Sequence[DataInput]], processes: int
-) -> dict[str, Any]:
-    return {
-        "toolkit": TOOLKIT,
-        "stage": stage,
-        "processes": processes,
-        "base": {"path": base, "fingerprint": inputs["base"]},
-        "inputs": dict(inputs),
-        "data": {route: [asdict(source) for source in sources] for route, sources in data.items()},
-    }
+@dataclass(frozen=True)
+class Start:
+    """What a run is started with; the same again goes on with it.
+
+    Args:
+        stage: `sft`, `align`, ...
+        recipe: its key `output` may change (the folder may be moved).
+        inputs: fingerprint of each model by role; `base` must be among them.
+        base: path or hub id of the base, as typed.
+        data: the sources of each route, in the order of the recipe.
+        processes: how many train together.
+    """
+
+    stage: str
+    recipe: Frozen
+    inputs: Mapping[str, str]
+    base: str
+    data: Mapping[str, Sequence[DataInput]]
+    processes: int = 1
+
+    def provenance(self) -> dict[str, Any]:
+        """What provenance.json says of it."""
+        return {
+            "toolkit": TOOLKIT,
+            "stage": self.stage,
+            "processes": self.processes,
+            "base": {"path": self.base, "fingerprint": self.inputs["base"]},
+            "inputs": dict(self.inputs),
+            "data": {route: [asdict(source) for source in sources] for route, sources in self.data.items()},
+        }
+
+
+class _Marked(ClaimedFolder):
+    """A folder that is ours where provenance.json names the toolkit: other tools have files of that name, too."""
+
+    def is_ours(self) -> bool:
+        return read_provenance(self.path) is not None
 
 
 class RunFolder:
@@ -89,51 +106,17 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.metrics_path = self.path / METRICS
+        self.trackers_dir = self.path / TRACKERS
+        self.checkpoints = Checkpoints(self.path / CHECKPOINTS, self.metrics_path)
+        self._folder = _Marked(self.path, PROVENANCE, inside=(CHECKPOINTS,))
         self._published: dict[str, str] = {}
-        self._passed_over: set[Path] = set()
-
-    @property
-    def checkpoints_dir(self) -> Path:
-        """Where sealed checkpoints lie."""
-        return self.path / CHECKPOINTS
-
-    @property
-    def staging_dir(self) -> Path:
-        """Where a checkpoint is written before it is sealed. The next claim removes it with all that it holds."""
-        return self.checkpoints_dir / ".staging"
-
-    @property
-    def metrics_path(self) -> Path:
-        """The file of metrics, one line of JSON per logged step."""
-        return self.path / METRICS
-
-    @property
-    def trackers_dir(self) -> Path:
-        """Where a tracker may keep files of its own."""
-        return self.path / TRACKERS
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def claim(
-        self,
-        stage: str,
-        resolved_recipe: str,
-        inputs: Mapping[str, str],
-        *,
-        base: str,
-        data: Mapping[str, Sequence[DataInput]],
-        processes: int = 1,
-    ) -> Iterator[State]:
+    def claim(self, start: Start) -> Iterator[State]:
         """Hold the folder for this process while the context lasts, and say where its run stands.
-
-        Args:
-            stage: `sft`, `align`, ...
-            resolved_recipe: the resolved recipe as YAML. Its key `output` may change (the folder may be moved).
-            inputs: fingerprint of each model by role; `base` must be among them.
-            base: path or hub id of the base, as typed.
-            data: the sources of each route, in the order of the recipe.
-            processes: how many train together.
 
         Yields:
             "new": the folder has just been set up; "resume": the same run was started before and did not finish;
@@ -146,94 +129,50 @@ class RunFolder:
                 command can use the folder.
             MachineError: the disk is full.
         """
-        provenance = _provenance(stage, inputs, base, data, processes)
-        self._refuse_foreign_files()
-        with disk_errors(self.path):
-            made = self._make_folders()
-        try:
-            with hold(self.path / LOCK, str(self.path)):
-                self._refuse_foreign_files()
-                with disk_errors(self.path):
-                    state = self._state(provenance, resolved_recipe)
-                    if state != "finished":
-                        self._sweep()
-                        self._set_up(state, provenance, resolved_recipe)
-                try:
-                    yield state
-                except UserError:
-                    if state == "new" and not self._has_results():
-                        self._withdraw()
-                    raise
-        except UserError:
-            for folder in made:  # only what is empty goes
-                with suppress(OSError):
-                    folder.rmdir()
-            raise
+        with self._folder.held():
+            with disk_errors(self.path):
+                state = self._state(start)
+                if state != "finished":
+                    self._set_up(state, start)
+            try:
+                yield state
+            except UserError:
+                if state == "new" and not self._has_results():
+                    self._withdraw()
+                raise
 
-    def look(
-        self,
-        stage: str,
-        resolved_recipe: str,
-        inputs: Mapping[str, str],
-        *,
-        base: str,
-        data: Mapping[str, Sequence[DataInput]],
-        processes: int = 1,
-    ) -> State:
+    def look(self, start: Start) -> State:
         """What `claim` would find, with nothing touched. Raises UserError where `claim` would refuse."""
-        self._refuse_foreign_files()
-        if not self.path.exists():
-            return "new"
-        provenance = _provenance(stage, inputs, base, data, processes)
-        if not (self.path / LOCK).exists():
-            return self._state(provenance, resolved_recipe)
-        with hold(self.path / LOCK, str(self.path)):
-            return self._state(provenance, resolved_recipe)
+        with self._folder.looked_at():
+            return self._state(start)
 
-    def _make_folders(self) -> list[Path]:
-        """Make the folder and its parents; those that were made, deepest first."""
-        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
-        return missing
-
-    def _refuse_foreign_files(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path}: this is a file; --output names a folder")
-        if not self.path.is_dir() or read_provenance(self.path) is not None:
-            return
-        with disk_errors(self.path):
-            names = sorted(os.listdir(self.path))
-        foreign = [name for name in names if name not in (LOCK, TEMPORARY_PREFIX + PROVENANCE)]
-        if foreign:
-            shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-            raise UserError(
-                f"{self.path}: holds files that no run wrote ({shown}); give --output an empty or a new folder"
-            )
-
-    def _state(self, provenance: Mapping[str, Any], resolved_recipe: str) -> State:
+    def _state(self, start: Start) -> State:
         before = read_provenance(self.path)
         if before is None:
             return "new"
         recipe_path = self.path / RECIPE
         if not recipe_path.is_file():  # the recipe is the last file of the set-up
-            if self._sealed():
+            if self.checkpoints.sealed():
                 raise UserError(
-                    f"{recipe_path}: is missing, so its run cannot go on; restore it or choose another --output"
+                    f"{recipe_path}: is missing, so its run cannot go on; restore it or choose another output"
                 )
             return "new"
-        differing = differences(before, provenance, recipe_path.read_text(encoding="utf-8"), resolved_recipe)
-        if differing and not self._has_results():  # a first try that trained no step leaves nothing to go on with
-            return "new"
-        if differing:
-            lines = "\n".join(f"  {line}" for line in differing)
-            raise UserError(
-                f"{self.path}: holds a run that was started otherwise (there -> now):\n{lines}\n"
-                "Give the same command to go on with it, or choose another --output."
-            )
+        try:
+            refuse_changes(self.path, self._changes(before, start))
+        except UserError:
+            if self._has_results():
+                raise
+            return "new"  # a first try that trained no step leaves nothing to go on with
         if not (self.path / FINISHED).is_file():
             return "resume"
         self._check_published()
         return "finished"
+
+    def _changes(self, before: Mapping[str, Any], start: Start) -> list[str]:
+        if stage := changed({"stage": before.get("stage")}, {"stage": start.stage}):
+            return stage  # all else follows from it
+        recipes = recorded_recipe(self.path / RECIPE, type(start.recipe)), recipe_values(start.recipe)
+        return changed(*recipes) + changed_inputs(before, start.provenance())
 
     def _check_published(self) -> None:
         for name, sha256 in self._finished()["files"].items():
@@ -244,14 +183,7 @@ class RunFolder:
                     f"{file}: {fate} since this run finished; restore it, or remove {self.path} and run again"
                 )
 
-    def _sweep(self) -> None:
-        """Remove what a kill left half-done."""
-        for folder in (self.path, self.checkpoints_dir):
-            for entry in folder.iterdir() if folder.is_dir() else ():
-                if _LEFTOVER.fullmatch(entry.name):
-                    remove(entry)
-
-    def _set_up(self, state: State, provenance: Mapping[str, Any], resolved_recipe: str) -> None:
+    def _set_up(self, state: State, start: Start) -> None:
         now = environment()
         if state == "resume":
             before = read_json(self.path / ENVIRONMENT)
@@ -260,24 +192,24 @@ class RunFolder:
             cut_torn_line(self.metrics_path)
             return
         # Provenance is the mark of a run folder, hence first; the recipe says that the set-up is whole, hence last.
-        write_text_durably(self.path / PROVENANCE, json_text(provenance))
+        write_text_durably(self.path / PROVENANCE, json_text(start.provenance()))
         self.metrics_path.unlink(missing_ok=True)
-        self.checkpoints_dir.mkdir(exist_ok=True)
+        self.checkpoints.folder.mkdir(exist_ok=True)
         write_text_durably(self.path / ENVIRONMENT, json_text(now))
-        write_text_durably(self.path / RECIPE, resolved_recipe)
+        write_text_durably(self.path / RECIPE, resolved_yaml(start.recipe))
 
     def _has_results(self) -> bool:
-        finished = (self.path / FINISHED).is_file()
-        return finished or bool(self._sealed() or self._published or any(line["step"] > 0 for line in self.metrics()))
+        if (self.path / FINISHED).is_file() or self.checkpoints.sealed() or self._published:
+            return True
+        return any(line["step"] > 0 for line in self.metrics())
 
     def _withdraw(self) -> None:
         """Take back the set-up; provenance last, for it marks the other files as ours."""
-        self._sweep()
+        self._folder.sweep()
         with suppress(OSError):
-            self.checkpoints_dir.rmdir()
+            self.checkpoints.folder.rmdir()
         for name in (RECIPE, ENVIRONMENT, METRICS, PROVENANCE):
             (self.path / name).unlink(missing_ok=True)
-        (self.path / LOCK).unlink(missing_ok=True)
 
     # -- metrics -------------------------------------------------------------------------------------------------------
 
@@ -302,72 +234,6 @@ class RunFolder:
         lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         write_text_durably(self.metrics_path, "".join(kept))
-
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
-
-    def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint of `step` lies, if it was sealed and not pruned."""
-        return self.checkpoints_dir / f"step-{step:06d}"
-
-    def seal_checkpoint(self, staging: Path, step: int) -> Path:
-        """Sync `staging`, add its manifest, rename it to checkpoints/step-000123. A whole checkpoint there stays.
-
-        staging: a folder below `staging_dir` that holds all of the checkpoint's files.
-
-        Raises:
-            MachineError: the disk is full; earlier checkpoints are whole.
-        """
-        target = self.checkpoint(step)
-        with disk_errors(self.path):
-            if target.exists() and checkpoint_fault(target) is None:
-                remove(staging)
-                return target
-            names = [file.relative_to(staging).as_posix() for file in staging.rglob("*") if file.is_file()]
-            files = {
-                name: {"bytes": (staging / name).stat().st_size, "sha256": sha256}
-                for name, sha256 in files_sha256(staging, names).items()
-            }
-            (staging / MANIFEST).write_text(json_text({"step": step, "files": files}), encoding="utf-8")
-            fsync_tree(staging)
-            if self.metrics_path.exists():  # what led to this checkpoint must not be lost before it
-                fsync_path(self.metrics_path)
-            if target.exists():
-                self._drop(target)
-            os.rename(staging, target)
-            fsync_path(self.checkpoints_dir)
-        self._passed_over.discard(target)
-        return target
-
-    def latest_checkpoint(self) -> Path | None:
-        """The newest checkpoint whose files are exactly those of its manifest; a warning names each passed over."""
-        for _, checkpoint in sorted(self._sealed().items(), reverse=True):
-            fault = checkpoint_fault(checkpoint)
-            if fault is None:
-                return checkpoint
-            self._passed_over.add(checkpoint)
-            logger.warning("%s: passed over: %s", checkpoint, fault)
-        return None
-
-    def prune(self, keep: int, best: int | None = None) -> None:
-        """Remove all checkpoints but the newest `keep` and that of step `best`. Those passed over go too."""
-        sealed = self._sealed()
-        whole = [step for step in sorted(sealed) if sealed[step] not in self._passed_over]
-        kept = {*whole[len(whole) - min(keep, len(whole)) :], best}
-        for step, checkpoint in sealed.items():
-            if step not in kept:
-                self._drop(checkpoint)
-
-    def _drop(self, checkpoint: Path) -> None:
-        """Remove a checkpoint so that a kill in between leaves no torn one under its name."""
-        aside = checkpoint.with_name(f".drop-{checkpoint.name}")
-        with disk_errors(checkpoint):
-            remove(aside)
-            os.rename(checkpoint, aside)
-            remove(aside)
-
-    def _sealed(self) -> dict[int, Path]:
-        entries = self.checkpoints_dir.iterdir() if self.checkpoints_dir.is_dir() else ()
-        return {int(match[1]): entry for entry in entries if (match := _STEP.fullmatch(entry.name))}
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -405,7 +271,7 @@ class RunFolder:
         """Write run.json, which makes the run finished: `summary` and the SHA-256 of every published file."""
         if not self._published:
             raise RuntimeError(f"{self.path}: nothing was published, so the run cannot be finished")
-        self._sweep()
+        self._folder.sweep()
         write_text_durably(
             self.path / FINISHED, json_text({"finished": True, "summary": plain(summary), "files": self._published})
         )
@@ -417,30 +283,6 @@ class RunFolder:
 
     def _finished(self) -> dict[str, Any]:
         return read_json(self.path / FINISHED)
-
-
-def checkpoint_fault(checkpoint: Path) -> str | None:
-    """Why a checkpoint must not be read, or None where it is exactly what its manifest says."""
-    manifest = checkpoint / MANIFEST
-    try:
-        listed = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        expected = {name: entry["sha256"] for name, entry in listed.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its {MANIFEST} cannot be read ({type(error).__name__})"
-    present = {}
-    for entry in checkpoint.rglob("*"):
-        name = entry.relative_to(checkpoint).as_posix()
-        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
-            return f"{name} is no plain file"
-        if entry.is_file() and name != MANIFEST:
-            present[name] = entry
-    if missing := sorted(expected.keys() - present.keys()):
-        return f"{missing[0]} is missing"
-    if unknown := sorted(present.keys() - expected.keys()):
-        return f"{unknown[0]} is not in its {MANIFEST}"
-    found = files_sha256(checkpoint, present)
-    altered = sorted(name for name in expected if found[name] != expected[name])
-    return f"{altered[0]} is torn or altered (its SHA-256 is not that of {MANIFEST})" if altered else None
 
 
 def _check_publishable(names: Sequence[str]) -> None:

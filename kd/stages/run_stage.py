@@ -15,7 +15,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments, set_seed
 
-from kd.config.loading import resolved_yaml
 from kd.config.stage_recipe import StageRecipe
 from kd.data.batches import Batch
 from kd.data.mixing import MixedRows, Mixture, StepBatchSampler, collate
@@ -24,7 +23,7 @@ from kd.errors import MachineError, Stopped, UserError
 from kd.losses.router import refuse_useless_router_loss
 from kd.models.forward import learned_positions
 from kd.models.roles import LoadSettings, check_head, check_packing, refuse_unmergeable
-from kd.runs.run_folder import RunFolder, State
+from kd.runs.run_folder import RunFolder, Start, State
 from kd.stages.stage import Inputs, RecipeT, Stage
 from kd.training.callbacks import EarlyStopping, StepBookkeeping, StopOnSignal
 from kd.training.model_card import CardFacts
@@ -56,15 +55,9 @@ def claimed(run: RunFolder, stage: str, recipe: StageRecipe, inputs: Inputs, dat
         answer: list[Any] = [None, None]
         if state.is_main_process:
             try:
-                claim = run.claim(
-                    stage,
-                    resolved_yaml(recipe),
-                    {role: one.fingerprint for role, one in inputs.items()},
-                    base=recipe.base,
-                    data=data.inputs,
-                    processes=state.num_processes,
-                )
-                answer = [stack.enter_context(claim), None]
+                fingerprints = {role: one.fingerprint for role, one in inputs.items()}
+                start = Start(stage, recipe, fingerprints, recipe.base, data.inputs, state.num_processes)
+                answer = [stack.enter_context(run.claim(start)), None]
             except (UserError, MachineError) as error:
                 answer = [None, error]
         if state.num_processes > 1:
@@ -94,7 +87,7 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT) -> RunResult:
         args = training_arguments(recipe, settings)
         with doing("loading the models"):
             trainer, stop = prepare(stage, recipe, inputs, args, settings, data, run)
-        resume_from = run.latest_checkpoint() if state == "resume" else None
+        resume_from = run.checkpoints.latest() if state == "resume" else None
         with doing("measuring before the first step"):
             first_kl = start_metrics(trainer, data, run, resume_from)
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
@@ -102,7 +95,7 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT) -> RunResult:
             raise Stopped(
                 stop.received,
                 f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
-                f"a checkpoint is in {run.checkpoints_dir}. The same command goes on from there.",
+                f"a checkpoint is in {run.checkpoints.folder}. The same command goes on from there.",
             )
         summary = summarise(trainer, data, first_kl)
         if processes().is_main_process:

@@ -79,7 +79,7 @@ class RoutedTrainer(Trainer):
         eval_batches: Mapping[str, Sequence[Batch]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        args.output_dir = str(run.staging_dir)
+        args.output_dir = str(run.checkpoints.staging)
         # Several accelerators are used through torchrun or accelerate, never through nn.DataParallel.
         args._n_gpu = min(args.n_gpu, 1)
         super().__init__(
@@ -175,8 +175,8 @@ class RoutedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         step = self.state.global_step
         if self.is_world_process_zero():
-            self.run_folder.seal_checkpoint(Path(self.args.output_dir or "") / f"checkpoint-{step}", step)
-            self.run_folder.prune(self.args.save_total_limit or 2, self.state.best_global_step)
+            self.run_folder.checkpoints.seal(Path(self.args.output_dir or "") / f"checkpoint-{step}", step)
+            self.run_folder.checkpoints.prune(self.args.save_total_limit or 2, self.state.best_global_step)
         self.accelerator.wait_for_everyone()
         self._point_at_best()
 
@@ -191,8 +191,8 @@ class RoutedTrainer(Trainer):
         return super()._finalize_training(*arguments)
 
     def _point_at_best(self) -> None:
-        """Trainer remembers the path in the staging folder; the checkpoint has been moved since."""
-        best = self.run_folder.checkpoint(self.state.best_global_step or 0)
+        """Trainer looks for the best checkpoint where it wrote it; it has been moved since."""
+        best = self.run_folder.checkpoints.at(self.state.best_global_step or 0)
         self.state.best_model_checkpoint = str(best) if best.exists() else None
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -293,7 +293,7 @@ def test_two_ranks_end_together(world: Path) -> None:
     (world / "student" / "mine").touch()
     refused = ranks(align_command(), world)
     assert [rank.status for rank in refused] == [2, 2]
-    assert "holds files that no run wrote" in refused[0].err
+    assert "holds files that this command did not write" in refused[0].err
     assert refused[1].err == ""
 
 

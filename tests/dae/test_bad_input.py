@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from pico import make_checkpoint, make_tokenizer
-from processes import Running, Signal, dae
+from processes import Signal, dae
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from worlds import align_command, make_adapter, make_world, metrics_of
 
-from kd.runs.run_folder import checkpoint_fault
+from kd.runs.checkpoints import checkpoint_fault
 
 SFT = ["sft", "--base", "base", "--data", "shop.jsonl", "--output", "student", "train.max_steps=4"]
 
@@ -105,11 +104,6 @@ def prompt_tuning(world: Path) -> None:
 def pickled(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
-
-
-def foreign_file(folder: Path) -> None:
-    folder.mkdir()
-    (folder / "mine.txt").touch()
 
 
 def provenance_of_another_base(world: Path) -> None:
@@ -285,14 +279,6 @@ COMMANDS = {
     "a recipe that is no YAML": Case(
         lambda w: (w / "r.yaml").write_text("base: [\n"), ("r.yaml:",), ("--recipe", "r.yaml")
     ),
-    "output is a file": Case(
-        lambda w: (w / "student").write_text("x"), ("student: this is a file; --output names a folder",)
-    ),
-    "output holds other files": Case(
-        lambda w: foreign_file(w / "student"),
-        ("student: holds files that no run wrote (mine.txt)",),
-    ),
-    "output lies in a file": Case(lambda w: (w / "f").write_text("x"), ("f",), ("output=f/student",)),
 }
 
 
@@ -324,21 +310,6 @@ def test_rows_that_are_dropped_are_not_a_mistake_while_others_are_left(world: Pa
 
 
 # -- the place that is written to --------------------------------------------------------------------------------------
-
-
-def test_a_folder_held_by_a_live_run(world: Path) -> None:
-    running = Running(
-        align_command(), world, proof=False, signals=[Signal("kd.stages.run_stage:start_metrics", 1, signal.SIGSTOP)]
-    )
-    try:
-        while not running.is_stopped():
-            assert running.process.is_alive()
-        told = refused(align_command(), world, "student: held by a live process", "choose another --output")
-        assert f"process {running.process.pid} on" in told
-        running.send(signal.SIGCONT)
-        assert running.end().status == 0
-    finally:
-        running.process.kill()
 
 
 @pytest.fixture

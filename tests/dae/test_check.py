@@ -24,11 +24,10 @@ from dae.checking.overlap import normalised, overlaps, parts
 from dae.checking.plan import Plan
 from dae.recipe import AlignRecipe
 from kd.config.data_recipe import DataRecipe
-from kd.config.loading import resolved_yaml
 from kd.data.examples import SourceReport
 from kd.errors import UserError
 from kd.losses import chunked
-from kd.runs.run_folder import RunFolder
+from kd.runs.run_folder import RunFolder, Start
 from kd.stages.sft_recipe import SftRecipe
 
 
@@ -407,10 +406,9 @@ def test_an_output_that_holds_another_run_or_a_living_one_is_refused(world: Path
     recipe = recipe_of(world, tmp_path / "o")
     plan = plan_of(recipe)
     run = RunFolder(recipe.output)
-    begun: dict[str, Any] = {"base": recipe.base, "data": plan.data.inputs, "processes": 8}
-    with run.claim("align", resolved_yaml(recipe), fingerprints(recipe), **begun):
+    with run.claim(Start("align", recipe, fingerprints(recipe), recipe.base, plan.data.inputs, processes=8)):
         assert "held by a live process" in message(recipe)
-        (run.checkpoints_dir / "step-000001").mkdir()
+        (run.checkpoints.folder / "step-000001").mkdir()
         before = sorted(path.name for path in run.path.rglob("*"))
     plan_of(recipe)  # the same run, however many processes began it
     other = recipe_of(world, tmp_path / "o", temperature=2.0)

@@ -186,7 +186,7 @@ def test_a_changed_setting_is_refused_and_redone_on_demand(ran: Path) -> None:
     refused = run(ran, *change)
     assert refused.status == 2
     assert refused.err.splitlines() == [
-        "dae run: runs: was made from something else (there -> now):",
+        "dae run: runs: was started with different settings (recorded -> current):",
         "  aligned: lora.rank: 4 -> 2",
         "  aligned: train.max_steps: 4 -> 3",
         "Give the same command with --redo to move aligned, report aside and run again, or undo the change.",
@@ -337,19 +337,7 @@ def test_a_failing_stage_ends_the_pipeline_with_its_status_and_words(world: Path
     assert run(world).status == 0
 
 
-def test_a_folder_in_use_or_somebody_else_s_is_refused(world: Path) -> None:
-    write_path(world, {"expert": EXPERT})
-    stop = Signal("dae.pipeline.stages:write_recipe", 1, signal.SIGSTOP)
-    first = Running(["run", "path.yaml"], world, signals=[Forks(), stop], proof=False)  # type: ignore[list-item]
-    while not first.is_stopped():
-        time.sleep(0.02)
-    second = run(world)
-    first.send(signal.SIGCONT)
-    assert first.end().status == 0
-    assert second.status == 2 and "runs: held by a live process" in second.err
-    (world / "mine").mkdir()
-    (world / "mine" / "thesis.txt").write_text("")
-    assert "mine: holds files that no pipeline wrote (thesis.txt)" in run(world, "output=mine").err
+def test_launchers_are_refused(world: Path) -> None:
     launched = run(world, environment={"RANK": "0", "WORLD_SIZE": "1"})
     assert launched.status == 2 and "without torchrun or accelerate" in launched.err
 

@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from pico import make_checkpoint, make_tokenizer
+from claims import make_reward_model
+from pico import make_checkpoint
 from processes import Ended, Signal, dae
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForSequenceClassification,
 )
 
 from dae.rank_teachers.car import Measured, rank
@@ -31,26 +30,8 @@ from kd.config.loading import load_recipe, resolved_yaml
 from kd.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-CHAT = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
 ANSWERS = {"big": "the answer to it is, at great length, {}", "near": "{} cups", "odd": "blue {} kettle"}
 BETAS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
-
-
-def reward_model(folder: Path, sign: float = 1.0, **config: Any) -> None:
-    """A pico reward model; its rewards are positive here, those of the other sign negative."""
-    torch.manual_seed(7)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    settings = {**shape, "vocab_size": 288, "num_labels": 1, "pad_token_id": 0, "eos_token_id": 2} | config
-    model = LlamaForSequenceClassification(LlamaConfig(**settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.2)
-        model.score.weight.mul_(sign)
-    model.save_pretrained(folder)
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +39,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student, a reward model, one more with two labels, and three candidates' responses to 12 prompts."""
     folder = tmp_path_factory.mktemp("world")
     make_checkpoint(folder / "student")
-    reward_model(folder / "rm")
-    reward_model(folder / "two", num_labels=2)
+    make_reward_model(folder / "rm")
+    make_reward_model(folder / "two", num_labels=2)
     for place, (name, text) in enumerate(ANSWERS.items()):
         rows = [{"prompt": f"How big is {n}?", "completion": " " + text.format(n * 7 % 12)} for n in range(12)]
         rows = rows[place:] + rows[:place]  # not every file has the prompts in the same order
@@ -149,7 +130,7 @@ def test_numbers_are_those_of_plain_transformers(world: Path, shifted: bool) -> 
 
 
 def test_negative_rewards_are_refused_and_nothing_is_computed_twice(world: Path) -> None:
-    reward_model(world / "rm", sign=-1.0)
+    make_reward_model(world / "rm", sign=-1.0)
     ended = dae(command(), world)
     assert ended.status == 2
     assert "mean reward is negative" in ended.err

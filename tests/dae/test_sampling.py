@@ -267,29 +267,6 @@ def test_a_finished_file_is_left_alone_without_opening_the_model(model: Path, mo
         sample(recipe_for(model))
 
 
-@pytest.mark.parametrize("finished", [True, False])
-def test_other_settings_are_refused_by_name(model: Path, finished: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not finished:
-        monkeypatch.setattr(SampleFile, "finish", lambda *_: None)
-    sample(recipe_for(model))
-    with pytest.raises(UserError) as caught:
-        sample(recipe_for(model, seed=1, max_new_tokens=13))
-    lines = [line.strip() for line in str(caught.value).splitlines()]
-    assert lines[1:-1] == ["max_new_tokens: 6 -> 13", "seed: 0 -> 1"]
-    make_checkpoint(model, seed=5)
-    with pytest.raises(UserError, match='content of model: "'):
-        sample(recipe_for(model))
-
-
-def test_somebody_elses_file_is_not_written_over(model: Path) -> None:
-    recipe = recipe_for(model)
-    Path(recipe.output).parent.mkdir()
-    Path(recipe.output).write_text("mine")
-    with pytest.raises(UserError, match="not written by dae sample"):
-        sample(recipe)
-    assert [entry.read_text() for entry in Path(recipe.output).parent.iterdir()] == ["mine"]
-
-
 def test_seeds_and_batches_give_different_rows(model: Path) -> None:
     rows = [row["text"] for row in rows_of(sample(recipe_for(model, rows=20, max_new_tokens=4)))]
     assert Counter(rows).most_common(1)[0][1] <= 2

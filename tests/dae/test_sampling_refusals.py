@@ -78,14 +78,6 @@ def test_batches_without_a_row_are_not_drawn_again(base: Path, monkeypatch: pyte
     assert len(drawn) == IDLE_BATCHES
 
 
-def test_an_output_that_lies_in_a_file(base: Path) -> None:
-    (base.parent / "shop.jsonl").write_text("mine")
-    recipe = recipe_for(base, output=str(base.parent / "shop.jsonl" / "rows.jsonl"))
-    with pytest.raises(UserError, match=r"rows\.jsonl: .*shop\.jsonl is a file"):
-        sample(recipe)
-    assert (base.parent / "shop.jsonl").read_text() == "mine"
-
-
 def test_an_adapter_without_a_tokenizer_uses_its_bases(base: Path) -> None:
     adapter = make_adapter(base.parent / "adapter", base)
     writer = open_writer(str(adapter), trust_remote_code=False)

@@ -168,10 +168,6 @@ def test_other_settings_are_refused_with_what_differs(world: Path, server: Judge
         run_mt_bench(job_of(world, server, references_kind="corrected"))
     with pytest.raises(UserError, match="answers: "):
         run_mt_bench(job_of(world, server, side=Side(None, world / "theirs.jsonl")))
-    (world / "other").mkdir()
-    (world / "other" / "evaluation.json").write_text("{}")
-    with pytest.raises(UserError, match="holds another evaluation"):
-        run_mt_bench(job_of(world, server, "other"))
 
 
 def without_line(name: str, which: int) -> Callable[[Path], None]:

@@ -25,7 +25,7 @@ from kd.data.batches import predicting_positions
 from kd.errors import UserError
 from kd.models.forward import final_hidden_states, head_of
 from kd.models.roles import LoadSettings
-from kd.runs.run_folder import RunFolder
+from kd.runs.checkpoints import Checkpoints
 from kd.stages.distill import distill
 from kd.stages.distill_recipe import DistillRecipe
 from kd.training.objective import Objective, route_sums
@@ -136,9 +136,9 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
 ) -> None:
     settings: dict[str, Any] = {} if lora else {"lora": None}
     whole = distill(recipe_of(world, tmp_path / "whole", **BOTH, **settings)).path
-    seal, sealed = RunFolder.seal_checkpoint, []
+    seal, sealed = Checkpoints.seal, []
 
-    def stop_after_two(run: RunFolder, staging: Path, step: int) -> Path:
+    def stop_after_two(run: Checkpoints, staging: Path, step: int) -> Path:
         sealed.append(seal(run, staging, step))
         if len(sealed) == 2:
             raise ConnectionAbortedError
@@ -146,7 +146,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
 
     recipe = recipe_of(world, tmp_path / "stopped", **BOTH, **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "seal_checkpoint", stop_after_two)
+        patch.setattr(Checkpoints, "seal", stop_after_two)
         with pytest.raises(ConnectionAbortedError):
             distill(recipe)
     stopped = distill(recipe).path

@@ -99,7 +99,7 @@ def run_alpaca_eval(job: AlpacaEval) -> AlpacaResult | None:
         The rates; None where there is nothing to annotate with, or only the estimate was asked for.
 
     Raises:
-        UserError: a flag or file cannot be used, or the folder was begun with other settings.
+        UserError: a flag or file cannot be used, or the folder was started with different settings.
         MachineError: an endpoint cannot be reached or gives up. What was answered is kept.
     """
     if job.annotations is not None:

@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dae_eval.folders import EVALUATION
-from kd.errors import UserError
+from kd.runs.claimed_folder import ClaimedFolder
 from kd.runs.files import disk_errors, json_text, read_json, write_text_durably
-from kd.runs.lock import hold
+from kd.runs.settings import changed, refuse_changes
 
 SETTINGS = "settings.json"
 REPLIES = "replies"
+# What a setting was before it was recorded; all others were not given.
+DEFAULTS = {"mode": "single", "judge temperature": 0.0, "judge max tokens": 2048, "order by seed": 0, "seed": 0}
 
 
 @contextmanager
@@ -28,38 +29,21 @@ def claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     """Hold the folder for this process; begin it with these settings, or see that it was begun with the same.
 
     Raises:
-        UserError: a live process holds it, it was begun with other settings, or holds something else.
+        UserError: a live process holds it, it was started with different settings, or holds files of something else.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder}: is a file; name a folder")
-    if (folder / EVALUATION).exists() and not (folder / SETTINGS).exists():
-        raise UserError(f"--output {folder}: holds another evaluation; choose a folder of its own")
-    with disk_errors(folder):
-        (folder / REPLIES).mkdir(parents=True, exist_ok=True)
-    lock = folder / ".lock"
-    with hold(lock, str(folder)):
-        try:
-            _begin(folder, settings)
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
-
-def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
     path = folder / SETTINGS
     now = json.loads(json.dumps(settings))
-    if not path.exists():
-        write_text_durably(path, json_text(now))
-        return
-    before = read_json(path)
-    lines = [
-        f"  {key}: {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}"
-        for key in dict.fromkeys([*before, *now])
-        if before.get(key) != now.get(key)
-    ]
-    if lines:
-        shown = "\n".join(lines)
-        raise UserError(
-            f"{folder}: was begun with other settings (there -> now):\n{shown}\n"
-            "Give the same command to go on with it, or choose another --output."
-        )
+    with ClaimedFolder(folder, SETTINGS, own=frozenset({REPLIES}), inside=("documents",)).held():
+        if path.exists():
+            recorded = {**{key: value for key, value in DEFAULTS.items() if key in now}, **read_json(path)}
+            refuse_changes(folder, changed(_given(recorded), _given(now)))
+        else:
+            write_text_durably(path, json_text(now))
+        with disk_errors(folder):
+            (folder / REPLIES).mkdir(exist_ok=True)
+        yield
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is null."""
+    return {key: value for key, value in settings.items() if value is not None}

@@ -119,8 +119,8 @@ def run_mt_bench(job: MtBench) -> Result | None:
         The scores and where they lie; None where only the estimate was asked for.
 
     Raises:
-        UserError: a flag or file cannot be used, the folder was begun with other settings, the endpoint refuses, or
-            judgments are missing in strict mode.
+        UserError: a flag or file cannot be used, the folder was started with different settings, the endpoint refuses,
+            or judgments are missing in strict mode.
         MachineError: an endpoint cannot be reached or gives up. What was answered is kept.
     """
     material = read_material(job)

@@ -1,0 +1,116 @@
+"""A folder that one command writes: held by one live process, and without files of anything else.
+
+    with ClaimedFolder(path, mark="settings.json").held():
+        ...   # files of an earlier process that was killed have been removed
+
+Every command that writes an output goes through here. What the output was started with is compared in
+kd/runs/settings.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from kd.errors import UserError
+from kd.runs.files import TEMPORARY_PREFIX, disk_errors, remove
+from kd.runs.lock import hold
+
+LOCK = ".lock"
+_LEFTOVER = re.compile(r"\.(tmp|drop)-.*|\.staging|\.publishing")
+
+
+@dataclass(frozen=True)
+class ClaimedFolder:
+    """A folder of ours, or one that is yet to be made.
+
+    mark: the file that says so: with it the folder may hold further files, without it none but `own`; None: never.
+    own: names that this command writes without the mark.
+    inside: folders below it that are swept, too.
+    """
+
+    path: Path
+    mark: str | None
+    own: frozenset[str] = frozenset()
+    inside: tuple[str, ...] = ()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder for this process while the context lasts.
+
+        The folder and its parents are made, and removed again where nothing has come into them.
+
+        Raises:
+            UserError: a live process holds the folder, it is a file or has files of something else, or it may not be
+                written.
+            MachineError: the disk is full.
+        """
+        self.refuse_foreign_files()
+        with held_below(self.path, self.path / LOCK, str(self.path)):
+            self.refuse_foreign_files()
+            with disk_errors(self.path):
+                self.sweep()
+            yield
+
+    @contextmanager
+    def looked_at(self) -> Iterator[None]:
+        """The same with nothing made or removed, for whoever only wants to know."""
+        self.refuse_foreign_files()
+        if not (self.path / LOCK).exists():
+            yield
+            return
+        with hold(self.path / LOCK, str(self.path)):
+            yield
+
+    def is_ours(self) -> bool:
+        """Whether the mark is there."""
+        return self.mark is not None and (self.path / self.mark).is_file()
+
+    def refuse_foreign_files(self) -> None:
+        """Raise UserError where the path is a file or lies in one, or the folder has files of something else."""
+        refuse_file(self.path)
+        if not self.path.is_dir() or self.is_ours():
+            return
+        with disk_errors(self.path):
+            names = sorted(os.listdir(self.path))
+        ours = {*self.own, *([] if self.mark is None else [self.mark])}
+        foreign = [name for name in names if name != LOCK and name.removeprefix(TEMPORARY_PREFIX) not in ours]
+        if foreign:
+            shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+            raise UserError(
+                f"{self.path}: holds files that this command did not write ({shown}); choose an empty or a new folder"
+            )
+
+    def sweep(self) -> None:
+        """Remove what a kill left half-done."""
+        for folder in (self.path, *(self.path / name for name in self.inside)):
+            for entry in folder.iterdir() if folder.is_dir() else ():
+                if _LEFTOVER.fullmatch(entry.name):
+                    remove(entry)
+
+
+def refuse_file(folder: Path) -> None:
+    """Raise UserError where a file stands in the place of a folder or of one above it."""
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{nearest}: this is a file; the output must be a folder" if nearest == folder else
+                        f"{folder}: {nearest} is a file, not a folder; choose another output")  # fmt: skip
+
+
+@contextmanager
+def held_below(folder: Path, lock_file: Path, held: str) -> Iterator[None]:
+    """Make a folder and hold a lock in it; the folders that were made go again where nothing has come into them."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with hold(lock_file, held):
+            yield
+    finally:
+        for place in made:  # only what is empty goes
+            with suppress(OSError):
+                place.rmdir()

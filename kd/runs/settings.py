@@ -1,0 +1,102 @@
+"""What an output was started with, compared with what the same command is given now.
+
+A recipe is recorded with every key resolved. Earlier releases had fewer keys, so both sides are compared as today's
+schema reads them: a key that came later has its default. Facts (fingerprints of models, rows, tokenizers) are compared
+as far as both sides have them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from kd.config.loading import load_recipe
+from kd.config.problems import Origins, Problem, report
+from kd.config.schema import Frozen
+from kd.errors import UserError
+
+_ABSENT = object()
+
+
+def recorded_recipe(path: Path, schema: type[Frozen]) -> dict[str, Any]:
+    """The recipe of a run folder as today's schema reads it, flat, without `output`: the folder may have been moved.
+
+    Raises:
+        UserError: today's schema refuses it; the message names the key.
+    """
+    try:
+        return recipe_values(load_recipe(schema, path, {}))
+    except UserError as error:
+        raise UserError(
+            f"{path.parent}: was started with a recipe that this release does not take; choose another output.\n{error}"
+        ) from error
+
+
+def recorded_values(values: Mapping[str, Any], schema: type[Frozen]) -> dict[str, Any]:
+    """The same for a recipe that was recorded as JSON, without `output`."""
+    try:
+        return recipe_values(schema.model_validate({**values, "output": "."}))
+    except ValidationError as error:
+        problems = [Problem(line["loc"], line["input"], line["msg"]) for line in error.errors()]
+        raise report(problems, Origins(), "recorded settings, which this release does not take") from error
+
+
+def recipe_values(recipe: Frozen) -> dict[str, Any]:
+    """A recipe's values by dotted key, without `output`."""
+    return flat(json.loads(recipe.model_dump_json(by_alias=True, exclude={"output"})))
+
+
+def changed_settings(recorded: Mapping[str, Any], current: Mapping[str, Any], schema: type[Frozen]) -> list[str]:
+    """`changed` for settings recorded as one flat mapping: keys of a recipe, and facts beside them.
+
+    Recorded keys of `schema` that are missing have their default; facts are compared as far as both sides have them.
+    """
+    fields = {name: field for name, field in schema.model_fields.items() if name in current or name in recorded}
+    defaults = {name: field.get_default() for name, field in fields.items() if not field.is_required()}
+    known = {**json.loads(json.dumps(defaults)), **recorded}
+    sides = ({key: side[key] for key in side if key in fields} for side in (known, current))
+    return changed(*sides) + changed_facts(
+        *({key: side[key] for key in side if key not in fields} for side in (known, current))
+    )
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping: {"data.general[0].path": ...}."""
+    if isinstance(value, Mapping) and value:
+        parts = {f"{prefix}.{key}" if prefix else str(key): part for key, part in value.items()}
+    elif isinstance(value, list) and value:
+        parts = {f"{prefix}[{index}]": part for index, part in enumerate(value)}
+    else:
+        return {prefix: value}
+    return {name: leaf for key, part in parts.items() for name, leaf in flat(part, key).items()}
+
+
+def changed(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """One line for each key whose value differs: `key: recorded -> current`."""
+    keys = dict.fromkeys([*recorded, *current])
+    pairs = {key: (recorded.get(key, _ABSENT), current.get(key, _ABSENT)) for key in keys}
+    return [f"{key}: {_shown(old)} -> {_shown(new)}" for key, (old, new) in pairs.items() if old != new]
+
+
+def changed_facts(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """The same for facts, as far as both sides have them."""
+    shared = recorded.keys() & current.keys()
+    return changed(*({key: facts[key] for key in facts if key in shared} for facts in (recorded, current)))
+
+
+def refuse_changes(output: Path, lines: list[str]) -> None:
+    """Raise UserError where there are lines of `changed`."""
+    if lines:
+        shown = "".join(f"  {line}\n" for line in lines)
+        raise UserError(
+            f"{output}: was started with different settings (recorded -> current):\n{shown}"
+            "Give the same command to go on with it, or choose another output."
+        )
+
+
+def _shown(value: Any) -> str:
+    return "(not given)" if value is _ABSENT else json.dumps(value, ensure_ascii=False, default=str)
