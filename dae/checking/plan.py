@@ -27,7 +27,7 @@ from kd.models.forward import head_of, learned_positions
 from kd.models.roles import LoadSettings, activate, refuse_unmergeable
 from kd.runs.provenance import read_provenance
 from kd.runs.run_folder import RunFolder, Start
-from kd.stages.stage import AnyStage, Inputs, StageRoles
+from kd.stages.stage import AnyStage, Inputs, StageRoles, fingerprints
 from kd.training.objective import Objective
 from kd.training.settings import load_settings, planned_steps, rows_per_step, training_arguments
 
@@ -75,7 +75,7 @@ def make_plan(stage: AnyStage, recipe: StageRecipe) -> Plan:
     found = Findings()
     found.of(lambda: check_output(recipe.output))
     settings = load_settings(recipe)
-    inputs = found.of(lambda: stage.inputs(recipe))
+    inputs = found.of(lambda: read_inputs(stage, recipe))
     roles = objective = None
     if inputs is not None:
         checked = found.of(lambda: stage.check(recipe, inputs))
@@ -108,6 +108,13 @@ def make_plan(stage: AnyStage, recipe: StageRecipe) -> Plan:
     assert roles is not None
     assert objective is not None
     return Plan(recipe, data, args, settings, mixture, steps, roles, objective)
+
+
+def read_inputs(stage: AnyStage, recipe: StageRecipe) -> Inputs:
+    """The checkpoints, with all of their files read once. Raises UserError where some are torn or missing."""
+    inputs: Inputs = stage.inputs(recipe)
+    fingerprints(inputs)
+    return inputs
 
 
 def check_roles(recipe: StageRecipe, roles: StageRoles) -> None:
@@ -156,5 +163,4 @@ def look_at_output(stage: AnyStage, recipe: StageRecipe, inputs: Inputs, data: S
     """Raise UserError where the run folder holds another run, or a live process holds it."""
     begun = read_provenance(recipe.output) or {}
     processes = begun.get("processes", 1)  # how many a launcher will start is not known here
-    fingerprints = {role: one.fingerprint for role, one in inputs.items()}
-    RunFolder(recipe.output).look(Start(stage.name, recipe, fingerprints, recipe.base, data.inputs, processes))
+    RunFolder(recipe.output).look(Start(stage.name, recipe, fingerprints(inputs), recipe.base, data.inputs, processes))

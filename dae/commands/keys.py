@@ -17,7 +17,7 @@ def keys(
     """List every key of a recipe with type, default and meaning."""
     known = schemas()
     if stage not in known:
-        raise UserError(f"dae keys {stage}: expected {one_of(list(known))}")
+        raise UserError(f"{stage}: no such recipe; expected {one_of(list(known))}")
     from rich.console import Console
     from rich.markup import escape
 

@@ -24,7 +24,7 @@ from kd.losses.router import refuse_useless_router_loss
 from kd.models.forward import learned_positions
 from kd.models.roles import LoadSettings, check_head, check_packing, refuse_unmergeable
 from kd.runs.run_folder import RunFolder, Start, State
-from kd.stages.stage import Inputs, RecipeT, Stage
+from kd.stages.stage import Inputs, RecipeT, Stage, fingerprints
 from kd.training.callbacks import EarlyStopping, StepBookkeeping, StopOnSignal
 from kd.training.model_card import CardFacts
 from kd.training.progress import TrainingProgress, doing
@@ -55,8 +55,7 @@ def claimed(run: RunFolder, stage: str, recipe: StageRecipe, inputs: Inputs, dat
         answer: list[Any] = [None, None]
         if state.is_main_process:
             try:
-                fingerprints = {role: one.fingerprint for role, one in inputs.items()}
-                start = Start(stage, recipe, fingerprints, recipe.base, data.inputs, state.num_processes)
+                start = Start(stage, recipe, fingerprints(inputs), recipe.base, data.inputs, state.num_processes)
                 answer = [stack.enter_context(run.claim(start)), None]
             except (UserError, MachineError) as error:
                 answer = [None, error]
@@ -73,6 +72,7 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT) -> RunResult:
     Raises UserError (recipe, data or checkpoints), MachineError (disk, memory), Stopped (Ctrl-C, SIGTERM).
     """
     inputs = stage.inputs(recipe)
+    fingerprints(inputs)  # torn files are refused before anything else reads them
     recipe = stage.check(recipe, inputs)
     data = stage.load_data(recipe, inputs)
     run = RunFolder(recipe.output)
@@ -109,8 +109,8 @@ def card_facts(
     stage: Stage[RecipeT], recipe: RecipeT, inputs: Inputs, data: StageData, summary: Mapping[str, Any]
 ) -> CardFacts:
     """What the model card says of the run."""
-    fingerprints = {role: (one.path, one.fingerprint) for role, one in inputs.items()}
-    return CardFacts(stage.name, stage.describe(recipe), recipe, fingerprints, data.inputs, data.reports, summary)
+    models = {role: (one.path, one.fingerprint) for role, one in inputs.items()}
+    return CardFacts(stage.name, stage.describe(recipe), recipe, models, data.inputs, data.reports, summary)
 
 
 def tell_of_rows(data: StageData) -> None:

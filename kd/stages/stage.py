@@ -25,6 +25,11 @@ RecipeT = TypeVar("RecipeT", bound=StageRecipe)
 Inputs = Mapping[str, Checkpoint]  # by role; `base` is among them
 
 
+def fingerprints(inputs: Inputs) -> dict[str, str]:
+    """SHA-256 of each role's weights and config. Raises UserError where files are torn, missing or pickled."""
+    return {role: one.fingerprint for role, one in inputs.items()}
+
+
 @dataclass(frozen=True)
 class StageRoles:
     """The models of a stage.
@@ -56,7 +61,7 @@ class Stage(Protocol[RecipeT]):
     recipe: type[RecipeT]
 
     def inputs(self, recipe: RecipeT) -> dict[str, Checkpoint]:
-        """The checkpoints by role, `base` among them. Raises UserError where one cannot be had."""
+        """The checkpoints by role, `base` among them. Raises UserError where one is not found."""
         ...
 
     def check(self, recipe: RecipeT, inputs: Inputs) -> RecipeT:
