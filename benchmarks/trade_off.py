@@ -190,7 +190,7 @@ def command(run: Run) -> str:
     words = ["dae", "run", str(RECIPES / f"{run.pair}_{WAYS[run.pair][run.way].recipe}.yaml"), *assignments(run)]
     if run.pair == "world":  # inside the demo's folder
         words[2] = f"../../../{words[2]}"
-        return f"cd {DEMOS}/seed-{run.seed} && {shlex.join(words)}"
+        return f"(cd {DEMOS}/seed-{run.seed} && {shlex.join(words)})"
     tasks = ["real_stories", "real_story_endings"]
     tasks += [] if run.part == "distillation" else ["real_hetpqa", "real_epqa"]
     scoring = ["python", "benchmarks/real_pair_scores.py", str(run.folder / "student"), str(run.scores)]
@@ -327,8 +327,9 @@ def results() -> dict[str, Any]:
     lines: dict[tuple[str, str, float | None], dict[str, Any]] = {}
     for run in runs:
         way = WAYS[run.pair].get(run.way)
-        line = {"pair": run.pair, "way": run.way, "part": run.part, "title": way.title if way else run.way}
-        line |= {"setting": way.setting if way else "", "at": run.at, "learning_rate": run.rate, "figures": {}}
+        line: dict[str, Any] = {"pair": run.pair, "way": run.way, "part": run.part}
+        line |= {"title": way.title if way else run.way, "setting": way.setting if way else ""}
+        line |= {"at": run.at, "learning_rate": run.rate, "figures": {}}
         lines.setdefault((run.pair, run.way, run.at), line)["figures"][str(run.seed)] = figures_of(run)
     examples = {(run.pair, run.way): command(run) for run in reversed(runs) if run.way not in ENDS}
     return {

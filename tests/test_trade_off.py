@@ -24,7 +24,7 @@ ALL_RATES = {(pair, name): way.rates[0] for pair, ways in WAYS.items() for name,
 
 def stages_of(run: Run) -> dict[str, Any]:
     """The recipes of a run's stages, from the line of the shell that is printed for it."""
-    words = shlex.split(trade_off.command(run))
+    words = shlex.split(trade_off.command(run).strip("()"))
     place = words.index("run") + 1
     end = words.index("&&", place) if "&&" in words[place:] else len(words)
     path = ROOT / words[place].removeprefix("../../../")
