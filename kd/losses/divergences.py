@@ -55,12 +55,21 @@ def skewed_reverse_kl(log_p_NV: Tensor, log_q_NV: Tensor, skew: float) -> Tensor
     return kl(log_p_NV, log_mixture(log_p_NV, log_q_NV, skew))
 
 
+def tvd(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    """Total variation distance, sum |p - q| / 2.
+
+    Wen et al. 2023, arXiv 2307.15190, per token; never above 1.
+    """
+    return (log_p_NV.exp() - log_q_NV.exp()).abs().sum(-1) / 2
+
+
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jsd": jsd,
     "skewed_forward_kl": skewed_forward_kl,
     "skewed_reverse_kl": skewed_reverse_kl,
+    "tvd": tvd,
 }
 
 
