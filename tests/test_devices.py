@@ -29,7 +29,7 @@ from kd.losses.cross_tokenizer import CrossTokenizerLoss
 from kd.losses.hidden_states import hidden_state_loss
 from kd.losses.token_loss import TokenLoss
 from kd.models.roles import STUDENT_ADAPTER, Role, check_head, check_packing
-from kd.training.metrics import _Window
+from kd.training.metrics import MetricsWindow
 from kd.training.objective import Objective, Route
 from kd.training.trainer import RoutedTrainer, evaluate_routes
 
@@ -64,7 +64,7 @@ def trained(student: Any, batches: list[Any], objective: Objective, device: torc
         args=SimpleNamespace(world_size=1),
         accelerator=SimpleNamespace(num_processes=1),
         current_gradient_accumulation_steps=len(batches),
-        _window=_Window(objective),
+        _window=MetricsWindow(objective),
     )
     tokens_R = RoutedTrainer._get_num_items_in_batch(trainer, placed, device)
     assert tokens_R.device == device

@@ -42,7 +42,7 @@ class RenderedChat:
     """A conversation as text, and where the responses stand in it.
 
     Attributes:
-        text: up to the last turn that carries loss; messages after it are left away.
+        text: up to the last turn that carries loss; messages after it are left out.
         spans: [start, end) in characters of each response or part of one, in order; with its end token, if it has one.
         end: where the first end token after the start of the last span begins; None where there is none.
         rewritten: earlier turns look different once later ones are there, so that `spans` holds the last response only.
@@ -55,7 +55,7 @@ class RenderedChat:
 
 
 class UnrenderableError(Exception):
-    """The chat template refuses these messages, in its own words."""
+    """The chat template refuses these messages; the text is its own error."""
 
 
 @dataclass(frozen=True)

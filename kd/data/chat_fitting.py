@@ -83,7 +83,7 @@ def refuse_lost_parts(
         more = f" and {others} other {'part' if others == 1 else 'parts'}" if others else ""
         raise LostPartError(
             f"{location}: {essential[0]}: the chat template {fmt.title} does not render it{more}, so it would be "
-            "lost; take it out of the row, or use a chat template that renders it (chat_template.jinja beside the "
+            "lost; remove it from the row, or use a chat template that renders it (chat_template.jinja next to the "
             "tokenizer)"
         )
     return tuple(dict.fromkeys(part.name for part in lost))

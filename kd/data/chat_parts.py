@@ -1,8 +1,8 @@
 """What a chat template does with the parts of a conversation: which it leaves out, and how it wants tool arguments.
 
-Templates do not say. A part is rendered if the text is another one where the part is: so a conversation of the same
-shape (roles, calls, keys) with words of our own is rendered with one part changed at a time. Shapes are few, so this is
-done once for each.
+Templates do not declare it. A part is rendered if changing it changes the text: so a conversation of the same shape
+(roles, calls, keys) with words of our own is rendered with one part changed at a time. Shapes are few, so this is done
+once for each.
 """
 
 from __future__ import annotations
@@ -97,20 +97,22 @@ def shape_of(messages: Sequence[Mapping[str, Any]], tools: Any) -> ChatShape:
 
 @functools.lru_cache(maxsize=4096)
 def _unrendered_in_shape(fmt: ChatFormat, shape: ChatShape) -> tuple[Part, ...]:
-    messages = [_message_like(turn, place) for place, turn in enumerate(shape.turns)]
-    tools = [_tool_like(*tool, place) for place, tool in enumerate(shape.tools)]
-    return _unrendered(fmt, messages, tools)
+    return _unrendered(fmt, *_chat_like(shape))
 
 
 @functools.lru_cache(maxsize=4096)
 def control_tokens(fmt: ChatFormat, shape: ChatShape, ask: bool) -> tuple[str, ...] | None:
     """The special tokens that the template writes into a conversation of this shape, in order; None: it refuses it."""
-    messages = [_message_like(turn, place) for place, turn in enumerate(shape.turns)]
-    tools = [_tool_like(*tool, place) for place, tool in enumerate(shape.tools)]
     try:
-        return spelled_in_order(fmt.render(messages, tools, ask), fmt.tokenizer)
+        return spelled_in_order(fmt.render(*_chat_like(shape), ask), fmt.tokenizer)
     except UnrenderableError:
         return None
+
+
+def _chat_like(shape: ChatShape) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Messages and tools of a shape, with words of our own."""
+    messages = [_message_like(turn, place) for place, turn in enumerate(shape.turns)]
+    return messages, [_tool_like(*tool, place) for place, tool in enumerate(shape.tools)]
 
 
 def _message_like(turn: TurnShape, place: int) -> dict[str, Any]:
@@ -248,7 +250,7 @@ def _counted(name: str) -> Part:
 
 @functools.lru_cache(maxsize=4096)
 def argument_form(fmt: ChatFormat, shape: ChatShape) -> ArgumentForm | None:
-    """How the template wants the arguments of tool calls: as an object, as JSON text, or either; None: nobody can tell.
+    """How the template expects tool arguments: as an object, as JSON text, or either; None if that cannot be told.
 
     Right is what shows the arguments once: the object as JSON or part by part, and not as JSON text within JSON text
     or as Python writes it.
@@ -267,9 +269,7 @@ def _with_arguments(shape: ChatShape, form: Any) -> ChatShape:
 
 
 def _shows(fmt: ChatFormat, shape: ChatShape) -> bool:
-    messages = [_message_like(turn, place) for place, turn in enumerate(shape.turns)]
-    tools = [_tool_like(*tool, place) for place, tool in enumerate(shape.tools)]
-    text = _rendered(fmt, messages, tools)
+    text = _rendered(fmt, *_chat_like(shape))
     if text is None:
         return False
     if any(_json_at(text, place) == _ARGUMENTS for place in range(len(text)) if text[place] == "{"):

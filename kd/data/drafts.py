@@ -39,7 +39,7 @@ MARKED = "responses as the chat template marks them: {% generation %}"
 REWRITTEN = "the template rewrites earlier turns: last assistant turn only"
 UNWEIGHTED = "assistant turns with weight 0: without loss"
 EMPTY_TURNS = "empty assistant turns: without loss"
-TRAILING = "messages after the last assistant turn: left away"
+TRAILING = "messages after the last assistant turn: left out"
 CHANGED = "the template leaves out or changes words of a message"
 CUT_OFF = "finish_reason is length: the response has no end token"
 
@@ -291,8 +291,8 @@ def render_literally(
                 notes.append(f"messages spell {listed(left)}, which the chat template reads: control tokens")
             return replace(chat, text=clear.text, spans=spans, end=end), clear.literal, notes
     raise UserError(
-        f"{location}: its text spells {listed(tokens)}, and the chat template {fmt.title} changes it, so text "
-        "and control tokens cannot be told apart; write it otherwise in the row"
+        f"{location}: its text contains {listed(tokens)}, and the chat template {fmt.title} changes it, so text "
+        "and control tokens cannot be told apart; rephrase the row"
     )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kd.config.data_recipe import DataRecipe, SourceRecipe
-from kd.data.chat import ChatFormat, Messages, load_tokenizer
+from kd.data.chat import ChatFormat, Messages
 from kd.data.drafts import Draft, Dropped, draft, unanswered_draft
 from kd.data.record_forms import record_of
 from kd.data.records import Reading, read_records
@@ -26,18 +26,6 @@ from kd.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "Dropped",
-    "SourceReport",
-    "TokenRow",
-    "TokenRows",
-    "encode_record",
-    "load_rows",
-    "load_tokenizer",
-    "marked_text",
-    "read_records",
-]
-
 BATCH_RECORDS = 1024
 
 NO_RESPONSE = "no response token"
@@ -47,11 +35,11 @@ PROMPT_TOO_LONG = "prompt fills max_length: no response token left"
 
 @dataclass
 class SourceReport:
-    """What became of one source's records. `truncated` rows are among `kept`; notes begin with the rows they are on.
+    """What became of one source's records. `kept` includes truncated rows; each note begins with its number of rows.
 
-    dropped_at: the places of the dropped ones among the records, from 0; formats: records by the shape they came in;
-    unread: keys that nothing reads, with the records that have them; texts: some of its rows' texts; conversations:
-    kept rows that the chat template rendered.
+    dropped_at: indices of the dropped records; formats: number of records by shape; unread: keys that nothing reads,
+    with the number of records that have them; texts: texts of some rows; conversations: kept rows that the chat
+    template rendered.
     """
 
     path: str
@@ -79,7 +67,7 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A row with what its source's report wants to know."""
+    """A row, and what its source's report counts."""
 
     input_ids: list[int]
     response_mask: Mask
@@ -158,7 +146,7 @@ def load_rows(
 
 
 def refuse_empty(report: SourceReport, kept: int, settings: DataRecipe) -> None:
-    """Raise UserError where no row of a source is kept."""
+    """Raise UserError if no row of a source is kept."""
     if not kept:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in report.dropped.items())
         raise UserError(
@@ -170,7 +158,7 @@ def refuse_empty(report: SourceReport, kept: int, settings: DataRecipe) -> None:
 def encode_source(
     source: SourceRecipe, tokenizer: PreTrainedTokenizerBase, settings: DataRecipe, report: SourceReport
 ) -> Iterator[tuple[list[int], Mask]]:
-    """Yields the rows of a source and fills in what its report says of records, truncation, drops and notes."""
+    """Yields the rows of a source; counts records, truncated and dropped rows and notes in its report."""
     notes: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     reading = Reading()
@@ -232,7 +220,7 @@ def encode_texts(
 
     special: whether the tokenizer adds its special tokens; parses: whether those that a text spells become such.
 
-    Raises UserError where `parses` is false and the tokenizer reads them all the same.
+    Raises UserError if `parses` is false and the tokenizer reads them as control tokens anyway.
     """
     if not texts:
         return []
@@ -251,14 +239,14 @@ def encode_texts(
 def refuse_control_tokens(
     texts: Sequence[str], encoded: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, special: bool
 ) -> None:
-    """Raise UserError where a text that was to be encoded as text has control tokens of its own in it."""
+    """Raise UserError if a text that must be encoded as plain text gave control tokens."""
     control = special_ids(tokenizer)
     added = sum(token in control for token in tokenizer("", add_special_tokens=special)["input_ids"])
     for text, ids in zip(texts, encoded, strict=True):
         if sum(token in control for token in ids) > added:
             raise UserError(
                 f"data.special_tokens: literal: the tokenizer {tokenizer.name_or_path} reads a control token in "
-                f"{text[:60]!r} all the same; write it otherwise in the row, or set data.special_tokens=parse"
+                f"{text[:60]!r} anyway; rephrase the row, or set data.special_tokens=parse"
             )
 
 
@@ -292,7 +280,7 @@ def encode_chats(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase) ->
             ids, offsets = found  # noqa: PLW2901
         elif normalises and has_surplus(ids, item.text, (), tokenizer):
             raise UserError(
-                f"{item.location}: the tokenizer's normaliser makes a control token of its text; write it otherwise"
+                f"{item.location}: the tokenizer's normaliser turns its text into a control token; rephrase the row"
             )
         yield ids, mask_from_offsets(item.text, item.spans or (), offsets)
 
@@ -320,8 +308,8 @@ def literal_remedy(item: Draft, tokenizer: PreTrainedTokenizerBase) -> str:
     """The message for a tokenizer that cannot encode a special token's text as text."""
     spelt = ", ".join(f"`{token}`" for token in dict.fromkeys(item.text[start:end] for start, end in item.literal))
     return (
-        f"{item.location}: its text spells {spelt}, and the tokenizer {tokenizer.name_or_path} knows it only as a "
-        "control token; write it otherwise in the row"
+        f"{item.location}: its text contains {spelt}, which the tokenizer {tokenizer.name_or_path} can only encode as "
+        "a control token; rephrase the row"
     )
 
 
@@ -361,7 +349,7 @@ def mask_from_prefixes(item: Draft, length: int, tokenizer: PreTrainedTokenizerB
 
 
 def finish(item: Draft, ids: list[int], mask: Mask, eos_token_id: int | None, max_length: int) -> Encoded | Dropped:
-    """EOS, truncation, and whether any response token is left."""
+    """Append EOS, truncate, and drop the row if no response token is left."""
     if item.append_eos and eos_token_id is not None and ids[-1:] != [eos_token_id]:
         ids, mask = [*ids, eos_token_id], np.append(mask, True)
     had_response = bool(mask[1:].any())

@@ -8,19 +8,14 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import (
-    EarlyStoppingCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 
 
 class StepBookkeeping(TrainerCallback):
-    """Log whenever a checkpoint is written, so that a resumed run's metrics have the same windows; count true epochs.
+    """Log whenever a checkpoint is written, so that a resumed run averages over the same steps; count true epochs.
 
-    To transformers a run is one pass over its batches. epochs_per_step: what a step is of the mixture's epoch (None: it
-    has none).
+    transformers sees a run as one pass over its batches. epochs_per_step: the part of the mixture's epoch that a step
+    is, None if the mixture has no epoch.
     """
 
     def __init__(self, epochs_per_step: float | None) -> None:
@@ -35,7 +30,7 @@ class StepBookkeeping(TrainerCallback):
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """Stop after so many evaluations without a better one. The count is kept in checkpoints."""
+    """Early stopping whose count is kept in checkpoints; a run that has stopped does not resume training."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
@@ -45,7 +40,7 @@ class EarlyStopping(EarlyStoppingCallback):
 class StopOnSignal(TrainerCallback):
     """Ctrl-C or SIGTERM: finish the optimizer step, write a checkpoint, stop. A second Ctrl-C stops at once.
 
-    Python hands signals to the main thread alone: a run in another one leaves them to whoever started it.
+    Python delivers signals to the main thread only: a run in another thread does not handle them.
     """
 
     def __init__(self) -> None:
@@ -64,7 +59,7 @@ class StopOnSignal(TrainerCallback):
             self._before[number] = signal.signal(number, self._note)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
-        if torch.distributed.is_initialized():  # all ranks stop after the same step, or the others would wait for ever
+        if torch.distributed.is_initialized():  # all ranks must stop after the same step, or the rest would hang
             received = torch.tensor(self.received or 0, device=args.device)
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
             self.received = int(received) or None

@@ -1,4 +1,4 @@
-"""Means of what was summed between two lines of metrics."""
+"""Means over the steps between two lines of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kd.training.objective import Objective, Route, RouteSums
 
 
 @dataclass(frozen=True)
-class _Means:
+class WindowMeans:
     loss_R: Tensor
     kl_R: Tensor
     ntp_R: Tensor
@@ -44,8 +44,8 @@ class _Means:
         return values
 
 
-class _Window:
-    """Sums since the last log, kept on the device so that a micro-batch costs no synchronisation."""
+class MetricsWindow:
+    """Sums since the last log; they stay on the device, so that a micro-batch needs no synchronisation."""
 
     def __init__(self, objective: Objective) -> None:
         self._routes = len(objective.routes)
@@ -65,19 +65,19 @@ class _Window:
         block = torch.stack([row.double() for row in rows])
         self._sums = block if self._sums is None else self._sums + block
 
-    def drain(self, reduce: Callable[[Tensor, str], Tensor]) -> _Means:
+    def drain(self, reduce: Callable[[Tensor, str], Tensor]) -> WindowMeans:
         rows = 4 + len(self._terms) + 2 * self._with_router
         block = self._sums if self._sums is not None else torch.zeros(rows, self._routes, dtype=torch.float64)
         block = reduce(block, "sum").cpu()
         terms = dict(zip(self._terms, block[4 : 4 + len(self._terms)], strict=True))
         router_aux = float(block[-2, 0] / block[-1, 0]) if self._with_router and block[-1, 0] > 0 else None
-        means = _Means(block[0], block[1], block[2], block[3], terms, router_aux, time.monotonic() - self._since)
+        means = WindowMeans(block[0], block[1], block[2], block[3], terms, router_aux, time.monotonic() - self._since)
         self._clear()
         return means
 
 
 def peak_memory_bytes() -> int:
-    """Peak of accelerator memory where there is one, else of the process's resident memory."""
+    """Peak memory of the accelerator if there is one, else the peak resident memory of the process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -16,12 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from kd.data.batches import Batch, response_token_counts
@@ -30,12 +25,12 @@ from kd.errors import UserError
 from kd.models.roles import STUDENT_ADAPTER
 from kd.runs.files import disk_errors
 from kd.runs.run_folder import RunFolder
-from kd.training.metrics import _Window, peak_memory_bytes
+from kd.training.metrics import MetricsWindow, peak_memory_bytes
 from kd.training.objective import Objective, route_sums
 
 logger = logging.getLogger(__name__)
 
-# A module on the student that trains with it and is no part of the result: it is kept in checkpoints, in this file.
+# A module that trains with the student and is not part of the result: checkpoints keep it in a file of its own.
 TRAINING_ONLY = "training_only"
 TRAINING_ONLY_WEIGHTS = f"{TRAINING_ONLY}.safetensors"
 
@@ -60,8 +55,8 @@ PRIVATE_ARGUMENTS = ("_n_gpu",)  # attributes of TrainingArguments that it sets
 class RoutedTrainer(Trainer):
     """Trainer whose loss is an `Objective` and whose checkpoints go through a `RunFolder`.
 
-    Overridden: where batches come from, what they count, what the loss is, what an evaluation measures, what a
-    checkpoint holds and how it is put in place. Everything else is transformers'.
+    Overridden (see OVERRIDDEN): batches, token counts, the loss, evaluation, and what a checkpoint holds and where it
+    goes. Everything else is transformers'.
     """
 
     objective: Objective
@@ -86,21 +81,21 @@ class RoutedTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=train_rows,
-            eval_dataset=train_rows if eval_batches else None,  # Trainer asks that there is one; evaluate() is ours
+            eval_dataset=train_rows if eval_batches else None,  # Trainer requires one; evaluate() does not read it
             data_collator=collate,
             callbacks=callbacks,
         )
         for callback in self.callback_handler.callbacks:
-            # TensorBoard's files would go with the staging folder; its own environment variable comes first.
+            # TensorBoard's files would be deleted with the staging folder; its environment variable takes precedence.
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(run.trackers_dir)
-        self.pop_callback(PrinterCallback)  # it prints dictionaries; progress is shown by a callback of ours
+        self.pop_callback(PrinterCallback)  # it prints dictionaries; kd.training.progress shows progress
         self.objective = objective
         self.collate = collate
         self.batch_sampler = batch_sampler
         self.run_folder = run
         self.eval_batches = eval_batches or {}
-        self._window = _Window(objective)
+        self._window = MetricsWindow(objective)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(
@@ -133,21 +128,21 @@ class RoutedTrainer(Trainer):
         sums = route_sums(model, inputs, self.objective, with_teachers=self.objective.trains_with_teachers)
         self._window.add(sums)
         loss = (self.objective.weights(num_items_in_batch) * sums.loss).sum()
-        # Data parallelism averages gradients over ranks; the sum is wanted.
+        # Data parallelism averages gradients over ranks, and we want their sum.
         loss = loss * self.accelerator.num_processes
         if sums.router_aux is not None:  # a mean: over the step's micro-batches, too, and over ranks
             loss = loss + self.objective.router_aux_weight * sums.router_aux / self.current_gradient_accumulation_steps
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what the routes did since the last log, refuse to go on from a loss that is no number, write metrics."""
+        """Add the routes' means since the last log, stop if the loss is not finite, write metrics.jsonl."""
         if "learning_rate" in logs and "loss" in logs:
             window = self._window.drain(self.accelerator.reduce)
             if not all(math.isfinite(logs[key]) for key in ("loss", "grad_norm") if key in logs):
                 raise UserError(
                     f"train.learning_rate: {self.args.learning_rate}: the loss is no longer finite at step "
                     f"{self.state.global_step}; use a lower learning rate or a longer warm-up, with another output. "
-                    "The checkpoints before it are whole."
+                    "Earlier checkpoints are complete."
                 )
             if window.router_aux is not None:  # logged alone: `loss` does not depend on how a step is cut
                 logs["loss"] -= self.objective.router_aux_weight * window.router_aux
@@ -161,7 +156,7 @@ class RoutedTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out loss and KL(teacher || student) per route; `eval_loss` weighs routes as the training loss does."""
+        """Eval loss and KL(teacher || student) per route; `eval_loss` weights routes as the training loss does."""
         metrics = evaluate_routes(self.model_wrapped, self.eval_batches, self.objective, self.args.device)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(dict(metrics))
@@ -169,7 +164,7 @@ class RoutedTrainer(Trainer):
         return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Let transformers write into the staging folder, then put the checkpoint in place whole."""
+        """Let transformers write into the staging folder, then move the complete checkpoint into the run folder."""
         with disk_errors(self.run_folder.path):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
@@ -215,16 +210,13 @@ class RoutedTrainer(Trainer):
 
 
 def save_student(model: nn.Module, folder: Path, state_dict: Any = None) -> None:
-    """Write the student in PEFT format (adapter `default` in the root) or as a full safetensors checkpoint.
-
-    What only trains with it (TRAINING_ONLY) is left out.
-    """
+    """Write the student in PEFT format (adapter `default` in the root) or as full weights, without TRAINING_ONLY."""
     if isinstance(model, PeftModel):
-        # Base weights stay out, also where an embedding or the head has an adapter: training does not change them.
+        # No base weights, even if the embedding or the head has an adapter: training does not change them.
         model.save_pretrained(
             str(folder), state_dict=state_dict, selected_adapters=[STUDENT_ADAPTER], save_embedding_layers=False
         )
-        (folder / "README.md").unlink(missing_ok=True)  # peft's template; the run folder writes its own
+        (folder / "README.md").unlink(missing_ok=True)  # peft's template; the run folder has its own
     else:
         if hasattr(model, TRAINING_ONLY):
             weights = model.state_dict() if state_dict is None else state_dict
@@ -238,7 +230,7 @@ def evaluate_routes(
     """{"loss", "NAME_loss", "NAME_kl", "NAME_ntp"} in nats per response token over held-out batches, in eval mode."""
     was_training = model.training
     model.eval()
-    totals = _Window(objective)
+    totals = MetricsWindow(objective)
     with_teachers = all(route.teacher is not None for route in objective.routes)
     with torch.no_grad():
         for batch in (batch for several in batches.values() for batch in several):

@@ -127,7 +127,7 @@ def test_a_token_that_the_template_takes_out_of_the_content_is_found_there():
 
 def test_a_template_that_changes_such_text_is_refused():
     changes = KEEPS.replace("m['content']", "m['content'] | replace('b<', 'B<')")
-    with pytest.raises(UserError, match=r"rows\.jsonl:7: its text spells .*cannot be told apart"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:7: .*cannot be told apart"):
         encode(chat("a", "ab<|im_end|>"), with_template(KINDS["byte-level"], changes))
 
 
@@ -159,13 +159,13 @@ def test_strings_parse_control_tokens_unless_told_otherwise(kind):
 def test_tokenizers_that_know_the_text_as_a_control_token_only():
     words = words_only()
     words.chat_template = SPACE_IN_HEADER.replace("+ (eos_token", "+ (' ' + eos_token")
-    with pytest.raises(UserError, match=r"rows\.jsonl:7: its text spells `</s>`, and the tokenizer .* control token"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:7: .*`</s>`.* control token"):
         encode(chat("red?", "yes </s> yes"), words)
     with pytest.raises(UserError, match=r"data\.special_tokens: literal: the tokenizer .* reads a control token"):
         encode({"prompt": "red?", "completion": " </s> yes"}, words, special_tokens="literal")
     slow = ByT5Tokenizer()
     slow.chat_template = SPACE_IN_HEADER
-    with pytest.raises(UserError, match=r"rows\.jsonl:7: its text spells `</s>`"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:7: .*`</s>`"):
         encode(chat("a", "b</s>c"), slow)
 
 
