@@ -34,9 +34,9 @@ class Case:
     """One command.
 
     command: without its output. kill: a moment when something is kept. other: words that change a setting; told: how
-    the refusal names it, when the command was killed there (None: nothing of it is held to its settings yet) and when
-    it has finished. forget: removes from the record what earlier releases did not write down. kept: files that a
-    command which goes on does not write anew. finished: what it says when it is given again.
+    the refusal names it. forget: removes from the record what earlier releases did not write down. kept: files that a
+    command which goes on does not write anew. finished: what it says when it is given again. suffix: of an output that
+    is a file. held_before_finish: whether what was killed is held to its settings.
     """
 
     command: tuple[str, ...]
@@ -49,7 +49,6 @@ class Case:
     output: str = "--output={}"
     suffix: str = ""
     held_before_finish: bool = True
-    statuses: tuple[int, ...] = (0,)
     forks: bool = False
 
 
@@ -88,14 +87,11 @@ def forget_in_recipe(*keys: str) -> Callable[[Path], None]:
 
 
 def forget_in_rows(output: Path) -> None:
-    partial, meta = (output.with_name(output.name + ending) for ending in (".partial", ".meta.json"))
-    if partial.exists():
-        first, *batches = partial.read_text().splitlines()
-        settings = json.loads(first)
-        without_keys(settings, "temperature", "content of tokenizer and chat template")
-        partial.write_text("\n".join([json.dumps(settings), *batches]) + "\n")
-    else:
-        forget_in_json(meta.name, "settings.temperature")(output.parent)
+    partial = output.with_name(output.name + ".partial")
+    first, *batches = partial.read_text().splitlines()
+    settings = json.loads(first)
+    without_keys(settings, "temperature", "content of tokenizer and chat template")
+    partial.write_text("\n".join([json.dumps(settings), *batches]) + "\n")
 
 
 STEP = Signal("kd.training.trainer:RoutedTrainer.training_step", 8)  # two rows' batches to a step: after a checkpoint
@@ -160,7 +156,7 @@ CASES: Mapping[str, Case] = {
         ("eval", "tasks", "--model", "expert", "--suite", "suite.yaml"),
         Signal("dae_eval.evaluation:run_task", 3),
         ("--model", "base"),
-        "base",
+        'model.path: "expert" -> "base"',
         None,
         ("documents/*.gz",),
         finished="All answers are in",
@@ -258,6 +254,10 @@ class Commands:
             ended = self.run(case, origin)
             assert ended.status == 0, ended
         return self._copy(origin, output)
+
+    def held_to_its_settings(self, name: str, output: str) -> Path:
+        """An output with which no other settings can go on."""
+        return (self.killed if CASES[name].held_before_finish else self.finished)(name, output)
 
     def _copy(self, origin: str, output: str) -> Path:
         for place in written(self.world / origin):

@@ -149,8 +149,7 @@ class PipelineFolder:
         Raises:
             UserError: a live process holds it, it is not a pipeline's, or it may not be written.
         """
-        with ClaimedFolder(self.path, STATE).held():
-            content = read_state(self.path)
+        with ClaimedFolder(self.path, STATE).held(lambda: read_state(self.path)) as content:
             self.records = {name: Record(**record) for name, record in content.get("stages", {}).items()}
             self._written = json_text(content) if content else ""
             yield

@@ -25,6 +25,7 @@ from kd.runs.files import disk_errors, json_text, plain, read_json, write_text_d
 from kd.runs.settings import changed_settings, refuse_changes
 
 SETTINGS, RESULT = "settings.json", "ranking.json"
+FOLDERS = ("rewards", "losses", "responses")
 KIND = "rank-teachers"
 
 
@@ -48,11 +49,13 @@ class RankFolder:
             UserError: a live process holds it; it was started with different settings, or holds somebody else's files.
             MachineError: the disk is full.
         """
-        with ClaimedFolder(self.path, SETTINGS, inside=("rewards", "losses", "responses")).held():
-            if (self.path / SETTINGS).exists():
-                recorded = read_json(self.path / SETTINGS)
-                refuse_changes(self.path, changed_settings(recorded, self._settings, RankRecipe))
+        with ClaimedFolder(self.path, SETTINGS, inside=FOLDERS).held(self._refuse_other_settings):
             yield
+
+    def _refuse_other_settings(self) -> None:
+        if (self.path / SETTINGS).exists():
+            recorded = read_json(self.path / SETTINGS)
+            refuse_changes(self.path, changed_settings(recorded, self._settings, RankRecipe))
 
     def begin(self) -> None:
         """Write down what all results follow from; before the first of them (`keep` does)."""

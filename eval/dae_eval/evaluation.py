@@ -82,8 +82,7 @@ def evaluate(
 @contextmanager
 def claimed(folder: Path, model: Model) -> Iterator[None]:
     """Hold an evaluation's folder for this process. Raises UserError where another process holds or has filled it."""
-    with evaluation_folder(folder).held():
-        refuse_other_model(folder, model.facts())
+    with evaluation_folder(folder).held(lambda: refuse_other_model(folder, model.facts())):
         with disk_errors(folder):
             (folder / DOCUMENTS).mkdir(exist_ok=True)
         yield

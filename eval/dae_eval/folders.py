@@ -167,10 +167,8 @@ def refuse_other_model(folder: Path, model: ModelFacts) -> None:
     if not (folder / EVALUATION).is_file():
         return
     recorded = read_json(folder / EVALUATION).get("model")
-    if not isinstance(recorded, dict):
-        recorded = {}
-    keys = ("fingerprint", "base_fingerprint")
-    if any(recorded.get(key) != getattr(model, key) for key in keys):
-        sides = ((recorded.get("path"), recorded.get("fingerprint")), (model.path, model.fingerprint))
-        shown = [f"{path} (content {str(fingerprint)[:12]})" for path, fingerprint in sides]
-        refuse_changes(folder, changed({"model": shown[0]}, {"model": shown[1]}))
+    before, now = (recorded if isinstance(recorded, dict) else {}), asdict(model)
+    if any(before.get(key) != now[key] for key in ("fingerprint", "base_fingerprint")):
+        keys = ("path", "fingerprint", "base_fingerprint")
+        sides = ({f"model.{key}": side.get(key) for key in keys} for side in (before, now))
+        refuse_changes(folder, changed(*sides))

@@ -1,7 +1,7 @@
 """A folder that one command writes: held by one live process, and without files of anything else.
 
-    with ClaimedFolder(path, mark="settings.json").held():
-        ...   # files of an earlier process that was killed have been removed
+    with ClaimedFolder(path, mark="settings.json").held(refuse_other_settings):
+        ...   # what an earlier process left half-done when it was killed has been removed
 
 Every command that writes an output goes through here. What the output was started with is compared in
 kd/runs/settings.py.
@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from kd.errors import UserError
 from kd.runs.files import TEMPORARY_PREFIX, disk_errors, remove
 from kd.runs.lock import hold
+
+Found = TypeVar("Found")
 
 LOCK = ".lock"
 _LEFTOVER = re.compile(r"\.(tmp|drop)-.*|\.staging|\.publishing")
@@ -39,32 +42,33 @@ class ClaimedFolder:
     inside: tuple[str, ...] = ()
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the folder for this process while the context lasts.
+    def held(self, check: Callable[[], Found]) -> Iterator[Found]:
+        """Hold the folder for this process while the context lasts; what a kill left half-done is removed.
 
         The folder and its parents are made, and removed again where nothing has come into them.
 
+        check: looks at what the folder was started with, before anything is touched; its answer is yielded.
+
         Raises:
-            UserError: a live process holds the folder, it is a file or has files of something else, or it may not be
-                written.
+            UserError: a live process holds the folder, it is a file or has files of something else, it may not be
+                written, or `check` refuses it.
             MachineError: the disk is full.
         """
         self.refuse_foreign_files()
         with held_below(self.path, self.path / LOCK, str(self.path)):
             self.refuse_foreign_files()
             with disk_errors(self.path):
+                found = check()
                 self.sweep()
-            yield
+            yield found
 
-    @contextmanager
-    def looked_at(self) -> Iterator[None]:
-        """The same with nothing made or removed, for whoever only wants to know."""
+    def look(self, check: Callable[[], Found]) -> Found:
+        """The answer of `check`, with nothing made or removed. Raises UserError where `held` would."""
         self.refuse_foreign_files()
         if not (self.path / LOCK).exists():
-            yield
-            return
+            return check()
         with hold(self.path / LOCK, str(self.path)):
-            yield
+            return check()
 
     def is_ours(self) -> bool:
         """Whether the mark is there."""
@@ -77,8 +81,8 @@ class ClaimedFolder:
             return
         with disk_errors(self.path):
             names = sorted(os.listdir(self.path))
-        ours = {*self.own, *([] if self.mark is None else [self.mark])}
-        foreign = [name for name in names if name != LOCK and name.removeprefix(TEMPORARY_PREFIX) not in ours]
+        own = {LOCK, *self.own, *(f"{TEMPORARY_PREFIX}{name}" for name in (self.mark, *self.own))}
+        foreign = [name for name in names if name not in own]
         if foreign:
             shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
             raise UserError(
@@ -97,8 +101,7 @@ def refuse_file(folder: Path) -> None:
     """Raise UserError where a file stands in the place of a folder or of one above it."""
     nearest = next(place for place in (folder, *folder.parents) if place.exists())
     if not nearest.is_dir():
-        raise UserError(f"{nearest}: this is a file; the output must be a folder" if nearest == folder else
-                        f"{folder}: {nearest} is a file, not a folder; choose another output")  # fmt: skip
+        raise UserError(f"{nearest}: this is a file, and the output needs a folder there; choose another output")
 
 
 @contextmanager

@@ -129,10 +129,9 @@ class RunFolder:
                 command can use the folder.
             MachineError: the disk is full.
         """
-        with self._folder.held():
-            with disk_errors(self.path):
-                state = self._state(start)
-                if state != "finished":
+        with self._folder.held(lambda: self._state(start)) as state:
+            if state != "finished":
+                with disk_errors(self.path):
                     self._set_up(state, start)
             try:
                 yield state
@@ -143,8 +142,7 @@ class RunFolder:
 
     def look(self, start: Start) -> State:
         """What `claim` would find, with nothing touched. Raises UserError where `claim` would refuse."""
-        with self._folder.looked_at():
-            return self._state(start)
+        return self._folder.look(lambda: self._state(start))
 
     def _state(self, start: Start) -> State:
         before = read_provenance(self.path)

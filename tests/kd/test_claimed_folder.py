@@ -29,7 +29,7 @@ def test_the_lock_names_its_living_holder_and_ends_with_it_even_if_a_fork_lives_
         from pathlib import Path
         sys.path.insert(0, {str(REPOSITORY)!r})
         from kd.runs.claimed_folder import ClaimedFolder
-        with ClaimedFolder(Path({str(tmp_path / "run")!r}), "mark.json").held():
+        with ClaimedFolder(Path({str(tmp_path / "run")!r}), "mark.json").held(lambda: None):
             holder = os.getpid()
             if os.fork() == 0:
                 print(holder, flush=True)
@@ -43,24 +43,24 @@ def test_the_lock_names_its_living_holder_and_ends_with_it_even_if_a_fork_lives_
         pid = process.stdout.readline().strip()
         with (
             pytest.raises(UserError, match=rf"held by a live process \(process {pid} on \S+\)"),
-            claim(tmp_path / "run").held(),
+            claim(tmp_path / "run").held(lambda: None),
         ):
             pass
         process.kill()
         process.wait()
-        with claim(tmp_path / "run").held():
+        with claim(tmp_path / "run").held(lambda: None):
             pass
     finally:
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_fork_that_leaves_the_claim_neither_frees_nor_empties_the_lock(tmp_path: Path) -> None:
-    with claim(tmp_path).held():
+    with claim(tmp_path).held(lambda: None):
         child = os.fork()
         if child == 0:
             os._exit(in_child(tmp_path))
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        with pytest.raises(UserError, match=rf"\(process {os.getpid()} on"), claim(tmp_path).held():
+        with pytest.raises(UserError, match=rf"\(process {os.getpid()} on"), claim(tmp_path).held(lambda: None):
             pass
     assert list(tmp_path.iterdir()) == []
 
@@ -68,7 +68,7 @@ def test_a_fork_that_leaves_the_claim_neither_frees_nor_empties_the_lock(tmp_pat
 def in_child(path: Path) -> int:
     """Unwinds a claim of its parent's, as an error in a forked worker does."""
     try:
-        with claim(path).held():
+        with claim(path).held(lambda: None):
             return 1
     except UserError:
         return 0
@@ -79,21 +79,24 @@ def test_where_files_cannot_be_locked_it_says_so(tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(UserError, match="this file system cannot lock files"), claim(tmp_path / "run").held():
+    with (
+        pytest.raises(UserError, match="this file system cannot lock files"),
+        claim(tmp_path / "run").held(lambda: None),
+    ):
         pass
 
 
 def test_the_holder_s_name_goes_with_it_wherever_the_folder_is_moved(tmp_path: Path) -> None:
-    with claim(tmp_path / "run").held():
+    with claim(tmp_path / "run").held(lambda: None):
         (tmp_path / "run").rename(tmp_path / "moved")
     assert (tmp_path / "moved" / ".lock").read_text() == ""
 
 
 def test_folders_that_were_made_for_nothing_go_again(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="wrong"), claim(tmp_path / "made" / "run").held():
+    with pytest.raises(UserError, match="wrong"), claim(tmp_path / "made" / "run").held(lambda: None):
         raise UserError("wrong")
     assert list(tmp_path.iterdir()) == []
-    with claim(tmp_path / "made" / "run").held():
+    with claim(tmp_path / "made" / "run").held(lambda: None):
         (tmp_path / "made" / "run" / "mark.json").touch()
     assert [entry.name for entry in (tmp_path / "made" / "run").iterdir()] == ["mark.json"]
 
@@ -112,11 +115,11 @@ def test_files_of_something_else(tmp_path: Path, names: list[str], foreign: str 
     for name in names:
         (tmp_path / name).touch()
     if foreign is None:
-        with claim(tmp_path).held():
+        with claim(tmp_path).held(lambda: None):
             assert not (tmp_path / ".tmp-mark.json").exists()
         return
     with pytest.raises(UserError, match=rf"holds files that this command did not write \({foreign}\)"):
-        claim(tmp_path).held().__enter__()
+        claim(tmp_path).held(lambda: None).__enter__()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(names)
 
 
@@ -125,9 +128,15 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
         (place / ".staging" / "half").mkdir(parents=True)
         for name in ("mark.json", ".tmp-mark.json", "kept"):
             (place / name).touch()
-    with claim(tmp_path).looked_at():
+
+    def refuse() -> None:
+        raise UserError("other settings")
+
+    for enter in (claim(tmp_path).look, lambda check: claim(tmp_path).held(check).__enter__()):
+        with pytest.raises(UserError, match="other settings"):
+            enter(refuse)
         assert (tmp_path / ".staging").exists()
-    with claim(tmp_path).held():
+    with claim(tmp_path).held(lambda: None):
         for place in (tmp_path, tmp_path / "parts"):
             assert {entry.name for entry in place.iterdir()} <= {"mark.json", "kept", "parts", ".lock"}
 
@@ -135,5 +144,5 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match=f"{tmp_path}.*cannot be written"), claim(tmp_path / "run").held():
+    with pytest.raises(UserError, match=f"{tmp_path}.*cannot be written"), claim(tmp_path / "run").held(lambda: None):
         pass

@@ -263,6 +263,13 @@ def test_a_moved_folder_goes_on(tmp_path: Path) -> None:
         assert state == "resume"
 
 
+def test_provenance_of_another_tool_marks_no_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "provenance.json").write_text("{}")
+    with pytest.raises(UserError, match=r"did not write \(provenance\.json\)"), claim(RunFolder(tmp_path)):
+        pass
+    assert tree(tmp_path) == {"provenance.json": b"{}"}
+
+
 def test_a_mistake_found_before_the_first_step_takes_the_folder_back(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "made" / "run")
     with pytest.raises(UserError, match="NaN"), claim(run):  # noqa: PT012

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dae_eval.folders import DOCUMENTS
 from kd.runs.claimed_folder import ClaimedFolder
 from kd.runs.files import disk_errors, json_text, read_json, write_text_durably
 from kd.runs.settings import changed, refuse_changes
@@ -31,17 +32,20 @@ def claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     Raises:
         UserError: a live process holds it, it was started with different settings, or holds files of something else.
     """
-    path = folder / SETTINGS
     now = json.loads(json.dumps(settings))
-    with ClaimedFolder(folder, SETTINGS, own=frozenset({REPLIES}), inside=("documents",)).held():
-        if path.exists():
-            recorded = {**{key: value for key, value in DEFAULTS.items() if key in now}, **read_json(path)}
-            refuse_changes(folder, changed(_given(recorded), _given(now)))
-        else:
-            write_text_durably(path, json_text(now))
+    claim = ClaimedFolder(folder, SETTINGS, own=frozenset({REPLIES}), inside=(DOCUMENTS,))
+    with claim.held(lambda: _refuse_other_settings(folder, now)):
+        if not claim.is_ours():
+            write_text_durably(folder / SETTINGS, json_text(now))
         with disk_errors(folder):
             (folder / REPLIES).mkdir(exist_ok=True)
         yield
+
+
+def _refuse_other_settings(folder: Path, now: Mapping[str, Any]) -> None:
+    if (folder / SETTINGS).exists():
+        recorded = {**{key: value for key, value in DEFAULTS.items() if key in now}, **read_json(folder / SETTINGS)}
+        refuse_changes(folder, changed(_given(recorded), _given(now)))
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
