@@ -137,7 +137,7 @@ def route_name_problems(data: Mapping[str, Any]) -> list[Problem]:
                 )
             )
         elif isinstance(sources, tuple) and not sources:
-            problems.append(Problem(("routes", name), (), "has no source: add a path"))
+            problems.append(Problem(("routes", name), (), "no source: add a path"))
     return problems
 
 
@@ -159,7 +159,7 @@ def share_problems(routes: Mapping[str, Any]) -> list[Problem]:
         return [Problem(key, NO_VALUE, words) for key in missing]
     total = sum(given.values())
     if abs(total - 1) > SHARE_TOLERANCE:
-        return [Problem(next(iter(given)), next(iter(given.values())), f"all shares together are {total:g}, not 1")]
+        return [Problem(next(iter(given)), next(iter(given.values())), f"the shares sum to {total:g}, not 1")]
     return []
 
 
@@ -168,7 +168,7 @@ def held_out_problems(held_out: Any) -> list[Problem]:
     if not isinstance(held_out, Mapping):
         return []
     return [
-        Problem(("eval", name, place, key), source[key], "held-out rows are read once, all of them: remove it")
+        Problem(("eval", name, place, key), source[key], "an eval set is read once, as a whole: remove it")
         for name, sources in held_out.items()
         if isinstance(sources, tuple)
         for place, source in enumerate(sources)

@@ -26,7 +26,7 @@ class LayersRecipe(Frozen):
             return value
         if isinstance(value, tuple) and value and all(is_pair(pair) for pair in value):
             return value
-        raise ValueError("wants even, or a list of [student's layer, teacher's layer] such as [[0, 0], [11, 23]]")
+        raise ValueError("expected even, or a list of [student's layer, teacher's layer] such as [[0, 0], [11, 23]]")
 
 
 def is_pair(value: Any) -> bool:

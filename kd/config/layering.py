@@ -139,11 +139,11 @@ def parse_file(path: Path) -> tuple[yaml.Node, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such recipe file; check the path") from None
+        raise UserError(f"{path}: recipe file not found; check the path") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name the recipe file in it") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text, so it is no recipe; save it as UTF-8") from None
+        raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
@@ -182,7 +182,7 @@ def walk(node: yaml.Node, key: Key) -> Iterator[tuple[Key, yaml.Mark, str]]:
             words = "" if name_node.tag.endswith(":str") else "a key is text: put it in quotes"
             if name in seen:
                 first, again = seen[name], name_node.start_mark.line + 1
-                words = f"stands twice{f', on lines {first} and {again}' if first != again else ''}: remove one"
+                words = f"duplicate key{f' on lines {first} and {again}' if first != again else ''}: remove one"
             seen.setdefault(name, name_node.start_mark.line + 1)
             yield (*key, name), name_node.start_mark, words
             yield from walk(item, (*key, name))

@@ -17,17 +17,17 @@ NO_VALUE = object()
 MISSING = "is missing"
 
 PLAIN_WORDS = {
-    "string_type": "wants text",
-    "int_type": "wants a whole number",
-    "int_from_float": "wants a whole number",
-    "float_type": "wants a number",
-    "finite_number": "wants a finite number",
-    "bool_type": "wants true or false",
-    "dict_type": "wants `name: value` pairs",
-    "mapping_type": "wants `name: value` pairs",
-    "model_type": "wants `name: value` pairs",
-    "tuple_type": "wants a list",
-    "list_type": "wants a list",
+    "string_type": "expected text",
+    "int_type": "expected an integer",
+    "int_from_float": "expected an integer",
+    "float_type": "expected a number",
+    "finite_number": "expected a finite number",
+    "bool_type": "expected true or false",
+    "dict_type": "expected a mapping",
+    "mapping_type": "expected a mapping",
+    "model_type": "expected a mapping",
+    "tuple_type": "expected a list",
+    "list_type": "expected a list",
     "string_too_short": "must not be empty",
     "invalid_key": "a key is text: put it in quotes",
 }
@@ -83,7 +83,7 @@ def in_plain_words(error: Mapping[str, Any], known: Iterable[str]) -> str:
         return f"{words} {limit:g}" if isinstance(limit, float) else f"{words} {limit}"
     if kind == "literal_error":
         names = [name.strip(" '") for name in context["expected"].replace(" or ", ",").split(",")]
-        return f"wants {one_of(names)}{suggestion(value, names) if isinstance(value, str) else ''}"
+        return f"expected {one_of(names)}{suggestion(value, names) if isinstance(value, str) else ''}"
     words = PLAIN_WORDS.get(kind, str(error["msg"]))
     if kind == "string_type" and isinstance(value, (int, float)):
         words += ": put it in quotes"

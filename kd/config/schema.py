@@ -84,7 +84,7 @@ class Frozen(BaseModel):
             for line in error.errors():
                 value = NO_VALUE if line["type"] == "missing" else line["input"]
                 elsewhere = cls.key_elsewhere(str(line["loc"][-1])) if line["type"] == "extra_forbidden" else None
-                words = f"stands in another place: write `{elsewhere}`" if elsewhere else in_plain_words(line, known)
+                words = f"belongs elsewhere: write `{elsewhere}`" if elsewhere else in_plain_words(line, known)
                 problems.append(Problem(line["loc"], value, words))
         problems += cls.cross_checks(raw)
         if problems:

@@ -32,7 +32,7 @@ class LoraRecipe(Frozen):
     def _text_or_names(cls, value: Any) -> Any:
         named = isinstance(value, tuple) and value and all(isinstance(name, str) for name in value)
         if not named and not (isinstance(value, str) and value):
-            raise ValueError("wants all-linear, a regular expression, or a list of module names")
+            raise ValueError("expected all-linear, a regular expression, or a list of module names")
         return value
 
 
@@ -104,7 +104,7 @@ class StageRecipe(Frozen):
         if raw.get("merge") is True and "lora" in raw and raw["lora"] is None:
             problems.append(Problem(("merge",), True, "with `lora: null` the weights are written whole: remove it"))
         if isinstance(data, Mapping) and not data.get("eval"):
-            words = "needs held-out rows: add `data.eval`"
+            words = "needs an eval set: add `data.eval`"
             if raw.get("early_stopping_patience") is not None:
                 problems.append(Problem(("early_stopping_patience",), raw["early_stopping_patience"], words))
             if isinstance(train, Mapping) and str(train.get("eval_strategy", "no")) not in ("no", "False"):

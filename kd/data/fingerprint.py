@@ -32,7 +32,7 @@ def data_sha256(path: str | Path) -> str:
 
 
 def _hub_data_sha256(name: str) -> str:
-    missing = f"{name}: there is no such file or folder"
+    missing = f"{name}: no such file or folder"
     if not HUB_ID.fullmatch(name) or name.endswith(FILE_ENDINGS):
         raise UserError(missing)
     from datasets import load_dataset_builder

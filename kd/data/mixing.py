@@ -170,7 +170,7 @@ def check_sources(sources: Sequence[MixtureSource]) -> None:
             raise UserError(f"{source.title}: share: {source.share:g}: not above 0; to leave the source out, remove it")
     total = math.fsum(source.share for source in sources)
     if abs(total - 1) > SHARE_TOLERANCE:
-        raise UserError(f"data: all shares together are {total:g}, not 1; let them sum to 1")
+        raise UserError(f"data: the shares sum to {total:g}, not 1; let them sum to 1")
 
 
 @dataclass(frozen=True)

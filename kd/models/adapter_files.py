@@ -65,7 +65,7 @@ def refuse_adapter(path: str, key: str = "") -> None:
     if is_adapter(path):
         where = f"{key}: {path}" if key else path
         raise UserError(
-            f"{where}: is an adapter, and a full checkpoint is wanted here; pass what it was trained on, or merge it."
+            f"{where}: is an adapter; expected a full checkpoint: pass its base, or merge it."
         )
 
 

@@ -28,7 +28,7 @@ def resolve_model(path_or_id: str | Path) -> Path:
         return place
     name = str(path_or_id)
     if place.exists() or not _MODEL_ID.fullmatch(name) or name.startswith(("./", "../", "~")):
-        kind = "this is a file, a model is a folder" if place.exists() else "there is no such folder"
+        kind = "this is a file, a model is a folder" if place.exists() else "no such folder"
         raise UserError(f"{name}: {kind}; give the folder of a checkpoint or adapter, or a hub id")
     return _hub_snapshot(name)
 
@@ -46,7 +46,7 @@ def _hub_snapshot(name: str) -> Path:
         except Exception:  # noqa: BLE001
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"{name}: there is no such folder, and the hub does not give a model of this name ({reason}); "
+                f"{name}: no such folder, and the hub does not give a model of this name ({reason}); "
                 "check the spelling, your network and your hub login, or download it and give its folder"
             ) from error
 
@@ -115,7 +115,7 @@ def check_safetensors(path: Path) -> None:
         end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
     except (ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         pointer = " (it is a git-lfs pointer: run `git lfs pull`)" if start == b"version " else ""
-        raise UserError(f"{path}: is no whole safetensors file{pointer}; save or download it again") from error
+        raise UserError(f"{path}: truncated or invalid safetensors file{pointer}; save or download it again") from error
     if size != 8 + length + end:
         raise UserError(f"{path}: has {size} bytes where its header says {8 + length + end}; save or download it again")
 

@@ -171,7 +171,7 @@ ROWS = {
 }
 
 MODELS = {
-    "no such expert": Case(nothing, ("gone: there is no such folder",), ("expert=./gone",)),
+    "no such expert": Case(nothing, ("gone: no such folder",), ("expert=./gone",)),
     "an adapter of another architecture": Case(
         lambda w: make_adapter(w / "wrong", make_checkpoint(w / "gpt2", "gpt2")),
         ("expert.domain wrong: has weights for transformer.h.0", "another architecture"),
@@ -253,7 +253,7 @@ MODELS = {
 COMMANDS = {
     "unknown key": Case(nothing, ("temprature=2: unknown key; did you mean `temperature`?",), ("temprature=2",)),
     "unknown training argument": Case(nothing, ("did you mean `learning_rate`?",), ("train.learning_rat=1e-3",)),
-    "wrong type": Case(nothing, ("seed=many: wants a whole number",), ("seed=many",)),
+    "wrong type": Case(nothing, ("seed=many: expected an integer",), ("seed=many",)),
     "wrong type of a training argument": Case(nothing, ("train.max_steps=ten: expected ",), ("train.max_steps=ten",)),
     "out of range": Case(nothing, ("lambda", "1.5"), ("lambda=1.5",)),
     "owned by the toolkit": Case(nothing, ("train.output_dir=x: ", "`output`"), ("train.output_dir=x",)),

@@ -233,7 +233,7 @@ def test_check_names_the_command_of_another_recipe(
 def test_an_align_recipe_with_a_key_of_another_stays_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "r.yaml").write_text("base: b\nexpert: e\noutput: o\nrank: 4")
     assert cli.run(["check", str(tmp_path / "r.yaml")]) == 2
-    assert "rank = 4: stands in another place: write `lora.rank`" in capsys.readouterr().err
+    assert "rank = 4: belongs elsewhere: write `lora.rank`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [n for n, schema in schemas().items() if "seed" in schema.model_fields])

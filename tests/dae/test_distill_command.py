@@ -54,7 +54,7 @@ def test_the_command_trains_and_says_how_far_the_student_is(world: Path, capsys:
     [
         (["skew=0.2"], "skew=0.2: is read with `divergence: skewed_forward_kl` or `skewed_reverse_kl` only: remove it"),
         (["attention.layers=[[0, 7]]"], "attention.layers: [0, 7]: the teacher has no layer 7; its layers are 0 to 2"),
-        (["attention.layers=all"], "wants even, or a list of [student's layer, teacher's layer]"),
+        (["attention.layers=all"], "expected even, or a list of [student's layer, teacher's layer]"),
         (["cross_tokenizer=uld"], "only the next-token loss says which tokens are meant"),
     ],
 )

@@ -112,7 +112,7 @@ MISTAKES = [
       "--compare", "base=base"], "with a name that is no role"),
     (["report", "--from", "a", "--output", "r", "--margin", "0"], "--margin 0: wants points above 0"),
     (ask("r", "batchsize=3"), "batchsize=3: unknown key; did you mean `batch_size`?"),
-    (ask("r", model="nowhere"), "nowhere: there is no such folder"),
+    (ask("r", model="nowhere"), "nowhere: no such folder"),
     (ask("r", "groups.domain.tasks.0.metric=bleu"), "metric: 'bleu' is not among them"),
     (ask("r", "groups.domain.tasks.0.cluster_by=page"), "cluster_by: page: its documents have no such field"),
     (ask("tasks"), "tasks: holds files that this command did not write"),

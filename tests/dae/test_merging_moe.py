@@ -330,7 +330,7 @@ def test_gates_from_prompts_want_prompts(world: Path, capsys: pytest.CaptureFixt
         (["--expert", "base", "--expert", "expert", "experts_per_token=3"], "experts_per_token=3: is more than the 2"),
         (["--expert", "a=base", "--expert", "a=expert"], "--expert a=expert: names two experts alike"),
         (["--expert", "a=base", "--expert", "expert", "--gate", "random"], "has no name beside named ones"),
-        (["--expert", "base", "--expert", "nowhere", "--gate", "random"], "nowhere: there is no such folder"),
+        (["--expert", "base", "--expert", "nowhere", "--gate", "random"], "nowhere: no such folder"),
         (["--expert", "base", "--expert", "other", "--gate", "random"], "is a Qwen3ForCausalLM, base is a Mistral"),
         (["--base", "lora", "--expert", "base", "--expert", "expert", "--gate", "random"], "base: lora: is an adapter"),
         (["--base", "gpt", "--expert", "gpt", "--expert", "gpt", "--gate", "random"], "this is a gpt2 model"),

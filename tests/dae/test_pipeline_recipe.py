@@ -93,7 +93,7 @@ WRONG = [
     ({"base": "@exprt"}, "stages.next.base = '@exprt': there is no stage of this name; did you mean `expert`?"),
     ({"base": "@later"}, "stages.next.base = '@later': comes later: put `later` before `next`"),
     ({"base": "@next"}, "stages.next.base = '@next': is this stage itself"),
-    ({"base": "@expert"}, "is an adapter, here a full checkpoint is wanted: give `expert` the key `merge: true` and"),
+    ({"base": "@expert"}, "is an adapter; expected a full checkpoint: give `expert` the key `merge: true` and"),
     ({"base": "@expert/merged"}, "`expert` writes no merged weights: give `expert` the key `merge: true` and"),
     ({"base": "@full/merged"}, "`full` writes no merged weights: its weights are full: write \"@full\""),
     ({"base": "@full/part"}, "`full` has no part `part`: write \"@full\""),
@@ -169,13 +169,13 @@ dae.yaml:2: stage = 3: unknown key; did you mean `stages`?
 dae.yaml:8: stages.expert.train.learning_rat = 3: unknown training argument
 dae.yaml:7: stages.expert.data.train: no training rows for `train`: add --data PATH
 dae.yaml:7: stages.expert.data.trin: unknown key or route; the routes are train; did you mean `train`?
-dae.yaml:6: stages.expert.base: nowhere: there is no such folder
+dae.yaml:6: stages.expert.base: nowhere: no such folder
 dae.yaml:9: stages.rows.temperatur = 3: unknown key; did you mean `temperature`?
 dae.yaml:10: stages.merge.stage = 'merge': there are three ways to merge: write merge moe, merge weights or merge to
 dae.yaml:11: stages.student.stage = 'distil': wants align,
 dae.yaml:12: stages.2nd: a name starts with a letter and has letters, digits, - and _ only
 dae.yaml:13: stages.nameless.stage: is missing: write sft, sample, distill,
-dae.yaml:14: stages.text = 'base': wants `key: value` pairs, `stage` among them
+dae.yaml:14: stages.text = 'base': expected a mapping, `stage` among them
 dae.yaml:15: stages.mixture.experts.0.prompts: is missing: gate `hidden` is made from texts
 dae.yaml:15: stages.mixture.experts.1.prompts: is missing: gate `hidden` is made from texts
 dae.yaml:19: stages.aligned.expert.shop = '@expertt': there is no stage of this name
@@ -183,7 +183,7 @@ dae.yaml:20: stages.aligned.data.general.0.path: missing.jsonl
 dae.yaml:21: stages.scores.suite.file: batchsize=3: unknown key; did you mean `batch_size`?
 dae.yaml:22: stages.report.base: is missing: a report of models needs it
 dae.yaml:22: stages.report.expert: is missing: a report of models needs it
-dae.yaml:22: stages.report.compare.base: wants a name of letters, digits, - and _ that is no role
+dae.yaml:22: stages.report.compare.base: expected a name of letters, digits, - and _ that is no role
 """.splitlines()
 
 
@@ -210,8 +210,8 @@ def test_all_mistakes_of_all_stages_are_told_at_once_and_nothing_is_written(
     [
         ("stages: {}\n", "output: is missing"),
         ("output: o\nstages: {}\n", "stages = {}: names no stage: add one"),
-        ("output: o\nstages: [sft, align]\n", "wants `name: value` pairs"),
-        ("output: o\nsft: {base: b}\n", "stands in another place: write `stages.sft`"),
+        ("output: o\nstages: [sft, align]\n", "expected a mapping"),
+        ("output: o\nsft: {base: b}\n", "belongs elsewhere: write `stages.sft`"),
         ("output: o\nstages: {recipes: {stage: sft}}\n", "the stages' recipes are kept under this name"),
         ("output: o\nstages: {report: {from: {base: x}, suite: s}}\n", "suite: beside `from`: a report is made from"),
     ],

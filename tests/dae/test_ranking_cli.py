@@ -196,7 +196,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], list[str], list[str]]] = {
     "two labels": (lambda _: None, ["reward_model=two"], ["two: has 2 labels"]),
     "no reward model": (lambda _: None, ["reward_model=student"], ["student: has 2 labels"]),
     "name twice": (lambda _: None, ["--candidate", "big=odd.jsonl"], ["names two candidates alike"]),
-    "no name": (lambda _: None, ["--candidate", "odd.jsonl"], ["wants NAME=PATH"]),
+    "no name": (lambda _: None, ["--candidate", "odd.jsonl"], ["expected NAME=PATH"]),
     "unknown key": (lambda _: None, ["beta=[1]"], ["unknown key; did you mean `betas`?"]),
 }
 

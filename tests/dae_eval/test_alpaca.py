@@ -115,8 +115,8 @@ def test_mean_lengths_are_told_where_all_texts_are_there(tmp_path: Path) -> None
         ("[]", "at least one object"),
         ('{"a": 1}', "at least one object"),
         ('[{"generator_1": "a", "generator_2": "b", "preference": 3}]', "row 0: preference: 3.0"),
-        ('[{"generator_1": "a", "generator_2": "b", "preference": "1"}]', "row 0: preference: wants a number"),
-        ('[{"generator_1": "a", "preference": 1}]', "row 0: generator_2: wants text"),
+        ('[{"generator_1": "a", "generator_2": "b", "preference": "1"}]', "row 0: preference: expected a number"),
+        ('[{"generator_1": "a", "preference": 1}]', "row 0: generator_2: expected text"),
         ('[{"generator_1": "a", "generator_2": "b", "preference": null}]', "no annotation has a preference"),
         (
             '[{"generator_1": "a", "generator_2": "b", "preference": 1}, {"generator_1": "a", "generator_2": "c"}]',

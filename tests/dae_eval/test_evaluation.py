@@ -258,7 +258,7 @@ def test_mistakes_are_found_before_any_weights(world: Path, tmp_path: Path, monk
     ):
         with pytest.raises(UserError, match=words):
             ask(world, tmp_path, {"model": "base", "student": "student"}, **suite)
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         locate("--student", str(world / "nowhere"), None)
     with pytest.raises(UserError, match="is an adapter itself; merge that"):
         locate("--student", str(world / "expert"), str(world / "student"))

@@ -331,7 +331,7 @@ def test_tasks_that_are_several_or_none_are_told_together(tasks: Path) -> None:
 def test_several_tasks_under_one_name_and_no_folder_are_told(tasks: Path) -> None:
     with pytest.raises(UserError, match="both: stands for 2 tasks"):
         load_tasks(["both"], tasks, {})
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         load_tasks(["shop_say"], tasks / "nowhere", {})
 
 

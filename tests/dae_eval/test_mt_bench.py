@@ -354,5 +354,5 @@ def test_a_local_judge_needs_no_endpoint(world: Path) -> None:
     said = [json.loads(line) for line in (world / "out" / "replies" / "judgments.jsonl").read_text().splitlines()]
     assert len(said) == 8
     shutil.rmtree(world / "judge")
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         run_mt_bench(job)

@@ -198,7 +198,7 @@ def test_pair_judgments_survive_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"question_id": "1", "category": "x", "turns": ["a"]}, "question_id: wants a whole number, not a string"),
+        ({"question_id": "1", "category": "x", "turns": ["a"]}, "question_id: expected an integer, not a string"),
         ({"question_id": 1, "category": "x", "turns": ["a", "b", "c"]}, "turns: wants one or two texts"),
         ({"question_id": 1, "turns": ["a"]}, "has no category"),
     ],

@@ -94,7 +94,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         "chat_template: is missing",
         "shiped = 'world': unknown key; did you mean `shipped`?",
         "batch_size = 0: must be at least 1",
-        "domain = ('a',): stands in another place: write `groups.domain`",
+        "domain = ('a',): belongs elsewhere: write `groups.domain`",
         "held_out.generel: unknown route; wants general or domain",
         "held_out.domain = (): names no rows",
         "shot = 0: unknown key; did you mean `shots`?",

@@ -111,7 +111,7 @@ def test_a_model_that_cannot_be_had_is_named(name: str, monkeypatch: pytest.Monk
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=f"^{name}: there is no such folder"):
+    with pytest.raises(UserError, match=f"^{name}: no such folder"):
         model_fingerprint(name)
 
 
