@@ -20,12 +20,14 @@ def forward_kl(log_p_NV: Tensor, log_q_NV: Tensor) -> tuple[Tensor, Tensor]:
     return divergence, log_p_NV.exp().sub_(q_NV)
 
 
-def forward_kl_of_logits(logits_NV: Tensor, teacher_logits_NV: Tensor, p_NV: Tensor, q_NV: Tensor) -> Tensor:
-    """KL(q || p) at temperature 1, from logits and their softmax; gradient p - q. Overwrites teacher_logits_NV.
+def forward_kl_of_logits(
+    logits_NV: Tensor, log_normaliser_N: Tensor, teacher_logits_NV: Tensor, q_NV: Tensor
+) -> Tensor:
+    """KL(q || p) at temperature 1, from logits and what is known of them; gradient p - q. Overwrites teacher_logits_NV.
 
     sum q (log q - log p) with both normalisers outside of the sum: two passes of exp instead of four.
     """
-    normaliser_ratio_N = log_normaliser(teacher_logits_NV, q_NV) - log_normaliser(logits_NV, p_NV)
+    normaliser_ratio_N = log_normaliser(teacher_logits_NV, q_NV) - log_normaliser_N
     return (teacher_logits_NV.sub_(logits_NV).mul_(q_NV).sum(-1) - normaliser_ratio_N).sum()
 
 

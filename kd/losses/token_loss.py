@@ -111,7 +111,8 @@ def block_sums(
     """([loss, kl, ntp] summed over the block, d loss / d the student's logits where wanted): a chunked.BlockLoss."""
     logits_NV, p_NV = logits_SNV[0], space_SNV[0]
     torch.softmax(logits_NV, dim=-1, out=p_NV)
-    ntp = (log_normaliser(logits_NV, p_NV) - logits_NV.gather(1, labels_N[:, None])[:, 0]).sum()
+    log_normaliser_N = log_normaliser(logits_NV, p_NV)
+    ntp = (log_normaliser_N - logits_NV.gather(1, labels_N[:, None])[:, 0]).sum()
     if len(logits_SNV) == 1:
         sums = torch.stack([ntp, torch.zeros_like(ntp), ntp])
         return sums, subtract_at_labels(p_NV, labels_N, 1.0) if wants_grad else None
@@ -122,7 +123,7 @@ def block_sums(
     if weight > 0.0 and not token_loss.is_reported_kl:
         divergence, divergence_grad_NV = divergence_sum(token_loss, logits_NV, teacher_logits_NV, wants_grad)
     torch.softmax(teacher_logits_NV, dim=-1, out=q_NV)
-    kl = forward_kl_of_logits(logits_NV, teacher_logits_NV, p_NV, q_NV)
+    kl = forward_kl_of_logits(logits_NV, log_normaliser_N, teacher_logits_NV, q_NV)
 
     loss = weight * temperature**2 * (kl if token_loss.is_reported_kl else divergence)
     if weight < 1.0:
