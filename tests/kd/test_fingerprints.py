@@ -17,7 +17,7 @@ from kd.data.fingerprint import data_sha256
 from kd.errors import MachineError, UserError
 from kd.models.checkpoint_files import check_safetensors, model_fingerprint
 from kd.runs.environment import environment, masked
-from kd.runs.files import cut_torn_line, write_text_durably
+from kd.runs.files import append_lines, cut_torn_line, write_text_durably
 from kd.runs.hashes import file_sha256
 
 REPOSITORY = Path(__file__).parents[2]
@@ -217,3 +217,13 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(MachineError, match=f"{path}: the disk is full"):
         write_text_durably(path, "new")
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_line_that_did_not_fit_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lines"
+    append_lines(path, "one\n")
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:2]))
+    with pytest.raises(MachineError):
+        append_lines(path, "two\n")
+    assert path.read_text() == "one\n"
