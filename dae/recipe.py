@@ -10,10 +10,9 @@ from pydantic import Field, field_validator
 from dae.recorded_rows import complete_from_run_folders, domain_remedy, general_remedy
 from dae.routing import GENERAL, UNNAMED
 from kd.config.data_recipe import DATA_SETTINGS, ROUTE_NAME, route_problems
-from kd.config.flags import BASE, Flag
 from kd.config.problems import NO_VALUE, Problem
 from kd.config.schema import Reads
-from kd.config.stage_recipe import StageRecipe
+from kd.config.stage_recipe import BASE, Flag, StageRecipe
 from kd.errors import UserError
 from kd.losses.divergence_recipe import DivergenceRecipe
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dae.stages import STAGES, StageEntry
-from kd.config.flags import Flag
 from kd.config.loading import load_recipe
-from kd.config.stage_recipe import StageRecipe
+from kd.config.stage_recipe import Flag, StageRecipe
 from kd.runs.provenance import HELD_OUT
 
 if TYPE_CHECKING:

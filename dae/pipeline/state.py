@@ -28,8 +28,7 @@ from kd.models.adapter_files import base_of, is_adapter
 from kd.models.checkpoint_files import model_fingerprint, resolve_model
 from kd.models.tokenizer_files import tokenizer_sha256
 from kd.runs.claimed_folder import LOCK, ClaimedFolder
-from kd.runs.files import disk_errors, json_text, read_json, write_text_durably
-from kd.runs.hashes import file_sha256
+from kd.runs.files import disk_errors, file_sha256, json_text, read_json, write_text_durably
 from kd.runs.lock import hold
 from kd.runs.provenance import TOOLKIT
 from kd.runs.settings import changed, changed_facts, recorded_values

@@ -39,8 +39,7 @@ from kd.models.adapter_files import base_of, tokenizer_home
 from kd.models.checkpoint_files import model_fingerprint, resolve_model
 from kd.models.tokenizer_files import tokenizer_sha256
 from kd.runs.claimed_folder import held_below, refuse_file
-from kd.runs.files import append_lines, cut_torn_line, fsync_path, json_text, read_json, write_text_durably
-from kd.runs.hashes import file_sha256
+from kd.runs.files import append_lines, cut_torn_line, file_sha256, fsync_path, json_text, read_json, write_text_durably
 from kd.runs.settings import changed_settings, refuse_changes
 
 logger = logging.getLogger("dae")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import (
     Field,
     model_serializer,
 )
 
-from kd.config.formats import Format
 from kd.config.problems import NO_VALUE, Problem, suggestion
 from kd.config.schema import Frozen, plain
+
+Format = Literal["messages", "prompt-completion", "text", "sharegpt", "alpaca", "prompt-response"]
+
+
+FORMATS: tuple[Format, ...] = get_args(Format)
+
 
 SHARE_TOLERANCE = 1e-6
 
@@ -120,7 +125,6 @@ DATA_SETTINGS = frozenset(DataRecipe.model_fields) - {"routes"}
 
 
 def sources_as_written(routes: Mapping[str, Sequence[SourceRecipe]]) -> dict[str, Any]:
-    """Routes as they stand in a resolved recipe."""
     return {name: [source.model_dump() for source in sources] for name, sources in routes.items()}
 
 

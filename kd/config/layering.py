@@ -163,7 +163,6 @@ def parse_file(path: Path) -> tuple[yaml.Node, dict[str, Any]]:
 
 
 def kind_of(value: Any) -> str:
-    """What a YAML value is, in plain words."""
     return "a list" if isinstance(value, list) else "one value"
 
 

@@ -64,7 +64,6 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def one_of(names: Sequence[str]) -> str:
-    """Names as a choice: a, b or c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 

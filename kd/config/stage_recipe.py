@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
     Field,
@@ -11,10 +11,23 @@ from pydantic import (
 )
 
 from kd.config.data_recipe import DATA_SETTINGS, DataRecipe
-from kd.config.flags import BASE, ROWS, Flag
 from kd.config.problems import Problem, suggestion
 from kd.config.schema import LARGEST_SEED, Frozen, Reads
 from kd.config.training_arguments import ALLOWED, training_argument_problems
+
+
+class Flag(NamedTuple):
+    """`--NAME METAVAR` gives the recipe's dotted key; a flag that repeats gives a list."""
+
+    name: str
+    key: str
+    metavar: str
+    help: str
+    repeats: bool = False
+
+
+BASE = Flag("base", "base", "CKPT", "checkpoint that training starts from")
+ROWS = Flag("data", "data.train", "PATH", "training rows; repeats", repeats=True)
 
 
 class LoraRecipe(Frozen):

@@ -46,5 +46,4 @@ def rows_of_routes(batch: Batch, routes: Sequence[int]) -> dict[str, Tensor]:
 
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
-    """What the model's forward takes of a batch."""
     return {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}

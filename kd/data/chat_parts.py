@@ -110,7 +110,6 @@ def control_tokens(fmt: ChatFormat, shape: ChatShape, ask: bool) -> tuple[str, .
 
 
 def _chat_like(shape: ChatShape) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Messages and tools of a shape, with words of our own."""
     messages = [_message_like(turn, place) for place, turn in enumerate(shape.turns)]
     return messages, [_tool_like(*tool, place) for place, tool in enumerate(shape.tools)]
 
@@ -200,12 +199,10 @@ def _other(text: str) -> str:
 
 
 def _with_function(whole: Mapping[str, Any], function: Mapping[str, Any]) -> dict[str, Any]:
-    """A call or tool with another function (itself, where it is not nested)."""
     return {**whole, "function": dict(function)} if "function" in whole else dict(function)
 
 
 def renamed(whole: Mapping[str, Any]) -> dict[str, Any]:
-    """A call or tool with another name."""
     function = whole.get("function", whole)
     return _with_function(whole, {**function, "name": _other(function["name"])})
 

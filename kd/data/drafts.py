@@ -116,13 +116,11 @@ def draft(
 
 
 def listed(tokens: Sequence[str]) -> str:
-    """Special tokens as messages show them."""
     shown = ", ".join(f"`{token}`" for token in tokens[:3])
     return f"{shown} and {len(tokens) - 3} more" if len(tokens) > 3 else shown
 
 
 def missing_eos(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The message for a tokenizer without EOS."""
     return f"the tokenizer {tokenizer.name_or_path} has no EOS token to append; set data.append_eos: false"
 
 
@@ -232,7 +230,6 @@ def says_all(text: str, messages: Messages) -> bool:
 
 
 def is_empty(message: Mapping[str, Any]) -> bool:
-    """Whether an assistant turn says and calls nothing."""
     return not message["content"].strip() and not any(message.get(key) for key in ("tool_calls", *REASONING))
 
 
@@ -334,6 +331,5 @@ def finished(drafted: Draft, chat: RenderedChat, cut_off: bool, tokenizer: PreTr
 
 
 def cut_at(drafted: Draft, stop: int) -> Draft:
-    """A conversation up to a character of its text."""
     literal = tuple(span for span in drafted.literal if span[1] <= stop)
     return replace(drafted, text=drafted.text[:stop], literal=literal)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kd.data.records import FILE_ENDINGS, HUB_ID
 from kd.errors import UserError
-from kd.runs.hashes import file_sha256, files_sha256, joint_sha256
+from kd.runs.files import file_sha256, files_sha256, joint_sha256
 
 
 def data_sha256(path: str | Path) -> str:

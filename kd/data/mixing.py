@@ -43,7 +43,6 @@ class MixtureSource:
 
     @property
     def title(self) -> str:
-        """How messages call this source."""
         return f"data.{self.route}{f': {self.name}' if self.name else ''}"
 
 
@@ -311,7 +310,6 @@ def pad_rows(rows: Sequence[MixedRow], pad_token_id: int, pad_to_multiple_of: in
 
 
 def of_teacher(row: MixedRow) -> MixedRow:
-    """The row in the teacher's tokens."""
     ids, mask = row["teacher_input_ids"], row["teacher_response_mask"]
     return {"input_ids": ids, "response_mask": mask, "route_id": row["route_id"]}
 

@@ -31,17 +31,14 @@ class PairedRows(TokenRows):
 
     @classmethod
     def concatenate(cls, parts: Sequence[TokenRows]) -> PairedRows:
-        """The rows of all parts, in order."""
         theirs = [part.teacher for part in parts if isinstance(part, PairedRows)]
         return cls(TokenRows.concatenate(parts), TokenRows.concatenate(theirs))
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of both sides' tokens and masks."""
         return hashlib.sha256(f"{super().sha256} {self.teacher.sha256}".encode()).hexdigest()
 
     def columns(self, row: int) -> dict[str, Ids | Mask]:
-        """Also the teacher's tokens of the row."""
         theirs = {f"{FOR_TEACHER}{name}": values for name, values in self.teacher.columns(row).items()}
         return super().columns(row) | theirs
 

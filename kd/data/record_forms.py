@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kd.config.formats import FORMATS, Format
+from kd.config.data_recipe import FORMATS, Format
 from kd.data.messages import OLD_CALLS, check_text, holds_nulls, json_of, kind_of, list_of_objects, messages_of, tool_of
 from kd.errors import UserError
 
@@ -136,7 +136,6 @@ def record_of(raw: Any, location: str, declared: Format | None = None, padded: C
 
 
 def messages_in(value: Any) -> Iterator[Mapping[str, Any]]:
-    """The messages of a column, where it has any."""
     if isinstance(value, (list, tuple)):
         yield from (message for message in value if isinstance(message, Mapping))
 

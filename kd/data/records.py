@@ -288,7 +288,6 @@ def files_of_folder(source: SourceRecipe) -> list[Path]:
 
 
 def is_hidden(file: Path) -> bool:
-    """Whether a file or a folder above it has a name that begins with a dot."""
     return any(part.startswith(".") for part in file.parts)
 
 

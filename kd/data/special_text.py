@@ -45,7 +45,6 @@ def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids of what `special_texts` has."""
     return _control(tokenizer, len(tokenizer)).ids
 
 

@@ -47,7 +47,6 @@ class StageData:
 
     @property
     def largest_id(self) -> int:
-        """The largest token id in any row."""
         return max(int(rows.input_ids.max()) for rows in (*self.rows, *self.held_out.values()))
 
     def counts(self, of_source: Callable[[SourceReport], int]) -> dict[str, int]:

@@ -88,7 +88,6 @@ class TokenizerAudit:
         )
 
     def normalised(self, path: str) -> str | None:
-        """One line on what the normaliser changes; None where it changes nothing."""
         if not self.changed:
             return None
         return f"{path}: {self.changed} of {self.texts} texts looked at are changed by the tokenizer's normaliser"
@@ -160,7 +159,6 @@ def spread(texts: Sequence[str]) -> Sequence[str]:
 
 
 def shown(counts: Counts) -> str:
-    """Characters with their numbers, in words."""
     words = ", ".join(f"{in_words(character)} ({count})" for character, count in counts[:SHOWN])
     return words if len(counts) <= SHOWN else f"{words} and {len(counts) - SHOWN} more"
 
@@ -248,7 +246,6 @@ def under_unknown(
 
 
 def normalised(tokenizer: Any, text: str) -> str:
-    """The text as the tokenizer's normaliser leaves it."""
     normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
     return text if normalizer is None else str(normalizer.normalize_str(text))
 

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd.config.layer_recipes import AttentionRecipe, HiddenRecipe, LayersRecipe
 from kd.errors import UserError
 from kd.losses.attention import AttentionInputs, observed_attention
 from kd.losses.hidden_states import decoder_layers
+from kd.losses.layer_pairs import Layers
 from kd.models.forward import final_hidden_states, unwrapped
 from kd.models.roles import Role, activate
 
 TOKENS = 8
 
 
-def refuse_constant_losses(attention: AttentionRecipe | None, hidden: HiddenRecipe | None, student: Role) -> None:
+def refuse_constant_losses(attention: Layers | None, hidden: Layers | None, student: Role) -> None:
     """Raise UserError where the attention or the hidden-state loss compares only layers that nothing trained reaches.
 
     student: also one without memory for its weights, as `dae check` has it.
@@ -33,14 +33,12 @@ def refuse_constant_losses(attention: AttentionRecipe | None, hidden: HiddenReci
         refuse_constant_loss("hidden", "the output", hidden, student, reached)
 
 
-def refuse_constant_loss(
-    section: str, what: str, settings: LayersRecipe, student: Role, reached: dict[int, bool]
-) -> None:
+def refuse_constant_loss(section: str, what: str, layers: Layers, student: Role, reached: dict[int, bool]) -> None:
     """Raise UserError where a gradient reaches no layer of a section; one that was not observed counts as reached."""
     compared: Any = range(unwrapped(student.model).config.get_text_config().num_hidden_layers)
     shown: Any = "even"
-    if settings.layers != "even":
-        compared, shown = [ours for ours, _ in settings.layers], [list(pair) for pair in settings.layers]
+    if layers != "even":
+        compared, shown = [ours for ours, _ in layers], [list(pair) for pair in layers]
     if not any(reached.get(layer, True) for layer in compared):
         raise UserError(
             f"{section}.layers: {shown}: nothing of the student that trains comes before {what} of these layers, so "

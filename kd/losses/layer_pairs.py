@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from kd.errors import UserError
 
 LayerPairs = tuple[tuple[int, int], ...]
+Layers = Literal["even"] | LayerPairs
 
 
-def layer_pairs(
-    chosen: Literal["even"] | Sequence[tuple[int, int]], student_layers: int, teacher_layers: int, key: str
-) -> LayerPairs:
+def layer_pairs(chosen: Layers, student_layers: int, teacher_layers: int, key: str) -> LayerPairs:
     """(student's layer, teacher's layer) pairs, both counted from 0.
 
     `even`: every layer of the student, with the teacher's layers spread over them so that the last meets the last:

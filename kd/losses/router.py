@@ -31,7 +31,6 @@ def routers_of(model: nn.Module) -> list[tuple[nn.Module, int]]:
 
 
 def experts_per_token(model: nn.Module) -> int:
-    """How many experts each token of a mixture passes through."""
     return int(unwrapped(model).config.get_text_config().num_experts_per_tok)
 
 

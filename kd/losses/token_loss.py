@@ -156,5 +156,4 @@ def divergence_sum(
 
 
 def subtract_at_labels(values_NV: Tensor, labels_N: Tensor, amount: float) -> Tensor:
-    """Subtract from each row's label, in place."""
     return values_NV.scatter_add_(1, labels_N[:, None], torch.full_like(values_NV[:, :1], -amount))

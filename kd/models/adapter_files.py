@@ -64,9 +64,7 @@ def refuse_adapter(path: str, key: str = "") -> None:
     """
     if is_adapter(path):
         where = f"{key}: {path}" if key else path
-        raise UserError(
-            f"{where}: is an adapter; expected a full checkpoint: pass its base, or merge it."
-        )
+        raise UserError(f"{where}: is an adapter; expected a full checkpoint: pass its base, or merge it.")
 
 
 def has_tokenizer(path: str) -> bool:

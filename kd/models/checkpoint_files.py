@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.errors import UserError
-from kd.runs.hashes import files_sha256, joint_sha256
+from kd.runs.files import files_sha256, joint_sha256
 from kd.runs.provenance import FINISHED, read_provenance
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")

@@ -74,11 +74,9 @@ def refuse_other_weights(
 
 
 def some(names: Collection[str]) -> str:
-    """The first few names, and how many there are besides."""
     shown = ", ".join(sorted(names)[:NAMES_SHOWN])
     return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

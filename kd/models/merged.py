@@ -105,7 +105,6 @@ def state_ties_of_files(folder: Path, config: PretrainedConfig) -> None:
 
 
 def is_tied(config: PretrainedConfig) -> bool:
-    """Whether a config calls the two embeddings one matrix."""
     return bool(config.get_text_config().tie_word_embeddings)
 
 

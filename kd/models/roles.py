@@ -63,7 +63,6 @@ class Role:
 
     @cached_property
     def modules(self) -> tuple[nn.Module, ...]:
-        """Every module of the model."""
         return tuple(self.model.modules())
 
     @cached_property

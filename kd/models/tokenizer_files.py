@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kd.runs.hashes import files_sha256, joint_sha256
+from kd.runs.files import files_sha256, joint_sha256
 
 _NAMES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",

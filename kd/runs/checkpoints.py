@@ -13,8 +13,7 @@ import os
 import re
 from pathlib import Path
 
-from kd.runs.files import disk_errors, fsync_path, fsync_tree, json_text, remove
-from kd.runs.hashes import files_sha256
+from kd.runs.files import disk_errors, files_sha256, fsync_path, fsync_tree, json_text, remove
 
 logger = logging.getLogger("dae")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,6 @@ def fsync_tree(folder: Path) -> None:
 
 
 def write_text_durably(path: Path, text: str) -> None:
-    """`write_bytes_durably` for `text` in UTF-8."""
     write_bytes_durably(path, text.encode())
 
 
@@ -174,7 +175,6 @@ def plain(value: Any) -> Any:
 
 
 def json_text(value: Mapping[str, Any]) -> str:
-    """A mapping as an indented JSON file's text."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -191,3 +191,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: is no JSON object; restore it, or choose another --output")
     return content
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_sha256(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of each named file below `folder`. Files are read side by side: hashing does not hold the interpreter."""
+    ordered = sorted(names)
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return dict(zip(ordered, pool.map(lambda name: file_sha256(folder / name), ordered), strict=True))
+
+
+def joint_sha256(hashes: Mapping[str, str]) -> str:
+    """One SHA-256 over names and hashes: what `LC_ALL=C sha256sum NAMES... | sha256sum` prints for sorted names."""
+    listing = "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes))
+    return hashlib.sha256(listing.encode()).hexdigest()

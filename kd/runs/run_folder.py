@@ -36,6 +36,8 @@ from kd.runs.files import (
     append_lines,
     cut_torn_line,
     disk_errors,
+    file_sha256,
+    files_sha256,
     fsync_path,
     fsync_tree,
     json_text,
@@ -44,7 +46,6 @@ from kd.runs.files import (
     remove,
     write_text_durably,
 )
-from kd.runs.hashes import file_sha256, files_sha256
 from kd.runs.provenance import FINISHED, PROVENANCE, TOOLKIT, DataInput, changed_inputs, read_provenance
 from kd.runs.settings import changed, recipe_values, recorded_recipe, refuse_changes
 

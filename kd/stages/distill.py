@@ -123,7 +123,6 @@ def check_same_tokenizer(recipe: DistillRecipe) -> None:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of the language model."""
     return unwrapped(model).config.get_text_config()
 
 
@@ -145,5 +144,6 @@ def terms_of(recipe: DistillRecipe, student: Role, teacher: Role) -> tuple[Auxil
         if term.projections is not None:
             student.model.add_module(TRAINING_ONLY, term.projections.to(student.model.device))
         terms.append(term)
-    refuse_constant_losses(recipe.attention, recipe.hidden, student)
+    sections = (recipe.attention, recipe.hidden)
+    refuse_constant_losses(*(None if one is None else one.layers for one in sections), student)
     return tuple(terms)

@@ -108,7 +108,6 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT) -> RunResult:
 def card_facts(
     stage: Stage[RecipeT], recipe: RecipeT, inputs: Inputs, data: StageData, summary: Mapping[str, Any]
 ) -> CardFacts:
-    """What the model card says of the run."""
     models = {role: (one.path, one.fingerprint) for role, one in inputs.items()}
     return CardFacts(stage.name, stage.describe(recipe), recipe, models, data.inputs, data.reports, summary)
 

@@ -143,7 +143,6 @@ def _sources(routes: Mapping[str, Sequence[DataInput]], facts: CardFacts) -> str
 
 
 def _results(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The summary without what the table of the data says of each source."""
     return {key: value for key, value in summary.items() if key not in ("rows", "dropped", "truncated")}
 
 

@@ -91,5 +91,4 @@ def planned_steps(mixture: Mixture, args: TrainingArguments) -> int:
 
 
 def rows_per_step(args: TrainingArguments) -> int:
-    """Rows of one optimizer step, over all micro-batches and ranks."""
     return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)

@@ -50,7 +50,6 @@ class Verification:
 
     @property
     def relative(self) -> float:
-        """The difference as a part of the scale."""
         return self.difference / self.scale if self.scale > 0 else self.difference
 
 

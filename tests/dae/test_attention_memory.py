@@ -13,12 +13,11 @@ from stages import plan_of
 
 import kd.losses.attention
 from dae.checking.estimates import held_for_maps, memory
-from kd.config.layer_recipes import AttentionRecipe
 from kd.losses.attention import attention_loss
 from kd.losses.layer_pairs import layer_pairs
 from kd.losses.token_loss import TokenLoss
 from kd.models.roles import STUDENT_ADAPTER, Role
-from kd.stages.distill_recipe import DistillRecipe
+from kd.stages.distill_recipe import AttentionRecipe, DistillRecipe
 from kd.training.objective import Objective, Route, route_sums
 
 ROWS, TOKENS = 2, 48

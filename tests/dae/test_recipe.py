@@ -13,7 +13,7 @@ from dae.commands.schemas import schemas
 from dae.recipe import AlignRecipe
 from kd.config.loading import load_recipe, resolved_yaml
 from kd.errors import UserError
-from kd.runs.hashes import file_sha256
+from kd.runs.files import file_sha256
 from kd.stages.sft_recipe import SftRecipe
 
 SHIPPED = Path(__file__).parents[2] / "recipes"

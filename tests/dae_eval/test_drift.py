@@ -36,7 +36,7 @@ from kd.config.data_recipe import DataRecipe
 from kd.data.token_rows import TokenRows
 from kd.errors import UserError
 from kd.models.roles import STUDENT_ADAPTER, Role
-from kd.runs.hashes import file_sha256
+from kd.runs.files import file_sha256
 
 TIMINGS = {"response_tokens_per_second", "peak_memory_gib"}
 HELD_OUT = ("data.eval.domain=heldout_shop.jsonl", "data.eval.general=heldout_general.jsonl")

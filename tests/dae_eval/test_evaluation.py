@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from worlds import make_adapter, make_rows
 
 from kd.errors import MachineError, UserError
-from kd.runs.hashes import file_sha256
+from kd.runs.files import file_sha256
 
 
 @pytest.fixture(scope="module")

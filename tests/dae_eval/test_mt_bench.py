@@ -32,7 +32,7 @@ from dae_eval.judging.mt_bench_scores import (
 from judge_server import JudgeServer, rating_of, verdict_of
 
 from kd.errors import UserError
-from kd.runs.hashes import file_sha256
+from kd.runs.files import file_sha256
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,7 @@ from kd.data.fingerprint import data_sha256
 from kd.errors import MachineError, UserError
 from kd.models.checkpoint_files import check_safetensors, model_fingerprint
 from kd.runs.environment import environment, masked
-from kd.runs.files import append_lines, cut_torn_line, write_text_durably
-from kd.runs.hashes import file_sha256
+from kd.runs.files import append_lines, cut_torn_line, file_sha256, write_text_durably
 
 REPOSITORY = Path(__file__).parents[2]
 

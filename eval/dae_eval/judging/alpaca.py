@@ -31,8 +31,7 @@ from dae_eval.judging.mt_bench_scores import verdict_in
 from dae_eval.results import Document, Evaluation, Kind, ModelFacts, TaskResult
 from kd.errors import UserError
 from kd.runs.environment import environment
-from kd.runs.files import json_text, write_text_durably
-from kd.runs.hashes import file_sha256
+from kd.runs.files import file_sha256, json_text, write_text_durably
 
 logger = logging.getLogger("dae")
 

@@ -37,8 +37,7 @@ from dae_eval.judging.mt_bench_results import Asked, Judged, Result, finish, jud
 from dae_eval.judging.mt_bench_scores import HIGHEST, LOWEST, rating_in, verdict_in
 from dae_eval.results import Kind, ModelFacts
 from kd.errors import UserError
-from kd.runs.files import write_text_durably
-from kd.runs.hashes import file_sha256
+from kd.runs.files import file_sha256, write_text_durably
 
 logger = logging.getLogger("dae")
 
