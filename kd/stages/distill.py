@@ -144,6 +144,6 @@ def terms_of(recipe: DistillRecipe, student: Role, teacher: Role) -> tuple[Auxil
         if term.projections is not None:
             student.model.add_module(TRAINING_ONLY, term.projections.to(student.model.device))
         terms.append(term)
-    sections = (recipe.attention, recipe.hidden)
-    refuse_constant_losses(*(None if one is None else one.layers for one in sections), student)
+    attention, hidden = (None if one is None else one.layers for one in (recipe.attention, recipe.hidden))
+    refuse_constant_losses(attention, hidden, student)
     return tuple(terms)
