@@ -83,7 +83,7 @@ def masked(command: Sequence[str]) -> list[str]:
 
 def toolkit_commit() -> str | None:
     """Git commit of the toolkit (with `-dirty` for changed files), only where it runs from its own checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         return subprocess.run(
