@@ -116,8 +116,7 @@ def card_facts(
     stage: Stage[RecipeT], recipe: RecipeT, inputs: Inputs, data: StageData, summary: Mapping[str, Any]
 ) -> CardFacts:
     """What the model card says of the run."""
-    fingerprints = {role: (one.path, one.fingerprint) for role, one in inputs.items()}
-    return CardFacts(stage.name, stage.describe(recipe), recipe, fingerprints, data.inputs, data.reports, summary)
+    return CardFacts(stage.name, stage.describe(recipe), recipe, inputs, data.inputs, data.reports, summary)
 
 
 def tell_of_rows(data: StageData) -> None:
