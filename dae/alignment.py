@@ -25,7 +25,6 @@ from kd.data.drafts import NoChatTemplateError
 from kd.data.stage_data import StageData, load_stage_data
 from kd.errors import UserError
 from kd.losses.token_loss import TokenLoss
-from kd.models.adapter_files import refuse_adapter
 from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.compatibility import check_adapter, check_complete, check_tokenizers
 from kd.models.roles import (
@@ -67,17 +66,22 @@ class Align(Stage[AlignRecipe]):
     recipe = AlignRecipe
 
     def inputs(self, recipe: AlignRecipe) -> dict[str, Checkpoint]:
-        return {role: checkpoint(path) for role, path in role_paths(recipe).items()}
+        paths = {"base": recipe.base, "reference": recipe.reference or recipe.base}
+        paths |= {f"expert.{name}": path for name, path in recipe.expert.items()}
+        if recipe.student_from is not None:
+            paths["student_from"] = recipe.student_from
+        return {role: checkpoint(path) for role, path in paths.items()}
 
     def check(self, recipe: AlignRecipe, inputs: Inputs) -> AlignRecipe:
         check_checkpoints(recipe, inputs)
-        return with_lora_of_student(recipe)
+        return with_lora_of_student(recipe, inputs)
 
     def load_data(self, recipe: AlignRecipe, inputs: Inputs) -> StageData:
-        templates = templates_of_roles(recipe)
+        templates = templates_of_roles(recipe, inputs)
         routes, shares = [GENERAL, *recipe.expert], default_route_shares(recipe.expert)
         try:
-            data = load_stage_data(recipe, routes, shares, chat_template=chosen_template(recipe, templates))
+            template = chosen_template(recipe, templates)
+            data = load_stage_data(recipe, inputs["base"], routes, shares, chat_template=template)
         except NoChatTemplateError as error:
             raise NoChatTemplateError(error.problem, remedy(recipe, templates)) from error
         warn_of_other_templates(recipe, templates, data)
@@ -90,13 +94,13 @@ class Align(Stage[AlignRecipe]):
         weights all train shares with nobody: "adapters off" would be the moving student itself, with a KL of zero that
         looks like success. Its teachers stand on one frozen copy of the base.
         """
-        shared = Backbone(recipe.base, load_model(recipe.base, settings)) if needs_base(recipe, inputs) else None
+        base, earlier = inputs["base"], inputs.get("student_from")
+        shared = Backbone(base, load_model(base, settings)) if needs_base(recipe, inputs) else None
         if recipe.lora is not None:
             assert shared is not None
-            student = Role("student", add_student_adapter(shared, recipe.lora, recipe.student_from), STUDENT_ADAPTER)
+            student = Role("student", add_student_adapter(shared, recipe.lora, earlier), STUDENT_ADAPTER)
         else:
-            start = recipe.student_from or recipe.base
-            student = Role("student", trainable_model(start, settings, student_dtype(recipe)), None)
+            student = Role("student", trainable_model(earlier or base, settings, student_dtype(recipe)), None)
         teachers = load_teachers(inputs, settings, shared)
         return StageRoles(student, teachers, shared.model if shared is not None else None)
 
@@ -140,15 +144,6 @@ def align(recipe: AlignRecipe) -> RunResult:
     return run_stage(Align(), recipe)
 
 
-def role_paths(recipe: AlignRecipe) -> dict[str, str]:
-    """Every role but the student -> its checkpoint as typed. Experts are called `expert.NAME`."""
-    paths = {"base": recipe.base, "reference": recipe.reference or recipe.base}
-    paths |= {f"expert.{name}": path for name, path in recipe.expert.items()}
-    if recipe.student_from is not None:
-        paths["student_from"] = recipe.student_from
-    return paths
-
-
 def teacher_inputs(inputs: Inputs) -> dict[str, Checkpoint]:
     """The reference and the experts."""
     return {role: one for role, one in inputs.items() if role not in ("base", "student_from")}
@@ -156,15 +151,15 @@ def teacher_inputs(inputs: Inputs) -> dict[str, Checkpoint]:
 
 def check_checkpoints(recipe: AlignRecipe, inputs: Inputs) -> None:
     """Raise UserError where a checkpoint does not belong to the others; reads no weights."""
-    refuse_adapter(recipe.base, "base")
-    check_tokenizers(recipe.base, role_paths(recipe), recipe.trust_remote_code)
+    base = inputs["base"]
+    base.refuse_adapter("base")
+    check_tokenizers(base, inputs, recipe.trust_remote_code)
     for one in {one.fingerprint: one for one in inputs.values() if not one.is_adapter}.values():
-        check_complete(one.path, recipe.trust_remote_code)
+        check_complete(one, recipe.trust_remote_code)
     first_role: dict[str, str] = {}
     for role, one in inputs.items():
         if one.is_adapter and first_role.setdefault(one.path, role) == role:
-            fingerprint = inputs["base"].fingerprint
-            check_adapter(role, one.path, recipe.base, fingerprint, recipe.trust_remote_code, shares=True)
+            check_adapter(role, one, base, recipe.trust_remote_code, shares=True)
     if recipe.student_from is not None and inputs["student_from"].is_adapter != (recipe.lora is not None):
         kind, way = ("an adapter", "merge it") if recipe.lora is None else ("a full checkpoint", "set `lora: null`")
         raise UserError(f"student_from: {recipe.student_from}: is {kind}, which this student cannot go on from; {way}.")
@@ -185,7 +180,7 @@ def load_teachers(inputs: Inputs, settings: LoadSettings, shared: Backbone | Non
     for role, one in teachers.items():
         if one.is_adapter:
             assert shared is not None
-            adapters[role] = add_frozen_adapter(shared, one.path)
+            adapters[role] = add_frozen_adapter(shared, one)
     own: dict[str, Role] = {}
     roles = {}
     for role, one in teachers.items():
@@ -193,6 +188,6 @@ def load_teachers(inputs: Inputs, settings: LoadSettings, shared: Backbone | Non
             roles[role] = Role(role, shared.model, adapters.get(role))
         else:
             if one.fingerprint not in own:
-                own[one.fingerprint] = Role(role, load_model(one.path, settings), None)
+                own[one.fingerprint] = Role(role, load_model(one, settings), None)
             roles[role] = Role(role, own[one.fingerprint].model, None)
     return roles

@@ -10,27 +10,28 @@ from dae.recipe import AlignRecipe
 from kd.config.stage_recipe import LoraRecipe
 from kd.errors import UserError
 from kd.models.adapters import put_adapter
-from kd.models.compatibility import empty_model
+from kd.models.checkpoint import Checkpoint
 from kd.models.roles import STUDENT_ADAPTER, Backbone, add_student_adapter
+from kd.stages.stage import Inputs
 
 ALL_LINEAR = "all-linear"
 
 
-def with_lora_of_student(recipe: AlignRecipe) -> AlignRecipe:
+def with_lora_of_student(recipe: AlignRecipe, inputs: Inputs) -> AlignRecipe:
     """The recipe with its `lora` as the adapter of `student_from` has it; the same one where no adapter goes on.
 
     Raises UserError where a key of `lora` that was written down says otherwise, naming each.
     """
-    path, ours = recipe.student_from, recipe.lora
-    if path is None or ours is None:
+    earlier, ours = inputs.get("student_from"), recipe.lora
+    if earlier is None or ours is None:
         return recipe
-    adapted = put_adapter(_empty(recipe), path, STUDENT_ADAPTER)
-    theirs = lora_of(recipe, adapted)
+    adapted = put_adapter(inputs["base"].meta_model(recipe.trust_remote_code), earlier, STUDENT_ADAPTER)
+    theirs = lora_of(recipe, inputs["base"], adapted)
     differing = [key for key in LoraRecipe.model_fields if getattr(ours, key) != getattr(theirs, key)]
-    if "target_modules" in differing and _names_same_layers(recipe, ours, adapted):
+    if "target_modules" in differing and _names_same_layers(recipe, inputs["base"], ours, adapted):
         differing.remove("target_modules")
     told = [
-        f"lora.{key}: {_shown(getattr(ours, key))}: the adapter of student_from ({path}) has "
+        f"lora.{key}: {_shown(getattr(ours, key))}: the adapter of student_from ({earlier}) has "
         f"{_shown(getattr(theirs, key))}"
         for key in differing
         if key in ours.model_fields_set
@@ -40,11 +41,11 @@ def with_lora_of_student(recipe: AlignRecipe) -> AlignRecipe:
     return recipe.model_copy(update={"lora": theirs})
 
 
-def lora_of(recipe: AlignRecipe, adapted: PeftModel) -> LoraRecipe:
+def lora_of(recipe: AlignRecipe, base: Checkpoint, adapted: PeftModel) -> LoraRecipe:
     """What `lora` would have to say for a new adapter like this one, which is on the base's architecture."""
     config: Any = adapted.peft_config[STUDENT_ADAPTER]
     target_modules: str | tuple[str, ...] = ALL_LINEAR
-    if _layers(adapted) != _layers(_with_new_adapter(recipe, LoraRecipe(target_modules=ALL_LINEAR))):
+    if _layers(adapted) != _layers(_with_new_adapter(recipe, base, LoraRecipe(target_modules=ALL_LINEAR))):
         chosen = config.target_modules
         target_modules = chosen if isinstance(chosen, str) else tuple(sorted(chosen or ()))
     if not target_modules:
@@ -57,12 +58,12 @@ def lora_of(recipe: AlignRecipe, adapted: PeftModel) -> LoraRecipe:
     )
 
 
-def _names_same_layers(recipe: AlignRecipe, lora: LoraRecipe, adapted: PeftModel) -> bool:
+def _names_same_layers(recipe: AlignRecipe, base: Checkpoint, lora: LoraRecipe, adapted: PeftModel) -> bool:
     """Whether `lora.target_modules` names the layers that this adapter is on, in other words.
 
     Only all-linear means a mixture's experts, too: these are parameters, and layers are all that can be named.
     """
-    named, there = _layers(_with_new_adapter(recipe, lora)), _layers(adapted)
+    named, there = _layers(_with_new_adapter(recipe, base, lora)), _layers(adapted)
     return named == there if lora.target_modules == ALL_LINEAR else named[0] == there[0]
 
 
@@ -72,12 +73,9 @@ def _layers(adapted: PeftModel) -> tuple[set[str], set[str]]:
     return set(tuner.targeted_module_names), set(tuner.targeted_parameter_names)
 
 
-def _with_new_adapter(recipe: AlignRecipe, lora: LoraRecipe) -> PeftModel:
-    return add_student_adapter(Backbone(recipe.base, _empty(recipe)), lora, None)
-
-
-def _empty(recipe: AlignRecipe) -> Any:
-    return empty_model(recipe.base, recipe.trust_remote_code)
+def _with_new_adapter(recipe: AlignRecipe, base: Checkpoint, lora: LoraRecipe) -> PeftModel:
+    model: Any = base.meta_model(recipe.trust_remote_code)
+    return add_student_adapter(Backbone(base, model), lora, None)
 
 
 def _shown(value: Any) -> str:

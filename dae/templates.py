@@ -14,26 +14,27 @@ from kd.config.data_recipe import DataRecipe
 from kd.data.chat import load_tokenizer
 from kd.data.stage_data import StageData
 from kd.errors import UserError
-from kd.models.adapter_files import has_tokenizer
+from kd.models.checkpoint import Checkpoint
+from kd.stages.stage import Inputs
 
 logger = logging.getLogger("dae")
 
 EXPERT = "expert"  # the value of data.chat_template
 
 
-def template_of_role(path: str, trust_remote_code: bool) -> Any:
+def template_of_role(source: Checkpoint, trust_remote_code: bool) -> Any:
     """The chat template in a role's own folder: text, several by name, or None. Raises UserError."""
-    if not has_tokenizer(path):
+    if not source.has_tokenizer:
         return None
-    return load_tokenizer(path, DataRecipe(), trust_remote_code).chat_template or None
+    return load_tokenizer(source, DataRecipe(), trust_remote_code).chat_template or None
 
 
-def templates_of_roles(recipe: AlignRecipe) -> dict[str, Any]:
+def templates_of_roles(recipe: AlignRecipe, inputs: Inputs) -> dict[str, Any]:
     """Role -> its chat template, for the experts and the reference whose folders have one. Raises UserError."""
-    paths = {f"expert.{name}": path for name, path in recipe.expert.items()}
-    if recipe.reference not in (None, recipe.base):
-        paths["reference"] = str(recipe.reference)
-    found = {role: template_of_role(path, recipe.trust_remote_code) for role, path in paths.items()}
+    others = {role: one for role, one in inputs.items() if role.startswith("expert.")}
+    if inputs["reference"] is not inputs["base"]:
+        others["reference"] = inputs["reference"]
+    found = {role: template_of_role(one, recipe.trust_remote_code) for role, one in others.items()}
     return {role: template for role, template in found.items() if template is not None}
 
 

@@ -185,13 +185,12 @@ def ask_models(
     from dae_eval.evaluation import evaluate
     from dae_eval.models import locate
 
-    from kd.models.adapter_files import is_adapter
+    from kd.models.checkpoint import checkpoint
 
     base = paths.get("base", paths.get("reference"))
-    shared = base if base is not None and not is_adapter(base) else None
-    known: dict[str, str] = {}
+    shared = base if base is not None and not checkpoint(base).is_adapter else None
     with going_on(output, "finished tasks are kept"):
-        models = {role: locate(f"--{role}", path, shared, known) for role, path in paths.items()}
+        models = {role: locate(f"--{role}", path, shared) for role, path in paths.items()}
         return evaluate(models, loaded, {role: output / "evaluations" / role for role in models}, typed_command())
 
 

@@ -10,8 +10,9 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from dae.merging.recipe import MergeRecipe, MoeRecipe, ToLoraRecipe, WeightsRecipe
 from kd.config.loading import resolved_yaml
+from kd.models.checkpoint import Checkpoint
 from kd.runs.environment import library_versions
-from kd.training.model_card import CARD, is_on_hub, licence_of, result_rows, table
+from kd.training.model_card import CARD, is_on_hub, licence_of, models_table, result_rows, table
 
 _METHODS = {
     "linear": "the straight line between reference and expert, {weight:g} of the way to the expert "
@@ -28,18 +29,17 @@ _METHODS = {
 
 
 def write_merge_card(
-    folder: Path, recipe: MergeRecipe, paths: Mapping[str, str], inputs: Mapping[str, str], summary: Mapping[str, Any]
+    folder: Path, recipe: MergeRecipe, inputs: Mapping[str, Checkpoint], summary: Mapping[str, Any]
 ) -> None:
     """Write README.md into `folder`.
 
-    paths, inputs: path as typed and fingerprint of each model by role; summary: as in run.json.
+    inputs: by role; summary: as in run.json.
     """
-    rows = [(role, f"`{paths[role]}`", f"`{sha256}`") for role, sha256 in inputs.items() if role in paths]
-    licences = {role: licence_of(path).get("license") for role, path in paths.items()}
+    licences = {role: licence_of(one).get("license") for role, one in inputs.items()}
     stated = ", ".join(f"{role}: `{licence}`" for role, licence in licences.items() if licence) or "none is stated"
     sections = {
-        "Models": table(("role", "checkpoint", "fingerprint (SHA-256 of weights and config)"), rows)
-        + f"\n\nLicences by the models' own cards: {stated}. The terms of all of them apply.",
+        "Models": f"{models_table(inputs)}\n\nLicences by the models' own cards: {stated}. The terms of all of them "
+        "apply.",
         "Results": table(("measure", "value"), result_rows(summary)),
         "How to load it": _loading_code(recipe),
         "Recipe": f"```yaml\n{resolved_yaml(recipe).rstrip()}\n```",
@@ -47,7 +47,7 @@ def write_merge_card(
     }
     text = f"# {Path(recipe.output).name}\n\n{_what_it_is(recipe)}\n"
     text += "".join(f"\n## {title}\n\n{content}\n" for title, content in sections.items())
-    ModelCard(f"---\n{_metadata(recipe, paths).to_yaml()}\n---\n\n{text}").save(folder / CARD)
+    ModelCard(f"---\n{_metadata(recipe, inputs).to_yaml()}\n---\n\n{text}").save(folder / CARD)
 
 
 def _what_it_is(recipe: MergeRecipe) -> str:
@@ -67,11 +67,11 @@ def _what_it_is(recipe: MergeRecipe) -> str:
     )
 
 
-def _metadata(recipe: MergeRecipe, paths: Mapping[str, str]) -> ModelCardData:
+def _metadata(recipe: MergeRecipe, inputs: Mapping[str, Checkpoint]) -> ModelCardData:
     adapter = isinstance(recipe, ToLoraRecipe)
-    sources = [recipe.reference] if isinstance(recipe, ToLoraRecipe) else sorted(set(paths.values()))
-    extra: dict[str, Any] = licence_of(sources[0]) if adapter else {}
-    if on_hub := [path for path in sources if is_on_hub(path)]:
+    sources = [inputs["base"]] if adapter else list(inputs.values())
+    extra: dict[str, Any] = licence_of(inputs["base"]) if adapter else {}
+    if on_hub := sorted({str(one) for one in sources if is_on_hub(str(one))}):
         extra |= {"base_model": on_hub, "base_model_relation": "adapter" if adapter else "merge"}
     tags = ["dae-align", "merge"] + (["lora"] if adapter else ["mergekit"])
     return ModelCardData(

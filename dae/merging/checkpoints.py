@@ -21,10 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from dae.merging.card import write_merge_card
 from dae.merging.recipe import MergeRecipe
 from kd.errors import UserError
-from kd.models.adapter_files import is_adapter, read_adapter_config
 from kd.models.adapters import put_adapter
-from kd.models.checkpoint_files import model_fingerprint, resolve_model, weight_files
-from kd.models.compatibility import check_adapter, check_complete, empty_model
+from kd.models.checkpoint import Checkpoint
+from kd.models.checkpoint_files import weight_files
+from kd.models.compatibility import check_adapter, check_complete
 from kd.models.merged import merged
 from kd.models.roles import STUDENT_ADAPTER, LoadSettings, load_model, refuse_bad_weights
 from kd.runs.files import TEMPORARY_PREFIX, remove
@@ -44,32 +44,26 @@ Make = Callable[[Path, Path], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Checkpoints:
-    """What a merge is made from: path as typed of each role, and the fingerprint of each path.
+class Sources:
+    """What a merge is made from, by role.
 
-    base: the checkpoint that provenance calls the base; adapters are checked against it. It need not be among `paths`.
+    base: what provenance calls the base; adapters are checked against it. It need not be among `roles`.
     """
 
-    base: str
-    paths: Mapping[str, str]
-    sha256: Mapping[str, str]
+    base: Checkpoint
+    roles: Mapping[str, Checkpoint]
 
     @property
-    def inputs(self) -> dict[str, str]:
-        """Role -> fingerprint, the base first."""
-        return {"base": self.sha256[self.base]} | {role: self.sha256[path] for role, path in self.paths.items()}
+    def by_role(self) -> dict[str, Checkpoint]:
+        """By role, the base first."""
+        return {"base": self.base, **self.roles}
 
     def same(self, *roles: str) -> bool:
         """Whether these roles are one and the same model."""
-        return len({self.inputs[role] for role in roles}) == 1
+        return len({self.by_role[role].fingerprint for role in roles}) == 1
 
 
-def read_checkpoints(base: str, paths: Mapping[str, str]) -> Checkpoints:
-    """Fingerprint every checkpoint, each path once. Raises UserError where one cannot be had."""
-    return Checkpoints(base, paths, {path: model_fingerprint(path) for path in dict.fromkeys([base, *paths.values()])})
-
-
-def run_merge(recipe: MergeRecipe, checkpoints: Checkpoints, check: Callable[[], None], make: Make) -> RunResult:
+def run_merge(recipe: MergeRecipe, sources: Sources, check: Callable[[], None], make: Make) -> RunResult:
     """Claim the run folder, make the merge, publish it, call it finished. A finished one is left as it is.
 
     check: raises UserError where the checkpoints do not belong together, and reads no weights; make: the merge itself.
@@ -77,14 +71,16 @@ def run_merge(recipe: MergeRecipe, checkpoints: Checkpoints, check: Callable[[],
     Raises UserError, MachineError.
     """
     run = RunFolder(recipe.output)
-    with run.claim(Start("merge", recipe, checkpoints.inputs, checkpoints.base, data={})) as state:
+    inputs = sources.by_role
+    fingerprints = {role: one.fingerprint for role, one in inputs.items()}
+    with run.claim(Start("merge", recipe, fingerprints, str(sources.base), data={})) as state:
         if state == "finished":
             logger.info("%s: this merge is finished; nothing to do", recipe.output)
             return RunResult(run.path, run.summary())
         check()
-        for path in checkpoints.sha256:
-            if not is_adapter(path):
-                check_complete(path)
+        for one in dict.fromkeys(inputs.values()):
+            if not one.is_adapter:
+                check_complete(one)
         scratch = run.path / f"{TEMPORARY_PREFIX}merge"  # the next claim removes what a kill leaves of it
         summary: dict[str, Any] = {}
 
@@ -94,8 +90,7 @@ def run_merge(recipe: MergeRecipe, checkpoints: Checkpoints, check: Callable[[],
                 summary.update(make(folder, scratch))
             finally:
                 remove(scratch)
-            paths = {"base": checkpoints.base, **checkpoints.paths}
-            write_merge_card(folder, recipe, paths, checkpoints.inputs, summary)
+            write_merge_card(folder, recipe, inputs, summary)
 
         run.publish(write_files)
         with suppress(FileNotFoundError):
@@ -107,15 +102,15 @@ def run_merge(recipe: MergeRecipe, checkpoints: Checkpoints, check: Callable[[],
 # -- do they belong together? ------------------------------------------------------------------------------------------
 
 
-def check_same_architecture(role: str, path: str, base: str) -> None:
+def check_same_architecture(role: str, other: Checkpoint, base: Checkpoint) -> None:
     """Raise UserError where a full checkpoint's weights could not be laid over the base's, naming the difference.
 
     Settings that change what weights do (rotary base, sliding window, ...) give a warning: the result has the base's.
     """
-    theirs, ours = empty_model(path), empty_model(base)
+    theirs, ours = other.meta_model(), base.meta_model()
     if type(theirs) is not type(ours):
         raise UserError(
-            f"{role} {path}: is a {type(theirs).__name__}, {base} is a {type(ours).__name__}; pass checkpoints of one "
+            f"{role} {other}: is a {type(theirs).__name__}, {base} is a {type(ours).__name__}; pass checkpoints of one "
             "architecture"
         )
     shapes, wanted = _shapes(theirs), _shapes(ours)
@@ -128,14 +123,14 @@ def check_same_architecture(role: str, path: str, base: str) -> None:
                 f"; if only the vocabulary's padding differs, model.resize_token_embeddings({wanted[name][0]}) mends it"
             )
         raise UserError(
-            f"{role} {path}: its {name} is {shapes.get(name, 'not there')}, that of {base} is "
+            f"{role} {other}: its {name} is {shapes.get(name, 'not there')}, that of {base} is "
             f"{wanted.get(name, 'not there')}{remedy}"
         )
     for key in (*_SAME_MEANING, *_WORTH_A_WARNING):
         values = [getattr(model.config.get_text_config(), key, None) for model in (theirs, ours)]  # type: ignore[union-attr,operator]
         if values[0] == values[1]:
             continue
-        words = f"{role} {path}: {key} is {values[0]}, that of {base} is {values[1]}"
+        words = f"{role} {other}: {key} is {values[0]}, that of {base} is {values[1]}"
         if key in _SAME_MEANING:
             raise UserError(f"{words}: the same weights would mean something else to each")
         logger.warning("%s; the result has the latter", words)
@@ -145,45 +140,41 @@ def _shapes(model: torch.nn.Module) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def foundation(role: str, checkpoints: Checkpoints, candidates: Sequence[str]) -> str:
-    """The checkpoint that a role's adapter stands on, among candidates (paths, the likeliest first).
-
-    Its provenance decides where it has any.
-    """
-    recorded = base_fingerprint_of(resolve_model(checkpoints.paths[role]))
-    return next((one for one in candidates if checkpoints.sha256[one] == recorded), candidates[0])
+def foundation(adapter: Checkpoint, candidates: Sequence[Checkpoint]) -> Checkpoint:
+    """What an adapter stands on, among candidates (the likeliest first). Its provenance decides where it has any."""
+    recorded = base_fingerprint_of(adapter.folder)
+    return next((one for one in candidates if one.fingerprint == recorded), candidates[0])
 
 
-def check_foundation(role: str, checkpoints: Checkpoints, candidates: Sequence[str]) -> None:
+def check_foundation(role: str, adapter: Checkpoint, candidates: Sequence[Checkpoint]) -> None:
     """Raise UserError where a role's adapter fits none of the candidates, or peft cannot merge it."""
-    path, standing = checkpoints.paths[role], foundation(role, checkpoints, candidates)
-    check_adapter(role, path, standing, checkpoints.sha256[standing])
-    if read_adapter_config(path).get("kasa_config"):
+    base = foundation(adapter, candidates)
+    check_adapter(role, adapter, base)
+    if adapter.adapter_config.get("kasa_config"):
         return  # can be merged, but not without the weights of its base
-    empty = put_adapter(empty_model(standing), path, STUDENT_ADAPTER)
-    nn.Module.to(empty, "meta")  # the adapter was read, and would not meet the weights of the base
-    merged(empty, STUDENT_ADAPTER, path)
+    adapted = put_adapter(base.meta_model(), adapter, STUDENT_ADAPTER)
+    nn.Module.to(adapted, "meta")  # the adapter was read, and would not meet the weights of the base
+    merged(adapted, STUDENT_ADAPTER, str(adapter))
 
 
 # -- whole checkpoints -------------------------------------------------------------------------------------------------
 
 
-def whole_checkpoint(role: str, checkpoints: Checkpoints, candidates: Sequence[str], scratch: Path) -> Path:
+def whole_checkpoint(role: str, source: Checkpoint, candidates: Sequence[Checkpoint], scratch: Path) -> Path:
     """The folder of a role's full checkpoint: its own, or that of a LoRA adapter merged into its base, below `scratch`.
 
     Merging is in float32 and saved so: the result is rounded once, when the merge that it goes into writes its own.
 
     Raises UserError where its weights are not finite, or it cannot be merged.
     """
-    path = checkpoints.paths[role]
-    if not is_adapter(path):
-        return resolve_model(path)
-    base = foundation(role, checkpoints, candidates)
-    logger.info("%s: merging the adapter %s into %s first", role, path, base)
-    model = put_adapter(load_model(base, LoadSettings(torch.float32)), path, STUDENT_ADAPTER)
-    refuse_bad_weights(model, path)
+    if not source.is_adapter:
+        return source.folder
+    base = foundation(source, candidates)
+    logger.info("%s: merging the adapter %s into %s first", role, source, base)
+    model = put_adapter(load_model(base, LoadSettings(torch.float32)), source, STUDENT_ADAPTER)
+    refuse_bad_weights(model, source)
     folder = scratch / role
-    merged(model, STUDENT_ADAPTER, path).save_pretrained(str(folder))
+    merged(model, STUDENT_ADAPTER, str(source)).save_pretrained(str(folder))
     return folder
 
 
@@ -203,9 +194,9 @@ def stored_dtype(folder: Path) -> torch.dtype:
     raise UserError(f"{folder}: its weights are not stored as float32, float16 or bfloat16; merge before quantising")
 
 
-def write_companions(source: str, folder: Path) -> None:
+def write_companions(source: Checkpoint, folder: Path) -> None:
     """Beside merged weights: the tokenizer and the generation settings that go with them, those of `source`."""
-    origin = str(resolve_model(source))
+    origin = str(source.folder)
     AutoTokenizer.from_pretrained(origin).save_pretrained(str(folder))
     try:
         generation = GenerationConfig.from_pretrained(origin)
@@ -214,12 +205,12 @@ def write_companions(source: str, folder: Path) -> None:
     generation.save_pretrained(str(folder))
 
 
-def check_opens(folder: Path, source: str) -> int:
+def check_opens(folder: Path, source: Checkpoint) -> int:
     """Open what was merged with plain transformers; its number of parameters.
 
     transformers fills a tensor that a checkpoint lacks with random numbers and passes over one that it does not know.
 
-    source: whose architecture it has, as typed.
+    source: whose architecture it has.
 
     Raises:
         UserError: tensors are missing, left over or of another shape: mergekit does not know all of the architecture.

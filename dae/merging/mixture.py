@@ -17,11 +17,10 @@ from transformers import AutoConfig
 
 from dae.merging import mergekit_calls
 from dae.merging.checkpoints import (
-    Checkpoints,
+    Sources,
     check_foundation,
     check_opens,
     check_same_architecture,
-    read_checkpoints,
     run_merge,
     stored_dtype,
     whole_checkpoint,
@@ -29,9 +28,9 @@ from dae.merging.checkpoints import (
 )
 from dae.merging.recipe import MoeRecipe
 from kd.errors import UserError
-from kd.models.adapter_files import is_adapter, refuse_adapter
-from kd.models.checkpoint_files import resolve_model, weight_files
-from kd.models.compatibility import check_tokenizers, empty_model
+from kd.models.checkpoint import Checkpoint, checkpoint
+from kd.models.checkpoint_files import weight_files
+from kd.models.compatibility import check_tokenizers
 from kd.models.merged import state_ties_of_files
 from kd.stages.run_stage import RunResult
 
@@ -50,65 +49,66 @@ def merge_moe(recipe: MoeRecipe) -> RunResult:
 
     Raises UserError (recipe, checkpoints, an architecture that has no mixture), MachineError (disk).
     """
-    refuse_adapter(recipe.base, "base")
-    paths = {f"expert.{name}": expert.path for name, expert in recipe.experts.items()}
-    checkpoints = read_checkpoints(recipe.base, paths)
+    base = checkpoint(recipe.base)
+    base.refuse_adapter("base")
+    experts = {f"expert.{name}": checkpoint(expert.path) for name, expert in recipe.experts.items()}
+    sources = Sources(base, experts)
 
     def make(folder: Path, scratch: Path) -> Mapping[str, Any]:
-        base = resolve_model(recipe.base)
+        candidates = foundations(sources)
         whole = {
-            name: whole_checkpoint(f"expert.{name}", checkpoints, foundations(checkpoints), scratch)
-            for name in recipe.experts
+            name: whole_checkpoint(role, expert, candidates, scratch)
+            for name, (role, expert) in zip(recipe.experts, experts.items(), strict=True)
         }
-        carried = {name: mlp_share(base, expert) for name, expert in whole.items()}
+        carried = {name: mlp_share(base.folder, expert) for name, expert in whole.items()}
         tell_what_is_left_out(recipe, carried)
-        dtype = stored_dtype(base)
-        mergekit_calls.mix(moe_configuration(recipe, base, whole, dtype), folder, recipe.seed)
-        write_config(base, folder, dtype)
-        write_companions(recipe.base, folder)
+        dtype = stored_dtype(base.folder)
+        mergekit_calls.mix(moe_configuration(recipe, base.folder, whole, dtype), folder, recipe.seed)
+        write_config(base.folder, folder, dtype)
+        write_companions(base, folder)
         return {
             "gate": recipe.gate,
             "experts": len(recipe.experts),
             "experts_per_token": recipe.experts_per_token,
-            "parameters": check_opens(folder, recipe.base),
+            "parameters": check_opens(folder, base),
             "carried": carried,
         }
 
-    return run_merge(recipe, checkpoints, lambda: check_experts(recipe, checkpoints), make)
+    return run_merge(recipe, sources, lambda: check_experts(recipe, sources), make)
 
 
-def check_experts(recipe: MoeRecipe, checkpoints: Checkpoints) -> None:
+def check_experts(recipe: MoeRecipe, sources: Sources) -> None:
     """Raise UserError where the experts do not fit the base, or there is no mixture of its architecture."""
-    config = AutoConfig.from_pretrained(str(resolve_model(recipe.base)))
+    base = sources.base
+    config = AutoConfig.from_pretrained(str(base.folder))
     if config.model_type not in MIXTURES:
         raise UserError(
-            f"base {recipe.base}: mixtures are made of {', '.join(MIXTURES)} models, this is a "
-            f"{config.model_type} model"
+            f"base {base}: mixtures are made of {', '.join(MIXTURES)} models, this is a {config.model_type} model"
         )
-    biases = [name for name, _ in empty_model(recipe.base).named_parameters() if name.endswith(".bias")]
+    biases = [name for name, _ in base.meta_model().named_parameters() if name.endswith(".bias")]
     if biases:
-        raise UserError(f"base {recipe.base}: has biases ({biases[0]}, ...), which a mixture of it has no place for")
+        raise UserError(f"base {base}: has biases ({biases[0]}, ...), which a mixture of it has no place for")
     if len(windows_of(config)) > 1:
         raise UserError(
-            f"base {recipe.base}: only some of its layers have its sliding window of {config.sliding_window} tokens "
+            f"base {base}: only some of its layers have its sliding window of {config.sliding_window} tokens "
             "(layer_types), and a mixture has one in all of its layers or in none; where no row will be longer than "
             "the window, take it out of the config.json of base and experts (use_sliding_window: false, no layer_types)"
         )
-    for role, path in checkpoints.paths.items():
-        if is_adapter(path):
-            check_foundation(role, checkpoints, foundations(checkpoints))
-        elif path != recipe.base:
-            check_same_architecture(role, path, recipe.base)
-    check_tokenizers(recipe.base, checkpoints.paths)
-    if checkpoints.same(*checkpoints.paths):
+    for role, one in sources.roles.items():
+        if one.is_adapter:
+            check_foundation(role, one, foundations(sources))
+        elif one is not base:
+            check_same_architecture(role, one, base)
+    check_tokenizers(base, sources.roles)
+    if sources.same(*sources.roles):
         logger.warning("experts: all are one model, so the mixture says what that model says until it is trained")
     if recipe.gate == "random" and any(e.prompts or e.negative_prompts for e in recipe.experts.values()):
         logger.warning("experts: prompts are not read with gate: random")
 
 
-def foundations(checkpoints: Checkpoints) -> list[str]:
+def foundations(sources: Sources) -> list[Checkpoint]:
     """What an expert's adapter may stand on: the base, or another expert."""
-    return [checkpoints.base, *(path for path in checkpoints.paths.values() if not is_adapter(path))]
+    return [sources.base, *(one for one in sources.roles.values() if not one.is_adapter)]
 
 
 def moe_configuration(recipe: MoeRecipe, base: Path, whole: Mapping[str, Path], dtype: torch.dtype) -> dict[str, Any]:

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from dae.merging.checkpoints import Checkpoints, check_same_architecture, read_checkpoints, run_merge, stored_dtype
+from dae.merging.checkpoints import Sources, check_same_architecture, run_merge, stored_dtype
 from dae.merging.recipe import ToLoraRecipe
 from kd.errors import UserError
-from kd.models.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, refuse_adapter
-from kd.models.checkpoint_files import resolve_model
-from kd.models.compatibility import check_tokenizers, empty_model
+from kd.models.checkpoint import Checkpoint, checkpoint
+from kd.models.checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from kd.models.compatibility import check_tokenizers
 from kd.models.roles import LoadSettings, load_model
 from kd.runs.files import json_text, read_json
 from kd.stages.run_stage import RunResult
@@ -54,41 +54,38 @@ def to_lora(recipe: ToLoraRecipe) -> RunResult:
 
     Raises UserError where the checkpoints do not fit, or more would be lost than the recipe allows; MachineError.
     """
-    refuse_adapter(recipe.reference, "reference")
-    if is_adapter(recipe.expert):
-        raise UserError(f"expert: {recipe.expert}: is an adapter already; give it to `dae align --expert` as it is")
-    checkpoints = read_checkpoints(recipe.reference, {"expert": recipe.expert})
+    base, tuned = checkpoint(recipe.reference), checkpoint(recipe.expert)
+    base.refuse_adapter("reference")
+    if tuned.is_adapter:
+        raise UserError(f"expert: {tuned}: is an adapter already; give it to `dae align --expert` as it is")
+    sources = Sources(base, {"expert": tuned})
 
     def make(folder: Path, _scratch: Path) -> Mapping[str, Any]:
-        reference, expert = (
-            load_model(path, LoadSettings(stored_dtype(resolve_model(path))))
-            for path in (recipe.reference, recipe.expert)
-        )
+        reference, expert = (load_model(one, LoadSettings(stored_dtype(one.folder))) for one in (base, tuned))
         left_out = left_out_energies(reference, expert)
         factors = factorise(reference, expert, recipe)
         del expert
         summary = what_is_kept(factors, left_out)
         refuse_large_loss(recipe, summary)
-        write_adapter(folder, recipe.reference, reference, factors)
-        AutoTokenizer.from_pretrained(str(resolve_model(recipe.reference))).save_pretrained(str(folder))
+        write_adapter(folder, base, reference, factors)
+        AutoTokenizer.from_pretrained(str(base.folder)).save_pretrained(str(folder))
         check_loads(folder, reference, factors)
         return summary
 
-    return run_merge(recipe, checkpoints, lambda: check_pair(recipe, checkpoints), make)
+    return run_merge(recipe, sources, lambda: check_pair(sources), make)
 
 
-def check_pair(recipe: ToLoraRecipe, checkpoints: Checkpoints) -> None:
+def check_pair(sources: Sources) -> None:
     """Raise UserError where the expert is no fine-tune of the reference, or LoRA cannot carry it."""
-    if checkpoints.same("base", "expert"):
-        raise UserError(
-            f"expert {recipe.expert}: is the reference itself, so there is nothing to carry; pass the tuned one"
-        )
-    check_same_architecture("expert", recipe.expert, recipe.reference)
-    check_tokenizers(recipe.reference, {"expert": recipe.expert})
-    for name, parameter in empty_model(recipe.reference).named_parameters():
+    reference, expert = sources.base, sources.roles["expert"]
+    if sources.same("base", "expert"):
+        raise UserError(f"expert {expert}: is the reference itself, so there is nothing to carry; pass the tuned one")
+    check_same_architecture("expert", expert, reference)
+    check_tokenizers(reference, {"expert": expert})
+    for name, parameter in reference.meta_model().named_parameters():
         if parameter.dim() > 2:
             raise UserError(
-                f"reference {recipe.reference}: {name} is {list(parameter.shape)}: the experts of a mixture are not "
+                f"reference {reference}: {name} is {list(parameter.shape)}: the experts of a mixture are not "
                 "carried into a LoRA; align with the full checkpoint as --expert"
             )
 
@@ -215,14 +212,14 @@ def refuse_large_loss(recipe: ToLoraRecipe, summary: Mapping[str, Any]) -> None:
 # -- the adapter -------------------------------------------------------------------------------------------------------
 
 
-def write_adapter(folder: Path, reference: str, model: nn.Module, factors: Mapping[str, Factors]) -> None:
+def write_adapter(folder: Path, base: Checkpoint, model: nn.Module, factors: Mapping[str, Factors]) -> None:
     """Write a plain PEFT adapter: adapter_config.json and adapter_model.safetensors, scaled by 1."""
     ranks = {name: len(factor.a_RI) for name, factor in factors.items()}
     highest = max(ranks.values())
     differing = {name: rank for name, rank in ranks.items() if rank != highest}
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=str(Path(reference).resolve()) if Path(reference).exists() else reference,
+        base_model_name_or_path=base.lasting_path,
         r=highest,
         lora_alpha=highest,
         rank_pattern=differing,

@@ -22,11 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dae.merging import mergekit_calls
 from dae.merging.checkpoints import (
-    Checkpoints,
+    Sources,
     check_foundation,
     check_opens,
     check_same_architecture,
-    read_checkpoints,
     run_merge,
     stored_dtype,
     whole_checkpoint,
@@ -34,8 +33,7 @@ from dae.merging.checkpoints import (
 )
 from dae.merging.recipe import BETWEEN, WeightsRecipe
 from kd.errors import UserError
-from kd.models.adapter_files import is_adapter, refuse_adapter
-from kd.models.checkpoint_files import resolve_model
+from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.compatibility import check_tokenizers
 from kd.models.merged import state_ties_of_files
 from kd.stages.run_stage import RunResult
@@ -46,30 +44,31 @@ def merge_weights(recipe: WeightsRecipe) -> RunResult:
 
     Raises UserError (recipe, checkpoints), MachineError (disk).
     """
-    refuse_adapter(recipe.base, "base")
-    reference = recipe.reference or recipe.base
-    checkpoints = read_checkpoints(recipe.base, {"reference": reference, "expert": recipe.expert})
+    base, expert = checkpoint(recipe.base), checkpoint(recipe.expert)
+    reference = checkpoint(recipe.reference or recipe.base)
+    base.refuse_adapter("base")
+    sources = Sources(base, {"reference": reference, "expert": expert})
     # Whose config, tokenizer and dtype the result has; adapters stand on it or on the base.
-    home = recipe.base if is_adapter(reference) else reference
-    candidates = list(dict.fromkeys([recipe.base, home]))
+    home = base if reference.is_adapter else reference
+    candidates = list(dict.fromkeys([base, home]))
 
     def make(folder: Path, scratch: Path) -> Mapping[str, Any]:
-        dtype = stored_dtype(resolve_model(home))
-        if recipe.method in BETWEEN and recipe.weight == 1 and is_adapter(recipe.expert):
-            write_expert(whole_checkpoint("expert", checkpoints, candidates, scratch), folder, dtype)
+        dtype = stored_dtype(home.folder)
+        if recipe.method in BETWEEN and recipe.weight == 1 and expert.is_adapter:
+            write_expert(whole_checkpoint("expert", expert, candidates, scratch), folder, dtype)
         else:
-            whole = {role: whole_checkpoint(role, checkpoints, candidates, scratch) for role in checkpoints.paths}
-            whole["base"] = resolve_model(recipe.base)
-            configuration = merge_configuration(recipe, whole, not checkpoints.same("base", "reference"))
+            inputs = sources.by_role
+            whole = {role: whole_checkpoint(role, one, candidates, scratch) for role, one in inputs.items()}
+            configuration = merge_configuration(recipe, whole, not sources.same("base", "reference"))
             mergekit_calls.merge({**configuration, "out_dtype": str(dtype).removeprefix("torch.")}, folder, recipe.seed)
-            config = AutoConfig.from_pretrained(str(resolve_model(home)))
+            config = AutoConfig.from_pretrained(str(home.folder))
             config.dtype = dtype
             state_ties_of_files(folder, config)
             config.save_pretrained(str(folder))
         write_companions(home, folder)
         return {"method": recipe.method, "weight": recipe.weight, "parameters": check_opens(folder, home)}
 
-    return run_merge(recipe, checkpoints, lambda: check_roles(recipe, checkpoints, candidates), make)
+    return run_merge(recipe, sources, lambda: check_roles(recipe, sources, candidates), make)
 
 
 def write_expert(whole: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -79,16 +78,16 @@ def write_expert(whole: Path, folder: Path, dtype: torch.dtype) -> None:
     AutoModelForCausalLM.from_pretrained(str(whole), dtype=dtype).save_pretrained(str(folder))
 
 
-def check_roles(recipe: WeightsRecipe, checkpoints: Checkpoints, candidates: Sequence[str]) -> None:
+def check_roles(recipe: WeightsRecipe, sources: Sources, candidates: Sequence[Checkpoint]) -> None:
     """Raise UserError where reference and expert cannot be laid over the base, or there is nothing between them."""
-    for role, path in checkpoints.paths.items():
-        if is_adapter(path):
-            check_foundation(role, checkpoints, candidates)
-        elif path != recipe.base:
-            check_same_architecture(role, path, recipe.base)
-    check_tokenizers(recipe.base, checkpoints.paths)
+    for role, one in sources.roles.items():
+        if one.is_adapter:
+            check_foundation(role, one, candidates)
+        elif one is not sources.base:
+            check_same_architecture(role, one, sources.base)
+    check_tokenizers(sources.base, sources.roles)
     other = "reference" if recipe.method in BETWEEN else "base"
-    if checkpoints.same("expert", other):
+    if sources.same("expert", other):
         raise UserError(f"expert {recipe.expert}: is the {other} itself, so there is nothing to merge")
 
 

@@ -24,8 +24,7 @@ from dae.pipeline.references import Input
 from kd.config.schema import Reads
 from kd.data.fingerprint import data_sha256
 from kd.errors import UserError
-from kd.models.adapter_files import base_of, is_adapter
-from kd.models.checkpoint_files import model_fingerprint, resolve_model
+from kd.models.checkpoint import checkpoint
 from kd.models.tokenizer_files import tokenizer_sha256
 from kd.runs.claimed_folder import LOCK, ClaimedFolder
 from kd.runs.files import disk_errors, file_sha256, json_text, read_json, write_text_durably
@@ -68,7 +67,6 @@ class Fingerprints:
 
     def __init__(self, known: Mapping[str, Mapping[str, str]]) -> None:
         self.known = {key: dict(entry) for key, entry in known.items()}
-        self._folders: dict[str, Path] = {}
 
     def of(self, wanted: Reads, path: str, recipe: Any = None) -> str:
         """Of an input or a result. recipe: the stage's, whose suite it is. Raises UserError where it cannot be had."""
@@ -77,24 +75,18 @@ class Fingerprints:
         if wanted == "template":
             return file_sha256(path) if Path(path).is_file() else ""
         if wanted == "rows":
-            return self._remembered(wanted, path, Path(path), data_sha256)
+            return self._remembered(f"rows {path}", Path(path), lambda: data_sha256(path))
         if wanted == "evaluation":
             return file_of(Path(path) / "evaluation.json")
-        return self._remembered("checkpoint", path, self.folder(path), model_fingerprint)
+        model = checkpoint(path)
+        return self._remembered(f"checkpoint {path}", model.folder, lambda: model.fingerprint)
 
-    def folder(self, path: str) -> Path:
-        """The local folder of a model; a hub is asked once. Raises UserError where it cannot be had."""
-        if path not in self._folders:
-            self._folders[path] = resolve_model(path)
-        return self._folders[path]
-
-    def _remembered(self, wanted: str, path: str, place: Path, compute: Callable[[str | Path], str]) -> str:
+    def _remembered(self, key: str, place: Path, compute: Callable[[], str]) -> str:
         if not place.exists():  # a hub data set
-            return compute(path)
-        key, seen = f"{wanted} {path}", signature(place, deep=wanted == "rows")
-        entry = self.known.get(key, {})
+            return compute()
+        seen, entry = signature(place, deep=key.startswith("rows ")), self.known.get(key, {})
         if entry.get("files") != seen:
-            entry = self.known[key] = {"files": seen, "sha256": compute(place if place.is_dir() else path)}
+            entry = self.known[key] = {"files": seen, "sha256": compute()}
         return entry["sha256"]
 
 
@@ -205,12 +197,12 @@ class PipelineFolder:
         found = {one.name: self.fingerprints.of(one.wanted, one.path, stage.recipe) for one in inputs}
         for one in inputs:
             if one.wanted in ("checkpoint", "full checkpoint"):
-                found[f"{TOKENIZER_OF}{one.name}"] = tokenizer_sha256(self.fingerprints.folder(one.path))
+                found[f"{TOKENIZER_OF}{one.name}"] = tokenizer_sha256(checkpoint(one.path).folder)
         for one in inputs if self._finds_bases(stage) else ():
             with suppress(UserError):  # where it cannot be had, the stage will say so
-                base = base_of(str(self.fingerprints.folder(one.path))) if one.wanted == "checkpoint" else None
+                base = checkpoint(one.path).base if one.wanted == "checkpoint" else None
                 if base is not None:
-                    found[f"base of {one.name}"] = self.fingerprints.of("full checkpoint", base)
+                    found[f"base of {one.name}"] = self.fingerprints.of("full checkpoint", str(base))
         return found
 
     def _finds_bases(self, stage: Stage) -> bool:
@@ -220,7 +212,7 @@ class PipelineFolder:
         if told is None:
             return True
         with suppress(UserError):
-            return is_adapter(str(self.fingerprints.folder(told.path)))
+            return checkpoint(told.path).is_adapter
         return False  # an earlier stage is yet to write it
 
     def result(self, stage: Stage) -> str:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -29,14 +29,21 @@ from dae.rank_teachers.student_losses import encode_responses, losses_of, open_s
 from kd.data.fingerprint import data_sha256
 from kd.data.token_rows import TokenRow
 from kd.errors import UserError
-from kd.models.adapter_files import base_of, refuse_adapter, tokenizer_home
-from kd.models.checkpoint_files import model_fingerprint, resolve_model
+from kd.models.checkpoint import Checkpoint
 from kd.models.roles import LoadSettings
 from kd.models.tokenizer_files import tokenizer_sha256
 
 logger = logging.getLogger("dae")
 
 FEW_PROMPTS = 30  # below, percentile intervals are noticeably too narrow
+
+
+@dataclass(frozen=True)
+class Models:
+    """Those that measure the candidates."""
+
+    student: Checkpoint
+    reward_model: Checkpoint
 
 
 def load_settings(recipe: RankRecipe) -> LoadSettings:
@@ -47,45 +54,51 @@ def load_settings(recipe: RankRecipe) -> LoadSettings:
     return LoadSettings(dtype, None, recipe.trust_remote_code, "cuda" if on_gpu else "cpu")
 
 
-def settings_of(recipe: RankRecipe) -> dict[str, Any]:
+def settings_of(recipe: RankRecipe, models: Models) -> dict[str, Any]:
     """All that rewards and losses follow from: recipe and fingerprints of student, reward model and files.
 
     Raises UserError where one of them cannot be had.
     """
     settings = recipe.model_dump(mode="json", exclude={"output", *ARITHMETIC})
-    settings["content of student"] = model_fingerprint(recipe.student)
-    if (base := base_of(recipe.student)) is not None:
-        settings["content of its base"] = model_fingerprint(base)
-    refuse_adapter(recipe.reward_model, "reward_model")
-    settings["content of reward_model"] = model_fingerprint(recipe.reward_model)
-    settings["chat template of student"] = template_sha256(student_tokenizer(recipe))
-    settings["chat template of reward_model"] = template_sha256(reward_tokenizer(recipe))
-    for role, path in (("student", tokenizer_home(recipe.student)), ("reward_model", recipe.reward_model)):
-        settings[f"tokenizer of {role}"] = tokenizer_sha256(resolve_model(path))
+    settings["content of student"] = models.student.fingerprint
+    if (base := models.student.base) is not None:
+        settings["content of its base"] = base.fingerprint
+    models.reward_model.refuse_adapter("reward_model")
+    settings["content of reward_model"] = models.reward_model.fingerprint
+    settings["chat template of student"] = template_sha256(student_tokenizer(recipe, models))
+    settings["chat template of reward_model"] = template_sha256(reward_tokenizer(recipe, models))
+    settings["tokenizer of student"] = tokenizer_sha256(models.student.tokenizer_home.folder)
+    settings["tokenizer of reward_model"] = tokenizer_sha256(models.reward_model.folder)
     if recipe.prompts is not None:
         settings["content of prompts"] = data_sha256(recipe.prompts)
     return settings
 
 
-def student_tokenizer(recipe: RankRecipe) -> Any:
+def student_tokenizer(recipe: RankRecipe, models: Models) -> Any:
     """With the recipe's fallback template, where it has none."""
-    folder = tokenizer_home(recipe.student)
-    return open_tokenizer(folder, recipe.chat_template, "chat_template", recipe.trust_remote_code)
+    return open_tokenizer(
+        models.student.tokenizer_home, recipe.chat_template, "chat_template", recipe.trust_remote_code
+    )
 
 
-def reward_tokenizer(recipe: RankRecipe) -> Any:
+def reward_tokenizer(recipe: RankRecipe, models: Models) -> Any:
     """With the recipe's fallback template, where it has none."""
     key = "reward_chat_template"
-    return open_tokenizer(recipe.reward_model, recipe.reward_chat_template, key, recipe.trust_remote_code)
+    return open_tokenizer(models.reward_model, recipe.reward_chat_template, key, recipe.trust_remote_code)
 
 
 def measure_and_rank(
-    recipe: RankRecipe, files: Mapping[str, str], expected: Sequence[tuple[str, str]] | None, folder: RankFolder
+    recipe: RankRecipe,
+    models: Models,
+    files: Mapping[str, str],
+    expected: Sequence[tuple[str, str]] | None,
+    folder: RankFolder,
 ) -> Ranking:
     """Rank candidates by their responses. Candidates that were measured before are not measured again.
 
     Args:
         recipe: its candidates' paths are not read here.
+        models: student and reward model.
         files: candidate -> the place of its responses.
         expected: (location, key) of the prompts that all must answer; None: those of the first candidate.
         folder: claimed by this process.
@@ -97,13 +110,13 @@ def measure_and_rank(
         UserError: see the functions this calls; before the first model is loaded wherever it can be seen then.
         MachineError: the disk is full. What was measured is kept.
     """
-    reward_config(recipe.reward_model, recipe.trust_remote_code)
+    reward_config(models.reward_model, recipe.trust_remote_code)
     answered = read_candidates(files, expected)
-    conversations, rows = encoded(recipe, answered)
-    measure_rewards(recipe, answered, conversations, folder)
+    conversations, rows = encoded(recipe, models, answered)
+    measure_rewards(recipe, models, answered, conversations, folder)
     if not recipe.shift:
         refuse_negative({name: mean_reward(folder, name) for name in answered})
-    measure_losses(recipe, answered, rows, folder)
+    measure_losses(recipe, models, answered, rows, folder)
     keys = [response.key for response in next(iter(answered.values()))]
     number = {key: place for place, key in enumerate(dict.fromkeys(keys))}
     measured = {name: measured_of(folder, name) for name in answered}
@@ -125,15 +138,15 @@ def read_candidates(
 
 
 def encoded(
-    recipe: RankRecipe, answered: Mapping[str, Sequence[Response]]
+    recipe: RankRecipe, models: Models, answered: Mapping[str, Sequence[Response]]
 ) -> tuple[dict[str, list[list[int]]], dict[str, list[TokenRow]]]:
     """(token ids for the reward model, rows for the student) of each candidate. Raises UserError."""
-    config = reward_config(recipe.reward_model, recipe.trust_remote_code)
-    judge, pupil = reward_tokenizer(recipe), student_tokenizer(recipe)
+    config = reward_config(models.reward_model, recipe.trust_remote_code)
+    judge, pupil = reward_tokenizer(recipe, models), student_tokenizer(recipe, models)
     conversations, rows = {}, {}
     for name, responses in answered.items():
-        conversations[name] = encode_conversations(responses, judge, config, recipe.reward_model)
-        rows[name], cut = encode_responses(responses, pupil, recipe.max_length, recipe.student)
+        conversations[name] = encode_conversations(responses, judge, config, models.reward_model)
+        rows[name], cut = encode_responses(responses, pupil, recipe.max_length, models.student)
         if cut:
             logger.warning(
                 "%s: %d of %d rows are longer than max_length (%d): the student's loss is that of what is left",
@@ -144,6 +157,7 @@ def encoded(
 
 def measure_rewards(
     recipe: RankRecipe,
+    models: Models,
     answered: Mapping[str, Sequence[Response]],
     conversations: Mapping[str, Sequence[Sequence[int]]],
     folder: RankFolder,
@@ -152,7 +166,7 @@ def measure_rewards(
     missing = [name for name in answered if folder.computed("rewards", name) is None]
     if not missing:
         return
-    model = open_reward_model(recipe.reward_model, load_settings(recipe))
+    model = open_reward_model(models.reward_model, load_settings(recipe))
     for name in missing:
         with progress(f"rewards of {name}", len(conversations[name])) as tick:
             rewards = rewards_of(model, conversations[name], recipe.batch_size, tick)
@@ -163,6 +177,7 @@ def measure_rewards(
 
 def measure_losses(
     recipe: RankRecipe,
+    models: Models,
     answered: Mapping[str, Sequence[Response]],
     rows: Mapping[str, Sequence[TokenRow]],
     folder: RankFolder,
@@ -171,7 +186,7 @@ def measure_losses(
     missing = [name for name in answered if folder.computed("losses", name) is None]
     if not missing:
         return
-    role, tokenizer = open_student(recipe.student, load_settings(recipe)), student_tokenizer(recipe)
+    role, tokenizer = open_student(models.student, load_settings(recipe)), student_tokenizer(recipe, models)
     for name in missing:
         alone_rows = [without_prompt(row, tokenizer) for row in rows[name]]
         with progress(f"student's loss on {name}", 2 * len(alone_rows)) as tick:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dae.rank_teachers.car import Ranking
 from dae.rank_teachers.folder import RankFolder
-from dae.rank_teachers.measuring import measure_and_rank, read_candidates
+from dae.rank_teachers.measuring import Models, measure_and_rank, read_candidates
 from dae.rank_teachers.measuring import settings_of as ranking_settings
 from dae.rank_teachers.recipe import RankRecipe, answers
 from dae.rank_teachers.responses import prompt_key
@@ -20,8 +20,7 @@ from dae.sampling.written_rows import Batch, Prompt
 from kd.data.chat import chat_format
 from kd.data.fingerprint import data_sha256
 from kd.errors import UserError
-from kd.models.adapter_files import base_of
-from kd.models.checkpoint_files import model_fingerprint
+from kd.models.checkpoint import Checkpoint, checkpoint
 
 
 def rank_teachers(recipe: RankRecipe) -> Ranking:
@@ -34,15 +33,16 @@ def rank_teachers(recipe: RankRecipe) -> Ranking:
         UserError: models, files or output cannot be used, prompts differ, rewards are negative, settings differ.
         MachineError: the disk is full. What was computed is kept.
     """
-    asked = {name: path for name, path in recipe.candidates.items() if answers(path)}
+    models = Models(checkpoint(recipe.student), checkpoint(recipe.reward_model))
+    asked = {name: checkpoint(path) for name, path in recipe.candidates.items() if answers(path)}
     given = {name: path for name, path in recipe.candidates.items() if name not in asked}
-    settings = ranking_settings(recipe)
+    settings = ranking_settings(recipe, models)
     for name, path in given.items():
         settings[f"content of {name}"] = data_sha256(path)
-    for name, path in asked.items():
-        settings[f"content of {name}"] = model_fingerprint(path)
-        if (base := base_of(path)) is not None:
-            settings[f"content of the base of {name}"] = model_fingerprint(base)
+    for name, candidate in asked.items():
+        settings[f"content of {name}"] = candidate.fingerprint
+        if (base := candidate.base) is not None:
+            settings[f"content of the base of {name}"] = base.fingerprint
     folder = RankFolder(recipe.output, settings)
     with folder.claimed():
         files, expected = dict(given), None
@@ -51,12 +51,12 @@ def rank_teachers(recipe: RankRecipe) -> Ranking:
             expected = [(f"{recipe.prompts}, prompt {place}", prompt_key(p)) for place, p in enumerate(prompts, 1)]
             read_candidates(given, expected)  # a mistake in them is better seen before a model writes for hours
             folder.begin()
-            for name, path in asked.items():
-                files[name] = str(write_responses(recipe, path, folder.responses(name), prompts))
-        return measure_and_rank(recipe, {name: files[name] for name in recipe.candidates}, expected, folder)
+            for name, candidate in asked.items():
+                files[name] = str(write_responses(recipe, candidate, folder.responses(name), prompts))
+        return measure_and_rank(recipe, models, {name: files[name] for name in recipe.candidates}, expected, folder)
 
 
-def write_responses(recipe: RankRecipe, model: str, path: Path, prompts: Sequence[Prompt]) -> Path:
+def write_responses(recipe: RankRecipe, model: Checkpoint, path: Path, prompts: Sequence[Prompt]) -> Path:
     """Let a model answer every prompt once, sampling as `dae sample` does. Goes on with an unfinished file.
 
     A response that cannot be a row (empty, cut inside of a character, ...) is drawn again.
@@ -65,7 +65,7 @@ def write_responses(recipe: RankRecipe, model: str, path: Path, prompts: Sequenc
         UserError: the model cannot be used, or gives no row for some prompts however often it is asked.
     """
     as_sample = SampleRecipe(
-        model=model,
+        model=str(model),
         output=str(path),
         rows=len(prompts),
         max_new_tokens=recipe.max_new_tokens,
@@ -75,7 +75,7 @@ def write_responses(recipe: RankRecipe, model: str, path: Path, prompts: Sequenc
         prompts=recipe.prompts,
         trust_remote_code=recipe.trust_remote_code,
     )
-    file = SampleFile(path, settings_of(as_sample))
+    file = SampleFile(path, settings_of(as_sample, model))
     with file.claimed() as batches:
         if batches is None:
             return path
@@ -110,7 +110,9 @@ def unanswered(prompts: Sequence[Prompt], batches: Sequence[Batch]) -> list[Prom
     return left
 
 
-def refuse_to_ask_for_ever(model: str, source: str | None, left: Sequence[Prompt], batches: Sequence[Batch]) -> None:
+def refuse_to_ask_for_ever(
+    model: Checkpoint, source: str | None, left: Sequence[Prompt], batches: Sequence[Batch]
+) -> None:
     """Raise UserError where the last `IDLE_BATCHES` batches answered nothing."""
     last = batches[-IDLE_BATCHES:]
     if len(last) < IDLE_BATCHES or any(batch.rows for batch in last):

@@ -23,19 +23,24 @@ from kd.config.data_recipe import DataRecipe
 from kd.data.chat import UnrenderableError, chat_format, named_template, template_of
 from kd.data.examples import conversation_ids
 from kd.errors import UserError
+from kd.models.checkpoint import Checkpoint
 from kd.models.opening import opening
 from kd.models.roles import LoadSettings, refuse_bad_weights
 
 NOWHERE_NEAR = 1 << 30  # tokenizers without a limit give their model_max_length as some huge number
 
 
-def open_tokenizer(path: str, fallback: str | None, key: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def open_tokenizer(
+    source: Checkpoint, fallback: str | None, key: str, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
     """A checkpoint's tokenizer, with the fallback chat template (`plain` or a .jinja file) where it has none.
 
     key: the recipe's key of the fallback, for messages. Raises UserError.
     """
-    with opening(f"{path}: no tokenizer that transformers can open"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with opening(f"{source}: no tokenizer that transformers can open"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(source.folder), trust_remote_code=trust_remote_code
+        )
     if fallback is not None and not tokenizer.chat_template:
         if fallback != "plain" and not Path(fallback).is_file():
             raise UserError(f"{key}: {fallback}: there is no such file; give `plain` or a .jinja file")
@@ -49,20 +54,20 @@ def template_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None if template is None else hashlib.sha256(template.encode()).hexdigest()
 
 
-def reward_config(path: str, trust_remote_code: bool = False) -> Any:
+def reward_config(source: Checkpoint, trust_remote_code: bool = False) -> Any:
     """A reward model's configuration, seen without its weights. Raises UserError where it does not have one label."""
-    with opening(f"reward_model: {path}: its config cannot be read"):
-        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with opening(f"reward_model: {source}: its config cannot be read"):
+        config: Any = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=trust_remote_code)
     if config.num_labels != 1:
         raise UserError(
-            f"reward_model: {path}: has {config.num_labels} labels, where a reward is one number; give a sequence "
+            f"reward_model: {source}: has {config.num_labels} labels, where a reward is one number; give a sequence "
             "classifier that was trained with num_labels=1"
         )
     return config
 
 
 def encode_conversations(
-    responses: Sequence[Response], tokenizer: PreTrainedTokenizerBase, config: Any, path: str
+    responses: Sequence[Response], tokenizer: PreTrainedTokenizerBase, config: Any, source: Checkpoint
 ) -> list[list[int]]:
     """Token ids of each conversation as the reward model's own template writes it, BOS and end tokens included.
 
@@ -74,7 +79,7 @@ def encode_conversations(
         template = template_of(tokenizer, DataRecipe(), response.tools)
         if template is None:
             raise UserError(
-                f"reward_model: {path}: its tokenizer has no chat template, so nobody can tell how it wants to see a "
+                f"reward_model: {source}: its tokenizer has no chat template, so nobody can tell how it wants to see a "
                 "conversation; set reward_chat_template to a .jinja file, or to `plain`"
             )
         try:
@@ -82,7 +87,8 @@ def encode_conversations(
             ids = conversation_ids(fmt, response.conversation, response.tools, ask=False, location=response.location)
         except UnrenderableError as error:
             raise UserError(
-                f"{response.location}: the chat template of the reward model {path} refuses this conversation: {error}"
+                f"{response.location}: the chat template of the reward model {source} refuses this conversation: "
+                f"{error}"
             ) from error
         rows.append(ids)
     limit = context_of(tokenizer, config)
@@ -90,7 +96,7 @@ def encode_conversations(
     if long:
         row, response = long[0]
         raise UserError(
-            f"{response.location}: has {len(row)} tokens, the reward model {path} reads {limit} "
+            f"{response.location}: has {len(row)} tokens, the reward model {source} reads {limit} "
             f"({len(long)} of {len(rows)} rows of this candidate are); leave these prompts out of every file"
         )
     return rows
@@ -102,15 +108,15 @@ def context_of(tokenizer: PreTrainedTokenizerBase, config: Any) -> int:
     return min(int(limit) for limit in (*told, NOWHERE_NEAR) if limit)
 
 
-def open_reward_model(path: str, settings: LoadSettings) -> Any:
+def open_reward_model(source: Checkpoint, settings: LoadSettings) -> Any:
     """The classifier in eval mode, frozen, safetensors only.
 
     Raises UserError where it does not open, or brings no trained head: transformers would fill one in at random.
     """
-    reward_config(path, settings.trust_remote_code)
-    with opening(f"reward_model: {path}: cannot be opened"):
+    reward_config(source, settings.trust_remote_code)
+    with opening(f"reward_model: {source}: cannot be opened"):
         model, found = AutoModelForSequenceClassification.from_pretrained(
-            path,
+            str(source.folder),
             dtype=settings.dtype,
             attn_implementation=settings.attn_implementation,
             trust_remote_code=settings.trust_remote_code,
@@ -120,13 +126,13 @@ def open_reward_model(path: str, settings: LoadSettings) -> Any:
     missing = sorted(map(str, found.get("missing_keys", ())))
     if missing:
         raise UserError(
-            f"reward_model: {path}: its files lack {', '.join(missing[:3])}, so it is no trained reward model; "
+            f"reward_model: {source}: its files lack {', '.join(missing[:3])}, so it is no trained reward model; "
             "give the checkpoint of a sequence classifier"
         )
     model.to(settings.device)
     model.requires_grad_(False)
     model.eval()
-    refuse_bad_weights(model, path)
+    refuse_bad_weights(model, source)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     return model

@@ -18,8 +18,7 @@ from kd.data.examples import encode_drafts
 from kd.data.token_rows import TokenRow
 from kd.errors import UserError
 from kd.losses.token_loss import TokenLoss, token_loss_sums
-from kd.models.adapter_files import base_of
-from kd.models.checkpoint_files import model_fingerprint
+from kd.models.checkpoint import Checkpoint
 from kd.models.compatibility import check_adapter
 from kd.models.forward import final_hidden_states, head_of, learned_positions
 from kd.models.roles import (
@@ -34,21 +33,21 @@ from kd.models.roles import (
 )
 
 
-def open_student(path: str, settings: LoadSettings) -> Role:
+def open_student(source: Checkpoint, settings: LoadSettings) -> Role:
     """The student, frozen, in eval mode: a checkpoint, or an adapter on its base. Raises UserError."""
-    base, name = base_of(path), None
+    base, name = source.base, None
     if base is not None:
-        check_adapter("student", path, base, model_fingerprint(base), settings.trust_remote_code)
-    backbone = Backbone(base or path, load_model(base or path, settings))
+        check_adapter("student", source, base, settings.trust_remote_code)
+    backbone = Backbone(base or source, load_model(base or source, settings))
     if base is not None:
-        name = add_frozen_adapter(backbone, path)
+        name = add_frozen_adapter(backbone, source)
     role = Role("student", backbone.model, name)
     check_head(role, vocabulary_rows([role]))
     return role
 
 
 def encode_responses(
-    responses: Sequence[Response], tokenizer: PreTrainedTokenizerBase, max_length: int, student: str
+    responses: Sequence[Response], tokenizer: PreTrainedTokenizerBase, max_length: int, student: Checkpoint
 ) -> tuple[list[TokenRow], int]:
     """Rows as the student would be trained on them, and how many were cut at `max_length`.
 

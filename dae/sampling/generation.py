@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from kd.data.chat import chat_format
 from kd.data.special_text import special_ids
 from kd.errors import UserError
-from kd.models.adapter_files import TOKENIZER_FILES, base_of, has_tokenizer, tokenizer_home
 from kd.models.adapters import put_adapter
-from kd.models.checkpoint_files import model_fingerprint
+from kd.models.checkpoint import Checkpoint
+from kd.models.checkpoint_files import TOKENIZER_FILES
 from kd.models.compatibility import check_adapter
 from kd.models.opening import opening
 from kd.models.roles import STUDENT_ADAPTER, LoadSettings, load_model, refuse_bad_weights
@@ -161,7 +161,7 @@ def derived_seed(*parts: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def open_writer(path: str, trust_remote_code: bool) -> Writer:
+def open_writer(source: Checkpoint, trust_remote_code: bool) -> Writer:
     """Open a checkpoint, or an adapter on the base that it names, with its tokenizer: bfloat16 on a GPU, else float32.
 
     Raises:
@@ -172,8 +172,8 @@ def open_writer(path: str, trust_remote_code: bool) -> Writer:
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
     settings = LoadSettings(dtype, None, trust_remote_code, "cuda" if on_gpu else "cpu")
-    tokenizer = open_tokenizer(path, trust_remote_code)
-    model = open_model(path, settings)
+    tokenizer = open_tokenizer(source, trust_remote_code)
+    model = open_model(source, settings)
     ends = model.generation_config.eos_token_id
     end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     if tokenizer.chat_template:
@@ -183,7 +183,7 @@ def open_writer(path: str, trust_remote_code: bool) -> Writer:
         }
     if not end_ids:
         raise UserError(
-            f"{path}: has no end token in its tokenizer or generation_config.json, so no text would ever end; "
+            f"{source}: has no end token in its tokenizer or generation_config.json, so no text would ever end; "
             "set eos_token in tokenizer_config.json"
         )
     control_ids = {*end_ids, *special_ids(tokenizer)}
@@ -193,26 +193,27 @@ def open_writer(path: str, trust_remote_code: bool) -> Writer:
     return Writer(model, tokenizer, frozenset(end_ids), frozenset(control_ids), context)
 
 
-def open_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def open_tokenizer(source: Checkpoint, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, else that of an adapter's base. Raises UserError where neither can be opened."""
-    home = tokenizer_home(path)
-    where = "" if home == path else f", nor one in its base {home}"
-    if not has_tokenizer(home):
-        files = ", ".join(TOKENIZER_FILES)
-        raise UserError(
-            f"{path}: no tokenizer that transformers can open{where}: none of {files} is there; copy it to the weights"
+    home = source.tokenizer_home
+    fault = f"{source}: no tokenizer that transformers can open"
+    if home is not source:
+        fault = f"{fault}, nor one in its base {home}"
+    if not home.has_tokenizer:
+        raise UserError(f"{fault}: none of {', '.join(TOKENIZER_FILES)} is there; copy it to the weights")
+    with opening(fault):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(home.folder), trust_remote_code=trust_remote_code
         )
-    with opening(f"{path}: no tokenizer that transformers can open{where}"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(home, trust_remote_code=trust_remote_code)
     return tokenizer
 
 
-def open_model(path: str, settings: LoadSettings) -> Any:
+def open_model(source: Checkpoint, settings: LoadSettings) -> Any:
     """A checkpoint, or an adapter on the base that it names, in eval mode. Raises UserError where it is not whole."""
-    base = base_of(path)
+    base = source.base
     if base is None:
-        return load_model(path, settings)
-    check_adapter("model", path, base, model_fingerprint(base), settings.trust_remote_code)
-    model = put_adapter(load_model(base, settings), path, STUDENT_ADAPTER).eval()
-    refuse_bad_weights(model, path, STUDENT_ADAPTER)
+        return load_model(source, settings)
+    check_adapter("model", source, base, settings.trust_remote_code)
+    model = put_adapter(load_model(base, settings), source, STUDENT_ADAPTER).eval()
+    refuse_bad_weights(model, source, STUDENT_ADAPTER)
     return model

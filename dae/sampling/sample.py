@@ -35,8 +35,7 @@ from kd.data.chat import ChatFormat, UnrenderableError, chat_format
 from kd.data.examples import conversation_ids
 from kd.data.tokenizer_audit import PROBES, audit
 from kd.errors import UserError
-from kd.models.adapter_files import base_of, tokenizer_home
-from kd.models.checkpoint_files import model_fingerprint, resolve_model
+from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.tokenizer_files import tokenizer_sha256
 from kd.runs.claimed_folder import held_below, refuse_file
 from kd.runs.files import append_lines, cut_torn_line, file_sha256, fsync_path, json_text, read_json, write_text_durably
@@ -65,17 +64,18 @@ def sample(recipe: SampleRecipe) -> Path:
         MachineError: the disk is full. Whole batches are kept.
     """
     prompts = None if recipe.prompts is None else read_prompts(recipe.prompts)
-    file = SampleFile(Path(recipe.output), settings_of(recipe))
+    model = checkpoint(recipe.model)
+    file = SampleFile(Path(recipe.output), settings_of(recipe, model))
     with file.claimed() as batches:
         if batches is None:
             logger.info("%s: all rows are there; nothing to do", recipe.output)
             return file.path
-        writer = open_writer(recipe.model, recipe.trust_remote_code)
-        tell_losses(recipe.model, writer, prompts)
+        writer = open_writer(model, recipe.trust_remote_code)
+        tell_losses(model, writer, prompts)
         write_batch = batch_writer(recipe, writer, prompts)
         with _progress(recipe.rows) as show:
             while sum(len(batch.rows) for batch in batches) < recipe.rows:
-                refuse_to_wait_for_nothing(recipe.model, batches)
+                refuse_to_wait_for_nothing(model, batches)
                 batches.append(write_batch(len(batches)))
                 file.append(batches[-1])
                 show(sum(len(batch.rows) for batch in batches))
@@ -83,32 +83,32 @@ def sample(recipe: SampleRecipe) -> Path:
     return file.path
 
 
-def settings_of(recipe: SampleRecipe) -> dict[str, Any]:
+def settings_of(recipe: SampleRecipe, model: Checkpoint) -> dict[str, Any]:
     """All that the rows follow from: the recipe but for the file's place, and the content of what it names."""
     settings = recipe.model_dump(mode="json", exclude={"output"})
-    settings["content of model"] = model_fingerprint(recipe.model)
-    if (base := base_of(recipe.model)) is not None:
-        settings["content of its base"] = model_fingerprint(base)
+    settings["content of model"] = model.fingerprint
+    if (base := model.base) is not None:
+        settings["content of its base"] = base.fingerprint
     if recipe.prompts is not None:
         settings["content of prompts"] = file_sha256(recipe.prompts)
-    settings["content of tokenizer and chat template"] = tokenizer_sha256(resolve_model(tokenizer_home(recipe.model)))
+    settings["content of tokenizer and chat template"] = tokenizer_sha256(model.tokenizer_home.folder)
     settings[PROMISE] = ROWS_AS
     return settings
 
 
-def tell_losses(model: str, writer: Writer, prompts: Sequence[Prompt] | None) -> None:
+def tell_losses(model: Checkpoint, writer: Writer, prompts: Sequence[Prompt] | None) -> None:
     """Warn, in one line, where the tokenizer drops characters: of the prompts, or without them of a few probes."""
     texts = [
         text
         for prompt in prompts or ()
         for text in ([prompt] if isinstance(prompt, str) else [message["content"] for message in prompt])
     ]
-    loss = audit(writer.tokenizer, resolve_model(tokenizer_home(model)), texts or PROBES).loss(model)
+    loss = audit(writer.tokenizer, model.tokenizer_home.folder, texts or PROBES).loss(str(model))
     if loss is not None:
         logger.warning("%s", loss)
 
 
-def refuse_to_wait_for_nothing(model: str, batches: Sequence[Batch]) -> None:
+def refuse_to_wait_for_nothing(model: Checkpoint, batches: Sequence[Batch]) -> None:
     """Raise UserError where the last `IDLE_BATCHES` batches gave no row."""
     last = batches[-IDLE_BATCHES:]
     if len(last) < IDLE_BATCHES or any(batch.rows for batch in last):

@@ -32,7 +32,7 @@ from dae_eval.progress import Display
 from dae_eval.results import Document, Evaluation, HeldOutLoss, TaskResult
 from dae_eval.suites import Suite
 from kd.errors import MachineError
-from kd.models.checkpoint_files import resolve_model
+from kd.models.checkpoint import Checkpoint
 from kd.runs.files import disk_errors, json_text, plain, read_json, write_bytes_durably, write_text_durably
 from kd.runs.provenance import read_provenance
 from kd.runs.run_folder import RunFolder
@@ -67,8 +67,8 @@ def evaluate(
         refuse_other_model(folders[role], models[role].facts())
     planner = Planner(suite, load_settings(), command)
     plans = [planner.plan(role, models[role], folders[role]) for role in distinct.values()]
-    backbones = [plan.model.backbone[1] for plan in plans]  # one after the other: only one is in memory
-    plans = sorted(plans, key=lambda plan: backbones.index(plan.model.backbone[1]))
+    backbones = [plan.model.backbone.fingerprint for plan in plans]  # one after the other: only one is in memory
+    plans = sorted(plans, key=lambda plan: backbones.index(plan.model.backbone.fingerprint))
     memory = Memory(planner.load_settings)
     with ExitStack() as held:
         for plan in plans:
@@ -156,14 +156,13 @@ def finished_evaluation(plan: Plan, suite: Suite) -> Evaluation:
         tasks=tasks,
         conditions=conditions,
         training_rows=plan.rows,
-        training=training_metrics(plan.model.path),
+        training=training_metrics(plan.model.source),
     )
 
 
-def training_metrics(path: str) -> tuple[Mapping[str, Any], ...]:
+def training_metrics(source: Checkpoint) -> tuple[Mapping[str, Any], ...]:
     """The lines of metrics.jsonl of the run that made the model; none where it is no run folder of ours."""
-    folder = resolve_model(path)
-    return tuple(RunFolder(folder).metrics()) if read_provenance(folder) is not None else ()
+    return tuple(RunFolder(source.folder).metrics()) if read_provenance(source.folder) is not None else ()
 
 
 @contextmanager

@@ -34,7 +34,8 @@ def rows_of(suite: Suite, tokenizer: PreTrainedTokenizerBase, context: int) -> t
 
 def teachers_of(model: Model, models: Mapping[str, Model]) -> dict[str, Model]:
     """Those of reference and expert that stand on the model's own backbone: only one backbone is ever in memory."""
-    return {role: models[role] for role in TEACHERS if role in models and models[role].backbone[1] == model.backbone[1]}
+    own = model.backbone.fingerprint
+    return {role: models[role] for role in TEACHERS if role in models and models[role].backbone.fingerprint == own}
 
 
 def measured(

@@ -16,8 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from dae_eval.results import ModelFacts
 from kd.data.tokenizer_audit import PROBES, audit
 from kd.errors import UserError
-from kd.models.adapter_files import ADAPTER_CONFIG, is_adapter, read_adapter_config
-from kd.models.checkpoint_files import model_fingerprint, resolve_model
+from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.compatibility import check_adapter
 from kd.models.forward import unwrapped
 from kd.models.opening import opening
@@ -31,77 +30,61 @@ logger = logging.getLogger("dae")
 
 @dataclass(frozen=True)
 class Model:
-    """A full checkpoint (base None), or an adapter on a base. Paths are as typed."""
+    """A full checkpoint (base None), or an adapter on a base."""
 
-    path: str
-    fingerprint: str
-    base: str | None = None
-    base_fingerprint: str | None = None
+    source: Checkpoint
+    base: Checkpoint | None = None
+
+    @property
+    def path(self) -> str:
+        """As typed."""
+        return str(self.source)
 
     @property
     def identity(self) -> tuple[str, str | None]:
-        """Two models with the same identity are the same weights."""
-        return self.fingerprint, self.base_fingerprint
+        """Fingerprints of the model and of its base. Two models with the same identity are the same weights."""
+        return self.source.fingerprint, None if self.base is None else self.base.fingerprint
 
     @property
-    def backbone(self) -> tuple[str, str]:
-        """(path, fingerprint) of the full weights."""
-        if self.base is None or self.base_fingerprint is None:
-            return self.path, self.fingerprint
-        return self.base, self.base_fingerprint
+    def backbone(self) -> Checkpoint:
+        """The full weights."""
+        return self.base or self.source
 
     @property
     def tokenizer_folder(self) -> Path:
         """Its own folder where that holds a tokenizer, else its base's."""
-        own = resolve_model(self.path)
-        has_one = any((own / name).is_file() for name in _VOCABULARIES)
-        return own if has_one or self.base is None else resolve_model(self.base)
+        own = self.source.folder
+        return own if any((own / name).is_file() for name in _VOCABULARIES) else self.backbone.folder
 
     def facts(self) -> ModelFacts:
         """What a report says of the model."""
-        provenance = read_provenance(resolve_model(self.path)) or {}
-        inputs = dict(provenance.get("inputs", {}))
-        return ModelFacts(self.path, self.fingerprint, self.base, self.base_fingerprint, inputs)
+        inputs = dict((read_provenance(self.source.folder) or {}).get("inputs", {}))
+        fingerprint, of_base = self.identity
+        return ModelFacts(self.path, fingerprint, None if self.base is None else str(self.base), of_base, inputs)
 
 
-def locate(role: str, path: str, base: str | None, known: dict[str, str] | None = None) -> Model:
-    """Find a model and its fingerprints; no weights are loaded.
+def locate(role: str, path: str, base: str | None) -> Model:
+    """Find a model and what it stands on; no weights are loaded.
 
-    base: what an adapter stands on; None: what its adapter_config.json names. known: fingerprints found so far, by
-    path.
+    base: what an adapter stands on; None: what its adapter_config.json names.
 
     Raises:
-        UserError: there is no such model, its run has not finished, or the adapter does not belong to the base.
+        UserError: there is no such model, or the adapter does not belong to the base.
     """
-    known = {} if known is None else known
-
-    def fingerprint(place: str) -> str:
-        if place not in known:
-            known[place] = model_fingerprint(place)
-        return known[place]
-
-    if not is_adapter(path):
-        return Model(path, fingerprint(path))
-    chosen = base if base is not None else base_of_adapter(path)
+    source = checkpoint(path)
+    if not source.is_adapter:
+        return Model(source)
     try:
-        base_is_adapter = is_adapter(chosen)
+        chosen = source.base if base is None else checkpoint(base)
     except UserError as error:
         raise UserError(
             f"{role} {path}: stands on a base that cannot be had; say where it is with --base. {error}"
         ) from error
-    if base_is_adapter:
+    assert chosen is not None, path
+    if chosen.is_adapter:
         raise UserError(f"{role} {path}: its base {chosen} is an adapter itself; merge that into its base first")
-    check_adapter(role, path, chosen, fingerprint(chosen))
-    return Model(path, fingerprint(path), chosen, fingerprint(chosen))
-
-
-def base_of_adapter(path: str) -> str:
-    """The base that an adapter names. Raises UserError where it names none, or one that is not there."""
-    named = read_adapter_config(path).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
-        config = resolve_model(path) / ADAPTER_CONFIG
-        raise UserError(f"{config}: names no base (base_model_name_or_path); say where it is with --base")
-    return named
+    check_adapter(role, source, chosen)
+    return Model(source, chosen)
 
 
 def open_tokenizer(model: Model) -> PreTrainedTokenizerBase:
@@ -131,7 +114,6 @@ class Memory:
 
     def __init__(self, settings: LoadSettings) -> None:
         self.settings = settings
-        self._fingerprint: str | None = None
         self._backbone: Backbone | None = None
 
     @contextmanager
@@ -144,24 +126,24 @@ class Memory:
     def roles(self, models: Mapping[str, Model]) -> dict[str, Role]:
         """Roles by name, of models that all stand on one backbone."""
         backbone = self._backbone_of(next(iter(models.values())))
-        assert {model.backbone[1] for model in models.values()} == {self._fingerprint}, models
+        assert {model.backbone.fingerprint for model in models.values()} == {backbone.base.fingerprint}, models
         # Adapters first: the first one wraps the backbone, and every role must hold the wrapped one.
         adapters = {
-            name: None if model.base is None else add_frozen_adapter(backbone, model.path)
+            name: None if model.base is None else add_frozen_adapter(backbone, model.source)
             for name, model in models.items()
         }
         return {name: Role(name, backbone.model, adapter) for name, adapter in adapters.items()}
 
     def _backbone_of(self, model: Model) -> Backbone:
-        path, fingerprint = model.backbone
-        if self._backbone is None or self._fingerprint != fingerprint:
+        wanted = model.backbone
+        if self._backbone is None or self._backbone.base.fingerprint != wanted.fingerprint:
             self.free()
-            self._backbone, self._fingerprint = Backbone(path, load_model(path, self.settings)), fingerprint
+            self._backbone = Backbone(wanted, load_model(wanted, self.settings))
         return self._backbone
 
     def free(self) -> None:
         """Give the memory back."""
-        self._backbone = self._fingerprint = None
+        self._backbone = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -32,7 +32,6 @@ from dae_eval.results import TrainingRows
 from dae_eval.seen import SeenTexts, seen_texts, training_rows
 from dae_eval.suites import Suite
 from kd.config.data_recipe import SourceRecipe
-from kd.models.checkpoint_files import resolve_model
 from kd.models.roles import LoadSettings
 from kd.models.tokenizer_files import tokenizer_sha256
 from kd.runs.environment import environment
@@ -91,14 +90,14 @@ class Planner:
         suite, tokenizer = self.suite, open_tokenizer(model)
         own_template = _sha256(tokenizer.chat_template)
         template = chat_template_of(model, tokenizer, suite.chat_template)
-        config: Any = AutoConfig.from_pretrained(str(resolve_model(model.backbone[0])))
+        config: Any = AutoConfig.from_pretrained(str(model.backbone.folder))
         context = refuse_unfit_length(self.tasks, config, tokenizer, suite.max_length, model.path)
         shared = self._shared_facts(model, context)
         asked = self._questions(shared["tokenizer"], tokenizer, template)
         tell_losses(model, tokenizer, [question.leak for one in asked.values() for question in one.questions])
         settings = {task: task_settings(one, _sha256(template), suite.max_length) for task, one in asked.items()}
         facts = {task: {**_task_facts(one), "settings": settings[task], **shared} for task, one in asked.items()}
-        rows = training_rows([path for path in (model.path, model.base) if path is not None])
+        rows = training_rows([str(one) for one in (model.source, model.base) if one is not None])
         return Plan(
             role=role,
             model=model,
@@ -118,9 +117,10 @@ class Planner:
 
     def _shared_facts(self, model: Model, context: int) -> dict[str, Any]:
         """What all scores of a model depend on."""
+        fingerprint, of_base = model.identity
         return {
-            "model": model.fingerprint,
-            "base": model.base_fingerprint,
+            "model": fingerprint,
+            "base": of_base,
             "tokenizer": tokenizer_sha256(model.tokenizer_folder),
             "dtype": str(self.load_settings.dtype).removeprefix("torch."),
             "device": self.load_settings.device,

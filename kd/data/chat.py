@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kd.config.data_recipe import DataRecipe
 from kd.data.special_text import special_texts
 from kd.errors import UserError
+from kd.models.checkpoint import Checkpoint
 from kd.models.opening import opening
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def named_template(name: str) -> str:
 
 
 def load_tokenizer(
-    path: str | os.PathLike[str], settings: DataRecipe, trust_remote_code: bool = False, chat_template: Any = None
+    source: Checkpoint, settings: DataRecipe, trust_remote_code: bool = False, chat_template: Any = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, with the fallback chat template set where it has none of its own.
 
@@ -165,8 +165,10 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    with opening(f"{path}: no tokenizer that transformers can open"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with opening(f"{source}: no tokenizer that transformers can open"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(source.folder), trust_remote_code=trust_remote_code
+        )
         tokenizer("probe")  # some settings are read no sooner
     if chat_template is not None:
         tokenizer.chat_template = chat_template
@@ -175,7 +177,7 @@ def load_tokenizer(
             logger.warning(
                 "data.chat_template: %s is not used: the tokenizer of %s has a chat template of its own",
                 settings.chat_template,
-                path,
+                source,
             )
         else:
             tokenizer.chat_template = named_template(settings.chat_template)

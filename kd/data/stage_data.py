@@ -16,7 +16,7 @@ from kd.data.mixing import MixedRows, MixtureSource
 from kd.data.token_rows import TokenRows
 from kd.data.tokenizer_audit import audit, refuse_lossy
 from kd.errors import UserError
-from kd.models.checkpoint_files import resolve_model
+from kd.models.checkpoint import Checkpoint
 from kd.runs.provenance import HELD_OUT, DataInput
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ LoadRows = Callable[..., tuple[list[TokenRows], list[SourceReport]]]
 
 def load_stage_data(
     recipe: StageRecipe,
+    base: Checkpoint,
     route_names: Sequence[str],
     route_shares: Mapping[str, float] | None,
     load: LoadRows = load_rows,
@@ -68,6 +69,7 @@ def load_stage_data(
 
     Args:
         recipe: of the stage.
+        base: whose tokenizer encodes.
         route_names: the routes, in order.
         route_shares: each route's share where the recipe names none (None: by rows).
         load: what takes the place of kd.data.examples.load_rows.
@@ -76,7 +78,7 @@ def load_stage_data(
     Raises:
         UserError: rows or tokenizer cannot be used, or the tokenizer loses text of many rows.
     """
-    tokenizer = load_tokenizer(recipe.base, recipe.data, recipe.trust_remote_code, chat_template)
+    tokenizer = load_tokenizer(base, recipe.data, recipe.trust_remote_code, chat_template)
     encoded = {name: load(recipe.data.routes[name], tokenizer, recipe.data) for name in route_names}
     counts = {name: [len(rows) for rows in encoded[name][0]] for name in route_names}
     if recipe.data.has_shares:
@@ -112,18 +114,21 @@ def load_stage_data(
         reports,
         held_out,
         inputs,
-        tokenizer_faults(recipe, tokenizer, reports),
+        tokenizer_faults(recipe, base, tokenizer, reports),
     )
 
 
 def tokenizer_faults(
-    recipe: StageRecipe, tokenizer: PreTrainedTokenizerBase, reports: Mapping[str, Sequence[SourceReport]]
+    recipe: StageRecipe,
+    base: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    reports: Mapping[str, Sequence[SourceReport]],
 ) -> tuple[str, ...]:
     """What the tokenizer does to the rows' text, in words. Raises UserError where it loses text of many rows."""
     texts = [text for several in reports.values() for report in several for text in report.texts]
-    found = audit(tokenizer, resolve_model(recipe.base), texts)
-    refuse_lossy(found, recipe.base, recipe.data.allow_lossy_tokenizer)
-    return tuple(found.lines(recipe.base))
+    found = audit(tokenizer, base.folder, texts)
+    refuse_lossy(found, base.path, recipe.data.allow_lossy_tokenizer)
+    return tuple(found.lines(base.path))
 
 
 def lost_rows(report: SourceReport) -> str:

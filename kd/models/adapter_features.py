@@ -7,14 +7,13 @@ still gives distributions, and they are not the expert's.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import peft
 from peft import LoraConfig
 
 from kd.errors import UserError
-from kd.models.adapter_files import ADAPTER_CONFIG, read_adapter_config
-from kd.models.checkpoint_files import resolve_model
+from kd.models.checkpoint import Checkpoint
+from kd.models.checkpoint_files import ADAPTER_CONFIG
 
 _KNOWN_KEYS = frozenset(field.name for field in dataclasses.fields(LoraConfig))
 _WITH_PEFT = "merge it with peft (merge_and_unload), save that and pass the full checkpoint"
@@ -37,16 +36,31 @@ _NOT_SHARED = {
     "layer_replication": ("it repeats layers of the base, for all roles", ""),
     "kasa_config": ("KaSA changes the base's weights, for all roles", ""),
 }
+# Starts (peft's init_lora_weights) that take what the adapter begins with out of the base's weights.
+_STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def refuse_unknown_features(path: str) -> None:
+def refuse_changed_base(adapter: Checkpoint) -> None:
+    """Raise UserError where an adapter is counted from weights that peft made of the base's when it was begun.
+
+    Putting it on would change the base for all roles, or mean something else than was trained.
+    """
+    start = adapter.adapter_config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_STARTS_THAT_CHANGE_THE_BASE):
+        raise UserError(
+            f"{adapter}: was begun with init_lora_weights={start}, which changes the base's weights; convert it to "
+            "plain LoRA with peft (save_pretrained(..., path_initial_model_for_weight_conversion=...)), or merge it "
+            "and pass the full checkpoint."
+        )
+
+
+def refuse_unknown_features(adapter: Checkpoint) -> None:
     """Raise UserError where an adapter's config has keys that the installed peft would pass over, or asks for a
     variant that is not carried out here.
     """
-    config = read_adapter_config(path)
+    config = adapter.adapter_config
     if config.get("peft_type") != "LORA":
         return  # check_adapter refuses the whole kind
-    file = resolve_model(path) / ADAPTER_CONFIG
     unknown = {key: value for key, value in config.items() if key not in _KNOWN_KEYS and value not in (None, False)}
     unknown = {key: value for key, value in unknown.items() if value not in ("", [], {})}
     if unknown:
@@ -54,30 +68,30 @@ def refuse_unknown_features(path: str) -> None:
         written = config.get("peft_version")
         by = f" (it was written by {written})" if written else ""
         raise UserError(
-            f"{file}: {told}: peft {peft.__version__}, which is installed, does not know this{by} and would leave out "
-            "what it does to the model. Install the peft that wrote it (pip install -U peft), or merge it there "
-            "(merge_and_unload), save that and pass the full checkpoint."
+            f"{adapter.folder / ADAPTER_CONFIG}: {told}: peft {peft.__version__}, which is installed, does not know "
+            f"this{by} and would leave out what it does to the model. Install the peft that wrote it (pip install -U "
+            "peft), or merge it there (merge_and_unload), save that and pass the full checkpoint."
         )
-    _refuse(path, config, _NOT_HERE, "which is not supported")
+    _refuse(adapter, _NOT_HERE, "which is not supported")
 
 
-def refuse_unshareable(path: str) -> None:
+def refuse_unshareable(adapter: Checkpoint) -> None:
     """Raise UserError where an adapter cannot share its base's weights with other roles, by the key of its config."""
-    _refuse(path, read_adapter_config(path), _NOT_SHARED, "so it cannot share its base with other roles")
+    _refuse(adapter, _NOT_SHARED, "so it cannot share its base with other roles")
 
 
-def _refuse(path: str, config: dict[str, Any], features: dict[str, tuple[str, str]], consequence: str) -> None:
+def _refuse(adapter: Checkpoint, features: dict[str, tuple[str, str]], consequence: str) -> None:
     for key, (what, remedy) in features.items():
-        if config.get(key):
+        if value := adapter.adapter_config.get(key):
             raise UserError(
-                f"{resolve_model(path) / ADAPTER_CONFIG}: {key}: {config[key]!r}: {what}, {consequence}; "
-                f"{remedy or merge_command(path)}."
+                f"{adapter.folder / ADAPTER_CONFIG}: {key}: {value!r}: {what}, {consequence}; "
+                f"{remedy or merge_command(adapter)}."
             )
 
 
-def merge_command(path: str) -> str:
+def merge_command(adapter: Checkpoint) -> str:
     """The remedy for an adapter that can be merged: the command that makes a full checkpoint of it."""
     return (
-        f"merge it into its base (dae merge weights --method linear --base BASE --expert {path} --output MERGED "
+        f"merge it into its base (dae merge weights --method linear --base BASE --expert {adapter} --output MERGED "
         "weight=1) and pass MERGED in its place"
     )

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,14 @@ from safetensors import safe_open
 from torch import nn
 
 from kd.errors import UserError
-from kd.models.adapter_features import merge_command, refuse_unknown_features, refuse_unshareable
-from kd.models.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, refuse_changed_base
-from kd.models.checkpoint_files import resolve_model
+from kd.models.adapter_features import (
+    merge_command,
+    refuse_changed_base,
+    refuse_unknown_features,
+    refuse_unshareable,
+)
+from kd.models.checkpoint import Checkpoint
+from kd.models.checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from kd.models.completeness import refuse_other_weights
 from kd.models.opening import opening
 from kd.models.tensor_files import stored_tensor
@@ -32,11 +36,16 @@ _WRAPPED = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
 
 
 def put_adapter(
-    model: nn.Module, path: str, name: str, *, trainable: bool = False, shared_with: str | None = None
+    model: nn.Module,
+    adapter: Checkpoint,
+    name: str,
+    *,
+    trainable: bool = False,
+    shared_with: Checkpoint | None = None,
 ) -> PeftModel:
     """Put a LoRA adapter on a model, under a name; the model may lie on the meta device.
 
-    shared_with: path of the base, where other roles speak through the model's weights, too.
+    shared_with: the base, where other roles speak through the model's weights, too.
 
     Returns:
         The model wrapped, or the same one where it is wrapped already.
@@ -46,28 +55,28 @@ def put_adapter(
             config does not fit the model or is not all carried out, it stands on a changed copy of the base's weights,
             or it would change weights that others share.
     """
-    refuse_changed_base(path)
-    refuse_unknown_features(path)
+    refuse_changed_base(adapter)
+    refuse_unknown_features(adapter)
     if shared_with is not None:
-        refuse_unshareable(path)
+        refuse_unshareable(adapter)
     words, remedy = "does not fit its base", "Save or download the adapter again."
     if isinstance(model, PeftModel):
-        words, remedy = "cannot stand beside the other adapters on its base", f"Instead, {merge_command(path)}."
-    with opening(f"{Path(path) / ADAPTER_CONFIG}: {words}", remedy):
-        adapted = _with_layers(model, path, name, trainable=trainable, shared=shared_with is not None)
+        words, remedy = "cannot stand beside the other adapters on its base", f"Instead, {merge_command(adapter)}."
+    with opening(f"{adapter.folder / ADAPTER_CONFIG}: {words}", remedy):
+        adapted = _with_layers(model, adapter, name, trainable=trainable, shared=shared_with is not None)
         if shared_with is not None:
-            _refuse_nested(adapted, path)
+            _refuse_nested(adapted, adapter)
             _answer_for_own_rows(adapted)
     if shared_with is not None:
-        _refuse_own_base_weights(adapted, path, name, shared_with)
-    with opening(f"{path}: its weights cannot be put on its base", "Save or download the adapter again."):
-        _load_weights(adapted, path, name, trainable=trainable)
+        _refuse_own_base_weights(adapted, adapter, name, shared_with)
+    with opening(f"{adapter}: its weights cannot be put on its base", "Save or download the adapter again."):
+        _load_weights(adapted, adapter, name, trainable=trainable)
     return adapted
 
 
-def _with_layers(model: nn.Module, path: str, name: str, *, trainable: bool, shared: bool) -> PeftModel:
+def _with_layers(model: nn.Module, adapter: Checkpoint, name: str, *, trainable: bool, shared: bool) -> PeftModel:
     empty = any(parameter.is_meta for parameter in model.parameters())
-    config = LoraConfig.from_pretrained(str(resolve_model(path)))
+    config = LoraConfig.from_pretrained(str(adapter.folder))
     config.inference_mode = not trainable
     if shared:  # biases that it brings are refused, and peft takes no second adapter beside one that says otherwise
         config.bias = "none"
@@ -79,7 +88,7 @@ def _with_layers(model: nn.Module, path: str, name: str, *, trainable: bool, sha
     return PeftModelForCausalLM(model, config, name, low_cpu_mem_usage=empty)
 
 
-def _refuse_nested(adapted: PeftModel, path: str) -> None:
+def _refuse_nested(adapted: PeftModel, adapter: Checkpoint) -> None:
     """Raise UserError where a module or token rows that an adapter keeps whole hold further layers.
 
     peft copies these with what is on them, and says something else than either adapter then.
@@ -92,9 +101,9 @@ def _refuse_nested(adapted: PeftModel, path: str) -> None:
             inner = [module.get_base_layer()]
         if any(isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for part in inner):
             raise UserError(
-                f"{Path(path) / ADAPTER_CONFIG}: cannot stand beside the other adapters on its base: {name} is kept "
-                "whole (modules_to_save, trainable_token_indices) and has further layers (target_modules), its own or "
-                f"another adapter's. Train it with one of the two; or {merge_command(path)}."
+                f"{adapter.folder / ADAPTER_CONFIG}: cannot stand beside the other adapters on its base: {name} is "
+                "kept whole (modules_to_save, trainable_token_indices) and has further layers (target_modules), its "
+                f"own or another adapter's. Train it with one of the two; or {merge_command(adapter)}."
             )
 
 
@@ -113,23 +122,23 @@ def _of_own_rows(layer: TrainableTokensWrapper, answer: Callable[..., Any], name
     return answer(name, *others) if name in layer._get_available_adapters() else {}
 
 
-def _load_weights(adapted: PeftModel, path: str, name: str, *, trainable: bool) -> None:
+def _load_weights(adapted: PeftModel, adapter: Checkpoint, name: str, *, trainable: bool) -> None:
     empty = any(parameter.is_meta for parameter in adapted.parameters())
     try:
         keys = adapted.load_adapter(
-            str(resolve_model(path)), name, is_trainable=trainable, torch_device="cpu", low_cpu_mem_usage=empty
+            str(adapter.folder), name, is_trainable=trainable, torch_device="cpu", low_cpu_mem_usage=empty
         )
     except KeyError as error:  # what a wrapped module (modules_to_save) should have found in the file
         if str(error.args[0]).startswith(_PREFIX):
-            refuse_other_weights(path, ADAPTER_CONFIG, missing=[_as_saved(error.args[0], name)])
+            refuse_other_weights(adapter, ADAPTER_CONFIG, missing=[_as_saved(error.args[0], name)])
         raise
     except RuntimeError as error:
         found = _OTHER_SHAPE.findall(str(error))
         shapes = [(_as_saved(key, name), json.loads(stored), json.loads(wanted)) for key, stored, wanted in found]
-        refuse_other_weights(path, ADAPTER_CONFIG, reshaped=shapes)
+        refuse_other_weights(adapter, ADAPTER_CONFIG, reshaped=shapes)
         raise
     refuse_other_weights(
-        path,
+        adapter,
         ADAPTER_CONFIG,
         missing=[_as_saved(key, name) for key in keys.missing_keys],
         unknown=[_as_saved(key, name) for key in keys.unexpected_keys],
@@ -148,7 +157,7 @@ def _as_saved(key: str, name: str) -> str:
 # -- weights of the base that an adapter's file brings along -----------------------------------------------------------
 
 
-def _refuse_own_base_weights(adapted: PeftModel, path: str, name: str, base: str) -> None:
+def _refuse_own_base_weights(adapted: PeftModel, adapter: Checkpoint, name: str, base: Checkpoint) -> None:
     """Raise UserError where an adapter brings weights of the base (biases, embeddings) that are not those of `base`.
 
     Loading it would write them over the weights that all roles share. What its layers keep of their own, saved modules
@@ -156,21 +165,21 @@ def _refuse_own_base_weights(adapted: PeftModel, path: str, name: str, base: str
     """
     own = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
     there = _base_weights(adapted)
-    with safe_open(resolve_model(path) / ADAPTER_WEIGHTS, framework="pt") as file:
+    with safe_open(adapter.folder / ADAPTER_WEIGHTS, framework="pt") as file:
         for key in sorted(set(file.keys()) - own.keys()):
             plain = _WRAPPED.sub("", key.removeprefix(_PREFIX))
             weight = there.get(plain)
             if weight is not None and weight.is_meta:
                 names = [other for other, tensor in there.items() if tensor is weight]
-                weight = stored_tensor(resolve_model(base), names)
+                weight = stored_tensor(base.folder, names)
             if weight is None:
                 continue  # nothing of the base's is called so: it is told as unknown when the weights are loaded
             stored: torch.Tensor = file.get_tensor(key)
             if stored.shape != weight.shape or not torch.equal(stored.to(weight), weight):
                 kind = "biases of the base that it trained (bias)" if key.endswith(".bias") else "weights of its own"
                 raise UserError(
-                    f"{path}: brings {kind} for {plain.rpartition('.')[0]}, so it cannot share {base}; "
-                    f"{merge_command(path)}."
+                    f"{adapter}: brings {kind} for {plain.rpartition('.')[0]}, so it cannot share {base}; "
+                    f"{merge_command(adapter)}."
                 )
 
 

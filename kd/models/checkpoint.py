@@ -1,50 +1,156 @@
-"""A checkpoint or adapter as one value: the path as typed, the local folder, its config, its fingerprint, its base."""
+"""A checkpoint or adapter as one value: the path as typed, the local folder, and what its small files say.
+
+Strings of recipes and command lines become Checkpoints once, at the start of a command; all else takes these. A folder
+is looked at once, and a hub is asked once for each id.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from kd.errors import UserError
+from kd.models.checkpoint_files import ADAPTER_CONFIG, TOKENIZER_FILES, model_fingerprint
 
-from kd.models.adapter_files import is_adapter
-from kd.models.checkpoint_files import model_fingerprint, resolve_model
-from kd.models.compatibility import empty_model
+if TYPE_CHECKING:
+    from torch import nn
+
+_MODEL_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Some hub repositories carry a second copy of the weights in their authors' own format.
+_NOT_DOWNLOADED = ("consolidated*", "original/*", "onnx/*", "openvino/*")
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A full checkpoint or a peft adapter. `checkpoint` makes it, once for each path.
 
-    path: as typed, a folder or a hub id; folder: where it lies on this machine.
+    path: as typed, a folder or a hub id; folder: where it lies on this machine. Opens no weights, imports no peft.
     """
 
     path: str
     folder: Path
 
-    @cached_property
-    def is_adapter(self) -> bool:
-        """Whether it is a peft adapter."""
-        return is_adapter(str(self.folder))
+    def __str__(self) -> str:
+        return self.path
+
+    @property
+    def lasting_path(self) -> str:
+        """What other files call it: its folder from the root, or the hub id as typed."""
+        return str(self.folder.resolve()) if self.folder == Path(self.path) else self.path
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of weights and config; the files are read once. Raises UserError where they are torn or missing."""
-        return model_fingerprint(self.path)
+        return model_fingerprint(self.folder)
+
+    @cached_property
+    def is_adapter(self) -> bool:
+        """Whether it is a peft adapter."""
+        return (self.folder / ADAPTER_CONFIG).is_file()
+
+    @cached_property
+    def adapter_config(self) -> dict[str, Any]:
+        """An adapter's config as it is written. Raises UserError where it is no JSON object."""
+        file = self.folder / ADAPTER_CONFIG
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{file}: is no JSON ({error}); save or download the adapter again") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{file}: is no JSON object; save or download the adapter again")
+        return config
+
+    @property
+    def base(self) -> Checkpoint | None:
+        """What an adapter names as its base; None for a full checkpoint.
+
+        Raises UserError where an adapter names none, or one that cannot be had.
+        """
+        if not self.is_adapter:
+            return None
+        named = self.adapter_config.get("base_model_name_or_path")
+        if not isinstance(named, str) or not named:
+            raise UserError(
+                f"{self.folder / ADAPTER_CONFIG}: names no base (base_model_name_or_path); write its base's path or "
+                "hub id there"
+            )
+        return checkpoint(named)
+
+    @cached_property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer lies beside the weights."""
+        return any((self.folder / name).is_file() for name in TOKENIZER_FILES)
+
+    @property
+    def tokenizer_home(self) -> Checkpoint:
+        """Where its tokenizer lies: beside its weights, or with the base of an adapter that brings none."""
+        return self if self.has_tokenizer else self.base or self
+
+    def refuse_adapter(self, key: str = "") -> None:
+        """Raise UserError for an adapter: transformers would leave it out, or put it on a base of its choice.
+
+        key: of the recipe, where the path stands there.
+        """
+        if self.is_adapter:
+            raise UserError(
+                f"{key}{': ' if key else ''}{self}: is an adapter, and a full checkpoint is wanted here; pass what it "
+                "was trained on, or merge it."
+            )
 
     def meta_model(self, trust_remote_code: bool = False) -> nn.Module:
-        """A new model of its architecture on the meta device. Raises UserError where it is no causal LM."""
-        return empty_model(self.path, trust_remote_code)
+        """A new model of its architecture on the meta device. Raises UserError where it is no full causal LM."""
+        from kd.models.meta_model import meta_model
+
+        self.refuse_adapter()
+        return meta_model(self.folder, self.path, trust_remote_code)
 
 
-_known: dict[tuple[str, str], Checkpoint] = {}
+_State = list[tuple[str, int, int]]
+_known: dict[tuple[str, str], tuple[_State | None, Checkpoint]] = {}
 
 
-def checkpoint(path: str) -> Checkpoint:
-    """The checkpoint at a path or hub id; a hub is asked once for each id. Raises UserError where it cannot be had."""
-    key = (path, os.getcwd())
-    if key not in _known:
-        _known[key] = Checkpoint(path, resolve_model(path))
-    return _known[key]
+def checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint at a path or hub id: the same value each time, until the folder's files change.
+
+    Raises:
+        UserError: no such folder, or the hub id can neither be fetched nor found in the local cache.
+    """
+    name = os.fspath(path)
+    key, state = (name, os.getcwd()), _state(Path(name))
+    if key not in _known or _known[key][0] != state:
+        _known[key] = state, Checkpoint(name, _hub_snapshot(name) if state is None else Path(name))
+    return _known[key][1]
+
+
+def _state(folder: Path) -> _State | None:
+    """Names, sizes and times of writing of a folder's files; None where no such folder."""
+    if not folder.is_dir():
+        return None
+    facts = [(file.name, file.stat()) for file in os.scandir(folder) if file.is_file()]
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in facts)
+
+
+def _hub_snapshot(name: str) -> Path:
+    if Path(name).exists() or not _MODEL_ID.fullmatch(name) or name.startswith(("./", "../", "~")):
+        kind = "this is a file, a model is a folder" if Path(name).exists() else "no such folder"
+        raise UserError(f"{name}: {kind}; give the folder of a checkpoint or adapter, or a hub id")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "*.py"]
+    fetch: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": list(_NOT_DOWNLOADED)}
+    try:
+        return Path(snapshot_download(name, **fetch))
+    except Exception as error:  # noqa: BLE001 - the hub client raises errors of four libraries; all mean "not to be had"
+        try:
+            return Path(snapshot_download(name, local_files_only=True, **fetch))
+        except Exception:  # noqa: BLE001
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"{name}: no such folder, and the hub does not give a model of this name ({reason}); "
+                "check the spelling, your network and your hub login, or download it and give its folder"
+            ) from error

@@ -3,52 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
-from typing import Any
 
 from kd.errors import UserError
 from kd.runs.files import files_sha256, joint_sha256
 from kd.runs.provenance import FINISHED, read_provenance
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
-_MODEL_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# Some hub repositories carry a second copy of the weights in their authors' own format.
-_NOT_DOWNLOADED = ("consolidated*", "original/*", "onnx/*", "openvino/*")
-
-
-def resolve_model(path_or_id: str | Path) -> Path:
-    """The local folder of a model: a folder as it is, or the local snapshot of a hub id, fetched when needed.
-
-    Raises:
-        UserError: no such folder, or the hub id can neither be fetched nor found in the local cache.
-    """
-    place = Path(path_or_id)
-    if place.is_dir():
-        return place
-    name = str(path_or_id)
-    if place.exists() or not _MODEL_ID.fullmatch(name) or name.startswith(("./", "../", "~")):
-        kind = "this is a file, a model is a folder" if place.exists() else "no such folder"
-        raise UserError(f"{name}: {kind}; give the folder of a checkpoint or adapter, or a hub id")
-    return _hub_snapshot(name)
-
-
-def _hub_snapshot(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "*.py"]
-    fetch: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": list(_NOT_DOWNLOADED)}
-    try:
-        return Path(snapshot_download(name, **fetch))
-    except Exception as error:  # noqa: BLE001 - the hub client raises errors of four libraries; all mean "not to be had"
-        try:
-            return Path(snapshot_download(name, local_files_only=True, **fetch))
-        except Exception:  # noqa: BLE001
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"{name}: no such folder, and the hub does not give a model of this name ({reason}); "
-                "check the spelling, your network and your hub login, or download it and give its folder"
-            ) from error
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -60,9 +24,9 @@ def weight_files(folder: Path) -> list[str]:
     Raises:
         UserError: weights are missing, torn, pickled, or lie outside the folder.
     """
-    adapter = (folder / "adapter_config.json").is_file()
-    config = "adapter_config.json" if adapter else "config.json"
-    single = "adapter_model.safetensors" if adapter else "model.safetensors"
+    adapter = (folder / ADAPTER_CONFIG).is_file()
+    config = ADAPTER_CONFIG if adapter else "config.json"
+    single = ADAPTER_WEIGHTS if adapter else "model.safetensors"
     index = "model.safetensors.index.json"
     if not (folder / config).is_file():
         raise UserError(
@@ -120,18 +84,17 @@ def check_safetensors(path: Path) -> None:
         raise UserError(f"{path}: has {size} bytes where its header says {8 + length + end}; save or download it again")
 
 
-def model_fingerprint(path_or_id: str | Path) -> str:
-    """Fingerprint of a checkpoint or adapter: joint SHA-256 over names and contents of `weight_files`.
+def model_fingerprint(folder: Path) -> str:
+    """Fingerprint of the checkpoint or adapter in a folder: joint SHA-256 over names and contents of `weight_files`.
 
     It does not depend on where the folder lies, nor on tokenizer, model card or generation settings. Another sharding
     of the same weights counts as another model.
 
     Raises:
-        UserError: the model cannot be had, is pickled or torn, or is the folder of a run that has not finished.
+        UserError: the model is pickled or torn, or is the folder of a run that has not finished.
     """
-    folder = resolve_model(path_or_id)
     if read_provenance(folder) is not None and not (folder / FINISHED).is_file():
-        raise UserError(f"{path_or_id}: this run has not finished; give its command again to let it finish")
+        raise UserError(f"{folder}: this run has not finished; give its command again to let it finish")
     names = weight_files(folder)
     for name in names:
         if name.endswith(".safetensors"):

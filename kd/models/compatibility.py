@@ -10,20 +10,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from kd.errors import UserError
 from kd.models.adapter_features import refuse_unknown_features, refuse_unshareable
-from kd.models.adapter_files import ADAPTER_WEIGHTS, has_tokenizer, is_adapter, read_adapter_config, refuse_adapter
 from kd.models.adapters import put_adapter
-from kd.models.checkpoint_files import model_fingerprint, resolve_model, weight_files
+from kd.models.checkpoint import Checkpoint, checkpoint
+from kd.models.checkpoint_files import ADAPTER_WEIGHTS
 from kd.models.completeness import opened_whole, some
+from kd.models.meta_model import meta_tensors
 from kd.models.opening import opening, refuse_broken_json
 from kd.runs.provenance import base_fingerprint_of
 
@@ -40,48 +40,46 @@ TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map
 _OTHER_TOKENS = (
     "Pass a teacher of the base's family; or distil from one of another tokenizer: `dae distill` with cross_tokenizer."
 )
-_MANY_LAYERS = 1000
 # An adapter on several parameters of one module is as many wrappers, one inside the other.
 _NESTED = re.compile(r"(\.base_layer)+$")
 
 
-def check_tokenizers(base: str, others: Mapping[str, str], trust_remote_code: bool = False) -> None:
+def check_tokenizers(base: Checkpoint, others: Mapping[str, Checkpoint], trust_remote_code: bool = False) -> None:
     """Every role must speak the base's tokens: same vocabulary and same encoding (padding of the weights may differ).
 
     Tokens that were added behind the base's are no hindrance: rows are written in the base's.
-    others: role -> path. Adapters that bring no tokenizer use the base's. Raises UserError naming role and difference.
+    others: by role. Adapters that bring no tokenizer use the base's. Raises UserError naming role and difference.
     """
     ours = _tokenizer(base, trust_remote_code)
     if ours is None:
         raise UserError(f"{base}: holds no tokenizer; save it next to the weights with tokenizer.save_pretrained(...).")
-    for role, path in others.items():
-        if path == base:
+    for role, other in others.items():
+        if other is base:
             continue
-        theirs = _tokenizer(path, trust_remote_code)
+        theirs = _tokenizer(other, trust_remote_code)
         if theirs is None:
-            if is_adapter(path):
+            if other.is_adapter:
                 continue
             raise UserError(
-                f"{role} {path}: holds no tokenizer, so nobody can tell whether it speaks the tokens of {base}. "
+                f"{role} {other}: holds no tokenizer, so nobody can tell whether it speaks the tokens of {base}. "
                 "If it does, copy the base's tokenizer files into it."
             )
         difference = _difference(ours, theirs)
         if difference:
             raise UserError(
-                f"{role} {path}: its tokenizer is not that of {base} ({difference[0]}). A teacher must share the "
+                f"{role} {other}: its tokenizer is not that of {base} ({difference[0]}). A teacher must share the "
                 f"student's tokenizer: token i would mean something else to each. {difference[1]}"
             )
-        _tell_added(role, path, base, ours, theirs)
+        _tell_added(role, other, base, ours, theirs)
 
 
-def _tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    if not has_tokenizer(path):
+def _tokenizer(source: Checkpoint, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    if not source.has_tokenizer:
         return None
-    folder = resolve_model(path)
-    refuse_broken_json(folder, *TOKENIZER_JSON)
-    with opening(f"{path}: its tokenizer cannot be opened"):
+    refuse_broken_json(source.folder, *TOKENIZER_JSON)
+    with opening(f"{source}: its tokenizer cannot be opened"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code
+            str(source.folder), trust_remote_code=trust_remote_code
         )
         tokenizer.get_vocab()
         for text in _PROBES:
@@ -112,7 +110,7 @@ def _difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) 
 
 
 def _tell_added(
-    role: str, path: str, base: str, ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase
+    role: str, other: Checkpoint, base: Checkpoint, ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase
 ) -> None:
     """Warn, once, of tokens that were added for one of the two only, [PAD] mostly: no row needs them."""
     a, b = ours.get_vocab(), theirs.get_vocab()
@@ -121,22 +119,16 @@ def _tell_added(
             "%s %s: its tokenizer has tokens that %s lacks (%s). Rows are written in the base's tokens, so none holds "
             "them, and the student does not learn them",
             role,
-            path,
+            other,
             base,
             some([repr(token) for token in extra]),
         )
     elif a.keys() - b.keys():
-        logger.warning("%s %s: its tokenizer lacks the padding token of %s, which no row needs", role, path, base)
+        logger.warning("%s %s: its tokenizer lacks the padding token of %s, which no row needs", role, other, base)
 
 
 def check_adapter(
-    role: str,
-    path: str,
-    base: str,
-    base_fingerprint: str,
-    trust_remote_code: bool = False,
-    *,
-    shares: bool = False,
+    role: str, adapter: Checkpoint, base: Checkpoint, trust_remote_code: bool = False, *, shares: bool = False
 ) -> None:
     """An adapter must be LoRA (or DoRA), complete, and made for these base weights.
 
@@ -145,37 +137,36 @@ def check_adapter(
 
     Raises UserError naming what does not fit, is missing, or cannot be carried out.
     """
-    folder = resolve_model(path)
-    config = read_adapter_config(path)
+    config, fingerprint = adapter.adapter_config, base.fingerprint
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(
-            f"{role} {path}: a {kind} adapter; only LoRA and DoRA adapters can share the backbone. "
+            f"{role} {adapter}: a {kind} adapter; only LoRA and DoRA adapters can share the backbone. "
             "Where the method allows it, merge it into its base and pass the full checkpoint."
         )
-    recorded = base_fingerprint_of(folder)
-    if recorded is not None and recorded != base_fingerprint:
+    recorded = base_fingerprint_of(adapter.folder)
+    if recorded is not None and recorded != fingerprint:
         raise UserError(
-            f"{role} {path}: this adapter was trained on another base (fingerprint {recorded[:12]}, but {base} is "
-            f"{base_fingerprint[:12]}). Pass its own base as --base, or merge it and pass the full checkpoint."
+            f"{role} {adapter}: this adapter was trained on another base (fingerprint {recorded[:12]}, but {base} is "
+            f"{fingerprint[:12]}). Pass its own base as --base, or merge it and pass the full checkpoint."
         )
-    empty = empty_model(base, trust_remote_code)
-    refuse_unknown_features(path)
+    meta_model = base.meta_model(trust_remote_code)
+    refuse_unknown_features(adapter)
     if shares:
-        refuse_unshareable(path)
+        refuse_unshareable(adapter)
     if not config.get("layer_replication"):  # with it, layers have other numbers than the base's
-        _check_shapes(role, path, folder, base, empty)
-    put_adapter(empty, path, "checked", shared_with=base if shares else None)
+        _check_shapes(role, adapter, base, meta_model)
+    put_adapter(meta_model, adapter, "checked", shared_with=base if shares else None)
     if recorded is None:
-        _tell_other_base(role, path, str(config.get("base_model_name_or_path") or ""), base, base_fingerprint)
+        _tell_other_base(role, adapter, str(config.get("base_model_name_or_path") or ""), base)
 
 
-def _tell_other_base(role: str, path: str, named: str, base: str, base_fingerprint: str) -> None:
+def _tell_other_base(role: str, adapter: Checkpoint, named: str, base: Checkpoint) -> None:
     """Warn, once, where the base that an adapter names is another one: by its weights if it lies here, else by name."""
     there = Path(named)
     if named and there.is_dir():
         try:
-            if there.samefile(resolve_model(base)) or model_fingerprint(named) == base_fingerprint:
+            if there.samefile(base.folder) or checkpoint(named).fingerprint == base.fingerprint:
                 return
         except UserError:
             pass  # whatever lies there is no model: its name is all that is known
@@ -184,19 +175,19 @@ def _tell_other_base(role: str, path: str, named: str, base: str, base_fingerpri
                 "%s %s: was trained on %s by its own account, whose weights are not those of %s, which it is used on. "
                 "If that is not meant, pass --base %s",
                 role,
-                path,
+                adapter,
                 named,
                 base,
                 named,
             )
             return
-    if named and there.name != Path(base).name:
-        logger.warning("%s %s: was trained on %s by its own account, and is used on %s", role, path, named, base)
+    if named and there.name != Path(base.path).name:
+        logger.warning("%s %s: was trained on %s by its own account, and is used on %s", role, adapter, named, base)
 
 
-def _check_shapes(role: str, path: str, folder: Path, base: str, empty: nn.Module) -> None:
-    modules = dict(empty.named_modules())
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+def _check_shapes(role: str, adapter: Checkpoint, base: Checkpoint, meta_model: nn.Module) -> None:
+    modules = dict(meta_model.named_modules())
+    with safe_open(adapter.folder / ADAPTER_WEIGHTS, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - not a dict
             name = key.removeprefix("base_model.model.")
             shape = list(file.get_slice(key).get_shape())
@@ -204,13 +195,13 @@ def _check_shapes(role: str, path: str, folder: Path, base: str, empty: nn.Modul
             module = modules.get(module_name)
             if module is None:
                 raise UserError(
-                    f"{role} {path}: has weights for {module_name}, which {base} does not have; "
+                    f"{role} {adapter}: has weights for {module_name}, which {base} does not have; "
                     "it was made for another architecture. Pass its own base as --base."
                 )
             expected = _expected_shape(module, part, shape)
             if expected is None or shape == expected:
                 continue
-            told = f"{role} {path}: {name} is {shape}, but {base} wants {expected}; "
+            told = f"{role} {adapter}: {name} is {shape}, but {base} wants {expected}; "
             if part == "weight" and shape[1:] == expected[1:] and shape[0] != expected[0]:
                 raise UserError(
                     f"{told}tokens were added to its vocabulary. Pass as --base a copy of the base that has as many "
@@ -263,61 +254,21 @@ def _expected_fused_shape(module: nn.Module, part: str, shape: list[int]) -> lis
     return next((one for one in allowed if one == shape), allowed[0] if allowed else None)
 
 
-def empty_model(path: str, trust_remote_code: bool = False) -> nn.Module:
-    """The checkpoint's architecture without memory for its weights.
-
-    Raises UserError where it is no causal language model, or an adapter.
-    """
-    refuse_adapter(path)
-    folder = resolve_model(path)
-    refuse_broken_json(folder, "config.json")
-    with opening(f"{path}: cannot be read as a causal language model", "Mend its config.json, or save it again."):
-        config: Any = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        _refuse_endless_layers(path, config)
-        try:
-            with torch.device("meta"):
-                model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        except AssertionError:
-            _refuse_padding_outside(path, config)
-            raise
-    return model
-
-
-def _refuse_padding_outside(path: str, config: Any) -> None:
-    """Raise UserError for a padding token that the embeddings have no row for; not every architecture needs one."""
-    text = config.get_text_config()
-    token, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
-    if isinstance(token, int) and isinstance(rows, int) and token >= rows:
-        words = f"the vocabulary has {rows} rows; set it below {rows}, or to null"
-        raise UserError(f"{path}: config.json: pad_token_id: {token}: {words}")
-
-
-def _refuse_endless_layers(path: str, config: Any) -> None:
-    """Raise UserError for a config with far more layers than its files can hold, which would take hours to build."""
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > _MANY_LAYERS and layers > len(_empty_tensors(path)):
-        raise UserError(
-            f"{path}: config.json: num_hidden_layers: {layers}: its files hold {len(_empty_tensors(path))} tensors; "
-            "mend config.json, or save it again."
-        )
-
-
-def check_complete(path: str, trust_remote_code: bool = False) -> None:
+def check_complete(source: Checkpoint, trust_remote_code: bool = False) -> None:
     """See from the headers of its files that a full checkpoint holds the weights of its architecture.
 
     Raises UserError naming what is missing, unknown or of another shape, or where it is no causal LM.
     """
-    model: Any = empty_model(path, trust_remote_code)
+    model: Any = source.meta_model(trust_remote_code)
     if getattr(model.config, "quantization_config", None) is not None:
         return  # its files hold more than its architecture says; opening it tells
-    open_model = partial(
-        type(model).from_pretrained, None, config=model.config, state_dict=_empty_tensors(path), device_map="meta"
-    )
+    tensors = meta_tensors(source.folder)
+    open_model = partial(type(model).from_pretrained, None, config=model.config, state_dict=tensors, device_map="meta")
     with _no_progress_bar():
-        opened_whole(path, open_model)
-    if (resolve_model(path) / GENERATION_CONFIG_NAME).is_file():  # which is opened with the weights
-        with opening(f"{path}: {GENERATION_CONFIG_NAME} cannot be read", "Mend or remove it."):
-            GenerationConfig.from_pretrained(str(resolve_model(path)))
+        opened_whole(source, open_model)
+    if (source.folder / GENERATION_CONFIG_NAME).is_file():  # which is opened with the weights
+        with opening(f"{source}: {GENERATION_CONFIG_NAME} cannot be read", "Mend or remove it."):
+            GenerationConfig.from_pretrained(str(source.folder))
 
 
 @contextmanager
@@ -333,22 +284,10 @@ def _no_progress_bar() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def _empty_tensors(path: str) -> dict[str, torch.Tensor]:
-    """What the files of a checkpoint hold, by name, without memory."""
-    folder = resolve_model(path)
-    tensors = {}
-    for name in weight_files(folder):
-        if name.endswith(".safetensors"):
-            with safe_open(folder / name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    tensors[key] = torch.empty(file.get_slice(key).get_shape(), device="meta")
-    return tensors
-
-
-def refuse_unusable_attention(model: nn.Module, path: str, attn_implementation: str | None) -> None:
+def refuse_unusable_attention(model: nn.Module, source: Checkpoint, attn_implementation: str | None) -> None:
     """Raise UserError where this model, on this machine, cannot be run with this attention (as transformers names it).
 
-    model: as `empty_model` gives it; from here on it has this attention.
+    model: as `Checkpoint.meta_model` gives it; from here on it has this attention.
     """
     if attn_implementation is None:
         return
@@ -356,6 +295,6 @@ def refuse_unusable_attention(model: nn.Module, path: str, attn_implementation: 
         model.set_attn_implementation(attn_implementation)  # type: ignore[operator]
     except (ValueError, ImportError) as error:
         raise UserError(
-            f"attn_implementation: {attn_implementation}: {path} cannot be run with it: {str(error).splitlines()[0]} "
+            f"attn_implementation: {attn_implementation}: {source} cannot be run with it: {str(error).splitlines()[0]} "
             "Leave it out, or write `sdpa` or `eager`."
         ) from error

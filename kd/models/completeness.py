@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kd.errors import UserError
+from kd.models.checkpoint import Checkpoint
 from kd.models.opening import opening
 
 NAMES_SHOWN = 3
@@ -20,8 +21,8 @@ NAMES_SHOWN = 3
 _BUFFERS = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias)$")
 
 
-def opened_whole(path: str, open_model: Callable[..., Any]) -> PreTrainedModel:
-    """The model that `open_model`, a from_pretrained, opens from `path`.
+def opened_whole(source: Checkpoint, open_model: Callable[..., Any]) -> PreTrainedModel:
+    """The model that `open_model`, a from_pretrained, opens from a checkpoint.
 
     Not counted: what the architecture itself declares to be left out (tied weights, ignorable keys) and old buffers.
 
@@ -29,19 +30,19 @@ def opened_whole(path: str, open_model: Callable[..., Any]) -> PreTrainedModel:
     """
     found: Mapping[str, Any]
     model: PreTrainedModel
-    with opening(f"{path}: cannot be opened as a causal language model"):
+    with opening(f"{source}: cannot be opened as a causal language model"):
         try:
             model, found = open_model(output_loading_info=True, ignore_mismatched_sizes=True)
         except RuntimeError as error:
             if "automatic conversion of the weights" not in str(error):
                 raise
             raise UserError(
-                f"{path}: its weights are not those that its config.json describes: the parts of a layer (a mixture's "
-                "experts) that are stored one by one cannot be put together, as some are missing or of another shape. "
-                "Save or download it again."
+                f"{source}: its weights are not those that its config.json describes: the parts of a layer (a "
+                "mixture's experts) that are stored one by one cannot be put together, as some are missing or of "
+                "another shape. Save or download it again."
             ) from error
     refuse_other_weights(
-        path,
+        source,
         "config.json",
         missing=found["missing_keys"],
         unknown=[name for name in found["unexpected_keys"] if not _BUFFERS.search(name)],
@@ -51,7 +52,7 @@ def opened_whole(path: str, open_model: Callable[..., Any]) -> PreTrainedModel:
 
 
 def refuse_other_weights(
-    path: str,
+    source: Checkpoint,
     config: str,
     *,
     missing: Collection[str] = (),
@@ -70,7 +71,7 @@ def refuse_other_weights(
     remedy = "Save or download it again."
     if not missing and not reshaped:
         remedy = f"Mend {config}; or, where they are not wanted, load it with plain libraries and save it again."
-    raise UserError(f"{path}: its weights are not those that its {config} describes: {told}. {remedy}")
+    raise UserError(f"{source}: its weights are not those that its {config} describes: {told}. {remedy}")
 
 
 def some(names: Collection[str]) -> str:

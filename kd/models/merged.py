@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kd.models.adapter_features import CANNOT_MERGE
-from kd.models.adapter_files import ADAPTER_CONFIG
+from kd.models.checkpoint_files import ADAPTER_CONFIG
 from kd.models.opening import opening
 from kd.models.tensor_files import stored_tensor
 

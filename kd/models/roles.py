@@ -13,7 +13,6 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +25,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kd.config.stage_recipe import LoraRecipe
 from kd.errors import UserError
-from kd.models.adapter_files import refuse_adapter
 from kd.models.adapters import put_adapter
-from kd.models.compatibility import empty_model, refuse_unusable_attention
+from kd.models.checkpoint import Checkpoint
+from kd.models.compatibility import refuse_unusable_attention
 from kd.models.completeness import first_line, opened_whole
 from kd.models.forward import decoder_of, final_hidden_states, head_of, innermost, unwrapped
 from kd.models.merged import state_ties
@@ -78,43 +77,43 @@ class Role:
 
 @dataclass
 class Backbone:
-    """One copy of base weights with the adapters that share it, and where each came from."""
+    """One copy of a base's weights with the adapters that share it, by the names that they have on it."""
 
-    path: str
+    base: Checkpoint
     model: Model
-    adapters: dict[str, str] = field(default_factory=dict)  # adapter folder -> adapter name
+    adapters: dict[Checkpoint, str] = field(default_factory=dict)
 
 
-def load_model(path: str, settings: LoadSettings, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(source: Checkpoint, settings: LoadSettings, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Open a full checkpoint (safetensors only) in eval mode with all weights frozen; on `meta` its architecture alone.
 
     Raises UserError for an unreadable or incomplete checkpoint and for weights that are not finite, naming the tensor.
     """
-    refuse_adapter(path)
+    source.refuse_adapter()
     if settings.device == "meta":
-        empty: Any = empty_model(path, settings.trust_remote_code).requires_grad_(False).eval()
-        refuse_unusable_attention(empty, path, settings.attn_implementation)
-        refuse_unknown_forward(empty, path)
-        return empty
+        meta_model: Any = source.meta_model(settings.trust_remote_code).requires_grad_(False).eval()
+        refuse_unusable_attention(meta_model, source, settings.attn_implementation)
+        refuse_unknown_forward(meta_model, source)
+        return meta_model
     open_model = partial(
         AutoModelForCausalLM.from_pretrained,
-        path,
+        str(source.folder),
         dtype=dtype or settings.dtype,
         attn_implementation=settings.attn_implementation,
         trust_remote_code=settings.trust_remote_code,
         use_safetensors=True,
     )
-    model = opened_whole(path, open_model)
+    model = opened_whole(source, open_model)
     model.to(settings.device)  # type: ignore[arg-type]
     model.requires_grad_(False)
     model.eval()
     state_ties(model)
-    refuse_bad_weights(model, path)
-    refuse_unknown_forward(model, path)
+    refuse_bad_weights(model, source)
+    refuse_unknown_forward(model, source)
     return model
 
 
-def refuse_bad_weights(model: nn.Module, path: str, adapter: str | None = None) -> None:
+def refuse_bad_weights(model: nn.Module, source: Checkpoint, adapter: str | None = None) -> None:
     """Raise UserError where a weight is NaN or infinite: every loss and gradient after it would be, too."""
     for name, tensor in model.named_parameters():
         if tensor.is_meta or (adapter is not None and adapter not in name.split(".")):
@@ -122,34 +121,34 @@ def refuse_bad_weights(model: nn.Module, path: str, adapter: str | None = None) 
         if not torch.isfinite(tensor).all():
             as_saved = name.replace(f".{adapter}.", ".").removesuffix(f".{adapter}")
             raise UserError(
-                f"{path}: {as_saved} holds NaN or infinite values; nothing can be learnt from it. "
+                f"{source}: {as_saved} holds NaN or infinite values; nothing can be learnt from it. "
                 "Use an earlier checkpoint, or write it again."
             )
 
 
-def refuse_unknown_forward(model: PreTrainedModel, path: str) -> None:
+def refuse_unknown_forward(model: PreTrainedModel, source: Checkpoint) -> None:
     """Raise UserError for architectures whose final hidden states cannot be had through an ordinary forward pass."""
     if "logits_to_keep" not in inspect.signature(model.forward).parameters or decoder_of(model) is model:
         raise UserError(
-            f"{path}: architecture {type(model).__name__} gives no access to its final hidden states "
+            f"{source}: architecture {type(model).__name__} gives no access to its final hidden states "
             "(forward without logits_to_keep, or no get_decoder()); it is not supported."
         )
 
 
-def trainable_model(path: str, settings: LoadSettings, dtype: torch.dtype) -> PreTrainedModel:
+def trainable_model(source: Checkpoint, settings: LoadSettings, dtype: torch.dtype) -> PreTrainedModel:
     """A full checkpoint whose weights all train. dtype is usually fp32, with bf16 only inside autocast."""
-    model = load_model(path, settings, dtype)
+    model = load_model(source, settings, dtype)
     model.requires_grad_(True)
     return model
 
 
-def add_student_adapter(backbone: Backbone, lora: LoraRecipe, student_from: str | None) -> PeftModel:
+def add_student_adapter(backbone: Backbone, lora: LoraRecipe, student_from: Checkpoint | None) -> PeftModel:
     """Put the trainable adapter on the backbone: new (B = 0: the student starts as the base), or an earlier student's.
 
     Changes `backbone.model` to the PeftModel and returns it.
     """
     if student_from is not None:
-        model = put_adapter(backbone.model, student_from, STUDENT_ADAPTER, trainable=True, shared_with=backbone.path)
+        model = put_adapter(backbone.model, student_from, STUDENT_ADAPTER, trainable=True, shared_with=backbone.base)
         refuse_bad_weights(model, student_from, STUDENT_ADAPTER)
     else:
         config = LoraConfig(
@@ -164,20 +163,19 @@ def add_student_adapter(backbone: Backbone, lora: LoraRecipe, student_from: str 
         except ValueError as error:
             raise UserError(f"lora.target_modules: {lora.target_modules}: {first_line(error)}") from error
     # A relative path would only work from the folder this was run in.
-    base = Path(backbone.path)
-    model.peft_config[STUDENT_ADAPTER].base_model_name_or_path = str(base.resolve()) if base.exists() else backbone.path
+    model.peft_config[STUDENT_ADAPTER].base_model_name_or_path = backbone.base.lasting_path
     backbone.model = model
     return model
 
 
-def add_frozen_adapter(backbone: Backbone, path: str) -> str:
-    """Put the adapter of `path` on the backbone, frozen; returns its name. The same folder is put on once."""
-    if path in backbone.adapters:
-        return backbone.adapters[path]
+def add_frozen_adapter(backbone: Backbone, adapter: Checkpoint) -> str:
+    """Put an adapter on the backbone, frozen; returns its name. The same one is put on once."""
+    if adapter in backbone.adapters:
+        return backbone.adapters[adapter]
     name = f"frozen_{len(backbone.adapters)}"
-    backbone.model = put_adapter(backbone.model, path, name, shared_with=backbone.path)
-    refuse_bad_weights(backbone.model, path, name)
-    backbone.adapters[path] = name
+    backbone.model = put_adapter(backbone.model, adapter, name, shared_with=backbone.base)
+    refuse_bad_weights(backbone.model, adapter, name)
+    backbone.adapters[adapter] = name
     return name
 
 

@@ -25,6 +25,6 @@ def tokenizer_files(folder: Path) -> list[str]:
 def tokenizer_sha256(folder: Path) -> str:
     """Joint SHA-256 over names and contents of `tokenizer_files`.
 
-    folder: a local one, as `resolve_model` gives it (for an adapter without a tokenizer, its base's).
+    folder: a Checkpoint's (for an adapter without a tokenizer, its base's).
     """
     return joint_sha256(files_sha256(folder, tokenizer_files(folder)))

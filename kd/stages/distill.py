@@ -27,7 +27,6 @@ from kd.losses.gradient_reach import refuse_constant_losses
 from kd.losses.hidden_states import hidden_state_loss
 from kd.losses.layer_pairs import LayerPairs, layer_pairs
 from kd.losses.token_loss import TokenLoss
-from kd.models.adapter_files import refuse_adapter
 from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.compatibility import check_complete, check_tokenizers
 from kd.models.forward import learned_positions, unwrapped
@@ -52,11 +51,11 @@ class Distill(Stage[DistillRecipe]):
 
     def check(self, recipe: DistillRecipe, inputs: Inputs) -> DistillRecipe:
         for role, one in inputs.items():
-            refuse_adapter(one.path, role)
+            one.refuse_adapter(role)
         if recipe.cross_tokenizer is None:
-            check_same_tokenizer(recipe)
+            check_same_tokenizer(recipe, inputs)
         for one in inputs.values():
-            check_complete(one.path, recipe.trust_remote_code)
+            check_complete(one, recipe.trust_remote_code)
         models = [inputs[role].meta_model(recipe.trust_remote_code) for role in ("base", "teacher")]
         if recipe.attention is not None:
             pairs_of("attention", recipe.attention.layers, *models)
@@ -67,9 +66,10 @@ class Distill(Stage[DistillRecipe]):
 
     def load_data(self, recipe: DistillRecipe, inputs: Inputs) -> StageData:
         if recipe.cross_tokenizer is None:
-            return load_stage_data(recipe, [ROUTE], None)
-        theirs = load_tokenizer(recipe.teacher, recipe.data, trust_remote_code=recipe.trust_remote_code)
-        data = load_stage_data(recipe, [ROUTE], None, partial(load_paired_rows, teacher_tokenizer=theirs))
+            return load_stage_data(recipe, inputs["base"], [ROUTE], None)
+        theirs = load_tokenizer(inputs["teacher"], recipe.data, trust_remote_code=recipe.trust_remote_code)
+        load = partial(load_paired_rows, teacher_tokenizer=theirs)
+        data = load_stage_data(recipe, inputs["base"], [ROUTE], None, load)
         teacher = unwrapped(inputs["teacher"].meta_model(recipe.trust_remote_code))
         head_rows = int(teacher.get_output_embeddings().weight.shape[0])
         as_teacher = recipe.model_copy(update={"base": recipe.teacher})
@@ -77,8 +77,8 @@ class Distill(Stage[DistillRecipe]):
         return data
 
     def build_roles(self, recipe: DistillRecipe, inputs: Inputs, settings: LoadSettings) -> StageRoles:
-        alone = student_alone(recipe, settings)
-        teacher = Role("teacher", load_model(recipe.teacher, settings), None)
+        alone = student_alone(recipe, inputs["base"], settings)
+        teacher = Role("teacher", load_model(inputs["teacher"], settings), None)
         return replace(alone, teachers={"teacher": teacher}, own_vocabulary=recipe.cross_tokenizer is not None)
 
     def objective(self, recipe: DistillRecipe, roles: StageRoles) -> Objective:
@@ -114,10 +114,10 @@ def in_teacher_tokens(data: StageData) -> StageData:
     return replace(data, rows=tuple(rows), held_out=held_out)
 
 
-def check_same_tokenizer(recipe: DistillRecipe) -> None:
+def check_same_tokenizer(recipe: DistillRecipe, inputs: Inputs) -> None:
     """Raise UserError where the teacher's tokens are not the student's, naming the way that is left."""
     try:
-        check_tokenizers(recipe.base, {"teacher": recipe.teacher}, recipe.trust_remote_code)
+        check_tokenizers(inputs["base"], {"teacher": inputs["teacher"]}, recipe.trust_remote_code)
     except UserError as error:
         raise UserError(f"{error} (With `cross_tokenizer: uld` it may have one of its own.)") from error
 

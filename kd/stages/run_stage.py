@@ -108,8 +108,7 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT) -> RunResult:
 def card_facts(
     stage: Stage[RecipeT], recipe: RecipeT, inputs: Inputs, data: StageData, summary: Mapping[str, Any]
 ) -> CardFacts:
-    models = {role: (one.path, one.fingerprint) for role, one in inputs.items()}
-    return CardFacts(stage.name, stage.describe(recipe), recipe, models, data.inputs, data.reports, summary)
+    return CardFacts(stage.name, stage.describe(recipe), recipe, inputs, data.inputs, data.reports, summary)
 
 
 def tell_of_rows(data: StageData) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from kd.config.stage_recipe import StageRecipe
 from kd.data.stage_data import StageData, load_stage_data
 from kd.losses.token_loss import TokenLoss
-from kd.models.adapter_files import refuse_adapter
 from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.compatibility import check_complete
 from kd.models.roles import (
@@ -35,15 +34,15 @@ class Sft(Stage[SftRecipe]):
         return {"base": checkpoint(recipe.base)}
 
     def check(self, recipe: SftRecipe, inputs: Inputs) -> SftRecipe:
-        refuse_adapter(recipe.base, "base")
-        check_complete(recipe.base, recipe.trust_remote_code)
+        inputs["base"].refuse_adapter("base")
+        check_complete(inputs["base"], recipe.trust_remote_code)
         return recipe
 
     def load_data(self, recipe: SftRecipe, inputs: Inputs) -> StageData:
-        return load_stage_data(recipe, [ROUTE], None)
+        return load_stage_data(recipe, inputs["base"], [ROUTE], None)
 
     def build_roles(self, recipe: SftRecipe, inputs: Inputs, settings: LoadSettings) -> StageRoles:
-        return student_alone(recipe, settings)
+        return student_alone(recipe, inputs["base"], settings)
 
     def objective(self, recipe: SftRecipe, roles: StageRoles) -> Objective:
         return Objective((Route(ROUTE, None),), TokenLoss(weight=0.0), pooled=True)
@@ -59,11 +58,11 @@ def sft(recipe: SftRecipe) -> RunResult:
     return run_stage(Sft(), recipe)
 
 
-def student_alone(recipe: StageRecipe, settings: LoadSettings) -> StageRoles:
+def student_alone(recipe: StageRecipe, base: Checkpoint, settings: LoadSettings) -> StageRoles:
     """The student on its base: a new adapter, or all weights with `lora: null`."""
     if recipe.lora is None:
-        model = trainable_model(recipe.base, settings, student_dtype(recipe))
+        model = trainable_model(base, settings, student_dtype(recipe))
         return StageRoles(Role("student", model, None), {})
-    backbone = Backbone(recipe.base, load_model(recipe.base, settings))
+    backbone = Backbone(base, load_model(base, settings))
     adapted = add_student_adapter(backbone, recipe.lora, None)
     return StageRoles(Role("student", adapted, STUDENT_ADAPTER), {}, shared=adapted)

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from kd.config.loading import resolved_yaml
 from kd.data.records import FILE_ENDINGS, HUB_ID
-from kd.models.checkpoint_files import resolve_model
+from kd.models.checkpoint import Checkpoint
 from kd.runs.environment import library_versions
 from kd.runs.provenance import HELD_OUT, DataInput
 
@@ -35,14 +35,14 @@ class Description:
 class CardFacts:
     """What a card is made of.
 
-    inputs: path and fingerprint of each model by role; data: the sources of each route, eval sets under `eval.NAME`;
+    inputs: the checkpoints by role; data: the sources of each route, eval sets under `eval.NAME`;
     reports: what became of these sources, in the same order; summary: as in run.json.
     """
 
     stage: str
     description: Description
     recipe: StageRecipe
-    inputs: Mapping[str, tuple[str, str]]
+    inputs: Mapping[str, Checkpoint]
     data: Mapping[str, Sequence[DataInput]]
     reports: Mapping[str, Sequence[SourceReport]]
     summary: Mapping[str, Any]
@@ -76,7 +76,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
     adapter = facts.recipe.lora is not None
     base = facts.recipe.base
     sources = [source.path for sources in facts.data.values() for source in sources]
-    extra: dict[str, Any] = licence_of(base)
+    extra: dict[str, Any] = licence_of(facts.inputs["base"])
     if is_on_hub(base):
         extra |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
     if on_hub := sorted({path for path in sources if is_on_hub(path)}):
@@ -94,9 +94,9 @@ def is_on_hub(path: str) -> bool:
     return not Path(path).exists() and bool(HUB_ID.fullmatch(path)) and not path.endswith(FILE_ENDINGS)
 
 
-def licence_of(base: str) -> dict[str, str]:
-    """The licence that the base's own card states; nothing where it states none."""
-    card = resolve_model(base) / CARD
+def licence_of(source: Checkpoint) -> dict[str, str]:
+    """The licence that a checkpoint's own card states; nothing where it states none."""
+    card = source.folder / CARD
     if not card.is_file():
         return {}
     stated = ModelCard.load(card, ignore_metadata_errors=True).data
@@ -104,12 +104,17 @@ def licence_of(base: str) -> dict[str, str]:
 
 
 def _models(facts: CardFacts) -> str:
-    licence = licence_of(facts.recipe.base).get("license")
+    licence = licence_of(facts.inputs["base"]).get("license")
     terms = (
         f"The base's card states the licence `{licence}`. " if licence else "The base's card states no licence. "
     ) + "The terms of the other models and of the data apply as well; they are not known to the toolkit."
-    rows = [(role, f"`{path}`", f"`{sha256}`") for role, (path, sha256) in facts.inputs.items()]
-    return table(("role", "checkpoint", "fingerprint (SHA-256 of weights and config)"), rows) + f"\n\n{terms}"
+    return f"{models_table(facts.inputs)}\n\n{terms}"
+
+
+def models_table(inputs: Mapping[str, Checkpoint]) -> str:
+    """Checkpoint and fingerprint of each role."""
+    rows = [(role, f"`{one}`", f"`{one.fingerprint}`") for role, one in inputs.items()]
+    return table(("role", "checkpoint", "fingerprint (SHA-256 of weights and config)"), rows)
 
 
 def _data(facts: CardFacts) -> str:

@@ -63,7 +63,7 @@ def publish(facts: CardFacts, run: RunFolder, trainer: RoutedTrainer, data: Stag
         write_model_card(folder, facts)
 
     run.publish(write_files)
-    verify_saved(run.path, ids[0].tolist(), expected, settings)
+    verify_saved(run.path, ids[0].tolist(), expected, settings, facts.inputs["base"])
     if facts.recipe.merge and isinstance(student, PeftModel):
         whole = merged(student, STUDENT_ADAPTER, facts.recipe.output)
 

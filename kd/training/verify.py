@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from kd.models.checkpoint import Checkpoint
     from kd.models.roles import LoadSettings
 
 # Largest |saved - trained| over the largest |trained| logit. The same weights on the same kernels give exactly 0; other
@@ -54,7 +55,11 @@ class Verification:
 
 
 def verify_saved(
-    folder: Path, probe_input_ids: Sequence[int], expected_logits_TV: torch.Tensor, settings: LoadSettings
+    folder: Path,
+    probe_input_ids: Sequence[int],
+    expected_logits_TV: torch.Tensor,
+    settings: LoadSettings,
+    base: Checkpoint | None = None,
 ) -> Verification:
     """Open `folder` in a fresh process and compare its logits on one row with those of the model it was saved from.
 
@@ -67,6 +72,7 @@ def verify_saved(
         probe_input_ids: T token ids of one row, without padding.
         expected_logits_TV: [T, V] logits of the trained model in eval mode, any float dtype, on any device.
         settings: how the run opens its models.
+        base: what an adapter was trained on; a hub id is not asked for again.
 
     Raises:
         MachineError: the place for temporary files is full.
@@ -88,6 +94,7 @@ def verify_saved(
         "attn_implementation": settings.attn_implementation,
         "trust_remote_code": settings.trust_remote_code,
         "device": settings.device,
+        "downloaded": {} if base is None else {base.path: str(base.folder)},
     }
     with tempfile.TemporaryDirectory(prefix="dae-verify-") as scratch:
         probe = Path(scratch) / "probe.safetensors"
@@ -151,7 +158,7 @@ def _open(request: Mapping[str, Any]) -> PreTrainedModel:
     is_adapter = adapter_config.is_file()
     base = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"] if is_adapter else folder
     model: Any = AutoModelForCausalLM.from_pretrained(
-        base,
+        request["downloaded"].get(base, base),
         dtype=getattr(torch, request["dtype"]) if is_adapter else "auto",
         attn_implementation=request["attn_implementation"],
         trust_remote_code=request["trust_remote_code"],

@@ -58,9 +58,10 @@ class Author:
         from dae_eval.models import locate
 
         model = locate("--model", self.model, None)
+        fingerprint, of_base = model.identity
         return {
-            "model": model.fingerprint,
-            "model's base": model.base_fingerprint,
+            "model": fingerprint,
+            "model's base": of_base,
             "chat template": template_sha256(read_chat_format(model, self.chat_template)),
             "seed": self.seed,
             "batch size": self.batch_size,

@@ -47,10 +47,11 @@ class JudgeChoice:
         from dae_eval.models import locate
 
         model = locate("--judge", self.checkpoint, None)
+        fingerprint, of_base = model.identity
         return {
             **settings,
-            "judge fingerprint": model.fingerprint,
-            "judge's base": model.base_fingerprint,
+            "judge fingerprint": fingerprint,
+            "judge's base": of_base,
             "judge's chat template": template_sha256(read_chat_format(model, None)),
             "judge's batch size": self.batch_size,
         }

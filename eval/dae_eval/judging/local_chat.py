@@ -200,10 +200,9 @@ def open_local_chat(model: Model, template: str | None, batch_size: int) -> Loca
     torch.set_flush_denormal(True)  # numbers too small to matter, which slow some CPUs several times over
     fmt = read_chat_format(model, template)
     tell_losses(model, fmt.tokenizer)
-    weights = model.backbone[0]
-    backbone = Backbone(weights, load_model(weights, load_settings()))
+    backbone = Backbone(model.backbone, load_model(model.backbone, load_settings()))
     if model.base is not None:
-        add_frozen_adapter(backbone, model.path)
+        add_frozen_adapter(backbone, model.source)
     loaded: Any = backbone.model
     ends = loaded.generation_config.eos_token_id
     end_ids = {fmt.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
