@@ -30,6 +30,10 @@ from kd.models.opening import opening
 from kd.models.tensor_files import stored_tensor
 
 _PREFIX = "base_model.model."
+_OTHER_BASE = (
+    "If it was trained on another base, pass that one as --base; if tokens were added to its vocabulary, pass a base "
+    "with as many rows (model.resize_token_embeddings); else save or download it again."
+)
 _OTHER_SHAPE = re.compile(r"size mismatch for (\S+): .*torch\.Size\((\[.*?\])\).*torch\.Size\((\[.*?\])\)")
 # Where peft puts the layer that it wraps.
 _WRAPPED = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
@@ -135,13 +139,14 @@ def _load_weights(adapted: PeftModel, adapter: Checkpoint, name: str, *, trainab
     except RuntimeError as error:
         found = _OTHER_SHAPE.findall(str(error))
         shapes = [(_as_saved(key, name), json.loads(stored), json.loads(wanted)) for key, stored, wanted in found]
-        refuse_other_weights(adapter, ADAPTER_CONFIG, reshaped=shapes)
+        refuse_other_weights(adapter, ADAPTER_CONFIG, reshaped=shapes, remedy=_OTHER_BASE)
         raise
     refuse_other_weights(
         adapter,
         ADAPTER_CONFIG,
         missing=[_as_saved(key, name) for key in keys.missing_keys],
         unknown=[_as_saved(key, name) for key in keys.unexpected_keys],
+        remedy=_OTHER_BASE,
     )
     if not trainable:  # peft forgets some of an adapter that is not the first one on its model
         for key, parameter in adapted.named_parameters():

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
@@ -21,7 +18,6 @@ from kd.errors import UserError
 from kd.models.adapter_features import refuse_unknown_features, refuse_unshareable
 from kd.models.adapters import put_adapter
 from kd.models.checkpoint import Checkpoint, checkpoint
-from kd.models.checkpoint_files import ADAPTER_WEIGHTS
 from kd.models.completeness import opened_whole, some
 from kd.models.meta_model import meta_tensors
 from kd.models.opening import opening, refuse_broken_json
@@ -40,8 +36,6 @@ TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map
 _OTHER_TOKENS = (
     "Pass a teacher of the base's family; or distil from one of another tokenizer: `dae distill` with cross_tokenizer."
 )
-# An adapter on several parameters of one module is as many wrappers, one inside the other.
-_NESTED = re.compile(r"(\.base_layer)+$")
 
 
 def check_tokenizers(base: Checkpoint, others: Mapping[str, Checkpoint], trust_remote_code: bool = False) -> None:
@@ -154,8 +148,6 @@ def check_adapter(
     refuse_unknown_features(adapter)
     if shares:
         refuse_unshareable(adapter)
-    if not config.get("layer_replication"):  # with it, layers have other numbers than the base's
-        _check_shapes(role, adapter, base, meta_model)
     put_adapter(meta_model, adapter, "checked", shared_with=base if shares else None)
     if recorded is None:
         _tell_other_base(role, adapter, str(config.get("base_model_name_or_path") or ""), base)
@@ -183,75 +175,6 @@ def _tell_other_base(role: str, adapter: Checkpoint, named: str, base: Checkpoin
             return
     if named and there.name != Path(base.path).name:
         logger.warning("%s %s: was trained on %s by its own account, and is used on %s", role, adapter, named, base)
-
-
-def _check_shapes(role: str, adapter: Checkpoint, base: Checkpoint, meta_model: nn.Module) -> None:
-    modules = dict(meta_model.named_modules())
-    with safe_open(adapter.folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - not a dict
-            name = key.removeprefix("base_model.model.")
-            shape = list(file.get_slice(key).get_shape())
-            module_name, part = _module_and_part(name)
-            module = modules.get(module_name)
-            if module is None:
-                raise UserError(
-                    f"{role} {adapter}: has weights for {module_name}, which {base} does not have; "
-                    "it was made for another architecture. Pass its own base as --base."
-                )
-            expected = _expected_shape(module, part, shape)
-            if expected is None or shape == expected:
-                continue
-            told = f"{role} {adapter}: {name} is {shape}, but {base} wants {expected}; "
-            if part == "weight" and shape[1:] == expected[1:] and shape[0] != expected[0]:
-                raise UserError(
-                    f"{told}tokens were added to its vocabulary. Pass as --base a copy of the base that has as many "
-                    f"rows (model.resize_token_embeddings({shape[0]})), or merge the adapter into such a copy and pass "
-                    "the full checkpoint."
-                )
-            raise UserError(f"{told}it was made for another base. Pass its own as --base.")
-
-
-def _module_and_part(name: str) -> tuple[str, str]:
-    """The base's module that an adapter's tensor is for, and what it is of the adapter there."""
-    for mark in (".lora_", ".token_adapter.trainable_"):
-        module_name, found, part = name.partition(mark)
-        if found:
-            return _NESTED.sub("", module_name), part if mark == ".lora_" else "tokens"
-    module_name, _, part = name.replace(".base_layer.", ".").replace(".token_adapter.", ".").rpartition(".")
-    return module_name, part
-
-
-def _expected_shape(module: nn.Module, part: str, shape: list[int]) -> list[int] | None:
-    """What a tensor's shape must be on this module; the rank is the adapter's own."""
-    weight = getattr(module, "weight", None)
-    if weight is None:
-        return _expected_fused_shape(module, part, shape)
-    if weight.dim() < 2 or len(shape) < 2:
-        return list(weight.shape) if part == "weight" else None
-    # Conv1D and embeddings keep their weights the other way round: [in, out].
-    out_features, in_features = weight.shape[::-1] if isinstance(module, (Conv1D, nn.Embedding)) else weight.shape[:2]
-    if part in ("A.weight", "embedding_A"):
-        return [shape[0], in_features]
-    if part in ("B.weight", "embedding_B"):
-        return [out_features, shape[1]]
-    if part == "tokens":
-        return [shape[0], weight.shape[1]]
-    return list(weight.shape) if part == "weight" else None
-
-
-def _expected_fused_shape(module: nn.Module, part: str, shape: list[int]) -> list[int] | None:
-    """The same for the experts of a mixture, [E, out, in] in one parameter: all their updates lie side by side.
-
-    The tensor does not say which of the parameters it is for, so that it may fit any of them.
-    """
-    fused = [parameter.shape for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
-    if part == "A.weight":
-        allowed = [[max(shape[0] // experts, 1) * experts, inputs] for experts, _, inputs in fused]
-    elif part == "B.weight":
-        allowed = [[outputs, max(shape[1] // experts, 1) * experts] for experts, outputs, _ in fused]
-    else:
-        return None
-    return next((one for one in allowed if one == shape), allowed[0] if allowed else None)
 
 
 def check_complete(source: Checkpoint, trust_remote_code: bool = False) -> None:

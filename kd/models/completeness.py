@@ -58,6 +58,7 @@ def refuse_other_weights(
     missing: Collection[str] = (),
     unknown: Collection[str] = (),
     reshaped: Collection[tuple[str, Sequence[int], Sequence[int]]] = (),
+    remedy: str = "Save or download it again.",
 ) -> None:
     """Raise UserError where one of these is not empty.
 
@@ -68,7 +69,6 @@ def refuse_other_weights(
     told = "; ".join(f"{kind}: {some(names)}" for kind, names in kinds.items() if names)
     if not told:
         return
-    remedy = "Save or download it again."
     if not missing and not reshaped:
         remedy = f"Mend {config}; or, where they are not wanted, load it with plain libraries and save it again."
     raise UserError(f"{source}: its weights are not those that its {config} describes: {told}. {remedy}")
