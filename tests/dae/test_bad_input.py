@@ -179,7 +179,7 @@ MODELS = {
     ),
     "an adapter of another shape": Case(
         lambda w: make_adapter(w / "wrong", make_checkpoint(w / "wide", hidden_size=32)),
-        ("expert.domain wrong: ", "it was made for another base"),
+        ("expert.domain wrong: ", "trained on another base"),
         ("expert=wrong",),
     ),
     "an adapter from another base": Case(

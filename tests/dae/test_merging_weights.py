@@ -298,7 +298,7 @@ def test_an_expert_with_another_tokenizer_is_refused(world: Path, capsys: pytest
 def test_an_adapter_on_another_base_is_refused(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_checkpoint(world / "wide", "mistral", hidden_size=32)
     make_adapter(world / "on_wide", world / "wide")
-    assert "it was made for another base" in refusal(command("linear", "--expert", "on_wide"), capsys)
+    assert "trained on another base" in refusal(command("linear", "--expert", "on_wide"), capsys)
 
 
 def test_an_architecture_that_mergekit_knows_in_part_is_refused(

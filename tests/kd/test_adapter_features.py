@@ -232,5 +232,5 @@ def test_an_adapter_that_was_trained_with_more_tokens_is_told_what_helps(tmp_pat
     model.resize_token_embeddings(289)
     model.save_pretrained(tmp_path / "wide")
     expert = make_adapter(tmp_path / "wide", tmp_path / "expert", modules_to_save=["embed_tokens"])
-    with pytest.raises(UserError, match=r"tokens were added to its vocabulary.*resize_token_embeddings\(289\)"):
+    with pytest.raises(UserError, match=r"tokens were added to its vocabulary.*resize_token_embeddings"):
         check_adapter("expert", str(expert), str(base), model_fingerprint(base))
