@@ -87,9 +87,5 @@ def _log_mixture(d_NV: Tensor, share: float) -> Tensor:
 
 
 ANALYTIC: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jsd": jsd,
-    "skewed_forward_kl": skewed_forward_kl,
-    "skewed_reverse_kl": skewed_reverse_kl,
+    one.__name__: one for one in (forward_kl, reverse_kl, jsd, skewed_forward_kl, skewed_reverse_kl)
 }
