@@ -22,6 +22,7 @@ import pytest
 import kd.runs.run_folder
 from kd.data.fingerprint import data_sha256
 from kd.errors import MachineError, UserError
+from kd.models.checkpoint import checkpoint
 from kd.models.checkpoint_files import check_safetensors, model_fingerprint
 from kd.runs.environment import environment, masked
 from kd.runs.files import cut_torn_line, disk_errors, write_text_durably
@@ -626,7 +627,7 @@ def test_a_model_that_cannot_be_had_is_named(name: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=f"^{name}: there is no such folder"):
-        model_fingerprint(name)
+        checkpoint(name)
 
 
 def test_hub_ids_resolve_to_their_cached_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -640,7 +641,7 @@ def test_hub_ids_resolve_to_their_cached_snapshot(tmp_path: Path, monkeypatch: p
     snapshot = make_model_folder(cached / "snapshots" / commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert model_fingerprint("some/model") == model_fingerprint(snapshot)
+    assert checkpoint("some/model").fingerprint == model_fingerprint(snapshot)
 
 
 def test_data_fingerprints(tmp_path: Path) -> None:
