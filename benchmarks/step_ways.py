@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from kd.config.stage_recipe import LoraRecipe
 from kd.data.batches import model_inputs, response_token_counts
 from kd.losses.token_loss import TokenLoss, token_loss_sums
+from kd.models.checkpoint import checkpoint
 from kd.models.forward import final_hidden_states, head_of
 from kd.models.roles import Backbone, LoadSettings, Role, add_frozen_adapter, add_student_adapter, load_model
 from kd.training.objective import Objective, Route, route_sums, teacher_views
@@ -100,8 +101,8 @@ def prepare(shape: Shape, folder: Path) -> None:
 
 def _student(shape: Shape, folder: Path) -> Backbone:
     """The base with a new student adapter on it, by the toolkit's own functions."""
-    base = load_model(str(folder / "base"), LoadSettings(torch.float32))
-    backbone = Backbone(str(folder / "base"), base)
+    base = load_model(checkpoint(folder / "base"), LoadSettings(torch.float32))
+    backbone = Backbone(checkpoint(folder / "base"), base)
     torch.manual_seed(2)
     add_student_adapter(backbone, LoraRecipe(rank=shape.lora_rank, alpha=2 * shape.lora_rank), None)
     return backbone
@@ -110,7 +111,7 @@ def _student(shape: Shape, folder: Path) -> Backbone:
 def _shared_roles(shape: Shape, folder: Path) -> tuple[nn.Module, Objective]:
     """(student, Objective): three roles on one backbone, as dae.alignment.build_roles makes them."""
     backbone = _student(shape, folder)
-    name = add_frozen_adapter(backbone, str(folder / "expert"))
+    name = add_frozen_adapter(backbone, checkpoint(folder / "expert"))
     reference, expert = Role("reference", backbone.model, None), Role("expert", backbone.model, name)
     return backbone.model, Objective((Route("general", reference), Route("domain", expert)), TokenLoss())
 

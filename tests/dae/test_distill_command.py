@@ -20,7 +20,7 @@ from worlds import make_rows, metrics_of
 import kd.training.publishing
 from dae import cli
 from dae.checking.estimates import parameters, weights
-from kd.models.compatibility import empty_model
+from kd.models.checkpoint import checkpoint
 from kd.stages.distill_recipe import DistillRecipe
 
 
@@ -72,8 +72,8 @@ def test_check_knows_the_stage_and_counts_the_teacher(world: Path, capsys: Any) 
     assert "route train" in shown and "teacher" in shown and " 0 through teachers" not in shown
     plan = plan_of(DistillRecipe(**recipe))
     sizes = {item.name: item.bytes for item in weights(plan)}
-    assert sizes["teacher"] == 4 * parameters(empty_model("teacher"))
-    assert sizes["base: student"] == 4 * parameters(empty_model("base"))
+    assert sizes["teacher"] == 4 * parameters(checkpoint("teacher").meta_model())
+    assert sizes["base: student"] == 4 * parameters(checkpoint("base").meta_model())
     assert plan.roles.vocabulary_rows == 288
     make_checkpoint(world / "wide", hidden_size=24, num_hidden_layers=3)
     wide = plan_of(DistillRecipe(**{**recipe, "teacher": "wide", "hidden": {}}))

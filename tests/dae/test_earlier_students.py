@@ -13,11 +13,13 @@ from processes import dae
 from stages import plan_of
 from worlds import align_command, make_adapter, make_rows, make_world
 
+from dae.alignment import Align
 from dae.earlier_student import with_lora_of_student
 from dae.recipe import AlignRecipe
 from kd.config.loading import load_recipe
 from kd.config.stage_recipe import LoraRecipe
 from kd.errors import UserError
+from kd.models.checkpoint import checkpoint
 from kd.models.roles import Backbone, LoadSettings, add_student_adapter, load_model
 
 
@@ -41,8 +43,12 @@ def recipe_of(world: Path, *assignments: str) -> AlignRecipe:
     return load_recipe(AlignRecipe, None, flags, assignments)
 
 
+def lora_of_student(recipe: AlignRecipe) -> LoraRecipe | None:
+    return with_lora_of_student(recipe, Align().inputs(recipe)).lora
+
+
 def test_the_recipe_says_what_the_adapter_is(world: Path) -> None:
-    lora = with_lora_of_student(recipe_of(world)).lora
+    lora = lora_of_student(recipe_of(world))
     assert lora is not None
     assert (lora.rank, lora.alpha, lora.dropout, lora.target_modules) == (4, 8.0, 0.1, ("q_proj", "v_proj"))
 
@@ -58,7 +64,7 @@ def test_the_recipe_says_what_the_adapter_is(world: Path) -> None:
     ],
 )
 def test_what_it_is_not_is_refused_by_name(world: Path, assignment: str, told: str) -> None:
-    for refusing in (with_lora_of_student, plan_of):
+    for refusing in (lora_of_student, plan_of):
         with pytest.raises(UserError) as caught:
             refusing(recipe_of(world, assignment))
         assert told.format(first=world / "first") in str(caught.value)
@@ -69,7 +75,7 @@ def test_what_it_is_not_is_refused_by_name(world: Path, assignment: str, told: s
     "assignment", ["lora.rank=4", "lora.target_modules=[v_proj, q_proj]", "lora.target_modules='.*(q|v)_proj'"]
 )
 def test_saying_what_it_is_is_no_mistake(world: Path, assignment: str) -> None:
-    with_lora_of_student(recipe_of(world, assignment))
+    lora_of_student(recipe_of(world, assignment))
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
@@ -78,11 +84,11 @@ def test_a_student_on_all_linear_layers_is_said_to_be_on_them(
     family: str, assignments: tuple[str, ...], tmp_path: Path
 ) -> None:
     base = make_checkpoint(tmp_path / "base", family)
-    backbone = Backbone(str(base), load_model(str(base), LoadSettings(torch.float32)))
+    backbone = Backbone(checkpoint(base), load_model(checkpoint(base), LoadSettings(torch.float32)))
     add_student_adapter(backbone, LoraRecipe(rank=3), None).save_pretrained(str(tmp_path / "first"))
     make_rows(tmp_path / "general.jsonl", 0)
     make_rows(tmp_path / "shop.jsonl", 1)
-    lora = with_lora_of_student(recipe_of(tmp_path, *assignments)).lora
+    lora = lora_of_student(recipe_of(tmp_path, *assignments))
     assert lora == LoraRecipe(rank=3)
 
 

@@ -22,7 +22,7 @@ import kd.training.publishing
 from dae import cli
 from kd.config.stage_recipe import LoraRecipe
 from kd.errors import UserError
-from kd.models.checkpoint_files import model_fingerprint
+from kd.models.checkpoint import checkpoint
 from kd.models.compatibility import check_adapter
 from kd.models.roles import (
     STUDENT_ADAPTER,
@@ -240,7 +240,7 @@ def test_it_is_a_run_folder_that_tells_how_much_each_expert_carries(
     assert "expert general: is the base" in capsys.readouterr().out
     provenance = json.loads(Path("moe/provenance.json").read_text())
     assert (provenance["stage"], provenance["base"]["path"]) == ("merge", "base")
-    assert provenance["inputs"]["expert.shop"] == model_fingerprint("expert")
+    assert provenance["inputs"]["expert.shop"] == checkpoint("expert").fingerprint
     assert "A mixture of experts: `base`" in Path("moe/README.md").read_text()
 
 
@@ -282,9 +282,9 @@ def test_a_lora_on_the_mixture_reaches_router_and_experts_and_shares_the_backbon
     alone, before = logits_of(plain.eval()), logits_of(opened("moe"))
     assert float((alone - before).abs().max()) > 0.1
 
-    check_adapter("expert", "tuned", "moe", model_fingerprint("moe"))
-    backbone = Backbone("moe", load_model("moe", LoadSettings(torch.float32)))
-    name = add_frozen_adapter(backbone, "tuned")
+    check_adapter("expert", checkpoint("tuned"), checkpoint("moe"))
+    backbone = Backbone(checkpoint("moe"), load_model(checkpoint("moe"), LoadSettings(torch.float32)))
+    name = add_frozen_adapter(backbone, checkpoint("tuned"))
     add_student_adapter(backbone, LoraRecipe(rank=4), None)
     for adapter, expected in ((name, alone), (None, before), (STUDENT_ADAPTER, before)):
         with activate(Role("one", backbone.model, adapter)) as model:
@@ -302,7 +302,7 @@ def test_a_lora_on_another_mixture_is_refused(world: Path) -> None:
     for other, words in (("wide", "mlp.experts"), ("many", "mlp.gate")):
         make_adapter(world / f"on_{other}", world / other)
         with pytest.raises(UserError, match=rf"{words}\..*trained on another base"):
-            check_adapter("expert", f"on_{other}", "moe", model_fingerprint("moe"))
+            check_adapter("expert", checkpoint(f"on_{other}"), checkpoint("moe"))
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import kd.training.publishing
 from dae import cli
 from dae.merging.recipe import ToLoraRecipe
 from dae.merging.to_lora import low_rank, what_is_kept
-from kd.models.checkpoint_files import model_fingerprint
+from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.roles import LoadSettings
 from kd.runs.provenance import base_fingerprint_of
 
@@ -158,13 +158,13 @@ def test_bfloat16_checkpoints_are_decomposed_in_float32(world: Path) -> None:
 def test_the_expert_shares_the_backbone_in_align(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_pair(world)
     assert cli.run(command("--rank=4")) == 0
-    assert base_fingerprint_of("found") == model_fingerprint("reference")
+    assert base_fingerprint_of("found") == checkpoint("reference").fingerprint
     loaded: list[str] = []
     real = dae.alignment.load_model
 
-    def counted(path: str, settings: LoadSettings) -> Any:
-        loaded.append(path)
-        return real(path, settings)
+    def counted(source: Checkpoint, settings: LoadSettings) -> Any:
+        loaded.append(str(source))
+        return real(source, settings)
 
     monkeypatch.setattr(dae.alignment, "load_model", counted)
     for seed, name in enumerate(("shop", "general")):
@@ -187,14 +187,17 @@ def test_the_folder_tells_what_was_carried(world: Path, capsys: pytest.CaptureFi
     assert "library_name: peft" in card and "A LoRA adapter on `reference`" in card
     provenance = json.loads(Path("found/provenance.json").read_text())
     assert (provenance["stage"], provenance["base"]["path"]) == ("merge", "reference")
-    assert provenance["inputs"] == {"base": model_fingerprint("reference"), "expert": model_fingerprint("expert")}
+    assert provenance["inputs"] == {
+        "base": checkpoint("reference").fingerprint,
+        "expert": checkpoint("expert").fingerprint,
+    }
 
 
 def test_two_runs_write_the_same_adapter(world: Path) -> None:
     make_pair(world)
     for output in ("first", "second"):
         assert cli.run(command("--rank=2", "min_energy=0", output=output)) == 0
-    assert model_fingerprint("first") == model_fingerprint("second")
+    assert checkpoint("first").fingerprint == checkpoint("second").fingerprint
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from dae import cli
 from dae.merging.recipe import MoeRecipe, ToLoraRecipe, WeightsRecipe
 from kd.config.loading import load_recipe, resolved_yaml
 from kd.config.schema import Frozen
-from kd.models.checkpoint_files import model_fingerprint
+from kd.models.checkpoint import checkpoint
 from kd.runs.provenance import read_provenance
 
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_ties")
@@ -192,7 +192,7 @@ def test_the_result_is_a_run_folder_that_opens_anywhere(world: Path, method: str
     provenance = read_provenance("merged")
     assert provenance is not None
     assert provenance["stage"] == "merge"
-    assert provenance["inputs"] == {role: model_fingerprint(role) for role in ("base", "reference", "expert")}
+    assert provenance["inputs"] == {role: checkpoint(role).fingerprint for role in ("base", "reference", "expert")}
     assert json.loads(Path("merged/run.json").read_text())["summary"]["method"] == method
     assert json.loads(Path("merged/environment.json").read_text())["libraries"]["mergekit"]
     card = Path("merged/README.md").read_text()
@@ -214,7 +214,7 @@ def test_an_adapter_is_merged_into_its_base_first(world: Path) -> None:
 
 def test_an_adapter_of_the_reference_is_merged_into_the_reference(world: Path) -> None:
     make_adapter(world / "on_reference", world / "reference", seed=3)
-    told = {"toolkit": "dae-align", "stage": "sft", "base": {"fingerprint": model_fingerprint("reference")}}
+    told = {"toolkit": "dae-align", "stage": "sft", "base": {"fingerprint": checkpoint("reference").fingerprint}}
     (world / "on_reference" / "provenance.json").write_text(json.dumps({**told, "inputs": {}, "data": {}}))
     (world / "on_reference" / "run.json").write_text("{}")
     whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("reference"), "on_reference")

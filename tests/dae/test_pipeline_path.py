@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from dae.demo.model import save_untrained
 from dae.demo.world import write_world
-from kd.models.checkpoint_files import model_fingerprint
+from kd.models.checkpoint import checkpoint
 
 
 def written_at(folder: Path) -> dict[Path, int]:
@@ -50,8 +50,8 @@ def test_the_paper_s_path_in_miniature(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "demo/path/aligned")
     assert (type(model).__name__, model.config.num_local_experts) == ("MixtralForCausalLM", 2)
     provenance = json.loads((folder / "demo/path/aligned/provenance.json").read_text())["inputs"]
-    assert provenance["base"] == provenance["reference"] == model_fingerprint(folder / "demo/path/student")
-    assert provenance["expert.shop"] == model_fingerprint(folder / "demo/path/expert/merged")
+    assert provenance["base"] == provenance["reference"] == checkpoint(folder / "demo/path/student").fingerprint
+    assert provenance["expert.shop"] == checkpoint(folder / "demo/path/expert/merged").fingerprint
     before = written_at(folder / "demo/path")
     again = dae(command, folder, signals=[Forks()], proof=False)  # type: ignore[list-item]
     assert (again.status, again.err.count("done before")) == (1, 8)

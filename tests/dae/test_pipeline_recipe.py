@@ -22,7 +22,7 @@ from dae.pipeline.view import View, duration
 from dae.recipe import AlignRecipe
 from kd.config.loading import load_recipe
 from kd.errors import UserError
-from kd.models.checkpoint_files import model_fingerprint
+from kd.models.checkpoint import checkpoint
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
 EXPERT = {"stage": "sft", "base": "base", "data": {"train": "shop.jsonl"}}
@@ -298,7 +298,7 @@ def test_bases_that_only_an_adapter_names_are_inputs(
     checkpoints = [given for given in one.inputs if given.wanted.endswith("checkpoint")]
     found = folder_of(pipeline).inputs(one, checkpoints)
     assert [name for name in found if name.startswith("base of")] == named
-    assert {found[name] for name in named} <= {model_fingerprint(base)}
+    assert {found[name] for name in named} <= {checkpoint(base).fingerprint}
 
 
 # -- what is seen ------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from dae.sampling.recipe import SampleRecipe
 from dae.sampling.sample import SampleFile, sample
 from kd.data.chat import chat_format
 from kd.errors import UserError
+from kd.models.checkpoint import checkpoint
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -73,7 +74,7 @@ def test_first_tokens_follow_the_models_own_distribution_whatever_its_generation
         do_sample=True, top_k=2, top_p=0.3, temperature=0.1, repetition_penalty=5.0, eos_token_id=2
     )
     narrow.save_pretrained(model)
-    writer = open_writer(str(model), trust_remote_code=False)
+    writer = open_writer(checkpoint(model), trust_remote_code=False)
     prompt = [1, 60, 61]
     with torch.no_grad():
         probabilities_V = writer.model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
@@ -91,7 +92,7 @@ def test_first_tokens_follow_the_models_own_distribution_whatever_its_generation
 
 def test_temperature_and_left_padding(model: Path) -> None:
     """Nearly greedy continuations of prompts of different lengths are those of each prompt alone."""
-    writer = open_writer(str(model), trust_remote_code=False)
+    writer = open_writer(checkpoint(model), trust_remote_code=False)
     prompts = [[1, 60], [1, 61, 62, 63, 64, 65], [1, 70, 71]]
     together = writer._generate(prompts, 6, 1e-4, seed=0)
     for prompt, written in zip(prompts, together, strict=True):
@@ -109,7 +110,7 @@ def test_left_padding_puts_prompts_at_the_right_end() -> None:
 
 
 def test_global_random_state_is_left_alone(model: Path) -> None:
-    writer = open_writer(str(model), trust_remote_code=False)
+    writer = open_writer(checkpoint(model), trust_remote_code=False)
     before = torch.random.get_rng_state()
     writer.continuations([[1]], 3, 1.0, seed=5)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -164,7 +165,7 @@ def test_rows_are_text_without_special_tokens_that_reads_back(model: Path) -> No
 def test_what_becomes_text_and_what_does_not(
     model: Path, ids: Any, text: str | None, fault: str | None, stop: str
 ) -> None:
-    writer = open_writer(str(model), trust_remote_code=False)
+    writer = open_writer(checkpoint(model), trust_remote_code=False)
     tokenizer = writer.tokenizer
     if isinstance(ids, str):
         written = tokenizer(ids, add_special_tokens=False).input_ids
@@ -192,7 +193,7 @@ def make_byte_ids(data: bytes) -> list[int]:
 
 def test_the_context_caps_the_length_and_full_prompts_give_nothing(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", max_position_embeddings=8)
-    writer = open_writer(str(folder), trust_remote_code=False)
+    writer = open_writer(checkpoint(folder), trust_remote_code=False)
     short, full = writer.continuations([[1, 60, 61], [1] * 8], 100, 1.0, seed=0)
     assert short.tokens <= 5
     assert full == Continuation(0, LENGTH, fault="no room in the context")
@@ -340,7 +341,7 @@ def test_a_chat_model_writes_question_and_answer(chat_model: Path, monkeypatch: 
 
 
 def test_a_real_chat_model_end_to_end(chat_model: Path) -> None:
-    writer = open_writer(str(chat_model), trust_remote_code=False)
+    writer = open_writer(checkpoint(chat_model), trust_remote_code=False)
     assert writer.tokenizer.convert_tokens_to_ids("<|im_end|>") in writer.end_ids
     rows = rows_of(sample(recipe_for(chat_model, rows=2, batch_size=256, max_new_tokens=12)))
     for row in rows:
@@ -429,7 +430,7 @@ def test_an_adapter_writes_on_its_base(model: Path, tmp_path: Path) -> None:
     )
     adapted.save_pretrained(str(tmp_path / "adapter"))
     make_tokenizer().save_pretrained(tmp_path / "adapter")
-    writer = open_writer(str(tmp_path / "adapter"), trust_remote_code=False)
+    writer = open_writer(checkpoint(tmp_path / "adapter"), trust_remote_code=False)
     ids = torch.tensor([[1, 60, 61]])
     with torch.no_grad():
         torch.testing.assert_close(writer.model(ids).logits, adapted.eval()(ids).logits)

@@ -15,6 +15,7 @@ from dae.sampling.generation import END_TOKEN, Continuation, Writer, open_writer
 from dae.sampling.recipe import SampleRecipe
 from dae.sampling.sample import IDLE_BATCHES, sample
 from kd.errors import UserError
+from kd.models.checkpoint import checkpoint
 
 
 @pytest.fixture
@@ -80,5 +81,5 @@ def test_batches_without_a_row_are_not_drawn_again(base: Path, monkeypatch: pyte
 
 def test_an_adapter_without_a_tokenizer_uses_its_bases(base: Path) -> None:
     adapter = make_adapter(base.parent / "adapter", base)
-    writer = open_writer(str(adapter), trust_remote_code=False)
-    assert writer.tokenizer.get_vocab() == open_writer(str(base), trust_remote_code=False).tokenizer.get_vocab()
+    writer = open_writer(checkpoint(adapter), trust_remote_code=False)
+    assert writer.tokenizer.get_vocab() == open_writer(checkpoint(base), trust_remote_code=False).tokenizer.get_vocab()

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from worlds import GENERAL_WORDS, SHOP_WORDS, make_rows
 
+from kd.models.checkpoint import checkpoint
 from kd.models.roles import LoadSettings, load_model
 
 IDS = torch.arange(3, 27)[None]
@@ -99,7 +100,7 @@ def test_a_config_that_calls_two_matrices_one_is_set_right_when_it_is_opened(tmp
     tensors = load_file(base / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    model = load_model(str(base), LoadSettings(torch.float32))
+    model = load_model(checkpoint(base), LoadSettings(torch.float32))
     model.save_pretrained(tmp_path / "again")
     assert_true(tmp_path / "again", logits(model), False)
 

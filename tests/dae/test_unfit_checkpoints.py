@@ -16,7 +16,7 @@ from worlds import align_command, make_adapter, make_world
 
 from dae.sampling.generation import open_writer
 from kd.errors import UserError
-from kd.models.adapter_files import base_of
+from kd.models.checkpoint import checkpoint
 
 SFT = ["sft", "--base", "base", "--data", "shop.jsonl", "--output", "student", "train.max_steps=2"]
 SAMPLE = ["sample", "--model", "expert", "--output", "rows.jsonl", "--rows", "2", "--max-new-tokens", "4"]
@@ -159,7 +159,11 @@ def test_an_adapter_that_cannot_write(name: str, world: Path) -> None:
 def test_whoever_reads_an_adapters_config_says_what_is_wrong_with_it(world: Path) -> None:
     no_json(world)
     path = str(world / "expert")
-    for read in (base_of, lambda path: locate("model", path, None), lambda path: open_writer(path, False)):
+    for read in (
+        lambda path: checkpoint(path).base,
+        lambda path: locate("model", path, None),
+        lambda path: open_writer(checkpoint(path), False),
+    ):
         with pytest.raises(UserError, match=r"expert/adapter_config\.json: is no JSON \(.*save or download"):
             read(path)
 

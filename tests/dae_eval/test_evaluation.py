@@ -270,7 +270,7 @@ def test_a_base_that_is_not_there_is_asked_for(world: Path, tmp_path: Path) -> N
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone/base"}))
     with pytest.raises(UserError, match=r"base that cannot be had; say where it is with --base\. /gone/base"):
         locate("--model", str(adapter), None)
-    assert locate("--model", str(adapter), str(world / "base")).base == str(world / "base")
+    assert locate("--model", str(adapter), str(world / "base")).backbone.path == str(world / "base")
 
 
 def test_memory_that_runs_out_is_the_machine_s_fault(

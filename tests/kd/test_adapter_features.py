@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from kd.config.stage_recipe import LoraRecipe
 from kd.errors import UserError
 from kd.models.adapters import put_adapter
-from kd.models.checkpoint_files import model_fingerprint
-from kd.models.compatibility import check_adapter, empty_model
+from kd.models.checkpoint import checkpoint
+from kd.models.compatibility import check_adapter
 from kd.models.forward import final_hidden_states, head_of
 from kd.models.roles import (
     STUDENT_ADAPTER,
@@ -96,10 +96,10 @@ def test_a_role_says_what_plain_peft_says(kind: str, tied: bool, tmp_path: Path)
     if kind == "tokens of the head":
         beside = {"trainable_token_indices": {"lm_head": [9, 11]}}
     other = make_adapter(base, tmp_path / "other", r=2, **beside)
-    check_adapter("expert", str(expert), str(base), model_fingerprint(base), shares=True)
-    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+    check_adapter("expert", checkpoint(expert), checkpoint(base), shares=True)
+    backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
     add_student_adapter(backbone, LoraRecipe(), None)
-    names = [add_frozen_adapter(backbone, str(path)) for path in (expert, other)]
+    names = [add_frozen_adapter(backbone, checkpoint(path)) for path in (expert, other)]
     model = backbone.model
     model.train()
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
@@ -135,12 +135,12 @@ def test_what_roles_cannot_share_is_named_with_what_helps(kind: str, tmp_path: P
     config, told = NOT_SHARED[kind]
     base = make_checkpoint(tmp_path / "base")
     expert = make_adapter(base, tmp_path / "expert", **config)
-    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
-    empty = Backbone(str(base), empty_model(str(base)))
+    backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
+    empty = Backbone(checkpoint(base), checkpoint(base).meta_model())
     for one in (backbone, empty):
         add_student_adapter(one, LoraRecipe(), None)
         with pytest.raises(UserError, match=told):
-            add_frozen_adapter(one, str(expert))
+            add_frozen_adapter(one, checkpoint(expert))
 
 
 def test_tokens_of_one_expert_and_embeddings_of_another_do_not_stand_beside_each_other(tmp_path: Path) -> None:
@@ -148,22 +148,22 @@ def test_tokens_of_one_expert_and_embeddings_of_another_do_not_stand_beside_each
     tokens = make_adapter(base, tmp_path / "tokens", trainable_token_indices=[5, 6])
     embeddings = make_adapter(base, tmp_path / "embeddings", modules_to_save=["embed_tokens"])
     for first, second in ((tokens, embeddings), (embeddings, tokens)):
-        for model in (load_model(str(base), SETTINGS), empty_model(str(base))):
-            backbone = Backbone(str(base), model)
-            add_frozen_adapter(backbone, str(first))
+        for model in (load_model(checkpoint(base), SETTINGS), checkpoint(base).meta_model()):
+            backbone = Backbone(checkpoint(base), model)
+            add_frozen_adapter(backbone, checkpoint(first))
             with pytest.raises(UserError, match=r"cannot stand beside the other adapters.*dae merge weights"):
-                add_frozen_adapter(backbone, str(second))
+                add_frozen_adapter(backbone, checkpoint(second))
 
 
 def test_biases_of_the_base_that_an_adapter_trained_are_refused_by_name(tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base", attention_bias=True)
     expert = make_adapter(base, tmp_path / "expert", bias="lora_only")
     with pytest.raises(UserError, match=r"biases of the base that it trained \(bias\).*dae merge weights"):
-        check_adapter("expert", str(expert), str(base), model_fingerprint(base), shares=True)
-    check_adapter("expert", str(expert), str(base), model_fingerprint(base))
-    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+        check_adapter("expert", checkpoint(expert), checkpoint(base), shares=True)
+    check_adapter("expert", checkpoint(expert), checkpoint(base))
+    backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
     with pytest.raises(UserError, match=r"biases of the base that it trained"):
-        add_student_adapter(backbone, LoraRecipe(), str(expert))
+        add_student_adapter(backbone, LoraRecipe(), checkpoint(expert))
 
 
 UNKNOWN: dict[str, Any] = {"use_newest": True, "newest_config": {"scale": 2.0}, "newest_layers": [1], "newest": 0.5}
@@ -176,9 +176,9 @@ def test_a_key_that_the_installed_peft_does_not_know_is_refused(key: str, tmp_pa
     edit(expert, **{key: UNKNOWN[key], "peft_version": "99.1"})
     told = rf"adapter_config\.json: {key}: .*peft .*, which is installed.*99\.1.*Install the peft that wrote it"
     with pytest.raises(UserError, match=told):
-        check_adapter("expert", str(expert), str(base), model_fingerprint(base))
+        check_adapter("expert", checkpoint(expert), checkpoint(base))
     with pytest.raises(UserError, match=told):
-        put_adapter(load_model(str(base), SETTINGS), str(expert), STUDENT_ADAPTER)
+        put_adapter(load_model(checkpoint(base), SETTINGS), checkpoint(expert), STUDENT_ADAPTER)
 
 
 @pytest.mark.parametrize("value", [None, False, "", [], {}])
@@ -186,7 +186,7 @@ def test_an_unknown_key_that_says_nothing_is_no_hindrance(value: Any, tmp_path: 
     base = make_checkpoint(tmp_path / "base")
     expert = make_adapter(base, tmp_path / "expert")
     edit(expert, newest=value)
-    check_adapter("expert", str(expert), str(base), model_fingerprint(base), shares=True)
+    check_adapter("expert", checkpoint(expert), checkpoint(base), shares=True)
 
 
 def test_weights_that_are_no_numbers_are_seen_in_the_embeddings_factors_too(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_weights_that_are_no_numbers_are_seen_in_the_embeddings_factors_too(tmp_
     tensors[next(name for name in tensors if "lora_embedding_A" in name)][0, 0] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"expert: .*lora_embedding_A.* holds NaN"):
-        add_frozen_adapter(Backbone(str(base), load_model(str(base), SETTINGS)), str(expert))
+        add_frozen_adapter(Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS)), checkpoint(expert))
 
 
 # -- the base that an adapter names ------------------------------------------------------------------------------------
@@ -207,11 +207,11 @@ def test_another_base_of_the_same_shapes_is_told_once(tmp_path: Path, caplog: py
     base, other = make_checkpoint(tmp_path / "a" / "base"), make_checkpoint(tmp_path / "b" / "base", seed=4)
     expert = make_adapter(base, tmp_path / "expert")
     with caplog.at_level(logging.WARNING):
-        check_adapter("expert", str(expert), str(base), model_fingerprint(base))
+        check_adapter("expert", checkpoint(expert), checkpoint(base))
         assert not [record for record in caplog.records if record.name == "dae"]
-        check_adapter("expert", str(expert), str(other), model_fingerprint(other))
+        check_adapter("expert", checkpoint(expert), checkpoint(other))
         edit(expert, base_model_name_or_path="elsewhere/another")
-        check_adapter("expert", str(expert), str(other), model_fingerprint(other))
+        check_adapter("expert", checkpoint(expert), checkpoint(other))
     told = [record.getMessage() for record in caplog.records if record.name == "dae"]
     assert len(told) == 2
     assert f"whose weights are not those of {other}" in told[0]
@@ -222,7 +222,7 @@ def test_the_same_base_under_another_name_is_not_told(tmp_path: Path, caplog: py
     base, copy = make_checkpoint(tmp_path / "base"), make_checkpoint(tmp_path / "copy")
     expert = make_adapter(base, tmp_path / "expert")
     with caplog.at_level(logging.WARNING, logger="dae"):
-        check_adapter("expert", str(expert), str(copy), model_fingerprint(copy))
+        check_adapter("expert", checkpoint(expert), checkpoint(copy))
     assert not [record for record in caplog.records if record.name == "dae"]
 
 
@@ -233,4 +233,4 @@ def test_an_adapter_that_was_trained_with_more_tokens_is_told_what_helps(tmp_pat
     model.save_pretrained(tmp_path / "wide")
     expert = make_adapter(tmp_path / "wide", tmp_path / "expert", modules_to_save=["embed_tokens"])
     with pytest.raises(UserError, match=r"tokens were added to its vocabulary.*resize_token_embeddings"):
-        check_adapter("expert", str(expert), str(base), model_fingerprint(base))
+        check_adapter("expert", checkpoint(expert), checkpoint(base))

@@ -12,6 +12,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from worlds import align_command, make_world
 
 from kd.errors import UserError
+from kd.models.checkpoint import checkpoint
 from kd.models.compatibility import check_tokenizers
 
 
@@ -33,14 +34,14 @@ def test_a_teacher_with_a_padding_token_of_its_own_is_told_once(
 ) -> None:
     base, teacher = str(make_checkpoint(tmp_path / "base")), with_tokenizer(tmp_path / "teacher", with_pad())
     with caplog.at_level(logging.WARNING, logger="dae"):
-        check_tokenizers(base, {"expert": teacher})
+        check_tokenizers(checkpoint(base), {"expert": checkpoint(teacher)})
     (record,) = caplog.records
     assert f"expert {teacher}: its tokenizer has tokens that {base} lacks ('[PAD]')" in record.getMessage()
 
 
 def test_a_base_with_a_padding_token_of_its_own(tmp_path: Path) -> None:
     base, teacher = with_tokenizer(tmp_path / "base", with_pad()), str(make_checkpoint(tmp_path / "teacher"))
-    check_tokenizers(base, {"expert": teacher})
+    check_tokenizers(checkpoint(base), {"expert": checkpoint(teacher)})
 
 
 def test_other_tokens_that_a_teacher_lacks_are_refused(tmp_path: Path) -> None:
@@ -49,14 +50,14 @@ def test_other_tokens_that_a_teacher_lacks_are_refused(tmp_path: Path) -> None:
     base, teacher = with_tokenizer(tmp_path / "base", tokenizer), str(make_checkpoint(tmp_path / "teacher"))
     told = r"288 tokens against 290; it lacks '<\|im_end\|>', '<\|im_start\|>'.*before these tokens were added"
     with pytest.raises(UserError, match=told):
-        check_tokenizers(base, {"expert": teacher})
+        check_tokenizers(checkpoint(base), {"expert": checkpoint(teacher)})
 
 
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
     base = str(make_checkpoint(tmp_path / "base"))
     teacher = with_tokenizer(tmp_path / "teacher", make_tokenizer(300))
     with pytest.raises(UserError, match=r"A teacher must share the student's tokenizer.*dae distill"):
-        check_tokenizers(base, {"expert": teacher})
+        check_tokenizers(checkpoint(base), {"expert": checkpoint(teacher)})
 
 
 @pytest.mark.parametrize("rows", [288, 289, 320])

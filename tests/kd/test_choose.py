@@ -38,7 +38,7 @@ from dae.rank_teachers.student_losses import encode_responses, losses_of, open_s
 from kd.config.loading import load_recipe
 from kd.data.token_rows import TokenRow
 from kd.errors import UserError
-from kd.models.adapter_files import tokenizer_home
+from kd.models.checkpoint import checkpoint
 from kd.models.roles import LoadSettings, Role
 
 F64 = LoadSettings(torch.float64)
@@ -245,7 +245,7 @@ TALK = (
 
 
 def test_conversations_are_written_by_the_reward_models_own_template(tmp_path: Path) -> None:
-    path = str(saved_reward_model(tmp_path / "rm"))
+    path = checkpoint(saved_reward_model(tmp_path / "rm"))
     tokenizer = open_tokenizer(path, None, "reward_chat_template", False)
     rows = encode_conversations(TALK, tokenizer, reward_config(path), path)
     asked = [[{"role": "user", "content": "red?"}], [{"role": "user", "content": "How big is it?"}]]
@@ -257,10 +257,10 @@ def test_conversations_are_written_by_the_reward_models_own_template(tmp_path: P
 
 
 def test_reward_models_that_cannot_judge_are_refused(tmp_path: Path) -> None:
-    two = str(saved_reward_model(tmp_path / "two", num_labels=2))
+    two = checkpoint(saved_reward_model(tmp_path / "two", num_labels=2))
     with pytest.raises(UserError, match=r"two: has 2 labels"):
         reward_config(two)
-    bare = str(saved_reward_model(tmp_path / "bare", template=None))
+    bare = checkpoint(saved_reward_model(tmp_path / "bare", template=None))
     tokenizer = open_tokenizer(bare, None, "reward_chat_template", False)
     with pytest.raises(UserError, match=r"no chat template.*set reward_chat_template"):
         encode_conversations(TALK, tokenizer, reward_config(bare), bare)
@@ -268,11 +268,11 @@ def test_reward_models_that_cannot_judge_are_refused(tmp_path: Path) -> None:
     assert plain.decode(encode_conversations(TALK, plain, reward_config(bare), bare)[0]).startswith("<s>User: red?\n")
     with pytest.raises(UserError, match=r"reward_chat_template: no\.jinja: there is no such file"):
         open_tokenizer(bare, "no.jinja", "reward_chat_template", False)
-    grumpy = str(saved_reward_model(tmp_path / "grumpy", template="{{ raise_exception('no') }}"))
+    grumpy = checkpoint(saved_reward_model(tmp_path / "grumpy", template="{{ raise_exception('no') }}"))
     tokenizer = open_tokenizer(grumpy, None, "reward_chat_template", False)
     with pytest.raises(UserError, match=r"r\.jsonl:1: the chat template of the reward model .* refuses .*: no"):
         encode_conversations(TALK, tokenizer, reward_config(grumpy), grumpy)
-    short = str(saved_reward_model(tmp_path / "short", max_position_embeddings=8))
+    short = checkpoint(saved_reward_model(tmp_path / "short", max_position_embeddings=8))
     tokenizer = open_tokenizer(short, None, "reward_chat_template", False)
     with pytest.raises(UserError, match=r"r\.jsonl:1: has \d+ tokens, the reward model .* reads 8 \(2 of 2 rows"):
         encode_conversations(TALK, tokenizer, reward_config(short), short)
@@ -282,8 +282,8 @@ def test_a_language_model_does_not_pass_for_a_reward_model(tmp_path: Path) -> No
     """transformers would give it a head of random numbers, and a warning."""
     make_model(num_labels=1).save_pretrained(tmp_path / "lm")
     with pytest.raises(UserError, match=r"lack score\.weight, so it is no trained reward model"):
-        open_reward_model(str(tmp_path / "lm"), F64)
-    opened = open_reward_model(str(saved_reward_model(tmp_path / "rm")), F64)
+        open_reward_model(checkpoint(tmp_path / "lm"), F64)
+    opened = open_reward_model(checkpoint(saved_reward_model(tmp_path / "rm")), F64)
     rows = token_rows(4)
     expected = [read_off(classifier().float().double(), row) for row in rows]
     assert rewards_of(opened, rows, 4) == pytest.approx(expected, rel=1e-7)
@@ -357,12 +357,12 @@ def test_a_student_may_be_an_adapter_on_its_base(tmp_path: Path) -> None:
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64), config)
     adapted.save_pretrained(str(tmp_path / "adapter"))
     rows, _ = encode_responses(responses(3), make_tokenizer(), 64, "student")
-    role = open_student(str(tmp_path / "adapter"), F64)
+    role = open_student(checkpoint(tmp_path / "adapter"), F64)
     expected = [written_out(adapted.eval(), row) for row in rows]
     assert losses_of(role, rows, 2) == pytest.approx(expected, rel=1e-6)
-    plain = losses_of(open_student(str(base), F64), rows, 2)
+    plain = losses_of(open_student(checkpoint(base), F64), rows, 2)
     assert max(abs(one - other) for one, other in zip(plain, expected, strict=True)) > 1e-3
-    assert tokenizer_home(str(tmp_path / "adapter")) == str(base)
+    assert str(checkpoint(tmp_path / "adapter").tokenizer_home) == str(base)
 
 
 def test_rows_that_do_not_fit_the_student_are_told() -> None:

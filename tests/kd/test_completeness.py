@@ -16,7 +16,7 @@ from torch import Tensor
 from worlds import make_adapter
 
 from kd.errors import UserError
-from kd.models.checkpoint_files import model_fingerprint
+from kd.models.checkpoint import checkpoint
 from kd.models.compatibility import check_adapter
 from kd.models.roles import Backbone, LoadSettings, add_frozen_adapter, load_model
 
@@ -56,9 +56,9 @@ def with_tensor(name: str, *shape: int) -> Callable[[Tensors], None]:
 @pytest.mark.parametrize("family", [*FAMILIES, "granite", "cohere", "mixtral"])
 def test_every_family_is_complete_as_it_was_saved(family: str, tied: bool, tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base", family, tie_word_embeddings=tied)
-    load_model(str(base), SETTINGS)
+    load_model(checkpoint(base), SETTINGS)
     adapter = make_adapter(tmp_path / "adapter", base)
-    check_adapter("expert", str(adapter), str(base), model_fingerprint(base))
+    check_adapter("expert", checkpoint(adapter), checkpoint(base))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_buffers_that_earlier_releases_wrote_are_no_weights(
 ) -> None:
     base = make_checkpoint(tmp_path / "base", family)
     edit(base / "model.safetensors", change)
-    load_model(str(base), SETTINGS)
+    load_model(checkpoint(base), SETTINGS)
 
 
 def test_a_tied_head_may_be_written_out(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_tied_head_may_be_written_out(tmp_path: Path) -> None:
         base / "model.safetensors",
         lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}),
     )
-    load_model(str(base), SETTINGS)
+    load_model(checkpoint(base), SETTINGS)
 
 
 def test_a_padded_vocabulary_in_several_files_is_complete(tmp_path: Path) -> None:
@@ -92,11 +92,11 @@ def test_a_padded_vocabulary_in_several_files_is_complete(tmp_path: Path) -> Non
     model.resize_token_embeddings(301, pad_to_multiple_of=32)
     model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
-    assert load_model(str(tmp_path / "base"), SETTINGS).get_output_embeddings().weight.shape[0] == 320
+    assert load_model(checkpoint(tmp_path / "base"), SETTINGS).get_output_embeddings().weight.shape[0] == 320
 
 
 def test_a_real_model_is_complete(shared: Path) -> None:
-    load_model(str(shared / "models" / "stories260k"), SETTINGS)
+    load_model(checkpoint(shared / "models" / "stories260k"), SETTINGS)
 
 
 DAMAGED: dict[str, tuple[str, Callable[[Path], None], str]] = {
@@ -149,13 +149,13 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_name(damage: str, tmp_path
     base = make_checkpoint(tmp_path / "base", family)
     change(base)
     with pytest.raises(UserError, match=rf"^{base}: .*{told}"):
-        load_model(str(base), SETTINGS)
+        load_model(checkpoint(base), SETTINGS)
 
 
 def test_an_adapter_is_no_full_checkpoint(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", make_checkpoint(tmp_path / "base"))
     with pytest.raises(UserError, match=r"adapter: is an adapter.* merge it"):
-        load_model(str(adapter), SETTINGS)
+        load_model(checkpoint(adapter), SETTINGS)
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
@@ -175,18 +175,18 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_adapters_of_each_kind_are_complete_as_they_were_saved(kind: str, tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base, **KINDS[kind])
-    check_adapter("expert", str(adapter), str(base), model_fingerprint(base))
-    add_frozen_adapter(Backbone(str(base), load_model(str(base), SETTINGS)), str(adapter))
+    check_adapter("expert", checkpoint(adapter), checkpoint(base))
+    add_frozen_adapter(Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS)), checkpoint(adapter))
 
 
 def test_an_adapter_on_the_experts_of_a_mixture_is_complete(tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base", "mixtral")
     parts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"], target_parameters=parts)
-    check_adapter("expert", str(adapter), str(base), model_fingerprint(base))
+    check_adapter("expert", checkpoint(adapter), checkpoint(base))
     edit(adapter / "adapter_model.safetensors", without("layers.1.mlp.experts.lora_B"))
     with pytest.raises(UserError, match=r"missing: model\.layers\.1\.mlp\.experts\.lora_B\.weight"):
-        check_adapter("expert", str(adapter), str(base), model_fingerprint(base))
+        check_adapter("expert", checkpoint(adapter), checkpoint(base))
 
 
 INCOMPLETE: dict[str, tuple[str, Callable[[Path], None], str]] = {
@@ -255,9 +255,9 @@ def test_an_adapter_that_is_not_whole_is_refused_by_name(damage: str, tmp_path: 
     adapter = make_adapter(tmp_path / "adapter", base, **KINDS[kind])
     change(adapter)
     with pytest.raises(UserError, match=told):
-        check_adapter("expert", str(adapter), str(base), model_fingerprint(base))
+        check_adapter("expert", checkpoint(adapter), checkpoint(base))
     with pytest.raises(UserError, match=told):
-        add_frozen_adapter(Backbone(str(base), load_model(str(base), SETTINGS)), str(adapter))
+        add_frozen_adapter(Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS)), checkpoint(adapter))
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
@@ -265,10 +265,10 @@ def test_an_adapter_that_stands_on_changed_weights_is_refused(start: str, tmp_pa
     base = make_checkpoint(tmp_path / "base")
     model = get_peft_model(make_model(), LoraConfig(r=2, init_lora_weights=start, target_modules=["q_proj"]))
     model.save_pretrained(str(tmp_path / "adapter"))
-    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+    backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
     before = {name: weight.clone() for name, weight in backbone.model.state_dict().items()}
     with pytest.raises(UserError, match=rf"adapter: was begun with init_lora_weights={start}, which changes the base"):
-        add_frozen_adapter(backbone, str(tmp_path / "adapter"))
+        add_frozen_adapter(backbone, checkpoint(tmp_path / "adapter"))
     assert all(torch.equal(weight, before[name]) for name, weight in backbone.model.state_dict().items())
     with pytest.raises(UserError, match="changes the base's weights"):
-        check_adapter("expert", str(tmp_path / "adapter"), str(base), model_fingerprint(base))
+        check_adapter("expert", checkpoint(tmp_path / "adapter"), checkpoint(base))

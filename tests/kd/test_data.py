@@ -48,6 +48,7 @@ from kd.data.drafts import (
 from kd.data.examples import NO_RESPONSE, PROMPT_TOO_LONG, encode_record, load_rows, marked_text, mask_from_offsets
 from kd.data.token_rows import TokenRow, TokenRows
 from kd.errors import UserError
+from kd.models.checkpoint import checkpoint
 
 
 @pytest.fixture(params=list(KINDS))
@@ -295,17 +296,16 @@ def test_masks_of_any_contents_are_the_rendered_contents(contents, trims):
 
 def test_plain_template_is_for_tokenizers_without_one_and_is_saved_with_them(tmp_path, caplog):
     KINDS["metaspace"].save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(tmp_path, DataRecipe(chat_template="plain"))
+    tokenizer = load_tokenizer(checkpoint(tmp_path), DataRecipe(chat_template="plain"))
     row = encoded(chat("Is it?", " Yes. ", "And?", "No.", system="Hm"), tokenizer)
     assert responses(row, tokenizer) == [" Yes.</s>", " No.</s>"]
     assert tokenizer.decode(row.input_ids).count("<s>") == 1
     tokenizer.save_pretrained(tmp_path)
-    assert load_tokenizer(tmp_path, DataRecipe()).chat_template == PLAIN_TEMPLATE
+    assert load_tokenizer(checkpoint(tmp_path), DataRecipe()).chat_template == PLAIN_TEMPLATE
     assert not caplog.records
     (tmp_path / "mine.jinja").write_text(TRIMS)
-    assert (
-        load_tokenizer(tmp_path, DataRecipe(chat_template=str(tmp_path / "mine.jinja"))).chat_template == PLAIN_TEMPLATE
-    )
+    settings = DataRecipe(chat_template=str(tmp_path / "mine.jinja"))
+    assert load_tokenizer(checkpoint(tmp_path), settings).chat_template == PLAIN_TEMPLATE
     assert "mine.jinja is not used" in caplog.text
 
 
@@ -569,7 +569,7 @@ def test_fallback_template_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match=r"data\.chat_template: nowhere\.jinja: unreadable"):
         encode_record(chat("a", "b"), KINDS["byte-level"], DataRecipe(chat_template="nowhere.jinja"), "r:1")
     with pytest.raises(UserError, match="no tokenizer that transformers can open"):
-        load_tokenizer(tmp_path, DataRecipe())
+        load_tokenizer(checkpoint(tmp_path), DataRecipe())
 
 
 def test_tokenizer_without_an_end_token():

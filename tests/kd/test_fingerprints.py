@@ -15,6 +15,7 @@ import pytest
 
 from kd.data.fingerprint import data_sha256
 from kd.errors import MachineError, UserError
+from kd.models.checkpoint import checkpoint
 from kd.models.checkpoint_files import check_safetensors, model_fingerprint
 from kd.runs.environment import environment, masked
 from kd.runs.files import append_lines, cut_torn_line, file_sha256, write_text_durably
@@ -111,7 +112,7 @@ def test_a_model_that_cannot_be_had_is_named(name: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=f"^{name}: no such folder"):
-        model_fingerprint(name)
+        checkpoint(name)
 
 
 def test_hub_ids_resolve_to_their_cached_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +126,7 @@ def test_hub_ids_resolve_to_their_cached_snapshot(tmp_path: Path, monkeypatch: p
     snapshot = make_model_folder(cached / "snapshots" / commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert model_fingerprint("some/model") == model_fingerprint(snapshot)
+    assert checkpoint("some/model").fingerprint == model_fingerprint(snapshot)
 
 
 def test_data_fingerprints(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from dae.alignment import Align
 from dae.recipe import AlignRecipe
 from kd.data.examples import SourceReport
+from kd.models.checkpoint import Checkpoint
 from kd.runs.provenance import DataInput
 from kd.stages.sft import Sft
 from kd.stages.sft_recipe import SftRecipe
@@ -24,7 +25,13 @@ from kd.training.model_card import CardFacts, write_model_card
 SUMMARY = {"steps": 12, "initial_kl": {"ecom": 1.23456789}, "held_out": {}, "best_step": None}
 
 
-def align_facts(base: str, output: str, **changes: Any) -> CardFacts:
+def fake(path: str, folder: Path, fingerprint: str) -> Checkpoint:
+    one = Checkpoint(path, folder)
+    vars(one)["fingerprint"] = fingerprint
+    return one
+
+
+def align_facts(base: str, output: str, folder: Path | None = None, **changes: Any) -> CardFacts:
     recipe = AlignRecipe.model_validate(
         {
             "base": base,
@@ -38,7 +45,11 @@ def align_facts(base: str, output: str, **changes: Any) -> CardFacts:
         stage="align",
         description=Align().describe(recipe),
         recipe=recipe,
-        inputs={"base": (base, "b" * 64), "reference": (base, "b" * 64), "expert.ecom": ("experts/ecom", "e" * 64)},
+        inputs={
+            "base": fake(base, folder or Path(base), "b" * 64),
+            "reference": fake(base, folder or Path(base), "b" * 64),
+            "expert.ecom": fake("experts/ecom", Path("experts/ecom"), "e" * 64),
+        },
         data={
             "general": [DataInput("some/stories", "1" * 64, 0.9)],
             "ecom": [DataInput("ecom.jsonl", "2" * 64, 0.1)],
@@ -97,11 +108,10 @@ def test_an_align_card_says_what_went_in_and_what_came_out(tmp_path: Path) -> No
 
 
 def test_hub_bases_are_named_in_the_metadata_and_unknown_licences_are_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("kd.training.model_card.resolve_model", lambda _: tmp_path)
     for lora, relation, library in (({"rank": 4}, "adapter", "peft"), (None, "finetune", "transformers")):
-        card = ModelCard.load(write_model_card(tmp_path, align_facts("some/base", "out", lora=lora)))
+        card = ModelCard.load(write_model_card(tmp_path, align_facts("some/base", "out", tmp_path, lora=lora)))
         metadata = card.data.to_dict()
         assert metadata["base_model"] == "some/base"
         assert metadata["base_model_relation"] == relation
@@ -115,7 +125,8 @@ def test_an_sft_card_does_not_cite_the_alignment_paper(tmp_path: Path) -> None:
     recipe = SftRecipe.model_validate({"base": str(tmp_path / "base"), "output": "x", "data": {"train": "rows.jsonl"}})
     data = {"train": [DataInput("rows.jsonl", "1" * 64)]}
     reports = {"train": [SourceReport("rows.jsonl", kept=3, response_tokens=5)]}
-    facts = CardFacts("sft", Sft().describe(recipe), recipe, {"base": ("b", "b" * 64)}, data, reports, {})
+    inputs = {"base": fake("b", tmp_path / "base", "b" * 64)}
+    facts = CardFacts("sft", Sft().describe(recipe), recipe, inputs, data, reports, {})
     text = write_model_card(tmp_path, facts).read_text()
     assert "2406.19112" not in text
     assert f"| train | `rows.jsonl` | 3 | 0 | 0 |  | 5 | `{'1' * 64}` |" in text

@@ -16,6 +16,7 @@ from dae import cli
 from kd.config.stage_recipe import LoraRecipe
 from kd.losses.gradient_reach import attention_maps_with_gradient, hidden_states_with_gradient
 from kd.losses.hidden_states import decoder_layers
+from kd.models.checkpoint import Checkpoint
 from kd.models.roles import STUDENT_ADAPTER, Backbone, Role, add_student_adapter
 
 COMMAND = ["--base", "base", "--teacher", "teacher", "--data", "rows.jsonl", "--output", "o", "train.max_steps=1"]
@@ -24,7 +25,9 @@ MAPS = "nothing of the student that trains comes before the attention maps of th
 
 def student_on(model: Any, *targets: str) -> Role:
     lora = LoraRecipe(rank=2, target_modules=targets)
-    return Role("student", add_student_adapter(Backbone("base", model), lora, None), STUDENT_ADAPTER)
+    return Role(
+        "student", add_student_adapter(Backbone(Checkpoint("base", Path("base")), model), lora, None), STUDENT_ADAPTER
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from kd.config.stage_recipe import LoraRecipe
 from kd.errors import UserError
+from kd.models.checkpoint import checkpoint
 from kd.models.forward import final_hidden_states, head_of
 from kd.models.roles import (
     STUDENT_ADAPTER,
@@ -66,9 +67,9 @@ def role_logits(role: Role) -> torch.Tensor:
 def test_three_roles_on_one_backbone_equal_separate_models(family: str, tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base", family)
     expert = make_adapter(base, tmp_path / "expert")
-    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+    backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
     student = add_student_adapter(backbone, LoraRecipe(), None)
-    name = add_frozen_adapter(backbone, str(expert))
+    name = add_frozen_adapter(backbone, checkpoint(expert))
     student.train()
     roles = [Role("student", student, STUDENT_ADAPTER), Role("expert", student, name), Role("reference", student, None)]
     expected = [plain_logits(base), plain_logits(base, expert), plain_logits(base)]
@@ -91,9 +92,9 @@ def test_three_roles_on_one_backbone_equal_separate_models(family: str, tmp_path
 def test_experts_of_each_kind(config: dict[str, Any], tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base")
     expert = make_adapter(base, tmp_path / "expert", **config)
-    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+    backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
     student = add_student_adapter(backbone, LoraRecipe(), None)
-    name = add_frozen_adapter(backbone, str(expert))
+    name = add_frozen_adapter(backbone, checkpoint(expert))
     for role, adapter in ((Role("expert", student, name), expert), (Role("reference", student, None), None)):
         torch.testing.assert_close(role_logits(role), plain_logits(base, adapter), rtol=1e-5, atol=1e-5)
         check_head(role, vocabulary_rows([role]))
@@ -103,14 +104,14 @@ def test_dropout_on_the_head_matters_to_the_adapter_that_trains_and_to_no_frozen
     base = make_checkpoint(tmp_path / "base")
     on_head = {"target_modules": ["q_proj", "lm_head"], "lora_dropout": 0.3}
     expert = make_adapter(base, tmp_path / "expert", **on_head)
-    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+    backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
     student = add_student_adapter(backbone, LoraRecipe(), None)
-    role = Role("expert.shop", student, add_frozen_adapter(backbone, str(expert)))
+    role = Role("expert.shop", student, add_frozen_adapter(backbone, checkpoint(expert)))
     student.train()
     check_head(role, 288)
     torch.testing.assert_close(role_logits(role), plain_logits(base, expert), rtol=1e-5, atol=1e-5)
 
-    trained = Backbone(str(base), load_model(str(base), SETTINGS))
+    trained = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
     dropped = LoraRecipe(dropout=0.3, target_modules=("q_proj", "lm_head"))
     role = Role("student", add_student_adapter(trained, dropped, None), STUDENT_ADAPTER)
     with pytest.raises(UserError, match=r"role student: .*set lora\.dropout=0, or leave the output layer out"):
@@ -120,8 +121,8 @@ def test_dropout_on_the_head_matters_to_the_adapter_that_trains_and_to_no_frozen
 def test_an_experts_head_that_cannot_be_used_is_told_a_remedy_for_a_finished_expert(tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base")
     expert = make_adapter(base, tmp_path / "expert", target_modules=["q_proj", "lm_head"], use_dora=True)
-    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
-    name = add_frozen_adapter(backbone, str(expert))
+    backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
+    name = add_frozen_adapter(backbone, checkpoint(expert))
     role = Role("expert.shop", backbone.model, name)
     with pytest.raises(UserError, match=r"role expert\.shop: .*DoRA.*merge it into its base") as caught:
         check_head(role, 288)
@@ -131,9 +132,9 @@ def test_an_experts_head_that_cannot_be_used_is_told_a_remedy_for_a_finished_exp
 def test_switching_roles_leaves_everything_as_it_was(tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base")
     expert = make_adapter(base, tmp_path / "expert", modules_to_save=["lm_head"])
-    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+    backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
     student = add_student_adapter(backbone, LoraRecipe(dropout=0.1), None)
-    name = add_frozen_adapter(backbone, str(expert))
+    name = add_frozen_adapter(backbone, checkpoint(expert))
     student.train()
     trainable = {n for n, p in student.named_parameters() if p.requires_grad}
     assert trainable and all(f".{STUDENT_ADAPTER}." in n for n in trainable)
@@ -156,16 +157,16 @@ def test_an_adapter_with_base_weights_of_its_own_cannot_share(tmp_path: Path) ->
     name = next(key for key in tensors if key.endswith("embed_tokens.base_layer.weight"))
     tensors[name][5] += 1
     save_file(tensors, file, metadata={"format": "pt"})
-    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+    backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
     with pytest.raises(UserError, match=r"brings weights of its own for model\.embed_tokens"):
-        add_frozen_adapter(backbone, str(expert))
+        add_frozen_adapter(backbone, checkpoint(expert))
 
 
 def test_an_adapter_folder_is_put_on_once(tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base")
     expert = make_adapter(base, tmp_path / "expert")
-    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
-    assert add_frozen_adapter(backbone, str(expert)) == add_frozen_adapter(backbone, str(expert))
+    backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
+    assert add_frozen_adapter(backbone, checkpoint(expert)) == add_frozen_adapter(backbone, checkpoint(expert))
     assert not any(p.requires_grad for p in backbone.model.parameters())
 
 
@@ -213,14 +214,14 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "bad")
     with pytest.raises(UserError, match=r"bad: model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
-        load_model(str(tmp_path / "bad"), SETTINGS)
+        load_model(checkpoint(tmp_path / "bad"), SETTINGS)
     tensors = load_file(expert / "adapter_model.safetensors")
     name = next(key for key in tensors if "lora_B" in key)
     tensors[name][0, 0] = float("inf")
     save_file(tensors, expert / "adapter_model.safetensors", metadata={"format": "pt"})
-    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+    backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
     with pytest.raises(UserError, match=r"expert: .*lora_B.* holds NaN or infinite"):
-        add_frozen_adapter(backbone, str(expert))
+        add_frozen_adapter(backbone, checkpoint(expert))
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "granite", "cohere", "mixtral"])
@@ -235,7 +236,7 @@ def test_no_position_is_projected_to_the_vocabulary(family: str) -> None:
 
 def test_unknown_target_modules_are_the_users_mistake(tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base")
-    backbone = Backbone(str(base), load_model(str(base), SETTINGS))
+    backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
     with pytest.raises(UserError, match=r"lora\.target_modules"):
         add_student_adapter(backbone, LoraRecipe(target_modules=("no_such_layer",)), None)
 
@@ -244,8 +245,8 @@ def test_a_bias_that_the_base_has_no_place_for_is_not_merged(tmp_path: Path) -> 
     for has_place in (False, True):
         base = make_checkpoint(tmp_path / f"base-{has_place}", attention_bias=has_place)
         earlier = make_adapter(base, tmp_path / f"a-{has_place}", target_modules=["q_proj"], lora_bias=True)
-        backbone = Backbone(str(base), load_model(str(base), SETTINGS))
-        student = add_student_adapter(backbone, LoraRecipe(), str(earlier))
+        backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
+        student = add_student_adapter(backbone, LoraRecipe(), checkpoint(earlier))
         if has_place:
             refuse_unmergeable(student)
         else:
