@@ -160,13 +160,13 @@ def _dae(
         signal.signal(signal.SIGINT, signal.default_int_handler)
         import torch
 
-        import kd.training.run_stage
+        import kd.training.publishing
         from dae import cli
 
         torch.set_num_threads(1)
         cli.prepare_process(os.environ)
         if not proof:
-            setattr(kd.training.run_stage, "verify_saved", lambda *_: None)  # noqa: B010
+            setattr(kd.training.publishing, "verify_saved", lambda *_: None)  # noqa: B010
         for one in signals:
             one.arm()
         status = cli.run(arguments)

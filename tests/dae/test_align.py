@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from worlds import FORGETTING, align_command, make_adapter, make_rows, make_world, metrics_of
 
 import dae.alignment
-import kd.training.run_stage
+import kd.training.publishing
 from dae import cli
 from kd.models.roles import LoadSettings, speaking_as
 from kd.training.run_stage import StageRoles
@@ -64,7 +64,7 @@ def proof_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         scale = float(expected_TV.abs().max())
         torch.testing.assert_close(logits_TV, expected_TV.float(), rtol=0, atol=tolerance * scale)
 
-    monkeypatch.setattr(kd.training.run_stage, "verify_saved", compare)
+    monkeypatch.setattr(kd.training.publishing, "verify_saved", compare)
 
 
 def run(*more: str, output: str = "student") -> Path:
@@ -127,7 +127,7 @@ def test_the_student_comes_to_match_each_teacher_on_its_rows(world: Path) -> Non
 def test_a_run_folder_is_proved_in_a_fresh_process_and_holds_what_others_need(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kd.training.run_stage, "verify_saved", verify_saved)
+    monkeypatch.setattr(kd.training.publishing, "verify_saved", verify_saved)
     folder = run("--merge", "train.max_steps=4")
     names = {entry.name for entry in folder.iterdir()}
     assert names == {
@@ -145,7 +145,7 @@ def test_a_result_that_does_not_load_is_not_called_finished(world: Path, monkeyp
     def differs(*_: Any) -> None:
         raise RuntimeError("the saved model differs from the trained one")
 
-    monkeypatch.setattr(kd.training.run_stage, "verify_saved", differs)
+    monkeypatch.setattr(kd.training.publishing, "verify_saved", differs)
     monkeypatch.setattr("tempfile.tempdir", str(world))
     assert cli.run(align_command()) == 3
     assert not Path("student/run.json").exists()

@@ -238,7 +238,7 @@ MODELS = {
     ),
     "a base that is an adapter": Case(nothing, ("base: expert: is an adapter",), ("base=expert",)),
     "an expert's run that has not finished": Case(
-        lambda w: dae([*SFT[:-2], "half", SFT[-1]], w, signals=[Signal("kd.training.publishing:publish")]),
+        lambda w: dae([*SFT[:-2], "half", SFT[-1]], w, signals=[Signal("kd.training.run_stage:publish")]),
         ("half: this run has not finished",),
         ("expert=half",),
     ),

@@ -16,7 +16,7 @@ from processes import ROOT
 from safetensors.torch import load_file
 from worlds import make_rows, metrics_of
 
-import kd.training.run_stage
+import kd.training.publishing
 from dae import cli
 from dae.checking.check import make_plan
 from dae.checking.estimates import parameters
@@ -31,7 +31,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_checkpoint(tmp_path / "teacher", vocab_size=320, seed=5, num_hidden_layers=3)
     make_rows(tmp_path / "rows.jsonl", 1, 40)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kd.training.run_stage, "verify_saved", lambda *_: None)
+    monkeypatch.setattr(kd.training.publishing, "verify_saved", lambda *_: None)
     return tmp_path
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from worlds import align_command, make_world
 
-import kd.training.run_stage
+import kd.training.publishing
 from dae import cli
 
 LONG_PROMPT = json.dumps({"prompt": "one " * 400, "completion": "two"}) + "\n"
@@ -19,7 +19,7 @@ def test_a_run_tells_what_it_dropped_and_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(make_world(tmp_path / "world"))
-    monkeypatch.setattr(kd.training.run_stage, "verify_saved", lambda *_: None)
+    monkeypatch.setattr(kd.training.publishing, "verify_saved", lambda *_: None)
     for name, lost in (("shop", LONG_PROMPT * 60 + LONG_RESPONSE * 3), ("heldout_shop", LONG_PROMPT * 7)):
         with Path(f"{name}.jsonl").open("a") as file:
             file.write(lost)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from worlds import make_adapter, make_rows, metrics_of
 
-import kd.training.run_stage
+import kd.training.publishing
 from dae import cli
 from kd.config.stage_recipe import LoraRecipe
 from kd.errors import UserError
@@ -56,7 +56,7 @@ def world(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     for entry in origin.iterdir():
         (tmp_path / entry.name).symlink_to(entry)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kd.training.run_stage, "verify_saved", lambda *_: None)  # a fresh process takes seconds
+    monkeypatch.setattr(kd.training.publishing, "verify_saved", lambda *_: None)  # a fresh process takes seconds
     logger = logging.getLogger("dae")
     before = logger.propagate
     logger.propagate = True

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from worlds import make_adapter, make_rows
 
 import dae.alignment
-import kd.training.run_stage
+import kd.training.publishing
 from dae import cli
 from dae.merging.recipe import ToLoraRecipe
 from dae.merging.to_lora import low_rank, what_is_kept
@@ -32,7 +32,7 @@ IDS = torch.tensor([[5, 60, 70, 80, 90, 100, 110, 120, 130, 31, 41, 59]])
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kd.training.run_stage, "verify_saved", lambda *_: None)  # a fresh process takes seconds
+    monkeypatch.setattr(kd.training.publishing, "verify_saved", lambda *_: None)  # a fresh process takes seconds
     return tmp_path
 
 

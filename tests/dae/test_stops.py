@@ -93,10 +93,10 @@ MOMENTS = {
     "in training": Signal("kd.training.trainer:RoutedTrainer.training_step", 4),
     "while an old checkpoint is removed": Signal("shutil:rmtree"),
     "in a held-out measurement": Signal("kd.training.trainer:evaluate_routes", 2),
-    "after the last step": Signal("kd.training.publishing:summarise"),
-    "with half the result written": Signal("kd.training.run_stage:write_model_card"),
+    "after the last step": Signal("kd.training.run_stage:summarise"),
+    "with half the result written": Signal("kd.training.publishing:write_model_card"),
     "with half the result in place": Signal("os:replace", name="adapter_model.safetensors", after=True),
-    "while the result is proved": Signal("kd.training.run_stage:verify_saved"),
+    "while the result is proved": Signal("kd.training.publishing:verify_saved"),
     "just before it is called finished": Signal("kd.runs.run_folder:RunFolder.mark_finished"),
     "just after it is called finished": Signal("kd.runs.run_folder:RunFolder.mark_finished", after=True),
 }
@@ -171,8 +171,8 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(
             Signal("kd.training.trainer:RoutedTrainer.training_step", 5, signal.SIGINT, after=after)
             for after in (False, True)
         ],
-        [Signal("kd.training.publishing:publish", 1, signal.SIGINT)],
-        [Signal("kd.training.run_stage:verify_saved", 1, signal.SIGINT)],
+        [Signal("kd.training.run_stage:publish", 1, signal.SIGINT)],
+        [Signal("kd.training.publishing:verify_saved", 1, signal.SIGINT)],
     ],
     ids=["in the set-up", "twice in a step", "while publishing", "while proving"],
 )
@@ -269,7 +269,7 @@ def test_a_try_that_trained_no_step_holds_nobody_to_its_recipe(world: Path) -> N
 
 def test_early_stopping_waits_as_long_as_if_nothing_had_happened(world: Path) -> None:
     command = [*COMMAND, "early_stopping_patience=2", "train.learning_rate=0"]  # so that nothing is ever better
-    moments = [Signal("kd.training.trainer:RoutedTrainer.training_step", 5), Signal("kd.training.publishing:summarise")]
+    moments = [Signal("kd.training.trainer:RoutedTrainer.training_step", 5), Signal("kd.training.run_stage:summarise")]
     for kill in moments:
         assert dae(command, world, proof=False, signals=[kill]).status == -signal.SIGKILL
     ended = dae(command, world, proof=False)
@@ -289,7 +289,7 @@ def test_a_moved_folder_goes_on(stopped: Path, calm: dict[str, Any]) -> None:
 def test_a_moved_folder_still_knows_its_best_checkpoint(world: Path) -> None:
     assert dae(align_command(*FORGETTING, output="calm"), world, proof=False).status == 0
     assert json.loads((world / "calm" / "run.json").read_text())["summary"]["best_step"] == 2
-    dae(align_command(*FORGETTING), world, proof=False, signals=[Signal("kd.training.publishing:summarise")])
+    dae(align_command(*FORGETTING), world, proof=False, signals=[Signal("kd.training.run_stage:summarise")])
     (world / "student").rename(world / "moved")
     assert dae(align_command(*FORGETTING, output="moved"), world, proof=False).status == 0
     weights = [world / run / "adapter_model.safetensors" for run in ("calm", "moved")]

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from worlds import align_command, make_adapter, make_world, metrics_of
 
 import dae.alignment
-import kd.training.run_stage
+import kd.training.publishing
 from dae import cli
 from kd.config.data_recipe import DataRecipe
 from kd.data.token_rows import TokenRows
@@ -230,7 +230,7 @@ def world(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     place = tmp_path / "world"
     shutil.copytree(origin, place)
     monkeypatch.chdir(place)
-    monkeypatch.setattr(kd.training.run_stage, "verify_saved", lambda *_: None)
+    monkeypatch.setattr(kd.training.publishing, "verify_saved", lambda *_: None)
     return place
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from worlds import GENERAL_WORDS, metrics_of
 from worlds import make_rows as write_rows
 
-import kd.training.run_stage
+import kd.training.publishing
 from kd.config.data_recipe import DataRecipe, SourceRecipe
 from kd.data.examples import load_rows
 from kd.data.mixing import MixedRows, collate
@@ -162,7 +162,7 @@ def recipe_of(world: Path, output: Path, **changes: Any) -> DistillRecipe:
 def test_a_run_lowers_the_distance_to_a_teacher_with_other_tokens(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kd.training.run_stage, "verify_saved", lambda *_: None)
+    monkeypatch.setattr(kd.training.publishing, "verify_saved", lambda *_: None)
     check_checkpoints(recipe_of(world, tmp_path / "o"))
     folder = distill(recipe_of(world, tmp_path / "o", lora=None)).path
     lines = [line for line in metrics_of(folder) if "train/uld" in line]

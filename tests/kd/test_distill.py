@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from worlds import SHOP_WORDS, make_adapter, metrics_of
 from worlds import make_rows as write_rows
 
-import kd.training.run_stage
+import kd.training.publishing
 from kd.config.loading import load_recipe
 from kd.data.batches import predicting_positions
 from kd.errors import UserError
@@ -67,7 +67,7 @@ def proof_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             torch.testing.assert_close(model.eval()(torch.tensor([ids])).logits[0], expected_TV, rtol=0, atol=1e-4)
 
-    monkeypatch.setattr(kd.training.run_stage, "verify_saved", compare)
+    monkeypatch.setattr(kd.training.publishing, "verify_saved", compare)
 
 
 def recipe_of(world: Path, output: Path | None = None, **changes: Any) -> DistillRecipe:
@@ -199,7 +199,7 @@ def test_a_fresh_process_opens_a_mixture_that_was_trained(
     """The proof as a user's run has it; the other tests here stay in this process."""
     found: list[Verification] = []
     monkeypatch.setattr(
-        kd.training.run_stage, "verify_saved", lambda *arguments: found.append(verify_saved(*arguments))
+        kd.training.publishing, "verify_saved", lambda *arguments: found.append(verify_saved(*arguments))
     )
     distill(recipe_of(world, tmp_path / "o", base=world / "experts", train={"max_steps": 2, "save_steps": 2}))
     assert [one.relative < 1e-5 and one.scale > 0.1 for one in found] == [True]

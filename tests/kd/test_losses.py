@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kd.losses import token_loss as losses
 from kd.losses.token_loss import TokenLoss, token_loss_sums
+from kd.models import head as head_module
 from kd.models.head import Head
 
 N, D, E, V = 11, 5, 7, 13
@@ -21,7 +22,7 @@ SKEW = 0.2
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of two or three tokens, so that a chunk of four or five has several; products over the head in three."""
     monkeypatch.setattr(losses, "CPU_BLOCK_ELEMENTS", 3 * V)
-    monkeypatch.setattr(losses, "CPU_PRODUCT_ROWS", 5)
+    monkeypatch.setattr(head_module, "CPU_PRODUCT_ROWS", 5)
 
 
 def random_case(dtype: torch.dtype = torch.float64, padded_rows: int = 0) -> dict[str, Tensor]:

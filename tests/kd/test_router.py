@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from worlds import make_rows, metrics_of
 
-import kd.training.run_stage
+import kd.training.publishing
 from dae import cli
 from kd.errors import UserError
 from kd.losses.router import (
@@ -121,7 +121,7 @@ LOGGED = ["train.logging_steps=1", "train.lr_scheduler_type=constant", "train.wa
 def mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a mixture of four experts, one for each token, and rows."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kd.training.run_stage, "verify_saved", lambda *_: None)  # a fresh process takes seconds
+    monkeypatch.setattr(kd.training.publishing, "verify_saved", lambda *_: None)  # a fresh process takes seconds
     make_checkpoint(tmp_path / "base", "mixtral", num_local_experts=4, num_experts_per_tok=1)
     make_rows(tmp_path / "rows.jsonl", 0, 32)
     return tmp_path

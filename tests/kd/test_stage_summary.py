@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-import kd.training.run_stage
+import kd.training.publishing
 from kd.training.publishing import summarise
 
 
 def test_each_route_has_its_newest_figures_though_the_last_step_had_no_row_of_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kd.training.run_stage, "final_evaluation", lambda _: {})
+    monkeypatch.setattr(kd.training.publishing, "final_evaluation", lambda _: {})
     history = [
         {"loss": 0.9, "general/kl": 0.5, "shop/kl": 0.4, "shop/ntp": 2.0, "grad_norm": 1.0},
         {"loss": 0.8, "general/kl": 0.3, "shop/kl": 0.2},
