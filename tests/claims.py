@@ -172,7 +172,7 @@ CASES: Mapping[str, Case] = {
         "judge max tokens: 2048 -> 100",
         forget_in_json("settings.json", "judge max tokens", "judge temperature"),
         ("settings.json", "replies/judgments.jsonl"),
-        finished="mean",
+        finished="all 8 judgments are there; nothing is asked",
     ),
     "eval alpaca-eval": Case(
         ("eval", "alpaca-eval", "--outputs", "ours.json", "--baseline", "theirs.json", *JUDGE),
@@ -248,12 +248,16 @@ class Commands:
         return self._copy(origin, output)
 
     def finished(self, name: str, output: str) -> Path:
-        """An output with which the command has finished."""
+        """A copy of an output with which the command has finished."""
+        return self._copy(self.finished_once(name).name, output)
+
+    def finished_once(self, name: str) -> Path:
+        """That output itself."""
         case, origin = CASES[name], f"finished-{name.replace(' ', '-')}{CASES[name].suffix}"
         if not written(self.world / origin):
             ended = self.run(case, origin)
             assert ended.status == 0, ended
-        return self._copy(origin, output)
+        return self.world / origin
 
     def held_to_its_settings(self, name: str, output: str) -> Path:
         """An output with which no other settings can go on."""

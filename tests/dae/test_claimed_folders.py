@@ -73,9 +73,9 @@ def test_what_was_killed_goes_on_and_its_leftovers_go(commands: Commands, name: 
         assert file.stat().st_ino == number and file.read_bytes().startswith(content), file
     names = [file.name for one in written(place) for file in (one, *one.rglob("*"))]
     assert not [one for one in names if one.startswith((".tmp-", ".staging", ".publishing", ".drop-"))]
-    finished = commands.finished(name, f"calm-{output}")
+    calm = commands.finished_once(name)
     assert {one.replace(output, "") for one in contents(place)} == {
-        one.replace(f"calm-{output}", "") for one in contents(finished)
+        one.replace(calm.name, "") for one in contents(calm)
     }
 
 
@@ -90,10 +90,10 @@ def test_other_settings_are_refused_by_name(commands: Commands, name: str, outpu
 
 
 @ALL
-def test_what_has_finished_says_so_and_is_left_alone(commands: Commands, name: str, output: str) -> None:
-    case, place = CASES[name], commands.finished(name, output)
+def test_what_has_finished_says_so_and_is_left_alone(commands: Commands, name: str) -> None:
+    case, place = CASES[name], commands.finished_once(name)
     before = {file: content for file, (_, content) in contents(place).items()}
-    ended = commands.run(case, output)
+    ended = commands.run(case, place.name)
     assert ended.status == 0, ended
     assert case.finished in ended.out + ended.err
     assert {file: content for file, (_, content) in contents(place).items()} == before
