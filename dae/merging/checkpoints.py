@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,27 +42,15 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "
 Make = Callable[[Path, Path], Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
-class Sources:
-    """What a merge is made from, by role.
-
-    base: what provenance calls the base; adapters are checked against it. It need not be among `roles`.
-    """
-
-    base: Checkpoint
-    roles: Mapping[str, Checkpoint]
-
-    @property
-    def by_role(self) -> dict[str, Checkpoint]:
-        """By role, the base first."""
-        return {"base": self.base, **self.roles}
-
-    def same(self, *roles: str) -> bool:
-        """Whether these roles are one and the same model."""
-        return len({self.by_role[role].fingerprint for role in roles}) == 1
+Inputs = Mapping[str, Checkpoint]  # by role, the base first: adapters are checked against it, and provenance names it
 
 
-def run_merge(recipe: MergeRecipe, sources: Sources, check: Callable[[], None], make: Make) -> RunResult:
+def same(*sources: Checkpoint) -> bool:
+    """Whether these are one and the same model."""
+    return len({one.fingerprint for one in sources}) == 1
+
+
+def run_merge(recipe: MergeRecipe, inputs: Inputs, check: Callable[[], None], make: Make) -> RunResult:
     """Claim the run folder, make the merge, publish it, call it finished. A finished one is left as it is.
 
     check: raises UserError where the checkpoints do not belong together, and reads no weights; make: the merge itself.
@@ -71,9 +58,8 @@ def run_merge(recipe: MergeRecipe, sources: Sources, check: Callable[[], None], 
     Raises UserError, MachineError.
     """
     run = RunFolder(recipe.output)
-    inputs = sources.by_role
     fingerprints = {role: one.fingerprint for role, one in inputs.items()}
-    with run.claim(Start("merge", recipe, fingerprints, str(sources.base), data={})) as state:
+    with run.claim(Start("merge", recipe, fingerprints, str(inputs["base"]), data={})) as state:
         if state == "finished":
             logger.info("%s: this merge is finished; nothing to do", recipe.output)
             return RunResult(run.path, run.summary())

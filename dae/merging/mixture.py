@@ -17,11 +17,12 @@ from transformers import AutoConfig
 
 from dae.merging import mergekit_calls
 from dae.merging.checkpoints import (
-    Sources,
+    Inputs,
     check_foundation,
     check_opens,
     check_same_architecture,
     run_merge,
+    same,
     stored_dtype,
     whole_checkpoint,
     write_companions,
@@ -52,10 +53,10 @@ def merge_moe(recipe: MoeRecipe) -> RunResult:
     base = checkpoint(recipe.base)
     base.refuse_adapter("base")
     experts = {f"expert.{name}": checkpoint(expert.path) for name, expert in recipe.experts.items()}
-    sources = Sources(base, experts)
+    inputs = {"base": base, **experts}
 
     def make(folder: Path, scratch: Path) -> Mapping[str, Any]:
-        candidates = foundations(sources)
+        candidates = foundations(inputs)
         whole = {
             name: whole_checkpoint(role, expert, candidates, scratch)
             for name, (role, expert) in zip(recipe.experts, experts.items(), strict=True)
@@ -74,12 +75,12 @@ def merge_moe(recipe: MoeRecipe) -> RunResult:
             "carried": carried,
         }
 
-    return run_merge(recipe, sources, lambda: check_experts(recipe, sources), make)
+    return run_merge(recipe, inputs, lambda: check_experts(recipe, inputs), make)
 
 
-def check_experts(recipe: MoeRecipe, sources: Sources) -> None:
+def check_experts(recipe: MoeRecipe, inputs: Inputs) -> None:
     """Raise UserError where the experts do not fit the base, or there is no mixture of its architecture."""
-    base = sources.base
+    base = inputs["base"]
     config = AutoConfig.from_pretrained(str(base.folder))
     if config.model_type not in MIXTURES:
         raise UserError(
@@ -94,21 +95,21 @@ def check_experts(recipe: MoeRecipe, sources: Sources) -> None:
             "(layer_types), and a mixture has one in all of its layers or in none; where no row will be longer than "
             "the window, take it out of the config.json of base and experts (use_sliding_window: false, no layer_types)"
         )
-    for role, one in sources.roles.items():
+    for role, one in inputs.items():
         if one.is_adapter:
-            check_foundation(role, one, foundations(sources))
+            check_foundation(role, one, foundations(inputs))
         elif one is not base:
             check_same_architecture(role, one, base)
-    check_tokenizers(base, sources.roles)
-    if sources.same(*sources.roles):
+    check_tokenizers(base, inputs)
+    if same(*(one for role, one in inputs.items() if role != "base")):
         logger.warning("experts: all are one model, so the mixture says what that model says until it is trained")
     if recipe.gate == "random" and any(e.prompts or e.negative_prompts for e in recipe.experts.values()):
         logger.warning("experts: prompts are not read with gate: random")
 
 
-def foundations(sources: Sources) -> list[Checkpoint]:
+def foundations(inputs: Inputs) -> list[Checkpoint]:
     """What an expert's adapter may stand on: the base, or another expert."""
-    return [sources.base, *(one for one in sources.roles.values() if not one.is_adapter)]
+    return [one for one in inputs.values() if not one.is_adapter]
 
 
 def moe_configuration(recipe: MoeRecipe, base: Path, whole: Mapping[str, Path], dtype: torch.dtype) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from dae.merging.checkpoints import Sources, check_same_architecture, run_merge, stored_dtype
+from dae.merging.checkpoints import Inputs, check_same_architecture, run_merge, same, stored_dtype
 from dae.merging.recipe import ToLoraRecipe
 from kd.errors import UserError
 from kd.models.checkpoint import Checkpoint, checkpoint
@@ -58,7 +58,7 @@ def to_lora(recipe: ToLoraRecipe) -> RunResult:
     base.refuse_adapter("reference")
     if tuned.is_adapter:
         raise UserError(f"expert: {tuned}: is an adapter already; give it to `dae align --expert` as it is")
-    sources = Sources(base, {"expert": tuned})
+    inputs = {"base": base, "expert": tuned}
 
     def make(folder: Path, _scratch: Path) -> Mapping[str, Any]:
         reference, expert = (load_model(one, LoadSettings(stored_dtype(one.folder))) for one in (base, tuned))
@@ -72,13 +72,13 @@ def to_lora(recipe: ToLoraRecipe) -> RunResult:
         check_loads(folder, reference, factors)
         return summary
 
-    return run_merge(recipe, sources, lambda: check_pair(sources), make)
+    return run_merge(recipe, inputs, lambda: check_pair(inputs), make)
 
 
-def check_pair(sources: Sources) -> None:
+def check_pair(inputs: Inputs) -> None:
     """Raise UserError where the expert is no fine-tune of the reference, or LoRA cannot carry it."""
-    reference, expert = sources.base, sources.roles["expert"]
-    if sources.same("base", "expert"):
+    reference, expert = inputs["base"], inputs["expert"]
+    if same(reference, expert):
         raise UserError(f"expert {expert}: is the reference itself, so there is nothing to carry; pass the tuned one")
     check_same_architecture("expert", expert, reference)
     check_tokenizers(reference, {"expert": expert})

@@ -22,11 +22,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dae.merging import mergekit_calls
 from dae.merging.checkpoints import (
-    Sources,
+    Inputs,
     check_foundation,
     check_opens,
     check_same_architecture,
     run_merge,
+    same,
     stored_dtype,
     whole_checkpoint,
     write_companions,
@@ -47,7 +48,7 @@ def merge_weights(recipe: WeightsRecipe) -> RunResult:
     base, expert = checkpoint(recipe.base), checkpoint(recipe.expert)
     reference = checkpoint(recipe.reference or recipe.base)
     base.refuse_adapter("base")
-    sources = Sources(base, {"reference": reference, "expert": expert})
+    inputs = {"base": base, "reference": reference, "expert": expert}
     # Whose config, tokenizer and dtype the result has; adapters stand on it or on the base.
     home = base if reference.is_adapter else reference
     candidates = list(dict.fromkeys([base, home]))
@@ -57,9 +58,8 @@ def merge_weights(recipe: WeightsRecipe) -> RunResult:
         if recipe.method in BETWEEN and recipe.weight == 1 and expert.is_adapter:
             write_expert(whole_checkpoint("expert", expert, candidates, scratch), folder, dtype)
         else:
-            inputs = sources.by_role
             whole = {role: whole_checkpoint(role, one, candidates, scratch) for role, one in inputs.items()}
-            configuration = merge_configuration(recipe, whole, not sources.same("base", "reference"))
+            configuration = merge_configuration(recipe, whole, not same(base, reference))
             mergekit_calls.merge({**configuration, "out_dtype": str(dtype).removeprefix("torch.")}, folder, recipe.seed)
             config = AutoConfig.from_pretrained(str(home.folder))
             config.dtype = dtype
@@ -68,7 +68,7 @@ def merge_weights(recipe: WeightsRecipe) -> RunResult:
         write_companions(home, folder)
         return {"method": recipe.method, "weight": recipe.weight, "parameters": check_opens(folder, home)}
 
-    return run_merge(recipe, sources, lambda: check_roles(recipe, sources, candidates), make)
+    return run_merge(recipe, inputs, lambda: check_roles(recipe, inputs, candidates), make)
 
 
 def write_expert(whole: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -78,16 +78,17 @@ def write_expert(whole: Path, folder: Path, dtype: torch.dtype) -> None:
     AutoModelForCausalLM.from_pretrained(str(whole), dtype=dtype).save_pretrained(str(folder))
 
 
-def check_roles(recipe: WeightsRecipe, sources: Sources, candidates: Sequence[Checkpoint]) -> None:
+def check_roles(recipe: WeightsRecipe, inputs: Inputs, candidates: Sequence[Checkpoint]) -> None:
     """Raise UserError where reference and expert cannot be laid over the base, or there is nothing between them."""
-    for role, one in sources.roles.items():
+    base = inputs["base"]
+    for role, one in inputs.items():
         if one.is_adapter:
             check_foundation(role, one, candidates)
-        elif one is not sources.base:
-            check_same_architecture(role, one, sources.base)
-    check_tokenizers(sources.base, sources.roles)
+        elif one is not base:
+            check_same_architecture(role, one, base)
+    check_tokenizers(base, inputs)
     other = "reference" if recipe.method in BETWEEN else "base"
-    if sources.same("expert", other):
+    if same(inputs["expert"], inputs[other]):
         raise UserError(f"expert {recipe.expert}: is the {other} itself, so there is nothing to merge")
 
 

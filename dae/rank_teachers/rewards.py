@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from dae.rank_teachers.responses import Response
 from kd.config.data_recipe import DataRecipe
@@ -37,10 +37,7 @@ def open_tokenizer(
 
     key: the recipe's key of the fallback, for messages. Raises UserError.
     """
-    with opening(f"{source}: no tokenizer that transformers can open"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(source.folder), trust_remote_code=trust_remote_code
-        )
+    tokenizer = source.tokenizer(trust_remote_code)
     if fallback is not None and not tokenizer.chat_template:
         if fallback != "plain" and not Path(fallback).is_file():
             raise UserError(f"{key}: {fallback}: there is no such file; give `plain` or a .jinja file")

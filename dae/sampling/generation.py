@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from kd.data.chat import chat_format
 from kd.data.special_text import special_ids
@@ -20,7 +20,6 @@ from kd.models.adapters import put_adapter
 from kd.models.checkpoint import Checkpoint
 from kd.models.checkpoint_files import TOKENIZER_FILES
 from kd.models.compatibility import check_adapter
-from kd.models.opening import opening
 from kd.models.roles import STUDENT_ADAPTER, LoadSettings, load_model, refuse_bad_weights
 
 END_TOKEN, SPECIAL_TOKEN, LENGTH = "end token", "other special token", "length"
@@ -196,16 +195,14 @@ def open_writer(source: Checkpoint, trust_remote_code: bool) -> Writer:
 def open_tokenizer(source: Checkpoint, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, else that of an adapter's base. Raises UserError where neither can be opened."""
     home = source.tokenizer_home
-    fault = f"{source}: no tokenizer that transformers can open"
-    if home is not source:
-        fault = f"{fault}, nor one in its base {home}"
     if not home.has_tokenizer:
-        raise UserError(f"{fault}: none of {', '.join(TOKENIZER_FILES)} is there; copy it to the weights")
-    with opening(fault):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(home.folder), trust_remote_code=trust_remote_code
+        where = "" if home is source else f", nor one in its base {home}"
+        files = ", ".join(TOKENIZER_FILES)
+        raise UserError(
+            f"{source}: no tokenizer that transformers can open{where}: none of {files} is there; copy it to the "
+            "weights"
         )
-    return tokenizer
+    return home.tokenizer(trust_remote_code)
 
 
 def open_model(source: Checkpoint, settings: LoadSettings) -> Any:

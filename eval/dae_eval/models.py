@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dae_eval.results import ModelFacts
 from kd.data.tokenizer_audit import PROBES, audit
@@ -19,7 +19,6 @@ from kd.errors import UserError
 from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.compatibility import check_adapter
 from kd.models.forward import unwrapped
-from kd.models.opening import opening
 from kd.models.roles import Backbone, LoadSettings, Role, activate, add_frozen_adapter, load_model
 from kd.runs.provenance import read_provenance
 
@@ -51,10 +50,9 @@ class Model:
         return self.base or self.source
 
     @property
-    def tokenizer_folder(self) -> Path:
-        """Its own folder where that holds a tokenizer, else its base's."""
-        own = self.source.folder
-        return own if any((own / name).is_file() for name in _VOCABULARIES) else self.backbone.folder
+    def tokenizer_home(self) -> Checkpoint:
+        """The model itself where its folder holds a tokenizer, else its base."""
+        return self.source if any((self.source.folder / name).is_file() for name in _VOCABULARIES) else self.backbone
 
     def facts(self) -> ModelFacts:
         """What a report says of the model."""
@@ -74,30 +72,22 @@ def locate(role: str, path: str, base: str | None) -> Model:
     source = checkpoint(path)
     if not source.is_adapter:
         return Model(source)
+    named = source.base_path if base is None else base
     try:
-        chosen = source.base if base is None else checkpoint(base)
+        chosen = checkpoint(named)
     except UserError as error:
         raise UserError(
             f"{role} {path}: stands on a base that cannot be had; say where it is with --base. {error}"
         ) from error
-    assert chosen is not None, path
     if chosen.is_adapter:
         raise UserError(f"{role} {path}: its base {chosen} is an adapter itself; merge that into its base first")
     check_adapter(role, source, chosen)
     return Model(source, chosen)
 
 
-def open_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises UserError where there is none that transformers can open."""
-    folder = model.tokenizer_folder
-    with opening(f"{model.path}: no tokenizer that transformers can open"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
-    return tokenizer
-
-
 def tell_losses(model: Model, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = PROBES) -> None:
     """Warn, in one line, where the tokenizer drops characters of these texts or cuts them in a way of its own."""
-    loss = audit(tokenizer, model.tokenizer_folder, texts).loss(model.path)
+    loss = audit(tokenizer, model.tokenizer_home.folder, texts).loss(model.path)
     if loss is not None:
         logger.warning("%s", loss)
 

@@ -27,7 +27,7 @@ from dae_eval.harness import (
     version_of,
 )
 from dae_eval.held_out import rows_of
-from dae_eval.models import Model, chat_template_of, open_tokenizer, tell_losses
+from dae_eval.models import Model, chat_template_of, tell_losses
 from dae_eval.results import TrainingRows
 from dae_eval.seen import SeenTexts, seen_texts, training_rows
 from dae_eval.suites import Suite
@@ -87,7 +87,7 @@ class Planner:
 
     def plan(self, role: str, model: Model, folder: Path) -> Plan:
         """Look at all that concerns one model. Raises UserError."""
-        suite, tokenizer = self.suite, open_tokenizer(model)
+        suite, tokenizer = self.suite, model.tokenizer_home.tokenizer()
         own_template = _sha256(tokenizer.chat_template)
         template = chat_template_of(model, tokenizer, suite.chat_template)
         config: Any = AutoConfig.from_pretrained(str(model.backbone.folder))
@@ -121,7 +121,7 @@ class Planner:
         return {
             "model": fingerprint,
             "base": of_base,
-            "tokenizer": tokenizer_sha256(model.tokenizer_folder),
+            "tokenizer": tokenizer_sha256(model.tokenizer_home.folder),
             "dtype": str(self.load_settings.dtype).removeprefix("torch."),
             "device": self.load_settings.device,
             "batch_size": self.suite.batch_size,

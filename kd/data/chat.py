@@ -15,7 +15,6 @@ from kd.config.data_recipe import DataRecipe
 from kd.data.special_text import special_texts
 from kd.errors import UserError
 from kd.models.checkpoint import Checkpoint
-from kd.models.opening import opening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -163,13 +162,7 @@ def load_tokenizer(
     Raises:
         UserError: there is no tokenizer that transformers can open, or the fallback cannot be read.
     """
-    from transformers import AutoTokenizer
-
-    with opening(f"{source}: no tokenizer that transformers can open"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(source.folder), trust_remote_code=trust_remote_code
-        )
-        tokenizer("probe")  # some settings are read no sooner
+    tokenizer = source.tokenizer(trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     elif settings.chat_template is not None:

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from kd.errors import UserError
 from kd.models.checkpoint_files import ADAPTER_CONFIG, TOKENIZER_FILES, model_fingerprint
+from kd.models.opening import opening
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 _MODEL_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Some hub repositories carry a second copy of the weights in their authors' own format.
@@ -66,20 +68,18 @@ class Checkpoint:
         return config
 
     @property
-    def base(self) -> Checkpoint | None:
-        """What an adapter names as its base; None for a full checkpoint.
-
-        Raises UserError where an adapter names none, or one that cannot be had.
-        """
-        if not self.is_adapter:
-            return None
+    def base_path(self) -> str:
+        """The path or hub id that an adapter names as its base. Raises UserError where it names none."""
         named = self.adapter_config.get("base_model_name_or_path")
         if not isinstance(named, str) or not named:
-            raise UserError(
-                f"{self.folder / ADAPTER_CONFIG}: names no base (base_model_name_or_path); write its base's path or "
-                "hub id there"
-            )
-        return checkpoint(named)
+            file = self.folder / ADAPTER_CONFIG
+            raise UserError(f"{file}: names no base (base_model_name_or_path); write its base's path or hub id there")
+        return named
+
+    @property
+    def base(self) -> Checkpoint | None:
+        """What an adapter names as its base; None for a full checkpoint. Raises UserError where it cannot be had."""
+        return checkpoint(self.base_path) if self.is_adapter else None
 
     @cached_property
     def has_tokenizer(self) -> bool:
@@ -90,6 +90,17 @@ class Checkpoint:
     def tokenizer_home(self) -> Checkpoint:
         """Where its tokenizer lies: beside its weights, or with the base of an adapter that brings none."""
         return self if self.has_tokenizer else self.base or self
+
+    def tokenizer(self, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+        """A new tokenizer from the files beside its weights. Raises UserError where transformers can open none."""
+        from transformers import AutoTokenizer
+
+        with opening(f"{self}: no tokenizer that transformers can open"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                str(self.folder), trust_remote_code=trust_remote_code
+            )
+            tokenizer("probe")  # some settings are read no sooner
+        return tokenizer
 
     def refuse_adapter(self, key: str = "") -> None:
         """Raise UserError for an adapter: transformers would leave it out, or put it on a base of its choice.

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from dae_eval.judging.asking import LENGTH, NO_ROOM, Reply, Request
 from dae_eval.judging.endpoints import NO_SYSTEM, without_system
-from dae_eval.models import Model, load_settings, open_tokenizer, own_chat_template, tell_losses
+from dae_eval.models import Model, load_settings, own_chat_template, tell_losses
 from kd.data.chat import PLAIN_TEMPLATE, ChatFormat, UnrenderableError, chat_format
 from kd.data.chat_fitting import LostPartError
 from kd.data.examples import conversation_ids
@@ -166,7 +166,7 @@ def read_chat_format(model: Model, given: str | None) -> ChatFormat:
     Raises:
         UserError: there is no tokenizer, no template, or the file cannot be read.
     """
-    tokenizer = open_tokenizer(model)
+    tokenizer = model.tokenizer_home.tokenizer()
     if given is not None:
         return chat_format(tokenizer, _read_template(given))
     if not tokenizer.chat_template:
