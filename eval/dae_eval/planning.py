@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from dae_eval.answers import Asked, ask, task_settings
+from dae_eval.contamination import ContaminatedTexts, contaminated_texts, training_rows
 from dae_eval.drift import HeldOutRows
 from dae_eval.folders import digest, documents_name
 from dae_eval.harness import (
@@ -29,7 +30,6 @@ from dae_eval.harness import (
 from dae_eval.held_out import rows_of
 from dae_eval.models import Model, chat_template_of, tell_losses
 from dae_eval.results import TrainingRows
-from dae_eval.seen import SeenTexts, seen_texts, training_rows
 from dae_eval.suites import Suite
 from kd.config.data_recipe import SourceRecipe
 from kd.models.roles import LoadSettings
@@ -83,7 +83,7 @@ class Planner:
         for _, _, entry in self.entries:
             set_shots(self.tasks[entry.task], entry.shots)
         self._asked: dict[str, dict[str, Asked]] = {}
-        self._seen: dict[tuple[str, str], SeenTexts] = {}
+        self._contaminated: dict[tuple[str, str], ContaminatedTexts] = {}
 
     def plan(self, role: str, model: Model, folder: Path) -> Plan:
         """Look at all that concerns one model. Raises UserError."""
@@ -151,12 +151,12 @@ class Planner:
 
     def _seen_in(self, sources: Sequence[SourceRecipe], asked: Mapping[str, Asked]) -> dict[str, frozenset[int]]:
         for source in sources:
-            if (source.path, source.split) not in self._seen:
+            if (source.path, source.split) not in self._contaminated:
                 texts = (question.leak for one in asked.values() for question in one.questions)
-                self._seen[source.path, source.split] = seen_texts(texts, source)
-        marks = [self._seen[source.path, source.split] for source in sources]
+                self._contaminated[source.path, source.split] = contaminated_texts(texts, source)
+        found = [self._contaminated[source.path, source.split] for source in sources]
         return {
-            task: frozenset(q.id for q in one.questions if any(q.leak in mark for mark in marks))
+            task: frozenset(q.id for q in one.questions if any(q.leak in texts for texts in found))
             for task, one in asked.items()
         }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib as mpl
 import pytest
 from dae_eval.comparing.statistics import Estimate
-from dae_eval.rendering import as_json, html, markdown, plots, terminal, wording, write_report
+from dae_eval.rendering import html, markdown, plots, terminal, wording, write_report
 from dae_eval.report import Report
 from markdown_it import MarkdownIt
 from reports import HOSTILE, bare_report, demo_report, failing_report, hostile_report, wide_report
@@ -322,7 +322,7 @@ def test_a_report_folder_is_whole_and_can_be_written_again(tmp_path: Path) -> No
     first = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     plotted = {"forest.svg", "forest.png", "curve-1.svg", "curve-1.png"}
     assert set(first) == {"report.html", "report.md", "report.json", "mine.txt"} | plotted
-    write_report(as_json.load_report(folder / "report.json"), folder)
+    write_report(report, folder)
     assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == first
     assert not list(folder.glob(f"{TEMPORARY_PREFIX}*"))
     write_report(replace(bare_report(), tasks=()), folder)

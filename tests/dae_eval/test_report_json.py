@@ -1,4 +1,4 @@
-"""report.json: read back as it was, refused by file and key where it is wrong, and documented key by key."""
+"""report.json: it holds the whole report, and every key is documented."""
 
 from __future__ import annotations
 
@@ -14,23 +14,20 @@ import numpy as np
 import pytest
 from dae_eval.rendering import as_json
 from dae_eval.report import Report
+from pydantic import TypeAdapter
 from reports import bare_report, demo_report, failing_report, hostile_report, wide_report
-
-from kd.errors import UserError
 
 REPORTS: tuple[Callable[[], Report], ...] = (demo_report, bare_report, failing_report, wide_report, hostile_report)
 SCHEMA = Path(__file__).parents[2] / "docs" / "report-schema.md"
 
 
 @pytest.mark.parametrize("make", REPORTS)
-def test_json_round_trip(make: Callable[[], Report], tmp_path: Path) -> None:
+def test_json_holds_the_whole_report(make: Callable[[], Report]) -> None:
     report = make()
-    path = tmp_path / "report.json"
-    path.write_text(as_json.render(report), encoding="utf-8")
-    assert as_json.load_report(path) == report
+    assert TypeAdapter(Report).validate_python(json.loads(as_json.render(report))) == report
 
 
-def test_json_has_no_nan_and_takes_numpy(tmp_path: Path) -> None:
+def test_json_has_no_nan_and_takes_numpy() -> None:
     report = demo_report()
     curve = replace(report.curves[0], values=(math.nan, math.inf, *report.curves[0].values[2:]))
     task = replace(report.tasks[0], n=np.int64(7), p=np.float64(0.25))  # type: ignore[arg-type]
@@ -42,33 +39,6 @@ def test_json_has_no_nan_and_takes_numpy(tmp_path: Path) -> None:
     content = json.loads(text, parse_constant=refuse)
     assert content["curves"][0]["values"][:2] == [None, None]
     assert (content["tasks"][0]["n"], content["tasks"][0]["p"]) == (7, 0.25)
-    path = tmp_path / "report.json"
-    path.write_text(text, encoding="utf-8")
-    assert math.isnan(as_json.load_report(path).curves[0].values[0])
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda it: it.update(schema_version=2), "schema_version: 2 is not 1"),
-        (lambda it: it.pop("schema_version"), "no `schema_version`"),
-        (lambda it: it["tasks"][1].pop("n"), r"tasks\[1\]: 'n'"),
-        (lambda it: it["tasks"][0].update(kind="other"), r"tasks\[0\].kind: 'other' is not one of domain, general"),
-        (lambda it: it["student"]["gap"]["gain"].update(low="x"), "student.gap.gain.low: 'x' is not a number"),
-        (lambda it: it["flips"][0].update(seen=1), r"flips\[0\].seen: '1' is not of type bool"),
-        (lambda it: it["provenance"][0].pop(), r"provenance\[0\]: .* is not a list of 2"),
-        (lambda it: it.update(notes={}), "notes: '{}' is not a list"),
-    ],
-)
-def test_a_wrong_report_json_is_refused_by_file_and_key(
-    change: Callable[[dict[str, Any]], object], said: str, tmp_path: Path
-) -> None:
-    content = json.loads(as_json.render(demo_report()))
-    change(content)
-    path = tmp_path / "report.json"
-    path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=rf"{re.escape(str(path))}: .*{said}"):
-        as_json.load_report(path)
 
 
 def documented() -> dict[str, dict[str, str]]:

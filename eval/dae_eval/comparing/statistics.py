@@ -187,17 +187,12 @@ def paired_test(differences_D: Floats, clusters_D: Ints, *, binary: bool, seed: 
     return bootstrap_p(differences_D, clusters_D, seed=seed), f"{clustered}paired bootstrap"
 
 
-def mcnemar_mid_p(wins: int, losses: int) -> float:
-    """McNemar's exact conditional test with mid-p (Fagerland, Lydersen and Laake 2013): 1 where nothing differs."""
-    fewer, n = min(wins, losses), wins + losses
-    return min(1.0, float(2 * stats.binom.cdf(fewer, n, 0.5) - stats.binom.pmf(fewer, n, 0.5)))
-
-
 def sign_flip_mid_p(differences_D: Floats, clusters_D: Ints) -> float:
-    """McNemar's mid-p test with clusters in place of documents; equal to it where each document is its own cluster.
+    """McNemar's mid-p test (Fagerland, Lydersen and Laake 2013) with clusters in place of documents.
 
-    Under the null hypothesis a cluster's net wins have either sign with equal probability. The distribution of their
-    sum over all sign patterns is computed in full. differences_D: -1, 0 or 1.
+    If each document is its own cluster, it is McNemar's test; p is 1 if nothing differs. Under the null hypothesis a
+    cluster's net wins have either sign with equal probability. The distribution of their sum over all sign patterns is
+    computed in full. differences_D: -1, 0 or 1.
     """
     _, sums_G = _by_cluster(differences_D, clusters_D)
     net_G = np.abs(np.rint(sums_G)).astype(np.int64)

@@ -1,8 +1,7 @@
-"""Which evaluation documents also stand in the rows that a model, or a teacher of its run, was trained on.
+"""Contamination: documents of an evaluation whose text occurs in the training rows of a model or of its run's teachers.
 
-A text counts as seen where it occurs word for word in a training row: letter case and the amount of white space aside,
-from the beginning of a word to the end of one. All parts of a row count (prompt, completion, messages, text), put
-together in their order.
+A text occurs in a row if it matches word for word; letter case and the amount of white space are ignored, and a match
+starts and ends at word boundaries. All parts of a row count (prompt, completion, messages, text), joined in order.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ _WORDS = re.compile(r"\w+|[^\w\s]")
 _RECIPE = "recipe.yaml"
 
 
-class SeenTexts:
-    """Some texts, marked off as rows stream by: exact, in one pass, with memory for the texts only.
+class ContaminatedTexts:
+    """The texts that occur in the rows added so far: exact, in one pass, with memory for the texts only.
 
     Each text is looked up by one run of up to `ANCHOR` words, the one that it shares with the fewest other texts
-    (beginnings such as "Question:" are shared by all), and compared as a whole where that run is found.
+    (beginnings such as "Question:" are shared by all). The whole text is compared where that run is found.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
-        self._seen: set[str] = set()
+        self._found: set[str] = set()
         self._by_run: dict[tuple[str, ...], set[str]] = defaultdict(set)
         self._lengths: dict[str, set[int]] = defaultdict(set)  # of the runs that begin with a word
         words_of = {text: _WORDS.findall(text) for text in {normalised(text) for text in texts}}
@@ -47,23 +46,22 @@ class SeenTexts:
                 self._lengths[run[0]].add(len(run))
 
     def add_row(self, row: str) -> None:
-        """Mark the texts that stand in this row."""
         whole = normalised(row)
         words = _WORDS.findall(whole)
         for start, word in enumerate(words):
             for length in self._lengths.get(word, ()):
                 waiting = self._by_run.get(tuple(words[start : start + length]))
                 if waiting:
-                    found = {text for text in waiting if _stands_in(text, whole)}
+                    found = {text for text in waiting if _occurs_in(text, whole)}
                     waiting -= found
-                    self._seen |= found
+                    self._found |= found
 
     def __contains__(self, text: str) -> bool:
-        return normalised(text) in self._seen
+        return normalised(text) in self._found
 
 
 def normalised(text: str) -> str:
-    """The text with all white space as one space and without letter case."""
+    """The text in one letter case, with every run of white space as one space."""
     return " ".join(text.casefold().split())
 
 
@@ -72,8 +70,8 @@ def _runs(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
     return (tuple(words[start : start + length]) for start in range(len(words) - length + 1))
 
 
-def _stands_in(text: str, row: str) -> bool:
-    """Whether the text occurs in the row from the beginning of a word to the end of one; both are normalised."""
+def _occurs_in(text: str, row: str) -> bool:
+    """Whether the text occurs in the row, at word boundaries; both are normalised."""
     start = row.find(text)
     while start >= 0:
         end = start + len(text)
@@ -90,22 +88,22 @@ def _is_word(character: str) -> bool:
 
 
 def row_text(record: Mapping[str, Any]) -> str:
-    """All words of a training row, as kd.data.records reads it, in order."""
+    """All text of a training row, as kd.data.records reads it, in order."""
     return " ".join(texts_of(record))
 
 
 def training_rows(paths: Sequence[str]) -> list[tuple[TrainingRows, SourceRecipe | None]]:
-    """The sources of rows behind models: those of their runs, of the runs of their bases and teachers, and so on.
+    """The sources that models were trained on, from their runs, the runs of their bases and teachers, and so on.
 
-    A source is given as a recipe's source where it can be read and is what it was, else None with the problem named. A
-    model that is no run folder of ours tells nothing: the list is empty.
+    Each comes with a recipe's source to read it by, or with None and the problem if it is missing or has changed.
+    Models that are not run folders of dae have none.
     """
     found: dict[tuple[str, str, str], tuple[TrainingRows, SourceRecipe | None]] = {}
     waiting, done = list(paths), set[Path]()
     while waiting:
         folder = Path(waiting.pop(0))
         if not folder.is_dir() and _is_place(str(folder)):
-            problem = "a teacher or base that is not there, so nobody can tell what it was trained on"
+            problem = "teacher or base not found, so its training rows are unknown"
             found.setdefault((str(folder), "", ""), (TrainingRows(str(folder), "", problem), None))
         if folder.resolve() in done or (provenance := read_provenance(folder)) is None:
             continue
@@ -122,7 +120,7 @@ def training_rows(paths: Sequence[str]) -> list[tuple[TrainingRows, SourceRecipe
 
 
 def _is_place(name: str) -> bool:
-    """Whether a name that is no folder was meant as one, and not as a hub id."""
+    """Whether the name of a missing folder is a path and not a hub id."""
     return "/" in name and (not HUB_ID.fullmatch(name) or Path(name).parent.is_dir())
 
 
@@ -133,7 +131,7 @@ def _recipe(folder: Path) -> dict[str, Any]:
 
 
 def _how_read(recipe: Mapping[str, Any], route: str, place: int) -> dict[str, Any]:
-    """A source's split and format, as far as the recipe names them."""
+    """A source's split and format, where the recipe names them."""
     try:
         source = recipe["data"][route][place]
         return {key: source[key] for key in ("split", "format") if source.get(key) is not None}
@@ -154,15 +152,15 @@ def _source(
     path, sha256 = source["path"], source["sha256"]
     problem = ""
     if not Path(path).exists():  # a hub data set is not fetched for this
-        problem = f"{folder} was trained on it, and it is not there"
+        problem = f"not found; {folder} was trained on it"
     elif data_sha256(path) != sha256:
-        problem = f"{folder} was trained on it, and it has changed since"
+        problem = f"has changed since {folder} was trained on it"
     return TrainingRows(path, sha256, problem), None if problem else SourceRecipe(path=path, **how)
 
 
-def seen_texts(texts: Iterable[str], source: SourceRecipe) -> SeenTexts:
-    """Look for the texts in all rows of a source. Raises UserError where a row cannot be read."""
-    marked = SeenTexts(texts)
+def contaminated_texts(texts: Iterable[str], source: SourceRecipe) -> ContaminatedTexts:
+    """Those of the texts that occur in the rows of a source. Raises UserError if a row cannot be read."""
+    found = ContaminatedTexts(texts)
     for _, record in read_records(source):
-        marked.add_row(row_text(record))
-    return marked
+        found.add_row(row_text(record))
+    return found
