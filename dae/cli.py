@@ -1,4 +1,4 @@
-"""The command line: registers the commands, runs one, turns errors into messages and exit statuses (exit_status.py).
+"""The command line: registers the commands, runs one, and turns errors into messages and exit statuses.
 
 Heavy imports wait until a command needs them.
 """
@@ -19,40 +19,40 @@ from dae.commands.evaluation import eval_app, report
 from dae.commands.keys import keys
 from dae.commands.merge import merge_app
 from dae.commands.pipeline import run_recipe
-from dae.commands.ranking import rank_teachers
-from dae.commands.sampling import sample
+from dae.commands.recipe_command import recipe_command
+from dae.commands.sources import rank_teachers, sample
 from dae.commands.stages import is_first_rank, stage_command
 from dae.exit_status import BROKEN_PIPE, INTERRUPTED, MACHINE, OURS, USER, status_of, traceback_log
 from dae.process import prepare_process
+from dae.rank_teachers.recipe import RankRecipe
+from dae.sampling.recipe import SampleRecipe
 from dae.stages import STAGES
 from kd.config.schema import LARGEST_SEED
 
 __all__ = ["BROKEN_PIPE", "INTERRUPTED", "MACHINE", "OURS", "USER", "command_line", "main", "run"]
 
-# What a shell sets to ask for completions, and what a user types to set that up.
+# The variable by which a shell asks for completions, and the flags that install them.
 COMPLETION, COMPLETION_FLAGS = "_DAE_COMPLETE", {"--install-completion", "--show-completion"}
 
 
 def command_line() -> typer.Typer:
-    """`dae` with every command; the stages come from STAGES."""
     app = typer.Typer(pretty_exceptions_enable=False)
     app.callback()(everything)
     for name in STAGES:
         app.command(name)(stage_command(name))
     app.add_typer(check_command(), name="check")
-    app.add_typer(merge_app, name="merge")
+    app.add_typer(merge_app(), name="merge")
     app.add_typer(eval_app, name="eval")
-    app.command()(sample)
-    app.command()(keys)
-    app.command()(demo)
-    app.command()(report)
-    app.command("rank-teachers")(rank_teachers)
+    app.command("sample")(recipe_command(SampleRecipe, sample))
+    app.command("rank-teachers")(recipe_command(RankRecipe, rank_teachers))
     app.command("run")(run_recipe)
+    app.command()(keys)
+    app.command()(report)
+    app.command()(demo)
     return app
 
 
 def show_version(wanted: bool) -> None:
-    """Print the version and end, where it is asked for."""
     if wanted:
         typer.echo(f"dae {dae.__version__}")
         raise typer.Exit
@@ -63,25 +63,25 @@ def everything(
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """One student that matches an expert on its domain and the general model elsewhere."""
+    """Train one model that has a domain expert's skills and keeps the general model's."""
 
 
 def demo(
-    output: Annotated[Path, typer.Option(metavar="DIR", help="where its runs go")] = Path("demo"),
+    output: Annotated[Path, typer.Option(metavar="DIR", help="folder to write")] = Path("demo"),
     seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="of weights and of the order of rows; the world stays the same")
+        int, typer.Option(min=0, max=LARGEST_SEED, help="seed of weights and row order; the data do not change")
     ] = 0,
 ) -> None:
-    """The whole story on a small made-up world: base, expert, student, report. No download, no GPU."""
+    """Run everything on a small made-up data set: base, expert, student, report. No download, no GPU."""
     from dae.demo.story import demo as run
 
     run(output, seed, run_here)
 
 
 def run_here(arguments: Sequence[str]) -> None:
-    """Run one command within another, as if it were typed: what is written down of it is its own command line.
+    """Run one command inside another as if it were typed; provenance records its own command line.
 
-    typer answers Ctrl-C with a status; the outer command ends there, too.
+    typer turns Ctrl-C into a status; here it stops the outer command, too.
     """
     typed, sys.argv = sys.argv, ["dae", *arguments]
     try:
@@ -92,19 +92,19 @@ def run_here(arguments: Sequence[str]) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit status; what went wrong is told on stderr, never as a traceback."""
+    """Run one command and return its exit status. Errors go to stderr as messages, never as tracebacks."""
     try:
         answer = command_line()(list(arguments) or ["--help"], prog_name="dae", standalone_mode=False)
         sys.stdout.flush()
         if answer == INTERRUPTED:
             raise KeyboardInterrupt
         return int(answer or 0)
-    except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 - the one place where everything ends
+    except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 - the outermost handler
         if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return BROKEN_PIPE
         if isinstance(error, SystemExit) and (COMPLETION in os.environ or {*arguments} & COMPLETION_FLAGS):
-            return USER if error.code else 0  # typer ends the process once the shell has what it asked for
+            return USER if error.code else 0  # typer exits after completion
         status, message = status_of(error)
         command = " ".join(["dae", *arguments[:1]])
         if status == OURS:
@@ -115,6 +115,5 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """Entry point of the command `dae`."""
     prepare_process(os.environ)
     sys.exit(run(sys.argv[1:]))

@@ -1,8 +1,8 @@
-"""Recipes of `dae align` and `dae sample`: experts paired with their rows, by name."""
+"""The recipe of `dae align`: experts paired with their rows by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -10,36 +10,27 @@ from pydantic import Field, field_validator
 from dae.recorded_rows import complete_from_run_folders, domain_remedy, general_remedy
 from dae.routing import GENERAL, UNNAMED
 from kd.config.data_recipe import DATA_SETTINGS, ROUTE_NAME, route_problems
-from kd.config.problems import NO_VALUE, Problem
+from kd.config.flags import BASE, NAME_RULE, Flag, split_name
+from kd.config.problems import NO_VALUE, Problem, one_of
 from kd.config.schema import Reads
-from kd.config.stage_recipe import BASE, Flag, StageRecipe
+from kd.config.stage_recipe import StageRecipe
 from kd.errors import UserError
 from kd.losses.divergence_recipe import DivergenceRecipe
+
+DEFAULT_ROWS = "{} rows; repeats (default: the data recorded in the {}'s run folder)"
 
 
 class AlignRecipe(DivergenceRecipe):
     """`dae align`: the student matches each expert on the rows of its route, and the reference on `general`."""
 
     has_experts: ClassVar[bool] = True
-    summary: ClassVar[str] = "Make the student that matches each expert on its domain and the reference elsewhere."
+    summary: ClassVar[str] = "Train a student to match each expert on its domain and the reference elsewhere."
     flags: ClassVar[tuple[Flag, ...]] = (
         BASE,
-        Flag("expert", "expert", "[NAME=]PATH", "a domain's teacher; repeats, by name", repeats=True),
+        Flag("expert", "expert", "[NAME=]PATH", "teacher of a domain; repeats, with names", True),
         Flag("reference", "reference", "CKPT", "teacher of general rows (default: the base)"),
-        Flag(
-            "domain-data",
-            "data.domain",
-            "[NAME=]PATH",
-            "rows of an expert (default: the data recorded in the expert's run folder)",
-            repeats=True,
-        ),
-        Flag(
-            "general-data",
-            "data.general",
-            "PATH",
-            "general rows (default: the data recorded in the reference's run folder)",
-            repeats=True,
-        ),
+        Flag("domain-data", "data.domain", "[NAME=]PATH", DEFAULT_ROWS.format("domain", "expert"), True),
+        Flag("general-data", "data.general", "PATH", DEFAULT_ROWS.format("general", "reference"), True),
     )
     reads: ClassVar[Mapping[str, Reads]] = {
         **StageRecipe.reads,
@@ -50,14 +41,15 @@ class AlignRecipe(DivergenceRecipe):
 
     output: str = Field(default="runs/align", min_length=1, description="the run folder to write")
     expert: dict[str, str] = Field(
-        description="each domain's teacher: a path, or {name: path}; a LoRA folder, a checkpoint or a hub id"
+        description="teacher of each domain: a path, or {name: path}; a LoRA folder, a checkpoint or a hub id"
     )
     reference: str | None = Field(default=None, min_length=1, description="teacher of general rows; null: the base")
     student_from: str | None = Field(
-        default=None, min_length=1, description="go on from an earlier student: its run folder"
+        default=None, min_length=1, description="train an earlier student further: its run folder"
     )
     weights: Literal["routes", "tokens"] | dict[str, float] = Field(
-        default="routes", description="each route the same say, each token the same say, or a factor for each route"
+        default="routes",
+        description="weight in the loss: equal per route, equal per token, or a factor per route",
     )
 
     @field_validator("weights", mode="before")
@@ -65,14 +57,28 @@ class AlignRecipe(DivergenceRecipe):
     def _routes_tokens_or_factors(cls, value: Any) -> Any:
         if value in ("routes", "tokens") or isinstance(value, Mapping):
             return value
-        raise ValueError("wants routes, tokens, or a factor for each route, such as {general: 1.0, domain: 2.0}")
+        raise ValueError("expected routes, tokens, or a factor per route, such as {general: 1.0, domain: 2.0}")
 
     @classmethod
     def from_flags(cls, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        plain = {name: value for name, value in given.items() if name not in ("expert", "domain_data")}
-        flags, names = super().from_flags(plain)
-        named_flags, named_names = align_flags(given.get("expert", ()), given.get("domain_data", ()))
-        return flags | named_flags, names | named_names
+        flags, names = super().from_flags({**given, "expert": None, "domain_data": None})
+        for name, path in map(split_name, given.get("expert") or ()):
+            key = "expert" if name is None else f"expert.{name}"
+            if flags.get(key) is not None:
+                words = f"duplicate name `{name}`" if name else "several experts need names: --expert NAME=PATH"
+                raise UserError(f"--expert {path}: {words}")
+            flags[key], names[key] = path, "--expert"
+        if flags["expert"] is not None and any(key.startswith("expert.") for key in flags):
+            raise UserError(f"--expert {flags['expert']}: several experts need names: --expert NAME=PATH")
+        for name, path in map(split_name, given.get("domain_data") or ()):
+            if name == GENERAL:
+                raise UserError(
+                    f"--domain-data {name}={path}: `{GENERAL}` is the reference's route: use --general-data"
+                )
+            key = f"data.{name or UNNAMED}"
+            flags[key] = [*(flags.get(key) or ()), path]
+            names[key] = "--domain-data"
+        return flags, names
 
     @classmethod
     def expand(cls, raw: dict[str, Any]) -> dict[str, Any]:
@@ -96,45 +102,16 @@ class AlignRecipe(DivergenceRecipe):
         return problems + weight_problems(raw.get("weights"), [GENERAL, *experts])
 
 
-def align_flags(experts: Sequence[str], domain_data: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """`--expert [NAME=]PATH` and `--domain-data [NAME=]PATH` as dotted keys, and the flag of each key for messages."""
-    flags: dict[str, Any] = {}
-    names: dict[str, str] = {}
-    for name, path in map(named, experts):
-        key = "expert" if name is None else f"expert.{name}"
-        if key in flags:
-            again = "names two experts alike" if name else "without a name is for one expert: write --expert NAME=PATH"
-            raise UserError(f"--expert {path}: {again}")
-        flags[key], names[key] = path, "--expert"
-    if "expert" in flags and len(flags) > 1:
-        raise UserError(f"--expert {flags['expert']}: has no name beside named ones: write --expert NAME=PATH")
-    for name, path in map(named, domain_data):
-        if name == GENERAL:
-            raise UserError(f"--domain-data {name}={path}: `{GENERAL}` is the reference's route: --general-data {path}")
-        key = f"data.{name or UNNAMED}"
-        flags.setdefault(key, []).append(path)
-        names[key] = "--domain-data"
-    return flags, names
-
-
-def named(text: str) -> tuple[str | None, str]:
-    """NAME=PATH -> (NAME, PATH); a text whose first part cannot be a name is a path."""
-    name, equals, path = text.partition("=")
-    return (name, path) if equals and ROUTE_NAME.fullmatch(name) else (None, text)
-
-
 def expert_problems(experts: Mapping[str, Any]) -> list[Problem]:
-    """No expert at all, names that another key has, and empty paths."""
     if not experts:
-        return [Problem(("expert",), NO_VALUE, "names no expert: add one, such as --expert PATH")]
+        return [Problem(("expert",), NO_VALUE, "at least one is required: add --expert PATH")]
     problems = []
     for name, path in experts.items():
         if name == GENERAL:
-            problems.append(
-                Problem(("expert", name), path, "`general` is the reference's route: give the expert another name")
-            )
+            words = "`general` is the reference's route: rename the expert"
+            problems.append(Problem(("expert", name), path, words))
         elif name in DATA_SETTINGS or not ROUTE_NAME.fullmatch(str(name)):
-            words = "cannot be a route's name (letters, digits, - and _, and no setting of `data`): give it another"
+            words = f"invalid name: {NAME_RULE}, and is no setting of `data`"
             problems.append(Problem(("expert", str(name)), path, words))
         elif path == "":
             problems.append(Problem(("expert", name), path, "must not be empty"))
@@ -142,17 +119,16 @@ def expert_problems(experts: Mapping[str, Any]) -> list[Problem]:
 
 
 def weight_problems(weights: Any, routes: list[str]) -> list[Problem]:
-    """Factors are numbers above 0, one for each route."""
     if not isinstance(weights, Mapping):
         return []
     problems = [
-        Problem(("weights", name), NO_VALUE, "has no factor: give one for each route")
+        Problem(("weights", name), NO_VALUE, "is required: add a factor for each route")
         for name in routes
         if name not in weights
     ]
     for name, factor in weights.items():
         if name not in routes:
-            problems.append(Problem(("weights", str(name)), factor, f"is no route; the routes are {', '.join(routes)}"))
+            problems.append(Problem(("weights", str(name)), factor, f"unknown route; expected {one_of(routes)}"))
         elif isinstance(factor, (int, float)) and not isinstance(factor, bool) and not factor > 0:
             problems.append(Problem(("weights", name), factor, "must be above 0"))
     return problems

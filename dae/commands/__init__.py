@@ -1,1 +1,1 @@
-"""The commands beside `dae align`: parse, call one function, print."""
+"""The commands: parse, call one function, print."""

@@ -1,4 +1,4 @@
-"""`dae check`: the command to come with `check` before it, or a recipe file."""
+"""`dae check STAGE ...` (a stage's command with `check` before it), or `dae check FILE`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dae.commands.schemas import schemas
-from dae.commands.stages import Assignments, check_stage, stage_command
+from dae.commands.keys import schemas
+from dae.commands.recipe_command import Assignments
+from dae.commands.stages import check_stage, stage_command
 from dae.stages import STAGES
 from kd.config.layering import Layers
 from kd.config.loading import address, load_recipe
@@ -21,42 +22,39 @@ from kd.config.schema import Frozen
 from kd.config.stage_recipe import StageRecipe
 from kd.errors import UserError
 
-RECIPE_FORM = "RECIPE"  # the command behind `dae check FILE`
+RECIPE_FORM = "RECIPE"  # the hidden command of `dae check FILE`
 OPTIONS = ("--stage", "--help")
 
 
 def expected() -> str:
-    """What may follow `dae check`."""
     return f"expected {one_of(list(STAGES))} with its flags, or a recipe file (see `dae check --help`)"
 
 
 class StageOrRecipe(TyperGroup):
-    """A group whose first word is a stage, whose command is then asked to `--check`, or else a recipe file."""
+    """A group whose first word is a stage or a recipe file."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Send the words on to the command that they are for. Raises UserError for a stage's flag without the stage."""
-        return super().parse_args(ctx, args if ctx.resilient_parsing else in_full(args))
+        return super().parse_args(ctx, args if ctx.resilient_parsing else as_command(args))
 
 
-def in_full(words: Sequence[str]) -> list[str]:
-    """What stands after `dae check`, with the command that it is for, and that command's `--check`.
+def as_command(words: Sequence[str]) -> list[str]:
+    """The words after `dae check` as one of the group's commands: a stage with `--check`, or RECIPE_FORM.
 
     Raises:
-        UserError: a stage's flag stands before the stage's name, or the first word is neither stage nor file.
+        UserError: a stage's flag comes before the stage's name, or the first word is neither stage nor file.
     """
     if words[:1] == ["--help"]:
         return list(words)
     if words and words[0] in STAGES:
         return [words[0], "--check", *words[1:]]
     if words and words[0].startswith("--") and words[0].partition("=")[0] not in OPTIONS:
-        raise UserError(f"{words[0]}: the stage's name goes before its flags: dae check align {words[0]} ...")
+        raise UserError(f"{words[0]}: put the stage's name before its flags: dae check align {words[0]} ...")
     if words and not Path(words[0]).suffix and not words[0].startswith("-") and not Path(words[0]).exists():
-        raise UserError(f"{words[0]}: no such stage or recipe file; {expected()}{suggestion(words[0], STAGES)}")
+        raise UserError(f"{words[0]}: unknown stage, or file not found; {expected()}{suggestion(words[0], STAGES)}")
     return [RECIPE_FORM, *words]
 
 
 def check_command() -> typer.Typer:
-    """`dae check`, with a form for every stage."""
     app = typer.Typer(cls=StageOrRecipe, pretty_exceptions_enable=False)
     for name in STAGES:
         app.command(name)(stage_command(name))
@@ -66,17 +64,16 @@ def check_command() -> typer.Typer:
 
 
 def checks() -> None:
-    r"""Load everything but the weights: rows, shares, masks, steps, memory; refuse what would go wrong.
+    """Check a run before it starts: data, loss shares, steps, memory. Loads no weights.
 
-    \b
-    dae check align --base CKPT --expert PATH ...
-        the command to come, with `check` before it: align, sft or distill with
-        their own flags. `dae align ... --check` is the same.
-    dae check FILE [KEY=VALUE]... [--stage STAGE]
-        a recipe in YAML; its keys decide the stage: align if it names an expert,
-        distill if it names a teacher, else sft.
+    dae check align --base CKPT --expert PATH ... checks a stage's command.
+    `dae align ... --check` does the same.
 
-    A stage's name goes before a file of that name: for the file, write ./align.
+    dae check FILE [KEY=VALUE]... [--stage STAGE] checks a recipe.
+    Without --stage its keys decide: align if it has `expert`, distill if it
+    has `teacher`, else sft.
+
+    For a file named like a stage, write ./align.
     """
 
 
@@ -84,7 +81,7 @@ def check_recipe(
     recipe: Annotated[Path | None, typer.Argument(metavar="FILE", help="the recipe, in YAML")] = None,
     assignments: Assignments = None,
     stage: Annotated[
-        str | None, typer.Option(metavar="STAGE", help="sft, distill or align (default: by the recipe's keys)")
+        str | None, typer.Option(metavar="STAGE", help="sft, distill or align (default: from the recipe's keys)")
     ] = None,
 ) -> None:
     """Check a recipe file."""
@@ -98,17 +95,17 @@ def check_recipe(
 
 
 def stage_of(recipe: Path, assignments: Sequence[str]) -> str:
-    """The stage that a recipe is for: the one with most of its own required keys in it; `sft` has none of its own.
+    """The stage that a recipe is for: the one with most of its own required keys present; `sft` has none of its own.
 
-    Raises UserError where it is a recipe of a command that is none of the stages.
+    Raises UserError for the recipe of a command that is not a stage.
     """
     layers = Layers(address)
     layers.read_yaml(recipe)
     command = other_command(set(layers.raw))
     if command is not None:
         raise UserError(
-            f"{recipe}: is a recipe of `dae {command}`, which reports all mistakes itself before it runs; "
-            f"`dae check` looks at recipes of {one_of(list(STAGES))}"
+            f"{recipe}: is a recipe of `dae {command}`, which checks it before it runs; "
+            f"`dae check` takes recipes of {one_of(list(STAGES))}"
         )
     written = {*layers.raw, *(re.split(r"[.=]", text)[0] for text in assignments)}
 
@@ -122,7 +119,7 @@ def stage_of(recipe: Path, assignments: Sequence[str]) -> str:
 
 
 def other_command(keys: AbstractSet[str]) -> str | None:
-    """The command whose recipe knows more of these outermost keys than those of the stages do."""
+    """The command whose recipe has more of these top-level keys than any stage's recipe."""
     from dae.pipeline.recipe import PipelineRecipe
 
     def known(schema: type[Frozen]) -> int:

@@ -1,4 +1,4 @@
-"""`dae run`: parse and call."""
+"""`dae run`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import typer
 
 
 def run_recipe(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML: output, and stages by name")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML with `output` and `stages`")],
     assignments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="any key of it, such as stages.aligned.train.learning_rate=1e-4"),
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="any key, such as stages.aligned.seed=1")
     ] = None,
     redo: Annotated[
-        bool, typer.Option("--redo", help="move aside what was made from other settings or inputs, and make it anew")
+        bool, typer.Option("--redo", help="move aside results made from other settings or inputs, and run them again")
     ] = False,
 ) -> int:
-    """Run stages in a row, each from what earlier ones wrote. The same command goes on after a stop.
+    """Run a pipeline of stages. Finished stages are skipped; a stopped pipeline resumes.
 
-    Stages are sft, sample, distill, merge moe, merge weights, merge to-lora, align, eval and report.
+    Stages: sft, sample, distill, merge moe, merge weights, merge to-lora, align, eval, report.
     """
     from dae.pipeline.stages import run_pipeline
 

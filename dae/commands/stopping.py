@@ -1,4 +1,4 @@
-"""Ctrl-C in a command that goes on where it stopped."""
+"""Ctrl-C in a command that resumes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from kd.errors import Stopped
 
 @contextmanager
 def going_on(output: Path, kept: str) -> Iterator[None]:
-    """Ctrl-C is told with what is kept in `output`. Raises Stopped."""
+    """Turn Ctrl-C into a message that names what is kept in `output`. Raises Stopped."""
     try:
         yield
     except KeyboardInterrupt:
-        raise Stopped(signal.SIGINT, f"stopped; {kept} in {output}. The same command goes on from there.") from None
+        raise Stopped(signal.SIGINT, f"stopped; {kept} in {output}. Run the same command to resume.") from None

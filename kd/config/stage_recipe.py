@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -11,23 +11,10 @@ from pydantic import (
 )
 
 from kd.config.data_recipe import DATA_SETTINGS, DataRecipe
+from kd.config.flags import BASE, ROWS, CommandRecipe, Flag
 from kd.config.problems import Problem, suggestion
 from kd.config.schema import LARGEST_SEED, Frozen, Reads
 from kd.config.training_arguments import ALLOWED, training_argument_problems
-
-
-class Flag(NamedTuple):
-    """`--NAME METAVAR` gives the recipe's dotted key; a flag that repeats gives a list."""
-
-    name: str
-    key: str
-    metavar: str
-    help: str
-    repeats: bool = False
-
-
-BASE = Flag("base", "base", "CKPT", "checkpoint that training starts from")
-ROWS = Flag("data", "data.train", "PATH", "training rows; repeats", repeats=True)
 
 
 class LoraRecipe(Frozen):
@@ -49,13 +36,12 @@ class LoraRecipe(Frozen):
         return value
 
 
-class StageRecipe(Frozen):
+class StageRecipe(CommandRecipe):
     """What every training stage is told."""
 
     verbatim: ClassVar[frozenset[str]] = frozenset({"train"})
     has_experts: ClassVar[bool] = False
-    summary: ClassVar[str] = ""  # the command's help
-    flags: ClassVar[tuple[Flag, ...]] = (BASE, ROWS)  # beside --output, --recipe, --merge and --check
+    flags: ClassVar[tuple[Flag, ...]] = (BASE, ROWS)  # besides --output, --recipe, --merge and --check
     reads: ClassVar[Mapping[str, Reads]] = {
         "base": "full checkpoint",
         "data.routes.*.*.path": "rows",
@@ -91,13 +77,6 @@ class StageRecipe(Frozen):
     train: dict[str, Any] = Field(
         default_factory=dict, description="transformers.TrainingArguments by name, such as learning_rate"
     )
-
-    @classmethod
-    def from_flags(cls, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        """Flags as typed (NAME with _ -> value) as dotted keys, and the flag of each key for messages."""
-        keys = {flag.name.replace("-", "_"): flag for flag in cls.flags}
-        flags = {keys[name].key if name in keys else name: given[name] for name in (*keys, "output") if name in given}
-        return flags, {flag.key: f"--{flag.name}" for flag in cls.flags}
 
     @classmethod
     def expand(cls, raw: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from kd.config.data_recipe import route_problems
+from kd.config.flags import BASE, ROWS, Flag
 from kd.config.problems import NO_VALUE, Problem
 from kd.config.schema import Frozen, Reads
-from kd.config.stage_recipe import BASE, ROWS, Flag, StageRecipe
+from kd.config.stage_recipe import StageRecipe
 from kd.losses.divergence_recipe import DivergenceRecipe
 from kd.losses.layer_pairs import Layers
 

@@ -16,8 +16,8 @@ import torch
 
 import dae as package
 from dae import cli, process
-from dae.commands.schemas import schemas
-from dae.commands.stages import tell
+from dae.commands.keys import schemas
+from dae.commands.stages import report_run
 from dae.recipe import AlignRecipe
 from kd.config.loading import load_recipe
 from kd.errors import MachineError, Stopped, UserError
@@ -108,15 +108,17 @@ def test_flags_go_over_the_recipe_file(aligned: list[AlignRecipe], tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--expert", "a", "--expert", "b"], "--expert b: without a name is for one expert"),
-        (["--expert", "x=a", "--expert", "x=b"], "--expert b: names two experts alike"),
-        (["--expert", "a", "--expert", "x=b"], "--expert a: has no name beside named ones"),
-        (["--expert", "general=a"], "--expert: expert.general = 'a': `general` is the reference's route"),
-        (["--expert", "x=a", "--domain-data", "y=d"], "--domain-data: data.y: unknown key or route"),
+        (["--expert", "a", "--expert", "b"], "--expert b: several experts"),
+        (["--expert", "x=a", "--expert", "x=b"], "--expert b: duplicate name `x`"),
+        (["--expert", "a", "--expert", "x=b"], "--expert a: several experts"),
+        (["--expert", "general=a"], "--expert: expert.general = 'a': "),
+        (["--domain-data", "general=a"], "--domain-data general=a: "),
+        (["--expert", "x=a", "--domain-data", "y=d"], "--domain-data: data.y: "),
         (["--expert", "ecom=a"], "add --domain-data ecom=PATH"),
-        (["--nonsense"], "No such option: --nonsense"),
-        (["--base"], "requires an argument"),
-        (["--recipe", "missing.yaml"], "missing.yaml: there is no such recipe file"),
+        (["--general-data", "g"], "add --base"),
+        (["--nonsense"], "--nonsense"),
+        (["--base"], "--base"),
+        (["--recipe", "missing.yaml"], "missing.yaml: "),
     ],
 )
 def test_mistakes_in_flags(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,13 +193,14 @@ def test_a_file_with_the_name_of_a_stage_is_had_by_its_folder(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "expected align, distill or sft with its flags, or a recipe file"),
-        (["--base", "b"], "--base: the stage's name goes before its flags: dae check align --base"),
-        (["algin", "--base", "b"], "algin: no such stage or recipe file; expected"),
+        ([], "align, distill or sft"),
+        (["--base", "b"], "--base: "),
+        (["--base", "b"], "dae check align --base"),
+        (["algin", "--base", "b"], "algin: "),
         (["algin", "--base", "b"], "did you mean `align`?"),
         (["r.yaml"], "r.yaml"),
         (["--stage", "nonsense", "r.yaml"], "--stage nonsense: expected align, distill or sft"),
-        (["sft", "--expert", "e"], "No such option: --expert"),
+        (["sft", "--expert", "e"], "--expert"),
         (["align", "--base", "b"], "expert"),
     ],
 )
@@ -226,14 +229,14 @@ def test_check_names_the_command_of_another_recipe(
     (tmp_path / "r.yaml").write_text(text)
     assert cli.run(["check", str(tmp_path / "r.yaml")]) == 2
     told = capsys.readouterr().err
-    assert f"r.yaml: is a recipe of `dae {command}`, which reports all mistakes itself before it runs" in told
+    assert f"r.yaml: is a recipe of `dae {command}`" in told
     assert len(told.splitlines()) == 1
 
 
 def test_an_align_recipe_with_a_key_of_another_stays_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "r.yaml").write_text("base: b\nexpert: e\noutput: o\nrank: 4")
     assert cli.run(["check", str(tmp_path / "r.yaml")]) == 2
-    assert "rank = 4: belongs elsewhere: write `lora.rank`" in capsys.readouterr().err
+    assert "rank = 4: " in (told := capsys.readouterr().err) and "`lora.rank`" in told
 
 
 @pytest.mark.parametrize("command", [n for n, schema in schemas().items() if "seed" in schema.model_fields])
@@ -413,17 +416,17 @@ def test_what_is_told_of_a_finished_run(capsys: pytest.CaptureFixture[str]) -> N
         "last": {"loss": 0.2, "general/kl": 0.01, "shop/kl": 0.25, "shop/ntp": 0.4},
         "held_out": {"eval_shop_kl": 0.3, "eval_shop_ntp": 0.5},
     }
-    tell(SimpleNamespace(path="student", summary=summary))  # type: ignore[arg-type]
+    report_run(SimpleNamespace(path="student", summary=summary))  # type: ignore[arg-type]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines] == [
         ["student:", "finished,", "3", "steps"],
         ["general", "KL", "to", "its", "teacher", "0.000", "->", "0.010"],
-        ["shop", "KL", "to", "its", "teacher", "1.500", "->", "0.250;", "held", "out", "0.300"],
-        ["silent", *["none", "of", "its", "rows", "came", "in", "a", "step", "that", "was", "logged"]],
+        ["shop", "KL", "to", "its", "teacher", "1.500", "->", "0.250;", "eval", "set", "0.300"],
+        ["silent", *["no", "logged", "step", "had", "any", "of", "its", "rows"]],
     ]
 
 
 def test_what_is_told_of_a_run_without_teachers(capsys: pytest.CaptureFixture[str]) -> None:
     summary = {"steps": 3, "rows": {"train": 9}, "initial_kl": {}, "last": {"train/ntp": 0.4}, "held_out": {}}
-    tell(SimpleNamespace(path="expert", summary=summary))  # type: ignore[arg-type]
+    report_run(SimpleNamespace(path="expert", summary=summary))  # type: ignore[arg-type]
     assert "next-token loss 0.400" in capsys.readouterr().out
