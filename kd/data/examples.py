@@ -150,7 +150,7 @@ def refuse_empty(report: SourceReport, kept: int, settings: DataRecipe) -> None:
     if not kept:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in report.dropped.items())
         raise UserError(
-            f"{report.path}: none of its {report.records} rows gives a response token ({reasons}); "
+            f"{report.path}: none of its {report.records} rows has a response token ({reasons}); "
             f"check the rows, or raise data.max_length ({settings.max_length})"
         )
 

@@ -40,5 +40,5 @@ def _hub_data_sha256(name: str) -> str:
     try:
         commit = load_dataset_builder(name).hash  # offline this is the commit of what lies in the cache
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{missing}, nor can it be had as a hub data set: {error}") from error
+        raise UserError(f"{missing}, and no hub data set: {error}") from error
     return hashlib.sha256(f"{name}@{commit}".encode()).hexdigest()

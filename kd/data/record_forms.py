@@ -200,7 +200,7 @@ def refuse_conversation_keys(given: Mapping[str, Any], location: str, kind: Form
     for key in ("system", "tools"):
         if given.get(key) not in (None, "", [], "[]"):
             raise UserError(
-                f"{location}: {key}: strings take no chat template, so it would be lost; put it into the "
+                f"{location}: {key}: plain strings use no chat template, so it would be lost; put it into the "
                 f"{'text' if kind == 'text' else 'prompt'}, or give the row as messages"
             )
 

@@ -89,8 +89,7 @@ def decoder_layers(role: Role) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UserError(
-        f"hidden: role {role.name}: the layers of {type(unwrapped(role.model)).__name__} are not known here; "
-        "remove `hidden`."
+        f"hidden: role {role.name}: the layers of {type(unwrapped(role.model)).__name__} are unknown; remove `hidden`."
     )
 
 

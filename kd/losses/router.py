@@ -41,7 +41,7 @@ def refuse_useless_router_loss(model: nn.Module, weight: float) -> None:
     if not routers_of(model):
         raise UserError(
             f"router_aux_loss: {weight:g}: the student, a {type(unwrapped(model)).__name__}, is no mixture of experts "
-            "whose routers are known here; remove it"
+            "with known routers; remove it"
         )
     config: Any = unwrapped(model).config.get_text_config()
     experts = getattr(config, "num_local_experts", None) or config.num_experts

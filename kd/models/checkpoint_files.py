@@ -30,8 +30,7 @@ def weight_files(folder: Path) -> list[str]:
     index = "model.safetensors.index.json"
     if not (folder / config).is_file():
         raise UserError(
-            f"{folder}: has no config.json and no adapter_config.json, so it is neither checkpoint nor adapter; "
-            "give the folder that holds them"
+            f"{folder}: has neither config.json nor adapter_config.json; give the folder of a checkpoint or adapter"
         )
     if (folder / single).is_file():
         return [config, single]

@@ -46,7 +46,7 @@ def check_tokenizers(base: Checkpoint, others: Mapping[str, Checkpoint], trust_r
     """
     ours = _tokenizer(base, trust_remote_code)
     if ours is None:
-        raise UserError(f"{base}: holds no tokenizer; save it next to the weights with tokenizer.save_pretrained(...).")
+        raise UserError(f"{base}: no tokenizer found; save it next to the weights with tokenizer.save_pretrained(...).")
     for role, other in others.items():
         if other is base:
             continue
@@ -55,16 +55,16 @@ def check_tokenizers(base: Checkpoint, others: Mapping[str, Checkpoint], trust_r
             if other.is_adapter:
                 continue
             raise UserError(
-                f"{role} {other}: holds no tokenizer, so nobody can tell whether it speaks the tokens of {base}. "
-                "If it does, copy the base's tokenizer files into it."
+                f"{role} {other}: no tokenizer found, so its tokens cannot be compared with those of {base}. "
+                "If they are the same, copy the base's tokenizer files into it."
             )
         difference = _difference(ours, theirs)
         if difference:
             raise UserError(
-                f"{role} {other}: its tokenizer is not that of {base} ({difference[0]}). A teacher must share the "
-                f"student's tokenizer: token i would mean something else to each. {difference[1]}"
+                f"{role} {other}: its tokenizer differs from that of {base} ({difference[0]}). A teacher must "
+                f"share the student's tokenizer: token ids must mean the same to both. {difference[1]}"
             )
-        _tell_added(role, other, base, ours, theirs)
+        _warn_of_added_tokens(role, other, base, ours, theirs)
 
 
 def _tokenizer(source: Checkpoint, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
@@ -99,26 +99,26 @@ def _difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) 
         return f"{len(b)} tokens against {len(a)}; {who} {shown}", remedy
     for text in _PROBES:
         if ours.encode(text, add_special_tokens=False) != theirs.encode(text, add_special_tokens=False):
-            return f"{text!r} is cut into other tokens", _OTHER_TOKENS
+            return f"{text!r} is split into other tokens", _OTHER_TOKENS
     return None
 
 
-def _tell_added(
+def _warn_of_added_tokens(
     role: str, other: Checkpoint, base: Checkpoint, ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase
 ) -> None:
     """Warn, once, of tokens that were added for one of the two only, [PAD] mostly: no row needs them."""
     a, b = ours.get_vocab(), theirs.get_vocab()
     if extra := b.keys() - a.keys():
         logger.warning(
-            "%s %s: its tokenizer has tokens that %s lacks (%s). Rows are written in the base's tokens, so none holds "
-            "them, and the student does not learn them",
+            "%s %s: its tokenizer has tokens that %s lacks (%s). Rows use the base's tokens, so the student does not "
+            "learn them",
             role,
             other,
             base,
             some([repr(token) for token in extra]),
         )
     elif a.keys() - b.keys():
-        logger.warning("%s %s: its tokenizer lacks the padding token of %s, which no row needs", role, other, base)
+        logger.warning("%s %s: its tokenizer lacks the padding token of %s, which rows do not need", role, other, base)
 
 
 def check_adapter(
@@ -150,10 +150,10 @@ def check_adapter(
         refuse_unshareable(adapter)
     put_adapter(meta_model, adapter, "checked", shared_with=base if shares else None)
     if recorded is None:
-        _tell_other_base(role, adapter, str(config.get("base_model_name_or_path") or ""), base)
+        _warn_of_other_base(role, adapter, str(config.get("base_model_name_or_path") or ""), base)
 
 
-def _tell_other_base(role: str, adapter: Checkpoint, named: str, base: Checkpoint) -> None:
+def _warn_of_other_base(role: str, adapter: Checkpoint, named: str, base: Checkpoint) -> None:
     """Warn, once, where the base that an adapter names is another one: by its weights if it lies here, else by name."""
     there = Path(named)
     if named and there.is_dir():
@@ -164,8 +164,8 @@ def _tell_other_base(role: str, adapter: Checkpoint, named: str, base: Checkpoin
             pass  # whatever lies there is no model: its name is all that is known
         else:
             logger.warning(
-                "%s %s: was trained on %s by its own account, whose weights are not those of %s, which it is used on. "
-                "If that is not meant, pass --base %s",
+                "%s %s: its config names the base %s, whose weights differ from those of %s. If this is not intended, "
+                "pass --base %s",
                 role,
                 adapter,
                 named,
@@ -174,7 +174,7 @@ def _tell_other_base(role: str, adapter: Checkpoint, named: str, base: Checkpoin
             )
             return
     if named and there.name != Path(base.path).name:
-        logger.warning("%s %s: was trained on %s by its own account, and is used on %s", role, adapter, named, base)
+        logger.warning("%s %s: its config names the base %s, but it is used on %s", role, adapter, named, base)
 
 
 def check_complete(source: Checkpoint, trust_remote_code: bool = False) -> None:
@@ -190,7 +190,7 @@ def check_complete(source: Checkpoint, trust_remote_code: bool = False) -> None:
     with _no_progress_bar():
         opened_whole(source, open_model)
     if (source.folder / GENERATION_CONFIG_NAME).is_file():  # which is opened with the weights
-        with opening(f"{source}: {GENERATION_CONFIG_NAME} cannot be read", "Mend or remove it."):
+        with opening(f"{source}: {GENERATION_CONFIG_NAME} cannot be read", "Correct or remove it."):
             GenerationConfig.from_pretrained(str(source.folder))
 
 

@@ -37,9 +37,8 @@ def opened_whole(source: Checkpoint, open_model: Callable[..., Any]) -> PreTrain
             if "automatic conversion of the weights" not in str(error):
                 raise
             raise UserError(
-                f"{source}: its weights are not those that its config.json describes: the parts of a layer (a "
-                "mixture's experts) that are stored one by one cannot be put together, as some are missing or of "
-                "another shape. Save or download it again."
+                f"{source}: its weights do not match its config.json: a mixture's experts are stored one by one, and "
+                "some are missing or have another shape. Save or download it again."
             ) from error
     refuse_other_weights(
         source,
@@ -70,8 +69,8 @@ def refuse_other_weights(
     if not told:
         return
     if not missing and not reshaped:
-        remedy = f"Mend {config}; or, where they are not wanted, load it with plain libraries and save it again."
-    raise UserError(f"{source}: its weights are not those that its {config} describes: {told}. {remedy}")
+        remedy = f"Correct {config}; or load it with plain transformers or peft and save it again."
+    raise UserError(f"{source}: its weights do not match its {config}: {told}. {remedy}")
 
 
 def some(names: Collection[str]) -> str:

@@ -23,7 +23,9 @@ def meta_model(folder: Path, name: str, trust_remote_code: bool = False) -> nn.M
     name: of the checkpoint, for messages. Raises UserError where it is no causal language model.
     """
     refuse_broken_json(folder, "config.json")
-    with opening(f"{name}: cannot be read as a causal language model", "Mend its config.json, or save it again."):
+    with opening(
+        f"{name}: cannot be read as a causal language model", "Correct its config.json, or save the checkpoint again."
+    ):
         config: Any = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         _refuse_endless_layers(folder, name, config)
         try:
@@ -60,6 +62,6 @@ def _refuse_endless_layers(folder: Path, name: str, config: Any) -> None:
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > _MANY_LAYERS and layers > (held := len(meta_tensors(folder))):
         raise UserError(
-            f"{name}: config.json: num_hidden_layers: {layers}: its files hold {held} tensors; mend config.json, or "
-            "save it again."
+            f"{name}: config.json: num_hidden_layers: {layers}: its files hold {held} tensors; correct config.json, or "
+            "save the checkpoint again."
         )

@@ -121,8 +121,7 @@ def refuse_bad_weights(model: nn.Module, source: Checkpoint, adapter: str | None
         if not torch.isfinite(tensor).all():
             as_saved = name.replace(f".{adapter}.", ".").removesuffix(f".{adapter}")
             raise UserError(
-                f"{source}: {as_saved} holds NaN or infinite values; nothing can be learnt from it. "
-                "Use an earlier checkpoint, or write it again."
+                f"{source}: {as_saved} contains NaN or infinite values. Use an earlier checkpoint, or write it again."
             )
 
 
@@ -130,7 +129,7 @@ def refuse_unknown_forward(model: PreTrainedModel, source: Checkpoint) -> None:
     """Raise UserError for architectures whose final hidden states cannot be had through an ordinary forward pass."""
     if "logits_to_keep" not in inspect.signature(model.forward).parameters or decoder_of(model) is model:
         raise UserError(
-            f"{source}: architecture {type(model).__name__} gives no access to its final hidden states "
+            f"{source}: architecture {type(model).__name__} does not expose its final hidden states "
             "(forward without logits_to_keep, or no get_decoder()); it is not supported."
         )
 
@@ -216,8 +215,8 @@ def refuse_unmergeable(model: nn.Module) -> None:
         has_bias = isinstance(layer, LoraLayer) and layer.lora_bias.get(STUDENT_ADAPTER)
         if has_bias and getattr(layer.get_base_layer(), "bias", None) is None:
             raise UserError(
-                f"merge: true: the adapter has a bias of its own (lora_bias) for {name}, and the base has none that it "
-                "could be added to; set merge: false."
+                f"merge: true: the adapter has a bias (lora_bias) for {name}, where the base has none to add it to; "
+                "set merge: false."
             )
 
 
@@ -229,8 +228,8 @@ def check_head(role: Role, vocabulary_rows: int) -> None:
     ids = torch.arange(8, device=role.model.device)[None] % vocabulary_rows
     with activate(role) as model, torch.no_grad():
         with opening(
-            f"role {role.name}: {type(unwrapped(role.model)).__name__} cannot run as its config.json describes it",
-            "Mend config.json, or save the checkpoint again.",
+            f"role {role.name}: {type(unwrapped(role.model)).__name__} cannot run with its config.json",
+            "Correct config.json, or save the checkpoint again.",
         ):
             expected = model(input_ids=ids, use_cache=False).logits[0]
         try:
@@ -240,15 +239,15 @@ def check_head(role: Role, vocabulary_rows: int) -> None:
         got = head.logits(final_hidden_states(model, {"input_ids": ids})[0])
     if not torch.isfinite(expected).all():
         raise UserError(
-            f"role {role.name}: gives logits that are not finite; its checkpoint or its config is damaged. Save or "
-            "download it again."
+            f"role {role.name}: its logits are not finite; its weights or config are damaged. Save or download "
+            "it again."
         )
     scale = expected.abs().max().clamp(min=1e-3).item()
     error = (expected.to(got.dtype) - got).abs().max().item() / scale
     if not error < (1e-4 if got.dtype == expected.dtype else 3e-2):
         raise UserError(
-            f"role {role.name}: architecture {type(unwrapped(role.model)).__name__} changes its logits in a way that "
-            f"is not known here (relative difference {error:.1e}); it is not supported."
+            f"role {role.name}: architecture {type(unwrapped(role.model)).__name__} transforms its logits in an "
+            f"unknown way (relative difference {error:.1e}); it is not supported."
         )
 
 

@@ -153,7 +153,7 @@ class RunFolder:
         if not recipe_path.is_file():  # the recipe is the last file of the set-up
             if self.checkpoints.sealed():
                 raise UserError(
-                    f"{recipe_path}: is missing, so its run cannot go on; restore it or choose another output"
+                    f"{recipe_path}: not found, so this run cannot resume; restore it or choose another output"
                 )
             return "new"
         try:

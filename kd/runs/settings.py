@@ -32,7 +32,7 @@ def recorded_recipe(path: Path, schema: type[Frozen]) -> dict[str, Any]:
         return recipe_values(load_recipe(schema, path, {}))
     except UserError as error:
         raise UserError(
-            f"{path.parent}: was started with a recipe that this release does not take; choose another output.\n{error}"
+            f"{path.parent}: was started with a recipe that is invalid in this release; choose another output.\n{error}"
         ) from error
 
 
@@ -94,7 +94,7 @@ def refuse_changes(output: Path, lines: list[str]) -> None:
         shown = "".join(f"  {line}\n" for line in lines)
         raise UserError(
             f"{output}: was started with different settings (recorded -> current):\n{shown}"
-            "Give the same command to go on with it, or choose another output."
+            "Give the same command to resume it, or choose another output."
         )
 
 

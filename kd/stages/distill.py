@@ -119,7 +119,7 @@ def check_same_tokenizer(recipe: DistillRecipe, inputs: Inputs) -> None:
     try:
         check_tokenizers(inputs["base"], {"teacher": inputs["teacher"]}, recipe.trust_remote_code)
     except UserError as error:
-        raise UserError(f"{error} (With `cross_tokenizer: uld` it may have one of its own.)") from error
+        raise UserError(f"{error} (With `cross_tokenizer: uld` the tokenizers may differ.)") from error
 
 
 def text_config(model: nn.Module) -> Any:

@@ -95,7 +95,7 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT) -> RunResult:
             raise Stopped(
                 stop.received,
                 f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
-                f"a checkpoint is in {run.checkpoints.folder}. The same command goes on from there.",
+                f"a checkpoint is in {run.checkpoints.folder}. The same command resumes from there.",
             )
         summary = summarise(trainer, data, first_kl)
         if processes().is_main_process:

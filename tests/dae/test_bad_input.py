@@ -156,7 +156,7 @@ ROWS = {
     ),
     "no response tokens": Case(
         lambda w: (w / "shop.jsonl").write_text('{"prompt": "one two three four five", "completion": "six"}\n' * 5),
-        ("shop.jsonl: none of its 5 rows gives a response token", "data.max_length (6)"),
+        ("shop.jsonl: none of its 5 rows", "data.max_length (6)"),
         ("data.max_length=6",),
     ),
     "held-out rows missing": Case(nothing, ("no.jsonl: no such file",), ("data.eval.domain=no.jsonl",)),
@@ -194,12 +194,12 @@ MODELS = {
     ),
     "an expert with another tokenizer": Case(
         lambda w: other_tokenizer(make_checkpoint(w / "wrong")),
-        ("expert.domain wrong: its tokenizer is not that of base ('a' is token",),
+        ("expert.domain wrong: its tokenizer differs from that of base ('a' is token",),
         ("expert=wrong",),
     ),
     "an expert with more tokens": Case(
         lambda w: make_tokenizer(300).save_pretrained(make_checkpoint(w / "wrong", vocab_size=300)),
-        ("expert.domain wrong: its tokenizer is not that of base", "tokens against"),
+        ("expert.domain wrong: its tokenizer differs from that of base", "tokens against"),
         ("expert=wrong",),
     ),
     "an expert without a tokenizer": Case(
@@ -214,16 +214,14 @@ MODELS = {
     ),
     "NaN in an expert adapter": Case(
         lambda w: poison(w / "expert" / "adapter_model.safetensors", float("nan")),
-        ("expert: ", "holds NaN or infinite values"),
+        ("expert: ", "NaN"),
     ),
     "infinity in a full expert": Case(
         lambda w: poison(make_checkpoint(w / "wrong") / "model.safetensors", float("inf")),
-        ("wrong: ", "holds NaN or infinite values"),
+        ("wrong: ", "NaN"),
         ("expert=wrong",),
     ),
-    "NaN in the base": Case(
-        lambda w: poison(w / "base" / "model.safetensors", float("nan")), ("base: ", "holds NaN or infinite values")
-    ),
+    "NaN in the base": Case(lambda w: poison(w / "base" / "model.safetensors", float("nan")), ("base: ", "NaN")),
     "torn weights": Case(
         lambda w: (w / "base" / "model.safetensors").write_bytes((w / "base" / "model.safetensors").read_bytes()[:-9]),
         ("base/model.safetensors: has ", "save or download it again"),

@@ -71,7 +71,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(world: Path) -> None:
     stop = Signal("dae_eval.evaluation:run_task", 2, signal.SIGINT)
     ended = dae(ask("stopped"), world, signals=[stop])
     assert ended.status == 130
-    assert "finished tasks are kept in stopped. The same command goes on from there." in ended.err
+    assert "finished tasks are kept in stopped. The same command resumes from there." in ended.err
     assert len(list((world / "stopped" / "documents").glob("[!.]*.gz"))) == 1
 
 

@@ -97,7 +97,7 @@ def test_ctrl_c_keeps_what_was_answered(
     stopped = running.end()
     server.behave()
     assert stopped.status == 130
-    assert stopped.err.strip().endswith("what was answered is kept in out. The same command goes on from there.")
+    assert stopped.err.strip().endswith("what was answered is kept in out. The same command resumes from there.")
     assert here(mt_bench(server), world, monkeypatch, capsys).status == 0
     assert len(server.prompts()) == 5
 

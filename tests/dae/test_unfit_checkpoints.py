@@ -141,7 +141,7 @@ def on_an_adapter(world: Path) -> None:
 
 
 WRITERS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "NaN": (not_a_number, "model.layers.1.self_attn.v_proj.lora_B.weight holds NaN"),
+    "NaN": (not_a_number, "model.layers.1.self_attn.v_proj.lora_B.weight"),
     "other shapes": (of_another_width, "trained on another base"),
     "half of it": (halved, "missing: model.layers.1.mlp.down_proj.lora_A.weight"),
     "a config that is no JSON": (no_json, "expert/adapter_config.json: is no JSON"),

@@ -131,7 +131,7 @@ def test_a_source_without_a_row_on_both_sides_is_refused(tmp_path: Path) -> None
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "The blue kettle costs nine coins. " * 8, "completion": " two cups."}) + "\n")
     settings = DataRecipe(max_length=200)
-    with pytest.raises(UserError, match=r"none of its 1 rows gives a response token \(1 x in the teacher's tokens"):
+    with pytest.raises(UserError, match=r"none of its 1 rows has a response token \(1 x in the teacher's tokens"):
         load_paired_rows(
             [SourceRecipe(path=str(file))], make_tokenizer(), settings, teacher_tokenizer=make_tokenizer(270)
         )

@@ -213,14 +213,14 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "bad")
-    with pytest.raises(UserError, match=r"bad: model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+    with pytest.raises(UserError, match=r"bad: model\.layers\.1\.mlp\.up_proj\.weight contains NaN"):
         load_model(checkpoint(tmp_path / "bad"), SETTINGS)
     tensors = load_file(expert / "adapter_model.safetensors")
     name = next(key for key in tensors if "lora_B" in key)
     tensors[name][0, 0] = float("inf")
     save_file(tensors, expert / "adapter_model.safetensors", metadata={"format": "pt"})
     backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
-    with pytest.raises(UserError, match=r"expert: .*lora_B.* holds NaN or infinite"):
+    with pytest.raises(UserError, match=r"expert: .*lora_B.* contains NaN or infinite"):
         add_frozen_adapter(backbone, checkpoint(expert))
 
 
