@@ -13,7 +13,6 @@ from processes import dae
 from stages import plan_of
 from worlds import align_command, make_adapter, make_rows, make_world
 
-from dae.alignment import Align
 from dae.earlier_student import with_lora_of_student
 from dae.recipe import AlignRecipe
 from kd.config.loading import load_recipe
@@ -44,7 +43,8 @@ def recipe_of(world: Path, *assignments: str) -> AlignRecipe:
 
 
 def lora_of_student(recipe: AlignRecipe) -> LoraRecipe | None:
-    return with_lora_of_student(recipe, Align().inputs(recipe)).lora
+    inputs = {"base": checkpoint(recipe.base), "student_from": checkpoint(str(recipe.student_from))}
+    return with_lora_of_student(recipe, inputs).lora
 
 
 def test_the_recipe_says_what_the_adapter_is(world: Path) -> None:
