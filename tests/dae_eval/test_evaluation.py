@@ -97,7 +97,7 @@ def test_full_checkpoints_are_in_memory_one_at_a_time(
     loads = Counted(monkeypatch, dae_eval.models, "load_model")
     freed = Counted(monkeypatch, dae_eval.models.Memory, "free")
     ask(world, tmp_path, {"base": "base", "student": "other", "expert": "expert"})
-    assert [Path(path).name for path, _ in loads.calls] == ["base", "other"]
+    assert [source.folder.name for source, _ in loads.calls] == ["base", "other"]
     assert len(freed.calls) == 3
 
 
