@@ -58,7 +58,9 @@ def world(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def proof_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every result is loaded with plain transformers and peft and compared, not in a fresh process: that is slow."""
 
-    def compare(folder: Path, ids: Sequence[int], expected_TV: Tensor, settings: LoadSettings) -> None:
+    def compare(
+        folder: Path, ids: Sequence[int], expected_TV: Tensor, settings: LoadSettings, _base: Any = None
+    ) -> None:
         logits_TV = logits_of(folder, torch.tensor([ids]), settings.dtype)
         tolerance = 1e-5 if settings.dtype == torch.float32 else 2**-5
         scale = float(expected_TV.abs().max())

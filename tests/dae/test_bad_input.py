@@ -273,7 +273,7 @@ COMMANDS = {
         ("--domain-data general=x.jsonl: `general` is the reference's route",),
         ("--domain-data", "general=x.jsonl"),
     ),
-    "no such recipe": Case(nothing, ("no.yaml: there is no such recipe file",), ("--recipe", "no.yaml")),
+    "no such recipe": Case(nothing, ("no.yaml: ",), ("--recipe", "no.yaml")),
     "a recipe that is no YAML": Case(
         lambda w: (w / "r.yaml").write_text("base: [\n"), ("r.yaml:",), ("--recipe", "r.yaml")
     ),

@@ -116,7 +116,7 @@ MISTAKES = [
     (ask("r", "groups.domain.tasks.0.metric=bleu"), "metric: 'bleu' is not among them"),
     (ask("r", "groups.domain.tasks.0.cluster_by=page"), "cluster_by: page: its documents have no such field"),
     (ask("tasks"), "tasks: holds files that this command did not write"),
-    (["eval", "tasks", "--model", "base", "--suite", "none.yaml", "--output", "r"], "none.yaml: there is no such"),
+    (["eval", "tasks", "--model", "base", "--suite", "none.yaml", "--output", "r"], "none.yaml: "),
 ]  # fmt: skip
 
 

@@ -187,7 +187,7 @@ def test_files_that_are_no_recipe(load: Any, text: str, expected: str) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"base: caf\xe9\n")
     for path, expected in [
-        (tmp_path / "none.yaml", "there is no such recipe file"),
+        (tmp_path / "none.yaml", "recipe file not found"),
         (tmp_path, "is a folder"),
         (tmp_path / "latin.yaml", "is not UTF-8"),
     ]:

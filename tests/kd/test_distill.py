@@ -59,7 +59,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def proof_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every result is loaded with plain transformers and peft and compared, not in a fresh process: that is slow."""
 
-    def compare(folder: Path, ids: Sequence[int], expected_TV: Tensor, _settings: LoadSettings) -> None:
+    def compare(
+        folder: Path, ids: Sequence[int], expected_TV: Tensor, _settings: LoadSettings, _base: Any = None
+    ) -> None:
         config = folder / "adapter_config.json"
         base = json.loads(config.read_text())["base_model_name_or_path"] if config.exists() else folder
         model: Any = AutoModelForCausalLM.from_pretrained(base)

@@ -160,7 +160,7 @@ def test_sources_of_one_size_are_not_shuffled_alike():
     [
         ([], "no training rows"),
         ([MixtureSource("general", 0, 1.0, name="g.jsonl")], "g.jsonl: has no usable rows"),
-        ([MixtureSource("a", 90, 0.5), MixtureSource("b", 90, 0.4)], "together are 0.9"),
+        ([MixtureSource("a", 90, 0.5), MixtureSource("b", 90, 0.4)], "sum to 0.9"),
         ([MixtureSource("a", 90, 1.0), MixtureSource("b", 90, 0.0)], "data.b: share: 0"),
         (
             [MixtureSource("a", 3, 0.5), MixtureSource("b", 90, 0.5)],

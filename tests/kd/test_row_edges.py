@@ -108,7 +108,7 @@ def test_a_normaliser_that_makes_control_tokens_of_text_is_refused():
     tokenizer.add_tokens([AddedToken("<|x|>", special=True, normalized=True)])
     tokenizer.chat_template = KEEPS
     assert encode_record({"messages": [ASK, ANSWER]}, tokenizer, DataRecipe(), "r:1")
-    with pytest.raises(UserError, match="r:1: the tokenizer's normaliser makes a control token of its text"):
+    with pytest.raises(UserError, match="r:1: the tokenizer's normaliser"):
         encode_record({"messages": [ASK, {**ANSWER, "content": "A <|X|> b"}]}, tokenizer, DataRecipe(), "r:1")
 
 
