@@ -208,7 +208,7 @@ def test_models_never_share_numbers_and_a_folder_is_one_model_s(world: Path, tmp
     before = sorted(path.name for path in (tmp_path / "model" / "documents").iterdir())
     with pytest.raises(UserError, match=r'model\.path: ".*base" -> ".*other"'):
         ask(world, tmp_path, {"model": "other"})
-    with pytest.raises(UserError, match="model.fingerprint: "):
+    with pytest.raises(UserError, match=r"model\.fingerprint: "):
         ask(world, tmp_path, {"model": "expert"})
     (tmp_path / "model" / "evaluation.json").unlink()  # as a stop would leave it
     other = ask(world, tmp_path, {"model": "other"})["model"]
