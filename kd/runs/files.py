@@ -182,14 +182,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file of the toolkit's own writing.
 
     Raises:
-        UserError: it is gone or is no JSON object any more.
+        UserError: it is missing or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore it, or choose another --output") from error
+        raise UserError(f"{path}: cannot be read ({error}); restore it, or choose another output") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: is no JSON object; restore it, or choose another --output")
+        raise UserError(f"{path}: is not a JSON object; restore it, or choose another output")
     return content
 
 

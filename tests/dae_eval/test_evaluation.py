@@ -206,9 +206,9 @@ def test_documents_in_the_rows_of_the_model_s_run_are_marked(world: Path, tmp_pa
 def test_models_never_share_numbers_and_a_folder_is_one_model_s(world: Path, tmp_path: Path) -> None:
     ask(world, tmp_path, {"model": "base"})
     before = sorted(path.name for path in (tmp_path / "model" / "documents").iterdir())
-    with pytest.raises(UserError, match=r"holds the evaluation of .*base .*and .*other is"):
+    with pytest.raises(UserError, match=r'model\.path: ".*base" -> ".*other"'):
         ask(world, tmp_path, {"model": "other"})
-    with pytest.raises(UserError, match="holds the evaluation of"):
+    with pytest.raises(UserError, match=r"model\.fingerprint: "):
         ask(world, tmp_path, {"model": "expert"})
     (tmp_path / "model" / "evaluation.json").unlink()  # as a stop would leave it
     other = ask(world, tmp_path, {"model": "other"})["model"]
