@@ -1,6 +1,6 @@
-"""Held-out loss and KL for the models of an evaluation: what is measured is dae_eval.drift's, here it is kept.
+"""Held-out loss and KL for the models of an evaluation, measured by dae_eval.drift.
 
-Each measurement is written at once, under a key of the model, the rows and the teachers that it was measured against.
+Each measurement is saved at once under a key of the model, the rows and the teachers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TEACHERS = ("reference", "expert")
 
 
 def rows_of(suite: Suite, tokenizer: PreTrainedTokenizerBase, context: int) -> tuple[HeldOutRows, ...]:
-    """The suite's held-out rows, encoded as training would, none longer than `context` tokens. Raises UserError."""
+    """The suite's eval set, encoded as in training, with at most `context` tokens per row. Raises UserError."""
     if not suite.held_out:
         return ()
     template = suite.chat_template if isinstance(suite.chat_template, str) else None
@@ -33,7 +33,7 @@ def rows_of(suite: Suite, tokenizer: PreTrainedTokenizerBase, context: int) -> t
 
 
 def teachers_of(model: Model, models: Mapping[str, Model]) -> dict[str, Model]:
-    """Those of reference and expert that stand on the model's own backbone: only one backbone is ever in memory."""
+    """Reference and expert, if they share the model's backbone: only one backbone is in memory at a time."""
     return {role: models[role] for role in TEACHERS if role in models and models[role].backbone[1] == model.backbone[1]}
 
 
@@ -45,9 +45,9 @@ def measured(
     folder: Path,
     memory: Memory,
 ) -> tuple[HeldOutLoss, ...]:
-    """Loss and KL of a model on held-out rows, read from `folder` where they have been measured before.
+    """Loss and KL of a model on the eval set, read from `folder` if they were measured before.
 
-    facts: all that the figures depend on beside model, rows and teachers (tokenizer, dtype, versions, ...).
+    facts: all that the figures depend on besides rows and teachers (model, tokenizer, dtype, versions, ...).
     """
     about = {
         **facts,
@@ -63,5 +63,5 @@ def measured(
             path.parent.mkdir(exist_ok=True)
         write_text_durably(path, json_text(plain({"held_out": found, "key": about})))
     paths = {held.sha256: held.path for held in rows}
-    lines = [HeldOutLoss(**line) for line in read_json(path)["held_out"]]
-    return tuple(HeldOutLoss(**{**asdict(line), "path": paths[line.sha256]}) for line in lines)
+    lines = read_json(path)["held_out"]
+    return tuple(HeldOutLoss(**{**line, "path": paths[line["sha256"]]}) for line in lines)

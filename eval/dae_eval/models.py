@@ -1,4 +1,4 @@
-"""The models that are asked: where they lie, what they stand on, and how several share one backbone."""
+"""The evaluated models: their paths, their bases, and how several share one backbone."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ class Model:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Its own folder where that holds a tokenizer, else its base's."""
+        """Its own folder if that has a tokenizer, else its base's."""
         own = resolve_model(self.path)
         has_one = any((own / name).is_file() for name in _VOCABULARIES)
         return own if has_one or self.base is None else resolve_model(self.base)
 
     def facts(self) -> ModelFacts:
-        """What a report says of the model."""
+        """The model as a report shows it."""
         provenance = read_provenance(resolve_model(self.path)) or {}
         inputs = dict(provenance.get("inputs", {}))
         return ModelFacts(self.path, self.fingerprint, self.base, self.base_fingerprint, inputs)
@@ -67,11 +67,10 @@ class Model:
 def locate(role: str, path: str, base: str | None, known: dict[str, str] | None = None) -> Model:
     """Find a model and its fingerprints; no weights are loaded.
 
-    base: what an adapter stands on; None: what its adapter_config.json names. known: fingerprints found so far, by
-    path.
+    base: of an adapter; None: the base in its adapter_config.json. known: fingerprints found so far, by path.
 
     Raises:
-        UserError: there is no such model, its run has not finished, or the adapter does not belong to the base.
+        UserError: the model is not found, its run has not finished, or the adapter does not belong to the base.
     """
     known = {} if known is None else known
 
@@ -87,33 +86,33 @@ def locate(role: str, path: str, base: str | None, known: dict[str, str] | None 
         base_is_adapter = is_adapter(chosen)
     except UserError as error:
         raise UserError(
-            f"{role} {path}: stands on a base that cannot be had; say where it is with --base. {error}"
+            f"{role} {path}: the adapter's base is not found; give its path with --base. {error}"
         ) from error
     if base_is_adapter:
-        raise UserError(f"{role} {path}: its base {chosen} is an adapter itself; merge that into its base first")
+        raise UserError(f"{role} {path}: the base {chosen} is an adapter; merge it into its own base first")
     check_adapter(role, path, chosen, fingerprint(chosen))
     return Model(path, fingerprint(path), chosen, fingerprint(chosen))
 
 
 def base_of_adapter(path: str) -> str:
-    """The base that an adapter names. Raises UserError where it names none, or one that is not there."""
+    """The base in an adapter's config. Raises UserError if there is none."""
     named = read_adapter_config(path).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         config = resolve_model(path) / ADAPTER_CONFIG
-        raise UserError(f"{config}: names no base (base_model_name_or_path); say where it is with --base")
+        raise UserError(f"{config}: base_model_name_or_path: is required; or give the base with --base")
     return named
 
 
 def open_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises UserError where there is none that transformers can open."""
+    """The model's tokenizer. Raises UserError if transformers cannot open it."""
     folder = model.tokenizer_folder
     with opening(f"{model.path}: no tokenizer that transformers can open"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
     return tokenizer
 
 
-def tell_losses(model: Model, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = PROBES) -> None:
-    """Warn, in one line, where the tokenizer drops characters of these texts or cuts them in a way of its own."""
+def warn_of_losses(model: Model, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = PROBES) -> None:
+    """Warn, in one line, if the tokenizer drops characters of these texts or splits them in an unusual way."""
     loss = audit(tokenizer, model.tokenizer_folder, texts).loss(model.path)
     if loss is not None:
         logger.warning("%s", loss)
@@ -127,7 +126,7 @@ def load_settings() -> LoadSettings:
 
 
 class Memory:
-    """The one backbone that is in memory, with all adapters that were asked for on it."""
+    """The one backbone in memory, with the adapters loaded on it."""
 
     def __init__(self, settings: LoadSettings) -> None:
         self.settings = settings
@@ -135,17 +134,17 @@ class Memory:
         self._backbone: Backbone | None = None
 
     @contextmanager
-    def speaking(self, model: Model) -> Iterator[PreTrainedModel]:
-        """The transformers model that answers as `model`; loads what is not there and frees another backbone first."""
+    def activated(self, model: Model) -> Iterator[PreTrainedModel]:
+        """The transformers model of `model`, loaded if needed; another backbone is freed first."""
         (role,) = self.roles({model.path: model}).values()
-        with activate(role) as speaking:
-            yield unwrapped(speaking)
+        with activate(role) as active:
+            yield unwrapped(active)
 
     def roles(self, models: Mapping[str, Model]) -> dict[str, Role]:
-        """Roles by name, of models that all stand on one backbone."""
+        """Roles by name, of models that share one backbone."""
         backbone = self._backbone_of(next(iter(models.values())))
         assert {model.backbone[1] for model in models.values()} == {self._fingerprint}, models
-        # Adapters first: the first one wraps the backbone, and every role must hold the wrapped one.
+        # Adapters first: the first one wraps the backbone, and every role needs the wrapped one.
         adapters = {
             name: None if model.base is None else add_frozen_adapter(backbone, model.path)
             for name, model in models.items()
@@ -160,7 +159,6 @@ class Memory:
         return self._backbone
 
     def free(self) -> None:
-        """Give the memory back."""
         self._backbone = self._fingerprint = None
         gc.collect()
         if torch.cuda.is_available():
@@ -168,10 +166,10 @@ class Memory:
 
 
 def chat_template_of(model: Model, tokenizer: PreTrainedTokenizerBase, choice: Any) -> str | None:
-    """The chat template as text that `choice` (of the suite) means, set on the tokenizer; None: none is applied.
+    """The text of the chat template that the suite chooses, set on the tokenizer; None: no template.
 
     Raises:
-        UserError: the tokenizer has none of its own, or the file cannot be read.
+        UserError: the tokenizer has no template, or the file cannot be read.
     """
     if choice is False:
         return None
@@ -180,16 +178,15 @@ def chat_template_of(model: Model, tokenizer: PreTrainedTokenizerBase, choice: A
     try:
         tokenizer.chat_template = Path(choice).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat_template: {choice}: cannot be read ({error}); name a .jinja file") from error
+        raise UserError(f"chat_template: {choice}: cannot be read ({error}); give a .jinja file") from error
     return str(tokenizer.chat_template)
 
 
 def own_chat_template(model: Model, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's own chat template. Raises UserError where it has none, or several and no default."""
+    """The tokenizer's own chat template. Raises UserError if it has none, or several without a default."""
     if not tokenizer.chat_template:
         raise UserError(
-            f"chat_template: true: the tokenizer of {model.path} has none; set chat_template: false, or name a .jinja "
-            "file"
+            f"chat_template: true: the tokenizer of {model.path} has no chat template; set false, or a .jinja file"
         )
     try:
         return str(tokenizer.get_chat_template())
