@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 ROLES = ("base", "expert", "reference", "student")
 PASSED, NOT_PASSED = 0, 1
 
-eval_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Ask a model, and keep its answers.")
+eval_app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, help="Evaluate a model and save its answers."
+)
 register_judging(eval_app)
 
 SuiteFile = Annotated[Path | None, typer.Option("--suite", metavar="FILE", help="YAML: which tasks, in which groups")]
@@ -32,7 +34,7 @@ Assignments = Annotated[
 
 @eval_app.callback()
 def evaluations() -> None:
-    """Ask a model, and keep its answers."""
+    """Evaluate a model."""
 
 
 @eval_app.command()
@@ -40,15 +42,15 @@ def tasks(
     assignments: Assignments = None,
     model: Annotated[str, typer.Option(metavar="CKPT", help="checkpoint, adapter or run folder")] = "",
     suite: SuiteFile = None,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="where the answers go")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="folder for the answers")] = None,
     base: Annotated[
-        str | None, typer.Option(metavar="CKPT", help="what an adapter stands on (default: what it names itself)")
+        str | None, typer.Option(metavar="CKPT", help="base of an adapter (default: the base in its config)")
     ] = None,
 ) -> None:
-    """Score a model on the tasks of a suite; the same command goes on after a stop."""
+    """Score a model on the tasks of a suite; the same command resumes an interrupted run."""
     missing = [flag for flag, value in (("--model", model), ("--suite", suite), ("--output", output)) if not value]
     if missing:
-        raise UserError(f"{', '.join(missing)}: needed: dae eval tasks --model CKPT --suite FILE --output DIR")
+        raise UserError(f"{', '.join(missing)}: required: dae eval tasks --model CKPT --suite FILE --output DIR")
     assert suite is not None and output is not None
     from dae_eval.suites import load_suite
 
@@ -64,31 +66,31 @@ def tasks(
 
 def report(
     assignments: Assignments = None,
-    base: Annotated[str | None, typer.Option(metavar="CKPT", help="where the expert started from")] = None,
-    expert: Annotated[str | None, typer.Option(metavar="CKPT", help="whose gain on the domain is wanted")] = None,
+    base: Annotated[str | None, typer.Option(metavar="CKPT", help="the model that the expert started from")] = None,
+    expert: Annotated[str | None, typer.Option(metavar="CKPT", help="the model trained on the domain")] = None,
     reference: Annotated[
-        str | None, typer.Option(metavar="CKPT", help="whose general skills are to be kept (default: the base)")
+        str | None, typer.Option(metavar="CKPT", help="the model whose general skills must be kept (default: the base)")
     ] = None,
-    student: Annotated[str | None, typer.Option(metavar="CKPT", help="the model that the verdict is about")] = None,
+    student: Annotated[str | None, typer.Option(metavar="CKPT", help="the model to judge")] = None,
     compare: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=CKPT", help="another student to show beside it; repeats")
+        list[str] | None, typer.Option(metavar="NAME=CKPT", help="another student, shown beside it; repeats")
     ] = None,
     finished: Annotated[
         list[str] | None,
         typer.Option("--from", metavar="[ROLE=]DIR", help="a finished evaluation, instead of models; repeats"),
     ] = None,
     suite: SuiteFile = None,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="where the report goes")] = None,
-    margin: Annotated[float, typer.Option(help="largest loss in general tasks that passes, in points")] = 1.0,
-    min_gap: Annotated[float, typer.Option(help="least part of the expert's gain, 0 to 1, that passes")] = 0.0,
-    retention_only: Annotated[bool, typer.Option("--retention-only", help="without an expert")] = False,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="folder for the report")] = None,
+    margin: Annotated[float, typer.Option(help="largest accepted loss on general tasks, in points")] = 1.0,
+    min_gap: Annotated[float, typer.Option(help="smallest accepted part of the expert's gain, 0 to 1")] = 0.0,
+    retention_only: Annotated[bool, typer.Option("--retention-only", help="compare without an expert")] = False,
 ) -> int:
     """Compare base, expert, reference and student. Exit status 0 for PASS, 1 for FAIL and INCONCLUSIVE."""
     roles = {"base": base, "expert": expert, "reference": reference, "student": student}
     given = {role: path for role, path in roles.items() if path is not None}
     refuse_mixed_usage(given, compare or [], finished or [], suite, output, assignments or [], retention_only)
     if not margin > 0:
-        raise UserError(f"--margin {margin:g}: wants points above 0, such as 1")
+        raise UserError(f"--margin {margin:g}: must be above 0, in points")
     assert output is not None
     if finished:
         evaluations = read_finished(finished)
@@ -126,16 +128,16 @@ def refuse_mixed_usage(
     assignments: Sequence[str],
     retention_only: bool,
 ) -> None:
-    """Raise UserError, with everything that is wrong, where the flags do not belong together."""
-    problems = [] if output else ["--output is needed: where the report goes"]
+    """Raise UserError, with all problems, if the flags do not belong together."""
+    problems = [] if output else ["--output: is required"]
     if finished:
         flags = [f"--{role}" for role in given]
         flags += [name for name, value in (("--compare", compare), ("--suite", suite)) if value]
         flags += [*assignments[:1]]
         if flags:
             problems.append(
-                f"{', '.join(flags)} beside --from: a report is made from models (with --suite) or from finished "
-                "evaluations (--from [ROLE=]DIR), not from both"
+                f"{', '.join(flags)}: cannot be combined with --from; give models (with --suite) or finished "
+                "evaluations (--from [ROLE=]DIR)"
             )
     else:
         needed = ["student", *([] if retention_only else ["base", "expert"])]
@@ -146,24 +148,24 @@ def refuse_mixed_usage(
             missing.append("--suite")
         if missing:
             problems.append(
-                f"{', '.join(missing)}: needed where models are asked; without an expert: --retention-only; from "
-                "finished evaluations: --from [ROLE=]DIR"
+                f"{', '.join(missing)}: required to evaluate models; without an expert give --retention-only; for "
+                "finished evaluations give --from [ROLE=]DIR"
             )
     if problems:
         raise UserError("\n".join(problems))
 
 
 def with_defaults(given: Mapping[str, str], compare: Sequence[str]) -> dict[str, str]:
-    """Model by role, and by name for others; the reference is the base unless told."""
+    """Model by role, and by name for others; without a reference, the base is the reference."""
     models = dict(given)
     if "base" in models:
         models.setdefault("reference", models["base"])
     for text in compare:
         name, path = named(text)
         if name is None or name in ROLES:
-            raise UserError(f"--compare {text}: wants NAME=CKPT, with a name that is no role ({', '.join(ROLES)})")
+            raise UserError(f"--compare {text}: expected NAME=CKPT with a name other than {', '.join(ROLES)}")
         if name in models:
-            raise UserError(f"--compare {text}: the name {name} stands twice")
+            raise UserError(f"--compare {text}: duplicate name {name}")
         models[name] = path
     return models
 
@@ -203,7 +205,7 @@ def read_finished(finished: Sequence[str]) -> dict[str, Evaluation]:
 
 
 def typed_command() -> list[str]:
-    """The command line, without the place of the program."""
+    """The command line without the program's path."""
     return ["dae", *sys.argv[1:]]
 
 
@@ -232,13 +234,13 @@ def show_scores(evaluation: Evaluation, output: Path) -> None:
 
 
 def notes(evaluation: Evaluation) -> Iterator[str]:
-    """What one should know of an evaluation beside its scores."""
+    """Notes on an evaluation's limits."""
     seen = sum(document.seen for task in evaluation.tasks.values() for document in task.documents)
     if seen:
-        yield f"{seen} documents also stand in training rows"
+        yield f"{seen} documents also occur in training rows"
     for rows in evaluation.training_rows:
         if rows.problem:
             yield f"{rows.path}: not compared with the documents: {rows.problem}"
     truncated: Any = evaluation.conditions.get("truncated", {})
     for task, count in truncated.items():
-        yield f"{task}: {count} requests were longer than the model's context and were cut at the left"
+        yield f"{task}: {count} requests were longer than the model's context and were truncated on the left"

@@ -71,7 +71,7 @@ def sample(recipe: SampleRecipe) -> Path:
             logger.info("%s: all rows are there; nothing to do", recipe.output)
             return file.path
         writer = open_writer(model, recipe.trust_remote_code)
-        tell_losses(model, writer, prompts)
+        warn_of_losses(model, writer, prompts)
         write_batch = batch_writer(recipe, writer, prompts)
         with _progress(recipe.rows) as show:
             while sum(len(batch.rows) for batch in batches) < recipe.rows:
@@ -96,7 +96,7 @@ def settings_of(recipe: SampleRecipe, model: Checkpoint) -> dict[str, Any]:
     return settings
 
 
-def tell_losses(model: Checkpoint, writer: Writer, prompts: Sequence[Prompt] | None) -> None:
+def warn_of_losses(model: Checkpoint, writer: Writer, prompts: Sequence[Prompt] | None) -> None:
     """Warn, in one line, where the tokenizer drops characters: of the prompts, or without them of a few probes."""
     texts = [
         text

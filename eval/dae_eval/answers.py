@@ -1,4 +1,4 @@
-"""From lm-eval's documents and samples to what a report needs: readable answers, sources, guessing baselines."""
+"""From lm-eval's documents and samples to readable answers, sources of documents, and guessing baselines."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ LOSS_REMEDY = "losses are measured by `held_out`"
 
 @dataclass(frozen=True)
 class Question:
-    """One document before any model has answered it.
+    """A document that no model has answered yet.
 
-    text: the question itself, without solved examples and chat template; target: the right answer as text; choices,
-    where there are some, and which of them are right; cluster, leak: texts for `Document.cluster` and `Document.seen`.
+    text: the question without solved examples and chat template; target: the right answer as text; choices, if any, and
+    right: indices of the right ones; cluster, leak: texts for `Document.cluster` and `Document.seen`.
     """
 
     id: int
@@ -45,7 +45,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Asked:
-    """A task with all that its scores depend on but the model. requests: SHA-256 over the rendered requests."""
+    """A task with all that its scores depend on except the model. requests: SHA-256 of the rendered requests."""
 
     task: Any
     entry: TaskEntry
@@ -55,14 +55,14 @@ class Asked:
 
     @property
     def chance(self) -> float | None:
-        """The score of guessing among the choices, over all documents; None where there is nothing to choose from."""
+        """The score of guessing among the choices, over all documents; None without choices."""
         if self.metric.partition(",")[0] not in _CHOOSING or not all(question.choices for question in self.questions):
             return None
         return sum(len(q.right) / len(q.choices) for q in self.questions) / len(self.questions)
 
     @property
     def majority(self) -> float | None:
-        """The score of always giving the most frequent right answer; None where no answer is right twice."""
+        """The score of always giving the most frequent right answer; None if no answer is right twice."""
         most = Counter(question.target for question in self.questions).most_common(1)[0][1]
         return most / len(self.questions) if most > 1 else None
 
@@ -71,7 +71,7 @@ def ask(task: Any, entry: TaskEntry, chat: Callable[..., str] | None) -> Asked:
     """Read a task's documents and render its requests.
 
     Raises:
-        UserError: the task has no metric on 0..1, or the suite names a metric or field that it does not have.
+        UserError: the task has no metric on 0..1, or not the metric or field that the suite names.
     """
     metric = metric_of(task, entry.metric)
     requests = build_requests(task, entry.limit, chat)
@@ -83,10 +83,10 @@ def ask(task: Any, entry: TaskEntry, chat: Callable[..., str] | None) -> Asked:
 
 
 def metric_of(task: Any, wanted: str | None) -> str:
-    """`NAME`, or `NAME,FILTER` where the task has several filters, for the metric that a suite asks for.
+    """`NAME`, or `NAME,FILTER` if the task has several filters, of the metric that a suite names.
 
     Raises:
-        UserError: the task has no such metric or filter, or it is a loss.
+        UserError: the metric or filter is unknown, or the metric is a loss.
     """
     better = dict(task.higher_is_better())
     filters = [ensemble.name for ensemble in task._filters]
@@ -100,11 +100,11 @@ def metric_of(task: Any, wanted: str | None) -> str:
     if not name or task.get_config("output_type") == "loglikelihood_rolling":
         raise UserError(f"{listed}: none is a score on 0..1; {LOSS_REMEDY}")
     if wanted and name not in better and name not in ON_0_TO_1 and not callable(task.get_config("process_results")):
-        raise UserError(f"{listed}; metric: {wanted!r} is not among them")
+        raise UserError(f"{listed}; metric: {wanted!r}: unknown metric")
     if better.get(name) is False:
-        raise UserError(f"task {name_of(task)}: metric: {name}: lower is better, so it is no score; {LOSS_REMEDY}")
+        raise UserError(f"task {name_of(task)}: metric: {name}: lower is better, so it is not a score; {LOSS_REMEDY}")
     if filter_name and filter_name not in filters:
-        raise UserError(f"{listed}; metric: {wanted!r} names another filter")
+        raise UserError(f"{listed}; metric: {wanted!r}: unknown filter")
     return f"{name},{filter_name or filters[0]}" if len(filters) > 1 else name
 
 
@@ -113,7 +113,7 @@ def _question(task: Any, entry: TaskEntry, number: int, instance: Any) -> Questi
     choices = tuple(map(str, task.doc_to_choice(doc))) if task.get_config("doc_to_choice") is not None else ()
     target = task.doc_to_target(doc)
     text = task.doc_to_text(doc)
-    if getattr(task, "multiple_input", 0):  # the choices are the beginnings, what follows is the same for all
+    if getattr(task, "multiple_input", 0):  # the choices are different beginnings with the same continuation
         right, own_text = _right(text, choices), str(target)
     else:
         right, own_text = _right(target, choices), str(text)
@@ -127,7 +127,7 @@ def _question(task: Any, entry: TaskEntry, number: int, instance: Any) -> Questi
 
 
 def _right(target: Any, choices: Sequence[str]) -> tuple[int, ...]:
-    """The places of the right choices; lm-eval names them by number, by text, or as a list of numbers."""
+    """The indices of the right choices; lm-eval gives an index, a text, or a list of indices."""
     if isinstance(target, str):
         return (choices.index(target),) if target in choices else ()
     places = target if isinstance(target, (list, tuple)) else (target,)
@@ -145,15 +145,15 @@ def _as_text(value: Any) -> str:
 def _field(task: Any, doc: Any, key: str, name: str) -> str:
     if not isinstance(doc, Mapping) or name not in doc:
         there = ", ".join(map(str, doc)) if isinstance(doc, Mapping) else "none"
-        raise UserError(f"task {name_of(task)}: {key}: {name}: its documents have no such field; they have {there}")
+        raise UserError(f"task {name_of(task)}: {key}: {name}: unknown field; the documents have {there}")
     return _as_text(doc[name])
 
 
 def documents_of(asked: Asked, samples: Sequence[Mapping[str, Any]], seen: frozenset[int]) -> tuple[Document, ...]:
-    """One `Document` for each question, from lm-eval's samples. seen: ids of documents that stand in training rows.
+    """One `Document` for each question, from lm-eval's samples. seen: ids of documents that occur in training rows.
 
     Raises:
-        UserError: the metric is not a number on 0..1 for each document.
+        UserError: the metric is not a number on 0..1 for every document.
     """
     name, _, wanted_filter = asked.metric.partition(",")
     chosen = {int(s["doc_id"]): s for s in samples if not wanted_filter or s["filter"] == wanted_filter}
@@ -177,7 +177,6 @@ def documents_of(asked: Asked, samples: Sequence[Mapping[str, Any]], seen: froze
 
 
 def cluster_id(question: Question) -> str:
-    """A short name for the source of a document."""
     return _sha256(question.cluster)[:16]
 
 
@@ -187,12 +186,12 @@ def _score(asked: Asked, name: str, sample: Mapping[str, Any]) -> float:
         raise UserError(f"{where}: document {sample['doc_id']} has {', '.join(sample['metrics'])}; name one of them")
     value = sample[name]
     if not isinstance(value, (bool, int, float, np.number)) or not 0 <= float(value) <= 1:
-        raise UserError(f"{where}: gives {value!r} for document {sample['doc_id']}, no score on 0..1; {LOSS_REMEDY}")
+        raise UserError(f"{where}: {value!r} for document {sample['doc_id']} is not a score on 0..1; {LOSS_REMEDY}")
     return float(value)
 
 
 def _prompt(task: Any, sample: Mapping[str, Any]) -> str:
-    """What the model saw; for a task whose choices are beginnings, these and what follows them."""
+    """The model's input; for a task whose choices are beginnings, these with their continuation."""
     arguments = sample["arguments"]
     if getattr(task, "multiple_input", 0):
         return "\n".join(str(context) + str(rest) for context, rest in arguments)
@@ -200,7 +199,7 @@ def _prompt(task: Any, sample: Mapping[str, Any]) -> str:
 
 
 def _answer(task: Any, question: Question, metric: str, sample: Mapping[str, Any]) -> str:
-    """What the model said: the choice it took, what it wrote (after filters), or whether it would say the target."""
+    """The model's answer: its choice, its text (after filters), or whether the target is its greedy continuation."""
     kind, answers = task.get_config("output_type"), sample["filtered_resps"]
     if kind == "multiple_choice" and question.choices:
         likelihoods = np.array([float(answer[0]) for answer in answers])
@@ -218,12 +217,12 @@ def _answer(task: Any, question: Question, metric: str, sample: Mapping[str, Any
 
 
 def task_settings(asked: Asked, chat_template_sha256: str | None, max_length: int | None) -> dict[str, Any]:
-    """What has to be equal for two models' answers to a task to be compared (`TaskResult.settings`)."""
+    """The settings that must be equal to compare two models' answers (`TaskResult.settings`)."""
     task = asked.task
     delimiter = task.get_config("target_delimiter")
     if chat_template_sha256 and task.get_config("output_type") == "multiple_choice":
         prefix = task.get_config("gen_prefix")
-        delimiter = delimiter if prefix and not str(prefix)[-1].isspace() else ""  # lm-eval drops it; so it is recorded
+        delimiter = delimiter if prefix and not str(prefix)[-1].isspace() else ""  # as lm-eval drops it
     return {
         "output_type": task.get_config("output_type"),
         "shots": task.get_config("num_fewshot"),
@@ -238,7 +237,7 @@ def task_settings(asked: Asked, chat_template_sha256: str | None, max_length: in
 
 
 def _definition(task: Any) -> Any:
-    """A task's YAML with the source of its functions, without what only says where its documents lie."""
+    """A task's YAML with the source of its functions, without the paths of its documents."""
     config = task.config.to_dict(keep_callable=True)
     return _plain({key: value for key, value in config.items() if key not in _WHEREABOUTS})
 

@@ -1,12 +1,12 @@
-"""Drift: how far a model has moved from its teachers, teacher-forced on held-out responses.
+"""Drift: how far a model has moved from its teachers, teacher-forced on the eval set.
 
     loss = -1/N sum_n log p_model(token n)          KL(teacher || model) = 1/N sum_n sum_v q_nv (log q_nv - log p_nv)
 
-over the N response tokens of a route, in nats: what a student forgets is KL(reference || student) on general rows, how
-far it still is from what it was to learn is KL(expert || student) on domain rows. Both come from final hidden states
-through the chunked functions of kd.losses.token_loss, so no tensor of rows x positions x vocabulary is made.
+over the N response tokens of a route, in nats. KL(reference || student) on general rows is what a student forgets;
+KL(expert || student) on domain rows is what it has not learned yet. Both are computed from final hidden states by the
+chunked functions of kd.losses.token_loss, without a tensor of rows x positions x vocabulary.
 
-During training `DriftCallback` logs both at every evaluation: a forgetting curve. For finished checkpoints:
+During training `DriftCallback` logs both at every evaluation as a forgetting curve. For finished checkpoints:
 
     held_out = read_held_out({"general": ["rows.jsonl"]}, load_tokenizer(base, settings), settings)
     losses = measure_held_out(student, held_out, {"reference": reference, "expert": expert})
@@ -45,14 +45,14 @@ if TYPE_CHECKING:
 GENERAL = "general"
 REFERENCE = "reference"
 
-# What a forgetting curve is drawn from, at most, per route (see DriftCallback).
+# Upper limits of the rows of a forgetting curve per route (see DriftCallback).
 CURVE_ROWS = 256
 CURVE_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
 class HeldOutRows:
-    """Encoded held-out rows of one route. path: its files; sha256: of the file, or of the hashes of several files."""
+    """The encoded eval set of one route. path: its files; sha256: of the file, or of the hashes of several files."""
 
     route: str
     rows: TokenRows
@@ -61,8 +61,8 @@ class HeldOutRows:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a model makes of a batch: hidden_ND [N, D] at the positions that predict response tokens; its head."""
+class ForwardPass:
+    """A model on a batch: hidden_ND [N, D] at the positions that predict response tokens, and the head."""
 
     hidden_ND: Tensor
     head: Head
@@ -70,7 +70,7 @@ class Said:
 
 @dataclass(frozen=True)
 class Means:
-    """Over `tokens` response tokens, in nats per token: the loss, and KL(teacher || model) by the teacher's name."""
+    """The loss and KL(teacher || model) by teacher over `tokens` response tokens, in nats per token."""
 
     tokens: int
     loss: float
@@ -88,11 +88,10 @@ def read_held_out(
     Args:
         sources: route -> JSONL files (or folders of `datasets`).
         tokenizer: as `kd.data.chat.load_tokenizer` gives it.
-        settings: `max_length`, `append_eos` and `chat_template` are used; those of the run make losses comparable to
-            its own.
+        settings: `max_length`, `append_eos` and `chat_template` are used; use those of a run to compare with it.
 
     Raises:
-        UserError: a file cannot be read, a row is wrong, or no row of a file gives a response token.
+        UserError: a file cannot be read, a row is invalid, or no row of a file has a response token.
     """
     held_out = []
     for route, paths in sources.items():
@@ -102,7 +101,7 @@ def read_held_out(
 
 
 def sha256_of(paths: Sequence[str]) -> str:
-    """Fingerprint of one file's rows; of several files: SHA-256 over theirs, in order, whatever they are called."""
+    """Fingerprint of one file's rows; for several files SHA-256 over theirs, in order and without their names."""
     hashes = [data_sha256(path) for path in paths]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
@@ -110,44 +109,43 @@ def sha256_of(paths: Sequence[str]) -> str:
 def measure_held_out(
     model: Role, held_out: Sequence[HeldOutRows], teachers: Mapping[str, Role], *, batch_size: int = 8
 ) -> tuple[HeldOutLoss, ...]:
-    """Held-out loss of a model on every route, and KL(teacher || model) for the teachers at hand.
+    """Held-out loss of a model on every route, and KL(teacher || model).
 
     Args:
-        model: a role, such as an adapter on a shared backbone; a model by itself is `Role(name, model, None)`. Its
-            modes, its adapters and the random state are afterwards what they were.
+        model: a role, such as an adapter on a shared backbone; `Role(name, model, None)` for a model by itself. Its
+            modes, its adapters and the random state are restored.
         held_out: from `read_held_out`; all rows are measured.
-        teachers: by name. `reference` is asked on every route, the others (`expert`, ...) on all but `general`, where
-            they are nobody's teacher.
+        teachers: by name. `reference` is measured on every route, the others (`expert`, ...) on all except `general`.
         batch_size: rows of one forward pass.
 
     Raises:
-        UserError: the rows hold tokens that a model does not have, or are longer than its learnt positions.
+        UserError: the rows have tokens that a model does not have, or are longer than its learned positions.
     """
     measured = []
     for held in held_out:
         asked = {name: role for name, role in teachers.items() if name == REFERENCE or held.route != GENERAL}
         refuse_unfit_rows(held, [model, *asked.values()])
         batches = batches_of(held.rows, range(len(held.rows)), batch_size)
-        answers = ({name: say(role, batch) for name, role in asked.items()} for batch in batches)
+        answers = ({name: forward(role, batch) for name, role in asked.items()} for batch in batches)
         means = teacher_forced(model, zip(batches, answers, strict=True), list(asked))
         measured.append(HeldOutLoss(held.route, held.path, held.sha256, means.tokens, means.loss, means.kl))
     return tuple(measured)
 
 
 def refuse_unfit_rows(held: HeldOutRows, roles: Sequence[Role]) -> None:
-    """Raise UserError where one of the models cannot take these rows."""
+    """Raise UserError if one of the models cannot read these rows."""
     largest, longest = int(held.rows.input_ids.max()), int(held.rows.lengths.max())
     for role in roles:
         if largest >= vocabulary_rows([role]):
             raise UserError(
-                f"{held.path}: holds token {largest}, but {role.name} has only {vocabulary_rows([role])} vocabulary "
-                "rows; the tokenizer does not belong to this model."
+                f"{held.path}: has token {largest}, but {role.name} has only {vocabulary_rows([role])} vocabulary "
+                "rows; the tokenizer does not belong to this model"
             )
         positions = learned_positions(role.model)
         if positions is not None and longest > positions:
             raise UserError(
                 f"{held.path}: the longest row has {longest} tokens, but {role.name} has only {positions} positions; "
-                f"set max_length to {positions}."
+                f"set max_length to {positions}"
             )
 
 
@@ -155,10 +153,10 @@ def refuse_unfit_rows(held: HeldOutRows, roles: Sequence[Role]) -> None:
 
 
 def batches_of(rows: TokenRows, chosen: Iterable[int], size: int) -> list[Batch]:
-    """The chosen rows in padded batches of `size`, longest first (ties as they come)."""
+    """The chosen rows in padded batches of `size`, longest first (stable for equal lengths)."""
     mixed = MixedRows([rows], [0])
     order = sorted(chosen, key=lambda row: -int(rows.lengths[row]))
-    # Any id will do for padding: it is outside of both masks.
+    # Any id can pad: it is outside of both masks.
     return [
         pad_rows([mixed[(0, row)] for row in order[start : start + size]], pad_token_id=0)
         for start in range(0, len(order), size)
@@ -166,30 +164,32 @@ def batches_of(rows: TokenRows, chosen: Iterable[int], size: int) -> list[Batch]
 
 
 @torch.no_grad()
-def say(role: Role, batch: Batch) -> Said:
-    """One forward pass of a role, in eval mode; afterwards its model is as it was."""
+def forward(role: Role, batch: Batch) -> ForwardPass:
+    """One forward pass of a role in eval mode; its model is restored afterwards."""
     placed = {key: value.to(role.model.device) for key, value in batch.items()}
     with activate(role) as model:
         hidden_BTD = final_hidden_states(model, model_inputs(placed))[:, :-1]
-        return Said(hidden_BTD[predicting_positions(placed)], head_of(model))
+        return ForwardPass(hidden_BTD[predicting_positions(placed)], head_of(model))
 
 
 @torch.no_grad()
-def teacher_forced(model: Role, batches: Iterable[tuple[Batch, Mapping[str, Said]]], teachers: Sequence[str]) -> Means:
-    """Means over batches, each with what the teachers said of it. One forward pass of the model per batch."""
+def teacher_forced(
+    model: Role, batches: Iterable[tuple[Batch, Mapping[str, ForwardPass]]], teachers: Sequence[str]
+) -> Means:
+    """Means over batches, each with the forward passes of its teachers. The model passes once over each batch."""
     tokens, totals = 0, torch.zeros(1 + len(teachers), dtype=torch.float64)
     for batch, answers in batches:
         labels_N = batch["input_ids"][:, 1:][predicting_positions(batch)]
-        totals += loss_and_kl(say(model, batch), labels_N, [answers[name] for name in teachers]).cpu()
+        totals += loss_and_kl(forward(model, batch), labels_N, [answers[name] for name in teachers]).cpu()
         tokens += len(labels_N)
     loss, *kl = (totals / tokens).tolist()
     return Means(tokens, loss, dict(zip(teachers, kl, strict=True)))
 
 
-def loss_and_kl(model: Said, labels_N: Tensor, teachers: Sequence[Said]) -> Tensor:
+def loss_and_kl(model: ForwardPass, labels_N: Tensor, teachers: Sequence[ForwardPass]) -> Tensor:
     """[1 + K] float64 sums over response tokens: -log p_model(label), and KL(teacher || model) of each teacher.
 
-    A KL is over the vocabulary rows that both heads have; the loss over all of the model's own, whoever is asked.
+    A KL is over the vocabulary rows that both heads have, the loss over all of the model's own.
     """
     labels_N, next_token = labels_N.to(model.hidden_ND.device), TokenLoss(weight=0.0)
     sums = [
@@ -206,7 +206,7 @@ def loss_and_kl(model: Said, labels_N: Tensor, teachers: Sequence[Said]) -> Tens
 
 
 def spread_rows(rows: TokenRows, most_rows: int, most_tokens: int) -> list[int]:
-    """Rows at even distances over the whole file (which may be sorted) with at most so many response tokens, or one."""
+    """Rows at even distances over the file (which may be sorted), within both limits but at least one."""
     count = min(len(rows), most_rows)
     while True:
         chosen = np.arange(count) * len(rows) // count
@@ -226,35 +226,34 @@ class KeptRoute:
 
     @classmethod
     def ask(cls, rows: TokenRows, teachers: Mapping[str, Role], batch_size: int) -> KeptRoute:
-        """Let every teacher pass once over the rows of the curve."""
+        """Run every teacher once over the rows of the curve."""
         batches = batches_of(rows, spread_rows(rows, CURVE_ROWS, CURVE_TOKENS), batch_size)
-        hidden = {name: tuple(say(role, b).hidden_ND.cpu() for b in batches) for name, role in teachers.items()}
+        hidden = {name: tuple(forward(role, b).hidden_ND.cpu() for b in batches) for name, role in teachers.items()}
         return cls(tuple(batches), teachers, hidden)
 
     def measure(self, model: Role) -> Means:
-        """The model against what the teachers said."""
+        """The model against the kept hidden states of the teachers."""
         answers = (
-            {name: self._again(name, index, role) for name, role in self.teachers.items()}
+            {name: self._kept(name, index, role) for name, role in self.teachers.items()}
             for index in range(len(self.batches))
         )
         return teacher_forced(model, zip(self.batches, answers, strict=True), list(self.teachers))
 
-    def _again(self, name: str, index: int, role: Role) -> Said:
+    def _kept(self, name: str, index: int, role: Role) -> ForwardPass:
         with activate(role) as model, torch.no_grad():
-            return Said(self.hidden[name][index].to(role.model.device), head_of(model))
+            return ForwardPass(self.hidden[name][index].to(role.model.device), head_of(model))
 
 
 class DriftCallback(TrainerCallback):
     """A forgetting curve: KL(reference || student), KL(expert || student) and loss per route, at every evaluation.
 
     Logged as one line before the first step and one at each evaluation: `drift/ROUTE/loss`, `drift/ROUTE/kl_NAME` for
-    each teacher NAME of the route. Training goes on exactly as without it.
+    each teacher NAME of the route. Training computes exactly the same as without it.
 
-    Of each route at most CURVE_ROWS rows and CURVE_TOKENS response tokens are used (one row if it alone has more),
-    spread evenly over its file. The teachers are frozen, so they pass over these rows once, when first needed; after
-    that an evaluation costs the student's forward pass and the heads. What is kept for it is the teachers' final hidden
-    states, in host memory: response tokens x width x bytes of an element for each teacher of a route, at most 128 MiB
-    at width 4,096 in bfloat16.
+    At most CURVE_ROWS rows and CURVE_TOKENS response tokens of a route are used (one row if it alone has more), spread
+    evenly over its file. The frozen teachers pass over these rows once; after that an evaluation costs the student's
+    forward pass and the heads. The teachers' final hidden states are kept in host memory: response tokens x width x
+    bytes of an element for each teacher of a route, at most 128 MiB at width 4,096 in bfloat16.
     """
 
     def __init__(
@@ -265,10 +264,7 @@ class DriftCallback(TrainerCallback):
         batch_size: int,
         log: Callable[[dict[str, float]], None],
     ) -> None:
-        """teachers: route -> name -> frozen role. held_out: route -> rows. log: as `Trainer.log`; called by all ranks.
-
-        All ranks measure the same rows.
-        """
+        """teachers: route -> name -> frozen role. log: as `Trainer.log`. All ranks measure the same rows and log."""
         self._student = student
         self._teachers = teachers
         self._held_out = held_out
@@ -277,14 +273,14 @@ class DriftCallback(TrainerCallback):
         self._kept: dict[str, KeptRoute] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step == 0 and not args.eval_on_start:  # else that evaluation measures it
+        if state.global_step == 0 and not args.eval_on_start:  # else that evaluation logs it
             self._log(self.measure())
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._log(self.measure())
 
     def measure(self) -> dict[str, float]:
-        """The student as it is now, under the keys of a metrics line."""
+        """The current student's loss and KL, under the keys of a metrics line."""
         if not self._kept:
             self._kept = {
                 route: KeptRoute.ask(rows, self._teachers[route], self._batch_size)

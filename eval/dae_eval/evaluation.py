@@ -1,8 +1,7 @@
-"""Ask models the tasks of a suite: what `dae eval tasks` and the first half of `dae report` do.
+"""Evaluate models on the tasks of a suite, for `dae eval tasks` and `dae report`.
 
-Everything that can be wrong is looked at before the first weights are loaded (dae_eval.planning). Each finished task is
-written at once, under a key of all that its scores depend on, so the same command after a stop redoes nothing that is
-finished, and no two models or settings ever share a number.
+All checks run before weights are loaded (dae_eval.planning). Each finished task is written at once under a digest of
+all that its scores depend on. So the same command resumes a run, and two models or settings never share a number.
 """
 
 from __future__ import annotations
@@ -43,22 +42,22 @@ _NO_MEMORY = ("out of memory", "allocate memory")
 def evaluate(
     models: Mapping[str, Model], suite: Suite, folders: Mapping[str, Path], command: Sequence[str] | None = None
 ) -> dict[str, Evaluation]:
-    """Ask every model the suite's tasks and write each evaluation into its folder; roles of equal weights are one.
+    """Evaluate every model and write each evaluation into its folder; roles with equal weights are evaluated once.
 
     Args:
         models: by role (base, expert, reference, student, or any name), from `dae_eval.models.locate`.
         suite: from `dae_eval.suites.load_suite`.
-        folders: by role; where roles are the same weights, the folder of the first one is used.
-        command: as typed, for the record; None: that of this process.
+        folders: by role; roles with equal weights use the folder of the first one.
+        command: as typed, for the conditions; None: that of this process.
 
     Returns:
         The evaluation of every role.
 
     Raises:
-        UserError: a task, setting or model does not fit, or a folder holds something else.
+        UserError: a task, setting or model is invalid, or a folder has other files.
         MachineError: disk full or out of memory; finished tasks are kept.
     """
-    torch.set_flush_denormal(True)  # numbers too small to matter, which slow some CPUs several times over
+    torch.set_flush_denormal(True)  # denormal numbers slow some CPUs several times over
     distinct: dict[Any, str] = {}
     for role, model in models.items():
         distinct.setdefault(model.identity, role)
@@ -81,7 +80,7 @@ def evaluate(
 
 @contextmanager
 def claimed(folder: Path, model: Model) -> Iterator[None]:
-    """Hold an evaluation's folder for this process. Raises UserError where another process holds or has filled it."""
+    """Hold an evaluation's folder for this process. Raises UserError if another process holds or has filled it."""
     with evaluation_folder(folder).held(lambda: refuse_other_model(folder, model.facts())):
         with disk_errors(folder):
             (folder / DOCUMENTS).mkdir(exist_ok=True)
@@ -89,14 +88,14 @@ def claimed(folder: Path, model: Model) -> Iterator[None]:
 
 
 def run(plan: Plan, suite: Suite, models: Mapping[str, Model], memory: Memory, display: Display) -> Evaluation:
-    """Ask what has not been asked yet, then write the evaluation. models: by role; teachers are among them."""
+    """Run the tasks that are not finished, then write the evaluation. models: by role, including teachers."""
     waiting = [task for task in plan.asked if not plan.path(task).is_file()]
     for _ in range(len(plan.asked) - len(waiting)):
         display.finished()
     if waiting:
-        with memory.speaking(plan.model) as model:
+        with memory.activated(plan.model) as model:
             harness = Harness(
-                model, plan.tokenizer, batch_size=suite.batch_size, max_length=suite.max_length, tell=display.tell
+                model, plan.tokenizer, batch_size=suite.batch_size, max_length=suite.max_length, progress=display.update
             )
             for task in waiting:
                 display.begin(plan.role, task)
@@ -105,7 +104,7 @@ def run(plan: Plan, suite: Suite, models: Mapping[str, Model], memory: Memory, d
                 display.finished(f"{plan.role}  {task}  {len(documents)} documents  {score:.3f}")
     losses: tuple[HeldOutLoss, ...] = ()
     if plan.held_out:
-        display.begin(plan.role, "held-out rows")
+        display.begin(plan.role, "eval set")
         with enough_memory("held_out", 1):
             teachers = teachers_of(plan.model, models)
             losses = measured(plan.model, plan.held_out, teachers, plan.shared, plan.folder, memory)
@@ -116,7 +115,7 @@ def run(plan: Plan, suite: Suite, models: Mapping[str, Model], memory: Memory, d
 
 
 def answer(plan: Plan, task: str, harness: Harness) -> tuple[Document, ...]:
-    """Let the model answer one task, and write what it answered."""
+    """Run one task and write its documents."""
     asked = plan.asked[task]
     harness.truncated = 0
     with enough_memory(task, harness.batch_size):
@@ -167,11 +166,11 @@ def training_metrics(source: Checkpoint) -> tuple[Mapping[str, Any], ...]:
 
 @contextmanager
 def enough_memory(task: str, batch_size: int) -> Iterator[None]:
-    """Say what to do where memory runs out. Raises MachineError."""
+    """Raise MachineError with a remedy if memory runs out."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in _NO_MEMORY):
             raise
-        remedy = f"; give the same command with batch_size={batch_size // 2}" if batch_size > 1 else ""
+        remedy = f"; run the same command with batch_size={batch_size // 2}" if batch_size > 1 else ""
         raise MachineError(f"out of memory at {task}{remedy} (finished tasks are kept)") from error

@@ -1,4 +1,4 @@
-"""The folder of an evaluation (see dae_eval.results): written crash-safe, read back as it was."""
+"""The folder of an evaluation (see dae_eval.results): crash-safe writing, and reading."""
 
 from __future__ import annotations
 
@@ -14,14 +14,7 @@ from typing import Any
 from dae_eval.results import Document, Evaluation, HeldOutLoss, ModelFacts, TaskResult, TrainingRows
 from kd.errors import UserError
 from kd.runs.claimed_folder import ClaimedFolder
-from kd.runs.files import (
-    disk_errors,
-    json_text,
-    plain,
-    read_json,
-    write_bytes_durably,
-    write_text_durably,
-)
+from kd.runs.files import disk_errors, json_text, plain, read_json, write_bytes_durably, write_text_durably
 from kd.runs.settings import changed, refuse_changes
 
 EVALUATION = "evaluation.json"
@@ -29,7 +22,7 @@ DOCUMENTS = "documents"
 HELD_OUT = "held_out"
 FORMAT = "dae-align evaluation"
 VERSION = 1
-KEY_DIGITS = 32  # 128 bits: enough that two keys are never alike
+KEY_DIGITS = 32  # 128 bits
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
@@ -37,16 +30,16 @@ def read_evaluation(folder: Path) -> Evaluation:
     """The finished evaluation in `folder`.
 
     Raises:
-        UserError: there is none, it did not finish, or its files are not those that were written.
+        UserError: there is none, it has not finished, or its files have changed.
     """
     path = folder / EVALUATION
     if not path.is_file():
         unfinished = (folder / DOCUMENTS).is_dir()
-        why = "has not finished; give its `dae eval` command again" if unfinished else "holds no evaluation"
-        raise UserError(f"{folder}: {why} (there is no {EVALUATION})")
+        why = "not finished; run its `dae eval` command again" if unfinished else "not an evaluation"
+        raise UserError(f"{folder}: {why} ({EVALUATION} not found)")
     content = read_json(path)
     if content.get("format") != FORMAT or content.get("version") != VERSION:
-        raise UserError(f"{path}: is no {FORMAT} of version {VERSION}; write it again with `dae eval`")
+        raise UserError(f"{path}: not a {FORMAT} of version {VERSION}; write it again with `dae eval`")
     try:
         return Evaluation(
             model=ModelFacts(**content["model"]),
@@ -57,23 +50,21 @@ def read_evaluation(folder: Path) -> Evaluation:
             training=tuple(content["training"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is incomplete ({error!r}); write it again with `dae eval`") from error
+        raise UserError(f"{path}: incomplete ({error!r}); write it again with `dae eval`") from error
 
 
 def _task_result(folder: Path, facts: Mapping[str, Any]) -> TaskResult:
     known = {name: value for name, value in facts.items() if name not in ("file", "sha256", "n")}
-    path = folder / facts["file"]
-    documents = read_documents(path, facts["sha256"])
-    return TaskResult(**known, documents=documents)
+    return TaskResult(**known, documents=read_documents(folder / facts["file"], facts["sha256"]))
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation, keys: Mapping[str, str] | None = None) -> None:
-    """Write an evaluation, its documents first and evaluation.json last; what is there already is left as it is.
+    """Write an evaluation, its documents first and evaluation.json last; unchanged files are not rewritten.
 
-    keys: by task, what its file is named by: a digest of all that the scores depend on; `default_key` where not given.
+    keys: for the file name of each task, a digest of all that its scores depend on; `default_key` if missing.
 
     Raises:
-        UserError: the folder may not be written.
+        UserError: the folder cannot be written.
         MachineError: the disk is full.
     """
     names = {
@@ -92,7 +83,7 @@ def write_evaluation(folder: Path, evaluation: Evaluation, keys: Mapping[str, st
         "training": list(evaluation.training),
     }
     changed = {name: packed for name, packed in contents.items() if not _is(folder / name, packed)}
-    if changed:  # whoever reads in between must not take new documents for old ones
+    if changed:  # a reader must not take new documents for old ones
         with disk_errors(folder):
             (folder / DOCUMENTS).mkdir(parents=True, exist_ok=True)
             (folder / EVALUATION).unlink(missing_ok=True)
@@ -113,24 +104,23 @@ def _is(path: Path, content: bytes) -> bool:
 
 
 def default_key(evaluation: Evaluation, result: TaskResult) -> str:
-    """The key of a task's documents where its writer names none: model, task and settings."""
+    """The key of a task's documents from model, task and settings."""
     model = evaluation.model
     facts = {"model": model.fingerprint, "base": model.base_fingerprint}
     return digest({**facts, "task": result.task, "version": result.version, "metric": result.metric, **result.settings})
 
 
 def digest(facts: Mapping[str, Any]) -> str:
-    """SHA-256 over facts, whatever their order, as 64 hexadecimal digits."""
+    """SHA-256 over facts in any order, as 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(plain(facts), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def documents_name(task: str, key: str) -> str:
-    """The file of a task's documents, relative to the folder."""
     return f"{DOCUMENTS}/{_UNSAFE.sub('-', task)}-{key[:KEY_DIGITS]}.jsonl.gz"
 
 
 def pack_documents(documents: Iterable[Document]) -> bytes:
-    """One line of JSON a document, compressed; the same documents give the same bytes."""
+    """One line of JSON per document, compressed; the same documents give the same bytes."""
     lines = "".join(json.dumps(asdict(document), ensure_ascii=False) + "\n" for document in documents)
     return gzip.compress(lines.encode("utf-8", "surrogatepass"), mtime=0)
 
@@ -139,18 +129,18 @@ def read_documents(path: Path, sha256: str | None = None) -> tuple[Document, ...
     """The documents of a file that `pack_documents` made.
 
     Raises:
-        UserError: it is missing or damaged, or has not the SHA-256 that was asked for.
+        UserError: it is missing or damaged, or its SHA-256 is not `sha256`.
     """
-    remedy = "remove it and give the `dae eval` command again"
+    remedy = "remove it and run the `dae eval` command again"
     try:
         packed = path.read_bytes()
         if sha256 is not None and hashlib.sha256(packed).hexdigest() != sha256:
-            raise UserError(f"{path}: is not the file that its {EVALUATION} was written with; {remedy}")
-        # Not splitlines(): what models write may hold other line separators, which JSON leaves as they are.
+            raise UserError(f"{path}: has changed since {EVALUATION} was written; {remedy}")
+        # Not splitlines(): answers may contain other line separators, which JSON does not escape.
         lines = gzip.decompress(packed).decode("utf-8", "surrogatepass").split("\n")
         return tuple(Document(**json.loads(line)) for line in lines if line)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: is missing; give the `dae eval` command again") from error
+        raise UserError(f"{path}: not found; run the `dae eval` command again") from error
     except (OSError, EOFError, ValueError, TypeError) as error:
         if isinstance(error, UserError):
             raise
@@ -158,12 +148,12 @@ def read_documents(path: Path, sha256: str | None = None) -> tuple[Document, ...
 
 
 def evaluation_folder(folder: Path) -> ClaimedFolder:
-    """The folder that evaluations of tasks are written into. It holds nothing else, not even when it has finished."""
+    """The folder of an evaluation of tasks, which has no other files."""
     return ClaimedFolder(folder, None, own=frozenset({EVALUATION, DOCUMENTS, HELD_OUT}), inside=(DOCUMENTS, HELD_OUT))
 
 
 def refuse_other_model(folder: Path, model: ModelFacts) -> None:
-    """Raise UserError where `folder` holds the finished evaluation of another model."""
+    """Raise UserError if `folder` has the finished evaluation of another model."""
     if not (folder / EVALUATION).is_file():
         return
     recorded = read_json(folder / EVALUATION).get("model")

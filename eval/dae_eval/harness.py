@@ -1,8 +1,7 @@
 """lm-eval on a model that is already in memory: one task at a time, without its side effects.
 
-What lm-eval would let in is kept out: the model's own generation settings (generation_config.json), its progress bars
-and advice, its seeding of the global random states, its cache (which ignores which model ran), and its questions to
-git, pip and the hub about the surroundings.
+Its side effects are disabled: the model's own generation settings (generation_config.json), progress bars and advice,
+the seeding of the global random states, the cache (which ignores the model), and the calls to git, pip and the hub.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from kd.config.problems import suggestion
 from kd.errors import UserError
 
-# lm-eval's own defaults, so that its command line draws the same shots and, where a task samples, the same answers.
+# lm-eval's own defaults, so that shots and sampled answers are those of its command line.
 SHOTS_SEED = 1234
 PYTHON_SEED, NUMPY_SEED, TORCH_SEED = 0, 1234, 1234
 DEFAULT_NEW_TOKENS = 256
@@ -39,13 +38,13 @@ _KEPT_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _TOO_LONG = re.compile("Combined length of context|Left truncation applied")
 
-Tell = Callable[[int, int], None]  # requests answered, of how many
+Progress = Callable[[int, int], None]  # answered requests, all requests
 
 
 class Harness(HFLM):
-    """A model in memory as lm-eval wants it; `truncated` counts requests that were longer than the model's context.
+    """A model in memory for lm-eval; `truncated` counts requests that were longer than the model's context.
 
-    model: a transformers model (adapters may sit on its layers); max_length: tokens, None for the model's own.
+    model: a transformers model, also with adapters; max_length: tokens, None for the model's own.
     """
 
     def __init__(
@@ -55,20 +54,20 @@ class Harness(HFLM):
         *,
         batch_size: int,
         max_length: int | None = None,
-        tell: Tell = lambda _done, _total: None,
+        progress: Progress = lambda _done, _total: None,
     ) -> None:
-        wrapped: Any = {"pretrained": model, "tokenizer": tokenizer}  # narrower types are declared than are taken
+        wrapped: Any = {"pretrained": model, "tokenizer": tokenizer}  # the declared types are too narrow
         with _no_advice(), as_it_was(model):
             super().__init__(**wrapped, batch_size=batch_size, max_length=max_length)
         self.truncated = 0
-        self.tell = tell
+        self.progress = progress
 
     def _loglikelihood_tokens(self, requests: Any, *arguments: Any, **named: Any) -> Any:
         for (context, _), context_ids, ids in requests:
             if len(ids) > self.max_length:
                 raise UserError(
-                    f"an answer of {len(ids)} tokens does not fit the model's context of {self.max_length}; leave its "
-                    f"document out of the task. It belongs to: {str(context)[-80:]!r}"
+                    f"an answer of {len(ids)} tokens is longer than the model's context of {self.max_length}; remove "
+                    f"its document from the task. The prompt ends in: {str(context)[-80:]!r}"
                 )
             self.truncated += len(context_ids) + len(ids) > self.max_length + 1
         return super()._loglikelihood_tokens(requests, *arguments, **named)
@@ -81,13 +80,13 @@ class Harness(HFLM):
 
 
 def load_tasks(names: Sequence[str], folder: Path | None, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """lm-eval's task objects by name. `folder` holds task YAMLs; what is not there is looked for among lm-eval's own.
+    """lm-eval's task objects by name, from the task YAMLs in `folder`, else from lm-eval's own.
 
     Raises:
-        UserError: no such task, a group of several, or one whose documents cannot be had.
+        UserError: a task is unknown or stands for several, or its documents cannot be loaded.
     """
     if folder is not None and not folder.is_dir():
-        raise UserError(f"include: {folder}: there is no such folder; name the one with your task YAMLs, or remove it")
+        raise UserError(f"include: {folder}: folder not found; give the folder of your task YAMLs, or remove the key")
     with _no_advice():
         places: dict[str, Any] = {"include_path": None if folder is None else str(folder), "metadata": dict(metadata)}
         manager = TaskManager(include_defaults=folder is None, **places)
@@ -98,7 +97,7 @@ def load_tasks(names: Sequence[str], folder: Path | None, metadata: Mapping[str,
 
 
 def refuse_unknown_tasks(names: Sequence[str], manager: TaskManager, folder: Path | None) -> None:
-    """Raise UserError for names that are no task, or that are several tasks."""
+    """Raise UserError for unknown tasks and for names of several tasks."""
     problems = []
     for name in names:
         if name in manager.all_subtasks:
@@ -106,16 +105,16 @@ def refuse_unknown_tasks(names: Sequence[str], manager: TaskManager, folder: Pat
         if name in manager.all_tasks:
             members = sorted(_members(name, manager))
             shown = ", ".join(members[:4]) + (", ..." if len(members) > 4 else "")
-            problems.append(f"{name}: stands for {len(members)} tasks; name those that are to count ({shown})")
-            continue
-        where = "lm-eval's own tasks" if folder is None else f"{folder} and lm-eval's own tasks"
-        problems.append(f"no task {name} in {where}{suggestion(name, manager.all_subtasks)}")
+            problems.append(f"{name}: a group of {len(members)} tasks; name single tasks ({shown})")
+        else:
+            where = "lm-eval's own tasks" if folder is None else f"{folder} and lm-eval's own tasks"
+            problems.append(f"{name}: unknown task in {where}{suggestion(name, manager.all_subtasks)}")
     if problems:
         raise UserError("\n".join(problems))
 
 
 def _members(name: str, manager: TaskManager) -> set[str]:
-    """What a group or tag of lm-eval stands for, as far as its file tells."""
+    """The members of a group or tag of lm-eval that its file names."""
     entry = manager.task_index[name]
     listed = (entry.cfg or {}).get("task", ())
     named = {str(item.get("task", item.get("group")) if isinstance(item, Mapping) else item) for item in listed}
@@ -130,20 +129,20 @@ def _load_task(name: str, manager: TaskManager) -> Any:
         cause = error.__cause__ or error
         first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise UserError(
-            f"task {name}: its documents cannot be had: {type(cause).__name__}: {first}; see `metadata` in the suite "
-            "and the task's YAML, or, for a data set of the hub, your network"
+            f"task {name}: documents cannot be loaded: {type(cause).__name__}: {first}; check `metadata` in the suite, "
+            "the task's YAML, and, for a hub data set, your network"
         ) from error
     if getattr(task, "MULTIMODAL", False):
-        raise UserError(f"task {name}: asks about pictures or sound, which text models do not take; remove it")
+        raise UserError(f"task {name}: has images or sound, which text models cannot read; remove it")
     if getattr(task, "UNSAFE_CODE", False):
-        raise UserError(f"task {name}: runs code that the model writes, which is not done here; remove it")
+        raise UserError(f"task {name}: runs code that the model writes, which is not supported; remove it")
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
     return task
 
 
 def set_shots(task: Any, shots: int | None) -> None:
-    """Put so many solved examples into the task's prompts (None: as it says). Raises UserError where it has none."""
+    """Set the number of solved examples in a task's prompts (None: its own). Raises UserError if it has no examples."""
     if shots is not None:
         task.set_config("num_fewshot", shots)
     pool = task.get_config("fewshot_split") or task.get_config("training_split") or task.get_config("validation_split")
@@ -152,19 +151,19 @@ def set_shots(task: Any, shots: int | None) -> None:
     )
     if task.get_config("num_fewshot") and not pool and not given:
         raise UserError(
-            f"task {name_of(task)}: shots: {task.get_config('num_fewshot')}: it has no documents but those that are "
-            "asked, so a document could be its own example; set shots: 0, or give the task a fewshot_split"
+            f"task {name_of(task)}: shots: {task.get_config('num_fewshot')}: the task has no split for examples, so a "
+            "document could be its own example; set shots: 0, or add a fewshot_split to the task"
         )
 
 
 def chat_renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[..., str]:
-    """lm-eval's own way to render a conversation, without a model."""
-    speaker: Any = SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
-    return partial(HFLM.apply_chat_template, speaker)
+    """lm-eval's function that renders a conversation, without a model."""
+    model: Any = SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
+    return partial(HFLM.apply_chat_template, model)
 
 
 def build_requests(task: Any, limit: int | None, chat: Callable[..., str] | None) -> list[Any]:
-    """The requests that `run_task` will send, in the same order, with the same shots."""
+    """The requests of `run_task`, in the same order and with the same shots."""
     task.set_fewshot_seed(SHOTS_SEED)
     with seeded(), _no_advice(), _bars(lambda _done, _total: None):
         task.build_all_requests(
@@ -174,10 +173,10 @@ def build_requests(task: Any, limit: int | None, chat: Callable[..., str] | None
 
 
 def run_task(harness: Harness, task: Any, limit: int | None, with_chat: bool) -> list[dict[str, Any]]:
-    """lm-eval's samples of one task, as its `--log_samples` writes them, in the order of the documents."""
+    """lm-eval's samples of one task, as `--log_samples` writes them, in the order of the documents."""
     task.set_fewshot_seed(SHOTS_SEED)
-    with as_it_was(harness.model), neutral_generation(harness.model), _no_long_texts(), _bars(harness.tell):
-        # Not simple_evaluate: it asks git, pip and the hub about the surroundings, and prints what they answer.
+    with as_it_was(harness.model), neutral_generation(harness.model), _no_long_texts(), _bars(harness.progress):
+        # Not simple_evaluate, which calls git, pip and the hub and prints their output.
         results = evaluate(
             lm=harness,
             task_dict={"tasks": {name_of(task): task}},
@@ -191,19 +190,18 @@ def run_task(harness: Harness, task: Any, limit: int | None, with_chat: bool) ->
 
 
 def name_of(task: Any) -> str:
-    """A task's name; its `task_name` draws a random number each time it is asked."""
+    """A task's name; lm-eval's `task_name` draws a random number at every access."""
     return str(task.get_config("task"))
 
 
 def version_of(task: Any) -> str:
-    """The version of a task, as lm-eval reports it."""
     metadata = task.get_config("metadata")
-    told = metadata.get("version") if isinstance(metadata, Mapping) else None
-    return str(task.VERSION if told is None else told)
+    version = metadata.get("version") if isinstance(metadata, Mapping) else None
+    return str(task.VERSION if version is None else version)
 
 
 def generation_settings(task: Any) -> dict[str, Any] | None:
-    """What decides how a task's answers are written: its YAML, and lm-eval's defaults for what that leaves open."""
+    """The generation settings of a task: from its YAML, else lm-eval's defaults; None if it generates nothing."""
     if task.get_config("output_type") != "generate_until":
         return None
     given = dict(task.get_config("generation_kwargs") or {})
@@ -215,24 +213,26 @@ def generation_settings(task: Any) -> dict[str, Any] | None:
 def refuse_unfit_length(
     tasks: Mapping[str, Any], config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None, path: str
 ) -> int:
-    """The longest request in tokens. Raises UserError where the model has fewer positions, or no room for answers."""
+    """The longest request in tokens. Raises UserError if the model has fewer positions, or no room for answers."""
     own = resolve_max_length(config, tokenizer)
     if max_length is not None and max_length > own:
-        raise UserError(f"max_length: {max_length}: {path} takes only {own} tokens; remove it, or set max_length={own}")
+        raise UserError(
+            f"max_length: {max_length}: {path} has a context of {own} tokens; remove the key, or set max_length={own}"
+        )
     length = max_length or own
     for name, task in tasks.items():
         settings = generation_settings(task)
         if settings is not None and settings["max_gen_toks"] >= length:
             raise UserError(
-                f"task {name}: asks for up to {settings['max_gen_toks']} tokens, but prompt and answer together have "
-                f"only {length}; set generation_kwargs.max_gen_toks in the task's YAML"
+                f"task {name}: generates up to {settings['max_gen_toks']} tokens, but prompt and answer can have only "
+                f"{length}; set generation_kwargs.max_gen_toks in the task's YAML"
             )
     return length
 
 
 @contextmanager
 def neutral_generation(model: Any) -> Iterator[None]:
-    """Only the ids of special tokens stay of the model's generation settings: the rest would override the task's."""
+    """Keep only the special token ids of the model's generation settings; the others would override the task's."""
     before = model.generation_config
     model.generation_config = GenerationConfig(**{name: getattr(before, name, None) for name in _KEPT_GENERATION})
     try:
@@ -243,8 +243,8 @@ def neutral_generation(model: Any) -> Iterator[None]:
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Random states as lm-eval's command line sets them; afterwards everything is as it was."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one is meant
+    """Random states as lm-eval's command line sets them; the previous states are restored."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state
     try:
         with torch.random.fork_rng():
             random.seed(PYTHON_SEED)
@@ -258,7 +258,7 @@ def seeded() -> Iterator[None]:
 
 @contextmanager
 def as_it_was(model: torch.nn.Module) -> Iterator[None]:
-    """`seeded`, and each module's training mode put back (lm-eval calls `eval()`)."""
+    """`seeded`, and each module's training mode is restored (lm-eval calls `eval()`)."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -271,7 +271,7 @@ def as_it_was(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _no_advice() -> Iterator[None]:
-    """lm-eval advises, while it loads, on how to use its command line; warnings while scoring are kept."""
+    """Hide lm-eval's advice on its command line while it loads; warnings while scoring are kept."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -283,7 +283,7 @@ def _no_advice() -> Iterator[None]:
 
 @contextmanager
 def _no_long_texts() -> Iterator[None]:
-    """lm-eval warns of each request that is too long; they are counted instead (`Harness.truncated`)."""
+    """Hide lm-eval's warnings about truncated requests; `Harness.truncated` counts them."""
     logger = logging.getLogger("lm_eval.models.huggingface")
 
     def keep(record: logging.LogRecord) -> bool:
@@ -297,24 +297,21 @@ def _no_long_texts() -> Iterator[None]:
 
 
 @contextmanager
-def _bars(tell: Tell) -> Iterator[None]:
-    """lm-eval has no switch for its progress bars, which would break into the display of whoever calls.
-
-    What they would show of the requests reaches `tell`.
-    """
+def _bars(progress: Progress) -> Iterator[None]:
+    """Replace lm-eval's progress bars, which it cannot disable; their counts of requests go to `progress`."""
     modules: list[Any] = [lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface]
     tqdm = modules[0].tqdm
 
     class Bar(tqdm):  # type: ignore[misc, valid-type]
         def __init__(self, *arguments: Any, **options: Any) -> None:
             self.counts = str(options.get("desc", "")).startswith("Running")
-            self.told = 0
+            self.done = 0
             super().__init__(*arguments, **{**options, "disable": True})
 
         def update(self, n: float = 1) -> None:
             if self.counts:
-                self.told += int(n)
-                tell(self.told, int(self.total))
+                self.done += int(n)
+                progress(self.done, int(self.total))
 
     for module in modules:
         module.tqdm = Bar

@@ -1,6 +1,6 @@
-"""Held-out loss and KL for the models of an evaluation: what is measured is dae_eval.drift's, here it is kept.
+"""Held-out loss and KL for the models of an evaluation, measured by dae_eval.drift.
 
-Each measurement is written at once, under a key of the model, the rows and the teachers that it was measured against.
+Each measurement is saved at once under a key of the model, the rows and the teachers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TEACHERS = ("reference", "expert")
 
 
 def rows_of(suite: Suite, tokenizer: PreTrainedTokenizerBase, context: int) -> tuple[HeldOutRows, ...]:
-    """The suite's held-out rows, encoded as training would, none longer than `context` tokens. Raises UserError."""
+    """The suite's eval set, encoded as in training, with at most `context` tokens per row. Raises UserError."""
     if not suite.held_out:
         return ()
     template = suite.chat_template if isinstance(suite.chat_template, str) else None
@@ -46,9 +46,9 @@ def measured(
     folder: Path,
     memory: Memory,
 ) -> tuple[HeldOutLoss, ...]:
-    """Loss and KL of a model on held-out rows, read from `folder` where they have been measured before.
+    """Loss and KL of a model on the eval set, read from `folder` if they were measured before.
 
-    facts: all that the figures depend on beside model, rows and teachers (tokenizer, dtype, versions, ...).
+    facts: all that the figures depend on besides rows and teachers (model, tokenizer, dtype, versions, ...).
     """
     about = {
         **facts,
@@ -64,5 +64,5 @@ def measured(
             path.parent.mkdir(exist_ok=True)
         write_text_durably(path, json_text(plain({"held_out": found, "key": about})))
     paths = {held.sha256: held.path for held in rows}
-    lines = [HeldOutLoss(**line) for line in read_json(path)["held_out"]]
-    return tuple(HeldOutLoss(**{**asdict(line), "path": paths[line.sha256]}) for line in lines)
+    lines = read_json(path)["held_out"]
+    return tuple(HeldOutLoss(**{**line, "path": paths[line["sha256"]]}) for line in lines)

@@ -1,4 +1,4 @@
-"""The models that are asked: where they lie, what they stand on, and how several share one backbone."""
+"""The evaluated models: their paths, their bases, and how several share one backbone."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def locate(role: str, path: str, base: str | None) -> Model:
         chosen = checkpoint(named)
     except UserError as error:
         raise UserError(
-            f"{role} {path}: stands on a base that cannot be had; say where it is with --base. {error}"
+            f"{role} {path}: the adapter's base is not found; give its path with --base. {error}"
         ) from error
     if chosen.is_adapter:
         raise UserError(f"{role} {path}: its base {chosen} is an adapter itself; merge that into its base first")
@@ -85,7 +85,7 @@ def locate(role: str, path: str, base: str | None) -> Model:
     return Model(source, chosen)
 
 
-def tell_losses(model: Model, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = PROBES) -> None:
+def warn_of_losses(model: Model, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = PROBES) -> None:
     """Warn, in one line, where the tokenizer drops characters of these texts or cuts them in a way of its own."""
     loss = audit(tokenizer, model.tokenizer_home.folder, texts).loss(model.path)
     if loss is not None:
@@ -100,21 +100,21 @@ def load_settings() -> LoadSettings:
 
 
 class Memory:
-    """The one backbone that is in memory, with all adapters that were asked for on it."""
+    """The one backbone in memory, with the adapters loaded on it."""
 
     def __init__(self, settings: LoadSettings) -> None:
         self.settings = settings
         self._backbone: Backbone | None = None
 
     @contextmanager
-    def speaking(self, model: Model) -> Iterator[PreTrainedModel]:
-        """The transformers model that answers as `model`; loads what is not there and frees another backbone first."""
+    def activated(self, model: Model) -> Iterator[PreTrainedModel]:
+        """The transformers model of `model`, loaded if needed; another backbone is freed first."""
         (role,) = self.roles({model.path: model}).values()
-        with activate(role) as speaking:
-            yield unwrapped(speaking)
+        with activate(role) as active:
+            yield unwrapped(active)
 
     def roles(self, models: Mapping[str, Model]) -> dict[str, Role]:
-        """Roles by name, of models that all stand on one backbone."""
+        """Roles by name, of models that share one backbone."""
         backbone = self._backbone_of(next(iter(models.values())))
         assert {model.backbone.fingerprint for model in models.values()} == {backbone.base.fingerprint}, models
         # Adapters first: the first one wraps the backbone, and every role must hold the wrapped one.
@@ -140,10 +140,10 @@ class Memory:
 
 
 def chat_template_of(model: Model, tokenizer: PreTrainedTokenizerBase, choice: Any) -> str | None:
-    """The chat template as text that `choice` (of the suite) means, set on the tokenizer; None: none is applied.
+    """The text of the chat template that the suite chooses, set on the tokenizer; None: no template.
 
     Raises:
-        UserError: the tokenizer has none of its own, or the file cannot be read.
+        UserError: the tokenizer has no template, or the file cannot be read.
     """
     if choice is False:
         return None
@@ -152,16 +152,15 @@ def chat_template_of(model: Model, tokenizer: PreTrainedTokenizerBase, choice: A
     try:
         tokenizer.chat_template = Path(choice).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat_template: {choice}: cannot be read ({error}); name a .jinja file") from error
+        raise UserError(f"chat_template: {choice}: cannot be read ({error}); give a .jinja file") from error
     return str(tokenizer.chat_template)
 
 
 def own_chat_template(model: Model, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's own chat template. Raises UserError where it has none, or several and no default."""
+    """The tokenizer's own chat template. Raises UserError if it has none, or several without a default."""
     if not tokenizer.chat_template:
         raise UserError(
-            f"chat_template: true: the tokenizer of {model.path} has none; set chat_template: false, or name a .jinja "
-            "file"
+            f"chat_template: true: the tokenizer of {model.path} has no chat template; set false, or a .jinja file"
         )
     try:
         return str(tokenizer.get_chat_template())

@@ -1,4 +1,4 @@
-"""What is known of a model's evaluation before the model is loaded: all questions, all keys, and all mistakes."""
+"""The plan of a model's evaluation, made and checked before the model is loaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dae_eval.harness import (
     version_of,
 )
 from dae_eval.held_out import rows_of
-from dae_eval.models import Model, chat_template_of, tell_losses
+from dae_eval.models import Model, chat_template_of, warn_of_losses
 from dae_eval.results import TrainingRows
 from dae_eval.suites import Suite
 from kd.config.data_recipe import SourceRecipe
@@ -41,10 +41,10 @@ _LIBRARIES = ("lm-eval", "transformers", "peft", "torch")
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known of one model's evaluation before the model is loaded.
+    """The evaluation of one model before the model is loaded.
 
-    facts: by task, all that its scores depend on, in words; shared: what of it is the same for all tasks; keys: digests
-    of facts; rows: what the model's run says that it was trained on; seen: by task, ids of documents that stand there.
+    facts: by task, all that its scores depend on; shared: the facts that all tasks have in common; keys: digests of
+    facts; rows: the training rows of the model's run; seen: by task, ids of documents that occur in them.
     """
 
     role: str
@@ -63,11 +63,11 @@ class Plan:
     seen: Mapping[str, frozenset[int]]
 
     def path(self, task: str) -> Path:
-        """Where the documents of a task lie; the file is there when the task is finished."""
+        """The file of a task's documents, which exists when the task is finished."""
         return self.folder / documents_name(task, self.keys[task])
 
     def notes_path(self, task: str) -> Path:
-        """What the key stands for, in words, and what was noted while the task ran."""
+        """The file of the facts behind a task's key, and of notes on its run."""
         return self.path(task).with_name(self.path(task).name.replace(".jsonl.gz", ".json"))
 
 
@@ -94,7 +94,7 @@ class Planner:
         context = refuse_unfit_length(self.tasks, config, tokenizer, suite.max_length, model.path)
         shared = self._shared_facts(model, context)
         asked = self._questions(shared["tokenizer"], tokenizer, template)
-        tell_losses(model, tokenizer, [question.leak for one in asked.values() for question in one.questions])
+        warn_of_losses(model, tokenizer, [question.leak for one in asked.values() for question in one.questions])
         settings = {task: task_settings(one, _sha256(template), suite.max_length) for task, one in asked.items()}
         facts = {task: {**_task_facts(one), "settings": settings[task], **shared} for task, one in asked.items()}
         rows = training_rows([str(one) for one in (model.source, model.base) if one is not None])
@@ -130,7 +130,7 @@ class Planner:
         }
 
     def _conditions(self, shared: Mapping[str, Any], template: str | None, own: str | None) -> dict[str, Any]:
-        """What a report tells of how a model was asked."""
+        """The conditions that a report shows."""
         return {
             "suite": self.suite.model_dump(mode="json"),
             "chat_template": {"choice": self.suite.chat_template, "sha256": _sha256(template), "tokenizer's own": own},

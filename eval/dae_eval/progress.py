@@ -1,8 +1,7 @@
-"""What a person sees while models are asked: a live line in a terminal, one line per finished task elsewhere."""
+"""The progress of an evaluation: a live line in a terminal, else one line per finished task."""
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -10,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Display:
-    """Progress on stderr: whole tasks over all models, and the requests of the task under way."""
+    """Progress on stderr: finished tasks of all models, and requests of the current task."""
 
     def __init__(self, tasks: int) -> None:
         self._console = Console(stderr=True, highlight=False)
@@ -30,21 +29,17 @@ class Display:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def begin(self, model: str, task: str) -> None:
-        """A task is about to be asked."""
         self._progress.reset(self._one, description=f"{model}  {task}", total=None, visible=True)
 
-    def tell(self, done: int, total: int) -> None:
-        """So many requests of the task under way have been answered."""
+    def update(self, done: int, total: int) -> None:
         self._progress.update(self._one, completed=done, total=total)
 
     def finished(self, line: str = "") -> None:
-        """A task is finished; where there is no live display, a line says with what."""
+        """Count a finished task; without a live display, print the line."""
         self._progress.update(self._all, advance=1)
         self._progress.update(self._one, visible=False)
         if line and not self._console.is_terminal:

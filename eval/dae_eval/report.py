@@ -13,10 +13,10 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class GapLine:
-    """How much of the expert's gain the student took; all on 0..1 (1: all of it).
+    """How much of the expert's gain the student has; all on 0..1 (1: all of it).
 
-    gain: expert - base, summed over domain tasks. closed is None where gain is not clearly above 0 ("undefined").
-    documents_needed: documents per task that would decide, where the word is INCONCLUSIVE and more would help.
+    gain: expert - base, summed over domain tasks. closed is None if gain is not clearly above 0 ("undefined").
+    documents_needed: documents per task that would decide, if the word is INCONCLUSIVE and more would help.
     """
 
     word: Word
@@ -28,9 +28,9 @@ class GapLine:
 
 @dataclass(frozen=True)
 class RetentionLine:
-    """What was lost in general: macro-mean over general tasks of student - reference, in points (100 x score).
+    """The loss on general tasks: macro-mean of student - reference, in points (100 x score).
 
-    ratio: 100 x macro-mean of student / reference, None where the reference scores 0 on a task.
+    ratio: 100 x macro-mean of student / reference, None if the reference scores 0 on a task.
     """
 
     word: Word
@@ -42,7 +42,7 @@ class RetentionLine:
 
 @dataclass(frozen=True)
 class StudentSummary:
-    """A student's two lines: the one the verdict is about, or another one shown beside it."""
+    """The two lines of a student: the one of the verdict, or another one shown beside it."""
 
     name: str
     gap: GapLine | None
@@ -54,10 +54,10 @@ class TaskLine:
     """One task. Scores and differences are on 0..1, over the documents that all models answered.
 
     against: the model that the student is compared with (`base` on domain tasks, `reference` on general ones).
-    n documents in `clusters` clusters; unpaired: documents that only some models answered; seen: documents that stand
+    n documents in `clusters` clusters; unpaired: documents that only some models answered; seen: documents that occur
     in training rows. p of `test`, p_holm corrected over all tasks. detectable: the smallest true difference that this n
     would have found with 80 % power at 5 %. wins and losses: documents on which the student is better or worse.
-    unseen_*: the same without the seen documents, None where there are none (or nothing is left).
+    unseen_*: the same without the seen documents, None if there are none (or nothing is left).
     """
 
     task: str
@@ -145,10 +145,10 @@ class ModelLine:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a report says. word: PASS only when every line it is made of passes.
+    """A whole report. word: PASS only if every line of the verdict passes.
 
-    notes: what a reader must know to trust the numbers (unpaired documents, rows that could not be compared, ...).
-    provenance: (what, value), in order. flips: regressions first, the worst first.
+    notes: limits of the numbers (unpaired documents, training rows that could not be compared, ...). provenance: (what,
+    value), in order. flips: worst regressions first.
     """
 
     word: Word

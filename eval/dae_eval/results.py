@@ -1,10 +1,10 @@
-"""A finished evaluation: what one model answered, document by document, and under which conditions.
+"""A finished evaluation: the answers of one model, document by document, and their conditions.
 
-Every kind of evaluation (lm-eval tasks, MT-Bench) is written in this one form, so that a report needs no model.
+All kinds of evaluations (lm-eval tasks, MT-Bench) are written in this form, so that a report needs no model.
 
     OUTPUT/
-      evaluation.json             everything but the documents; written last, so its presence means finished
-      documents/TASK-KEY.jsonl.gz one document a line; KEY names all that the scores depend on
+      evaluation.json             everything except the documents; written last, so it marks a finished evaluation
+      documents/TASK-KEY.jsonl.gz one document per line; KEY is a digest of all that the scores depend on
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Kind = Literal["domain", "general", "shown"]
 class Document:
     """One scored document.
 
-    id, hash: what answers of two models are joined on: the place in the task, and SHA-256 of the document.
-    score: on 0..1, higher is better. prompt, target, answer: as text, for readers (target may be empty).
+    id, hash: the index in the task and SHA-256 of the document; answers of two models are joined on both.
+    score: on 0..1, higher is better. prompt, target, answer: text for readers (target may be empty).
     cluster: documents with the same cluster share a source and are resampled together.
-    seen: whether it stands in the rows that this model (or a teacher of its run) was trained on.
-    category: the axis it belongs to in a radar plot; empty: none.
+    seen: contamination: it occurs in the rows that this model (or a teacher of its run) was trained on.
+    category: its axis in a radar plot, or empty.
     """
 
     id: int
@@ -42,9 +42,9 @@ class Document:
 class TaskResult:
     """A model's answers to one task, in the task's order.
 
-    kind: `domain` counts in gap closed, `general` in retention, `shown` in neither. settings: what has to be equal for
-    two models to be compared (shots, limit, template hash, generation settings, judge, ...); JSON values. chance,
-    majority: scores of guessing and of always giving the most frequent answer, where they can be known.
+    kind: `domain` counts in gap closed, `general` in retention, `shown` in neither. settings: must be equal for two
+    models to be compared (shots, limit, template hash, generation settings, judge, ...); JSON values. chance, majority:
+    scores of guessing and of always giving the most frequent answer, if known.
     """
 
     task: str
@@ -59,7 +59,6 @@ class TaskResult:
 
     @property
     def mean(self) -> float:
-        """The task's score on 0..1."""
         return sum(document.score for document in self.documents) / len(self.documents)
 
 
@@ -67,7 +66,7 @@ class TaskResult:
 class HeldOutLoss:
     """Teacher-forced figures on held-out responses of one route, in nats per response token.
 
-    kl: KL(teacher || model) by the teacher's role (`reference`, `expert`), where the teachers were there to be asked.
+    kl: KL(teacher || model) by the teacher's role (`reference`, `expert`), for the teachers that were measured.
     """
 
     route: str
@@ -80,7 +79,7 @@ class HeldOutLoss:
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """Rows that a model was trained on, as its run folder tells; problem: why they could not be compared, or empty."""
+    """Rows recorded in a model's run folder; problem: why documents could not be compared with them, or empty."""
 
     path: str
     sha256: str
@@ -89,7 +88,7 @@ class TrainingRows:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Which model answered. inputs: fingerprint by role of the run that made it (base, reference, expert.NAME)."""
+    """The model. inputs: fingerprints of the inputs of its run by role (base, reference, expert.NAME)."""
 
     path: str
     fingerprint: str
@@ -100,9 +99,9 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that one model was asked. conditions: template hash, generation settings, versions, command, ... (JSON).
+    """All tasks of one model. conditions: template hash, generation settings, versions, command, ... (JSON).
 
-    training: lines of the metrics of the run that made the model.
+    training: the metrics lines of the model's run.
     """
 
     model: ModelFacts

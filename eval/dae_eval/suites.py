@@ -1,14 +1,14 @@
-"""The suite: which tasks are asked, in which groups, and under which conditions. Read from YAML like a recipe.
+"""The suite: tasks, their groups and their conditions. Read from YAML like a recipe.
 
     shipped: world                  # or `include: FOLDER` with task YAMLs; neither: lm-eval's own tasks
-    metadata: {world: demo/world}   # reaches the tasks' loading functions
+    metadata: {world: demo/world}   # passed to the tasks' loading functions
     chat_template: false            # false | true (the tokenizer's own) | FILE.jinja
     groups:
       domain: [world_price, {task: world_size, shots: 0, limit: 100}]
       general: [world_sorting]
       "only shown": {kind: shown, tasks: [world_colour]}
 
-Nothing here imports lm-eval: whether a task exists is seen when it is loaded.
+This module does not import lm-eval; unknown tasks are reported when they are loaded.
 """
 
 from __future__ import annotations
@@ -34,22 +34,24 @@ class TaskEntry(Frozen):
     """One task of a group."""
 
     task: str = Field(min_length=1, description="lm-eval's name of the task")
-    shots: int | None = Field(default=None, ge=0, description="solved examples in the prompt; null: as the task says")
-    limit: int | None = Field(default=None, ge=1, description="only so many documents, the first ones")
+    shots: int | None = Field(
+        default=None, ge=0, description="solved examples in the prompt; null: the task's own number"
+    )
+    limit: int | None = Field(default=None, ge=1, description="number of documents, from the first on; null: all")
     metric: str | None = Field(
         default=None, min_length=1, description="per document on 0..1, `NAME` or `NAME,FILTER`; null: the first such"
     )
     cluster_by: str | None = Field(
-        default=None, description="field of the document; equal there: one source. null: equal text of the question"
+        default=None, description="field of the document that names its source; null: the text of the question"
     )
     leak_by: str | None = Field(
         default=None,
-        description="field whose text is looked up in training rows; null: the question with its right answer",
+        description="field whose text is searched in training rows; null: the question with its right answer",
     )
 
 
 class Group(Frozen):
-    """Tasks that are shown together. `domain` counts in gap closed, `general` in retention, `shown` in neither."""
+    """Tasks shown together. `domain` counts in gap closed, `general` in retention, `shown` in neither."""
 
     kind: Kind = Field(default="shown", description="what the group's scores count in")
     tasks: tuple[TaskEntry, ...] = Field(description="names, or {task, shots, limit, metric, ...}")
@@ -58,32 +60,32 @@ class Group(Frozen):
     def cross_checks(cls, raw: Mapping[str, Any]) -> list[Problem]:
         problems = []
         if "kind" not in raw:
-            words = "counts in neither gap closed nor retention unless it says so: add kind: domain, general or shown"
+            words = "`kind` is required: add kind: domain (gap closed), general (retention) or shown (neither)"
             problems.append(Problem((), NO_VALUE, words))
         if "tasks" in raw and not raw["tasks"]:
-            problems.append(Problem(("tasks",), NO_VALUE, "names no task: add one"))
+            problems.append(Problem(("tasks",), NO_VALUE, "must not be empty: add a task"))
         return problems
 
 
 class Suite(Frozen):
-    """What a model is asked. Paths are relative to the suite's file, or to where they were typed."""
+    """The tasks for a model. Paths are relative to the suite's file, or to the working folder on the command line."""
 
     include: str | None = Field(default=None, min_length=1, description="folder with task YAMLs")
-    shipped: str | None = Field(default=None, description="a set of tasks that comes with dae_eval: world")
-    metadata: dict[str, Any] = Field(default_factory=dict, description="reaches the tasks' loading functions")
+    shipped: str | None = Field(default=None, description="a set of tasks shipped with dae_eval: world")
+    metadata: dict[str, Any] = Field(default_factory=dict, description="passed to the tasks' loading functions")
     chat_template: bool | str = Field(description="false, true (the tokenizer's own), or a .jinja file")
     batch_size: int = Field(default=64, ge=1, description="requests at a time")
     max_length: int | None = Field(default=None, ge=2, description="longest request in tokens; null: the model's own")
     groups: dict[str, Group] = Field(description="name: tasks, or name: {kind, tasks}")
     held_out: dict[str, tuple[str, ...]] = Field(
-        default_factory=dict, description="rows by route (general, domain) whose loss and KL are measured"
+        default_factory=dict, description="eval sets by route (general, domain), for loss and KL"
     )
 
     @field_validator("chat_template", mode="before")
     @classmethod
     def _choice_or_file(cls, value: Any) -> Any:
         if not isinstance(value, bool) and not (isinstance(value, str) and value):
-            raise ValueError("wants false, true (the tokenizer's own), or a .jinja file")
+            raise ValueError("must be false, true (the tokenizer's own), or a .jinja file")
         return value
 
     @classmethod
@@ -106,7 +108,7 @@ class Suite(Frozen):
 
     @property
     def task_folder(self) -> Path | None:
-        """The folder that the suite's task YAMLs lie in; None: all tasks are lm-eval's own."""
+        """The folder of the suite's task YAMLs; None: all tasks are lm-eval's own."""
         if self.shipped is not None:
             return TASKS / self.shipped
         return None if self.include is None else Path(self.include)
@@ -117,10 +119,10 @@ class Suite(Frozen):
 
 
 def load_suite(path: Path, assignments: Sequence[str] = ()) -> Suite:
-    """Read a suite. `assignments` are `key=value` over it; a path that they name is relative to the working folder.
+    """Read a suite. `assignments` (`key=value`) override it; their paths are relative to the working folder.
 
     Raises:
-        UserError: one message with everything that is wrong.
+        UserError: one message with all problems.
     """
     suite = load_recipe(Suite, path, {}, assignments)
     typed = {assignment.partition("=")[0].split(".")[0] for assignment in assignments}
@@ -137,7 +139,7 @@ def _placed(value: Any, folder: Path) -> Any:
 
 
 def _expand_group(name: Any, value: Any) -> Any:
-    """A list of tasks as {kind, tasks}, task names as {task: NAME}; anything else is left for validation."""
+    """A list of tasks as {kind, tasks}, task names as {task: NAME}; other values are left to validation."""
     if isinstance(value, (str, list, tuple)):
         value = {"tasks": value}
     if not isinstance(value, Mapping):
@@ -157,9 +159,9 @@ def _place_problems(raw: Mapping[str, Any]) -> list[Problem]:
     sets = sorted(folder.name for folder in TASKS.iterdir() if folder.is_dir() and not folder.name.startswith("_"))
     problems = []
     if isinstance(shipped, str) and shipped not in sets:
-        problems.append(Problem(("shipped",), shipped, f"no such set of tasks; there is {one_of(sets)}"))
+        problems.append(Problem(("shipped",), shipped, f"unknown set of tasks; expected {one_of(sets)}"))
     if shipped is not None and include is not None:
-        problems.append(Problem(("include",), include, "beside `shipped`: tasks come from one folder; remove one"))
+        problems.append(Problem(("include",), include, "cannot be combined with `shipped`; remove one"))
     return problems
 
 
@@ -167,27 +169,23 @@ def _group_problems(groups: Any) -> list[Problem]:
     if not isinstance(groups, Mapping):
         return []
     if not groups:
-        return [Problem(("groups",), NO_VALUE, "names no group: add one, such as general: [TASK]")]
+        return [Problem(("groups",), NO_VALUE, "must not be empty: add a group, such as general: [TASK]")]
     problems, homes = [], dict[str, str]()
     for name, group in groups.items():
         if not isinstance(group, Mapping):
             continue
         kind = group.get("kind")
         if name in KINDS and kind != name:
-            words = f"a group called {name} is of that kind; give the group another name"
+            words = f"must be {name} for a group of this name; rename the group"
             problems.append(Problem(("groups", name, "kind"), kind, words))
         for place, entry in enumerate(group["tasks"] if isinstance(group.get("tasks"), (list, tuple)) else ()):
             task = entry.get("task") if isinstance(entry, Mapping) else None
             if isinstance(task, str) and task in homes:
-                words = f"stands in {_two(homes[task], str(name))}: a task is asked once; remove one"
+                words = f"duplicate task, also in `{homes[task]}`; remove one"
                 problems.append(Problem(("groups", name, "tasks", place, "task"), task, words))
             elif isinstance(task, str):
                 homes[task] = str(name)
     return problems
-
-
-def _two(first: str, second: str) -> str:
-    return f"`{first}` twice" if first == second else f"`{first}` and in `{second}`"
 
 
 def _held_out_problems(held_out: Any) -> list[Problem]:
@@ -197,8 +195,8 @@ def _held_out_problems(held_out: Any) -> list[Problem]:
     for name, paths in held_out.items():
         if name not in HELD_OUT_ROUTES:
             problems.append(
-                Problem(("held_out", str(name)), NO_VALUE, f"unknown route; wants {one_of(HELD_OUT_ROUTES)}")
+                Problem(("held_out", str(name)), NO_VALUE, f"unknown route; expected {one_of(HELD_OUT_ROUTES)}")
             )
         elif isinstance(paths, tuple) and not paths:
-            problems.append(Problem(("held_out", str(name)), (), "names no rows: add a path"))
+            problems.append(Problem(("held_out", str(name)), (), "must not be empty: add a path"))
     return problems

@@ -49,8 +49,8 @@ def here(
     """Run a command in this process."""
     monkeypatch.chdir(world)
     status = cli.run(arguments)
-    said = capsys.readouterr()
-    return Ended(status, said.out, said.err)
+    printed = capsys.readouterr()
+    return Ended(status, printed.out, printed.err)
 
 
 @pytest.mark.parametrize(("call", "after"), [(1, True), (4, False), (8, True)])
@@ -97,7 +97,7 @@ def test_ctrl_c_keeps_what_was_answered(
     stopped = running.end()
     server.behave()
     assert stopped.status == 130
-    assert stopped.err.strip().endswith("what was answered is kept in out. The same command resumes from there.")
+    assert "replies so far are kept in out." in stopped.err
     assert here(mt_bench(server), world, monkeypatch, capsys).status == 0
     assert len(server.prompts()) == 5
 
@@ -117,12 +117,12 @@ def test_the_key_is_written_nowhere(
     server.behave(needs_key="another key")
     refused = here(mt_bench(server, output="refused"), world, monkeypatch, capsys)
     assert refused.status == 2
-    assert "check the key in OPENAI_API_KEY" in refused.err
+    assert "OPENAI_API_KEY" in refused.err
     assert KEY not in ended.out + ended.err + refused.out + refused.err
     monkeypatch.delenv("OPENAI_API_KEY")
     no_key = here(mt_bench(server, output="refused"), world, monkeypatch, capsys)
     assert no_key.status == 2
-    assert "put its key into the variable OPENAI_API_KEY" in no_key.err
+    assert "OPENAI_API_KEY" in no_key.err
 
 
 def test_no_other_endpoint_gets_the_judges_key(
@@ -148,42 +148,42 @@ def test_a_judge_that_is_not_there_is_status_4(
     command[command.index("--judge-url") + 1] = f"http://127.0.0.1:{port}/v1"
     ended = here(command, world, monkeypatch, capsys)
     assert ended.status == 4
-    assert "cannot be reached" in ended.err
+    assert str(port) in ended.err
     server.behave(script=["good"] * 2 + ["429"] * 11)
     ended = here(mt_bench(server), world, monkeypatch, capsys)
     assert ended.status == 4
-    assert "lower --requests-per-minute" in ended.err
+    assert "429" in ended.err and "--requests-per-minute" in ended.err
     assert here(mt_bench(server), world, monkeypatch, capsys).status == 0
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "flag"),
     [
-        (["--judge", "somewhere"], "--judge-url URL with --judge-model NAME, or --judge CKPT"),
-        (["--mode", "pairwise"], "--mode pairwise and --against go together"),
-        (["--against", "theirs.jsonl", "--mode", "single"], "--mode pairwise and --against go together"),
-        (["--price-per-million-tokens", "1"], "wants two numbers"),
-        (["--price-per-million-tokens", "1,x"], "wants two numbers"),
-        (["--model-id", "x"], "--model-id: goes with --judgments"),
+        (["--judge", "somewhere"], "--judge CKPT"),
+        (["--mode", "pairwise"], "--against"),
+        (["--against", "theirs.jsonl", "--mode", "single"], "--mode pairwise"),
+        (["--price-per-million-tokens", "1"], "--price-per-million-tokens 1:"),
+        (["--price-per-million-tokens", "1,x"], "--price-per-million-tokens 1,x:"),
+        (["--model-id", "x"], "--model-id:"),
         (["--model-url", "http://localhost/v1"], "--model NAME"),
         (["--references-kind", "mine"], "references-kind"),
         (["--repeat", "0"], "repeat"),
-        (["--judge-url", "http://me:secret@host/v1"], "holds a login"),
-        (["--answers", "nowhere.jsonl"], "there is no such file"),
+        (["--judge-url", "http://me:secret@host/v1"], "--judge-url:"),
+        (["--answers", "nowhere.jsonl"], "--answers nowhere.jsonl:"),
     ],
 )
-def test_wrong_flags_are_told_before_anything_is_written(
+def test_wrong_flags_are_reported_before_anything_is_written(
     world: Path,
     server: JudgeServer,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     more: list[str],
-    says: str,
+    flag: str,
 ) -> None:
     server.behave()
     ended = here(mt_bench(server, *more), world, monkeypatch, capsys)
     assert ended.status == 2
-    assert says in ended.err
+    assert flag in ended.err
     assert "secret" not in ended.err
     assert not (world / "out").exists()
     assert server.requests() == []
@@ -192,15 +192,15 @@ def test_wrong_flags_are_told_before_anything_is_written(
 def test_needed_flags_are_named(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for command, says in (
-        (["eval", "mt-bench"], "needs --questions, --output"),
-        (["eval", "mt-bench", "--questions", "question.jsonl", "--output", "out"], "give --model CKPT, --answers FILE"),
-        (["eval", "alpaca-eval"], "needs --output"),
-        (["eval", "alpaca-eval", "--output", "out"], "give --annotations, or --outputs, or --model"),
-        (["eval", "alpaca-eval", "--output", "out", "--judge", "x", "--outputs", "ours.json"], "want --baseline FILE"),
+    for command, flags in (
+        (["eval", "mt-bench"], "--questions, --output"),
+        (["eval", "mt-bench", "--questions", "question.jsonl", "--output", "out"], "--model CKPT, --answers FILE"),
+        (["eval", "alpaca-eval"], "--output"),
+        (["eval", "alpaca-eval", "--output", "out"], "--annotations, --outputs, or --model"),
+        (["eval", "alpaca-eval", "--output", "out", "--judge", "x", "--outputs", "ours.json"], "--baseline FILE"),
     ):
         ended = here(command, world, monkeypatch, capsys)
-        assert (ended.status, says in ended.err) == (2, True), ended.err
+        assert (ended.status, flags in ended.err) == (2, True), ended.err
 
 
 def test_pairwise_against_an_earlier_output_and_an_estimate(

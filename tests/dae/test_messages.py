@@ -102,6 +102,17 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         write("p.yaml", 'output: runs\nstages: {a: {stage: align, base: base, expert: "@b"}}\n'),
         ("run", "p.yaml"),
     ),
+    "report without models": (nothing, ("report", "--output", "out")),
+    "report of models and evaluations": (nothing, ("report", "--from", "a", "--base", "base", "--output", "out")),
+    "report of no evaluation": (nothing, ("report", "--from", "base", "--output", "out")),
+    "eval tasks: suite with mistakes": (
+        write("s.yaml", "groups: {extra: [a], general: {kind: shown, tasks: [a]}, domain: []}\nchat_template: 3\n"),
+        ("eval", "tasks", "--model", "base", "--suite", "s.yaml", "--output", "out"),
+    ),
+    "mt-bench without a judge": (
+        nothing,
+        ("eval", "mt-bench", "--model", "base", "--questions", "q", "--judge-prompts", "p", "--output", "out"),
+    ),
     "keys of an unknown stage": (nothing, ("keys", "alin")),
     "check of nothing": (nothing, ("check",)),
 }

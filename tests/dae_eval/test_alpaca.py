@@ -96,7 +96,7 @@ def test_missing_preferences_are_dropped_and_counted(tmp_path: Path) -> None:
     assert [d.id for d in read_evaluation(tmp_path / "out").tasks["alpaca_eval"].documents] == [0, 1, 3, 4, 6]
 
 
-def test_mean_lengths_are_told_where_all_texts_are_there(tmp_path: Path) -> None:
+def test_mean_lengths_are_reported_if_all_texts_are_there(tmp_path: Path) -> None:
     path = write_annotations(tmp_path / "a.json", [1, 2], output_1="1234", output_2="12")
     assert (win_rate(read_annotations(path)).mean_length, win_rate(read_annotations(path)).baseline_mean_length) == (
         2,
@@ -109,24 +109,24 @@ def test_mean_lengths_are_told_where_all_texts_are_there(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "what"),
     [
-        ("[", "is no JSON"),
-        ("[]", "at least one object"),
-        ('{"a": 1}', "at least one object"),
+        ("[", "a.json: not valid JSON"),
+        ("[]", "a.json: .* list"),
+        ('{"a": 1}', "a.json: .* list"),
         ('[{"generator_1": "a", "generator_2": "b", "preference": 3}]', "row 0: preference: 3.0"),
-        ('[{"generator_1": "a", "generator_2": "b", "preference": "1"}]', "row 0: preference: expected a number"),
-        ('[{"generator_1": "a", "preference": 1}]', "row 0: generator_2: expected text"),
-        ('[{"generator_1": "a", "generator_2": "b", "preference": null}]', "no annotation has a preference"),
+        ('[{"generator_1": "a", "generator_2": "b", "preference": "1"}]', "row 0: preference: "),
+        ('[{"generator_1": "a", "preference": 1}]', "row 0: generator_2: "),
+        ('[{"generator_1": "a", "generator_2": "b", "preference": null}]', "preference"),
         (
             '[{"generator_1": "a", "generator_2": "b", "preference": 1}, {"generator_1": "a", "generator_2": "c"}]',
-            "generator_2: several .b, c.",
+            "generator_2: .* .b, c.",
         ),
     ],
 )
-def test_bad_annotations_are_named(tmp_path: Path, content: str, says: str) -> None:
+def test_bad_annotations_are_named(tmp_path: Path, content: str, what: str) -> None:
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=what):
         run_alpaca_eval(AlpacaEval(tmp_path / "out", annotations=str(tmp_path / "a.json")))
 
 
@@ -178,7 +178,7 @@ def test_a_baseline_for_other_instructions_is_refused(world: Path, server: Judge
     whole = run(job_of(world, server))
     assert whole.rate.preferences == 6, "joined by instruction, not by place"
     (world / "theirs.json").write_text(json.dumps(rows[:4]))
-    with pytest.raises(UserError, match=r"no output for 2 of 6 instructions \(the first is row 4\)"):
+    with pytest.raises(UserError, match=r"theirs\.json: .* 2 of 6 .* row 4"):
         run_alpaca_eval(replace(job_of(world, server), output=world / "other"))
 
 
@@ -186,7 +186,7 @@ def test_two_models_outputs_in_one_file_are_refused(world: Path, server: JudgeSe
     rows = json.loads((world / "ours.json").read_text())
     rows[0]["generator"] = "another"
     (world / "ours.json").write_text(json.dumps(rows))
-    with pytest.raises(UserError, match="outputs of several models"):
+    with pytest.raises(UserError, match=r"ours\.json: .*another, ours"):
         run_alpaca_eval(job_of(world, server))
 
 
@@ -254,7 +254,7 @@ def test_the_length_controlled_rate_is_the_packages(tmp_path: Path, monkeypatch:
 @needs_extra
 def test_a_file_that_does_not_fit_is_named(tmp_path: Path) -> None:
     texts = read_annotations(make_texts(tmp_path / "texts.json"))
-    with pytest.raises(UserError, match=r"gamed\.csv: the length-controlled rate cannot be computed"):
+    with pytest.raises(UserError, match=r"gamed\.csv: "):
         length_controlled(texts, make_gamed(tmp_path / "gamed.csv", 20))
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match=r"other\.csv"):
@@ -272,6 +272,6 @@ def test_without_texts_or_file_there_is_no_number(tmp_path: Path) -> None:
     bare = read_annotations(write_annotations(tmp_path / "a.json", [1, 2]))
     assert length_controlled(bare, None).win_rate is None
     gamed = make_gamed(tmp_path / "gamed.csv", 2)
-    assert length_controlled(bare, gamed).missing == "the outputs (output_1, output_2) are not in file"
-    with pytest.raises(UserError, match="there is no such file"):
+    assert "output_1, output_2" in length_controlled(bare, gamed).missing
+    with pytest.raises(UserError, match=r"--gamed-file .*nowhere\.csv: "):
         length_controlled(bare, tmp_path / "nowhere.csv")

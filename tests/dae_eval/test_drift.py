@@ -178,11 +178,11 @@ def test_a_loss_counts_all_of_a_models_vocabulary_whoever_is_asked() -> None:
     assert asked.kl["reference"] == pytest.approx(defined(rows, models)["reference"], rel=1e-7)
 
 
-def test_rows_that_a_model_cannot_take_are_refused() -> None:
+def test_rows_that_a_model_cannot_read_are_refused() -> None:
     small, short = make_model(vocab_size=200), make_model("gpt2", n_positions=8)
-    with pytest.raises(UserError, match=r"^rows.jsonl: holds token 2\d\d, but expert has only 200 vocabulary rows"):
+    with pytest.raises(UserError, match=r"^rows\.jsonl: .*token 2\d\d.*expert.* 200 "):
         measure_held_out(Role("base", make_model(), None), [held(make_rows())], {"expert": Role("expert", small, None)})
-    with pytest.raises(UserError, match=r"^rows.jsonl: the longest row has 1\d tokens, but base has only 8 positions"):
+    with pytest.raises(UserError, match=r"^rows\.jsonl: .* 1\d tokens.*base.*max_length to 8"):
         measure_held_out(Role("base", short, None), [held(make_rows())], {})
 
 
@@ -339,13 +339,13 @@ def test_training_is_the_same_to_the_bit_without_it(
 
 def test_teachers_pass_once_over_few_rows(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[tuple[str, int]] = []
-    say = dae_eval.drift.say
+    forward = dae_eval.drift.forward
 
     def counted(role: Role, batch: Any) -> Any:
         rows.append((role.name, len(batch["input_ids"])))
-        return say(role, batch)
+        return forward(role, batch)
 
-    monkeypatch.setattr(dae_eval.drift, "say", counted)
+    monkeypatch.setattr(dae_eval.drift, "forward", counted)
     monkeypatch.setattr(dae_eval.drift, "CURVE_ROWS", 10)
     run("train.max_steps=6")
     passed = {name: sum(count for who, count in rows if who == name) for name, _ in rows}
@@ -361,7 +361,7 @@ KILLS = {
 
 
 @pytest.mark.slow
-def test_a_killed_run_tells_the_same_curve(world: Path) -> None:
+def test_a_killed_run_logs_the_same_curve(world: Path) -> None:
     command = align_command(*HELD_OUT, "lora.dropout=0.3", "train.max_steps=8")
     calm = align_command(*HELD_OUT, "lora.dropout=0.3", "train.max_steps=8", output="calm")
     assert dae_process(calm, world, proof=False).status == 0

@@ -137,7 +137,7 @@ def test_a_stop_between_two_tasks_costs_nothing_that_was_finished(
     monkeypatch.setattr(dae_eval.evaluation, "run_task", stopped)
     with pytest.raises(KeyboardInterrupt):
         ask(world, tmp_path / "stopped", {"model": "expert"})
-    with pytest.raises(UserError, match="has not finished"):
+    with pytest.raises(UserError, match="not finished"):
         read_evaluation(tmp_path / "stopped" / "model")
     assert ask(world, tmp_path / "stopped", {"model": "expert"})["model"].tasks == whole["model"].tasks
     assert len(calls) == 6
@@ -206,7 +206,7 @@ def test_documents_in_the_rows_of_the_model_s_run_are_marked(world: Path, tmp_pa
 def test_models_never_share_numbers_and_a_folder_is_one_model_s(world: Path, tmp_path: Path) -> None:
     ask(world, tmp_path, {"model": "base"})
     before = sorted(path.name for path in (tmp_path / "model" / "documents").iterdir())
-    with pytest.raises(UserError, match=r'model\.path: ".*base" -> ".*other"'):
+    with pytest.raises(UserError, match=r"model\.path: .*base.* -> .*other"):
         ask(world, tmp_path, {"model": "other"})
     with pytest.raises(UserError, match=r"model\.fingerprint: "):
         ask(world, tmp_path, {"model": "expert"})
@@ -236,9 +236,9 @@ def test_the_chat_template_is_chosen_and_recorded(world: Path, tmp_path: Path) -
         assert result.settings["chat_template_sha256"] == file_sha256(template)
         assert plain.tasks[task].settings["chat_template_sha256"] is None
         assert [document.hash for document in result.documents] == [d.hash for d in plain.tasks[task].documents]
-    with pytest.raises(UserError, match=r"chat_template: true: the tokenizer of .*base has none"):
+    with pytest.raises(UserError, match=r"^chat_template: true: .*base "):
         ask(world, tmp_path / "c", {"model": "base"}, chat_template=True)
-    with pytest.raises(UserError, match=r"chat_template: .*none\.jinja: cannot be read"):
+    with pytest.raises(UserError, match=r"^chat_template: .*none\.jinja: "):
         ask(world, tmp_path / "d", {"model": "base"}, chat_template=str(tmp_path / "none.jinja"))
     own = make_checkpoint(tmp_path / "own")
     tokenizer = make_tokenizer()
@@ -253,14 +253,14 @@ def test_mistakes_are_found_before_any_weights(world: Path, tmp_path: Path, monk
     monkeypatch.setattr(dae_eval.models, "load_model", None)
     for suite, words in (
         ({"max_length": 100_000}, "max_length: 100000"),
-        ({"groups": {"domain": ["shop_choose", {"task": "shop_say", "metric": "bleu"}]}}, "'bleu' is not among them"),
+        ({"groups": {"domain": ["shop_choose", {"task": "shop_say", "metric": "bleu"}]}}, "metric: 'bleu'"),
         ({"held_out": {"general": ["nowhere.jsonl"]}}, "nowhere.jsonl"),
     ):
         with pytest.raises(UserError, match=words):
             ask(world, tmp_path, {"model": "base", "student": "student"}, **suite)
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match=f"{world / 'nowhere'}: "):
         locate("--student", str(world / "nowhere"), None)
-    with pytest.raises(UserError, match="is an adapter itself; merge that"):
+    with pytest.raises(UserError, match=f"^--student .*base {world / 'student'} "):
         locate("--student", str(world / "expert"), str(world / "student"))
 
 
@@ -268,7 +268,7 @@ def test_a_base_that_is_not_there_is_asked_for(world: Path, tmp_path: Path) -> N
     adapter = make_adapter(tmp_path / "adapter", world / "base")
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone/base"}))
-    with pytest.raises(UserError, match=r"base that cannot be had; say where it is with --base\. /gone/base"):
+    with pytest.raises(UserError, match=r"^--model .*--base\. /gone/base"):
         locate("--model", str(adapter), None)
     assert locate("--model", str(adapter), str(world / "base")).backbone.path == str(world / "base")
 
@@ -280,22 +280,18 @@ def test_memory_that_runs_out_is_the_machine_s_fault(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(dae_eval.evaluation, "run_task", full)
-    with pytest.raises(MachineError, match=r"out of memory at shop_choose; give the same command with batch_size=2"):
+    with pytest.raises(MachineError, match=r"shop_choose; .*batch_size=2"):
         ask(world, tmp_path, {"model": "base"})
 
 
 @pytest.mark.slow  # lm-eval in a process of its own
-def test_a_tokenizer_that_drops_text_of_the_documents_is_told_once(
+def test_a_tokenizer_that_drops_text_of_the_documents_is_reported_once(
     world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_lossy_checkpoint(tmp_path / "lossy")
     found = ask(world, tmp_path / "out", {"student": str(tmp_path / "lossy"), "base": "base"})
     (line,) = [record.message for record in caplog.records if "tokenizer" in record.message]
-    assert line.startswith(
-        f"{tmp_path / 'lossy'}: its tokenizer, opened as LlamaTokenizer, drops characters in silence"
-    )
-    assert line.endswith('set "tokenizer_class": "TokenizersBackend" in its tokenizer_config.json, which reads '
-                         "tokenizer.json as it is")  # fmt: skip
+    assert line.startswith(f"{tmp_path / 'lossy'}: ") and '"tokenizer_class": "TokenizersBackend"' in line
     assert found["student"].tasks
 
 

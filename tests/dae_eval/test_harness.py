@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -123,10 +122,10 @@ def test_every_skill_and_kind_has_its_task() -> None:
     assert tasks == set(world.GENERAL_SKILLS + world.SHOP_KINDS)
 
 
-def test_a_metric_that_is_not_there_is_told(
+def test_an_unknown_metric_is_reported(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"world_sorting: no metric 'f1'; it has acc"):
+    with pytest.raises(UserError, match=r"world_sorting: .*'f1'.* acc"):
         score_tasks(
             model,
             tokenizer,
@@ -234,12 +233,12 @@ def test_requests_that_are_too_long_are_counted_and_not_talked_about(
     assert caplog.text == ""
 
 
-def test_progress_is_told_by_requests(tasks: Path) -> None:
-    told: list[tuple[int, int]] = []
+def test_progress_is_reported_by_requests(tasks: Path) -> None:
+    found: list[tuple[int, int]] = []
     choose = asked(tasks, "shop_choose", limit=3)
-    harness = Harness(make_model(), make_tokenizer(), batch_size=4, tell=lambda done, total: told.append((done, total)))
+    harness = Harness(make_model(), make_tokenizer(), batch_size=4, progress=lambda *counts: found.append(counts))
     run_task(harness, choose.task, 3, False)
-    assert told == [(done, 12) for done in range(1, 13)]
+    assert found == [(done, 12) for done in range(1, 13)]
 
 
 def test_what_was_chosen_is_readable_and_agrees_with_the_metric(tasks: Path) -> None:
@@ -284,27 +283,27 @@ def test_the_metric_is_the_first_score_or_the_one_that_is_named(tasks: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "metric", "words"),
+    ("name", "metric", "what"),
     [
-        ("rolling", None, "none is a score on 0..1; losses are measured by `held_out`"),
-        ("shop_go_on", "perplexity", "lower is better, so it is no score; losses are measured by `held_out`"),
-        ("shop_choose", "f1", "its metrics are acc, acc_norm; metric: 'f1' is not among them"),
-        ("filtered", "exact_match,last", "its filters first, all; metric: 'exact_match,last' names another filter"),
+        ("rolling", None, "held_out"),
+        ("shop_go_on", "perplexity", "metric: perplexity: .*held_out"),
+        ("shop_choose", "f1", "acc, acc_norm.*metric: 'f1'"),
+        ("filtered", "exact_match,last", "first, all; metric: 'exact_match,last'"),
     ],
 )
-def test_a_metric_that_is_no_score_is_refused(tasks: Path, name: str, metric: str | None, words: str) -> None:
-    with pytest.raises(UserError, match=re.escape(words)):
+def test_a_metric_that_is_not_a_score_is_refused(tasks: Path, name: str, metric: str | None, what: str) -> None:
+    with pytest.raises(UserError, match=f"^task {name}: .*{what}"):
         asked(tasks, name, metric=metric)
 
 
-def test_a_metric_that_turns_out_to_be_no_score_is_refused(tasks: Path) -> None:
-    with pytest.raises(UserError, match=r"task costly: metric: nats: gives .* for document 0, no score on 0\.\.1"):
+def test_values_that_are_not_scores_are_refused(tasks: Path) -> None:
+    with pytest.raises(UserError, match=r"^task costly: metric: nats: .* document 0 "):
         answers(asked(tasks, "costly"), make_model())
 
 
 @pytest.mark.parametrize("key", ["cluster_by", "leak_by"])
 def test_fields_of_documents_are_looked_up_by_name(tasks: Path, key: str) -> None:
-    with pytest.raises(UserError, match=rf"{key}: page: its documents have no such field; they have question, choices"):
+    with pytest.raises(UserError, match=rf"{key}: page: .* question, choices"):
         asked(tasks, "shop_choose", **{key: "page"})
     chosen = asked(tasks, "shop_choose", **{key: "source"}).questions
     assert [getattr(question, key.removesuffix("_by")) for question in chosen] == [f"page {n // 3}" for n in range(12)]
@@ -316,31 +315,30 @@ def test_shots_are_those_of_lm_eval_s_seed_and_never_the_document_itself(tasks: 
     assert all(prompt.count("What comes after") == 3 for prompt in prompts)
     plain = asked(tasks, "shop_choose")
     assert [q.cluster for q in plain.questions] == [q.cluster for q in asked(tasks, "shop_choose", shots=2).questions]
-    with pytest.raises(UserError, match="a document could be its own example"):
+    with pytest.raises(UserError, match=r"^task alone: shots: 2:"):
         asked(tasks, "alone")
 
 
 @pytest.mark.slow  # lm-eval looks through thousands of files for a task that the folder does not have
-def test_tasks_that_are_several_or_none_are_told_together(tasks: Path) -> None:
+def test_groups_and_unknown_tasks_are_reported_together(tasks: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_tasks(["both", "shop_sai"], tasks, {})
-    assert "both: stands for 2 tasks; name those that are to count (shop_choose, shop_say)" in str(caught.value)
-    assert "no task shop_sai" in str(caught.value) and "did you mean `shop_say`?" in str(caught.value)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("both: ") and "(shop_choose, shop_say)" in first
+    assert second.startswith("shop_sai: ") and "`shop_say`?" in second
 
 
-def test_several_tasks_under_one_name_and_no_folder_are_told(tasks: Path) -> None:
-    with pytest.raises(UserError, match="both: stands for 2 tasks"):
+def test_groups_and_missing_folders_are_reported(tasks: Path) -> None:
+    with pytest.raises(UserError, match=r"both: .*2 tasks"):
         load_tasks(["both"], tasks, {})
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match=f"include: {tasks / 'nowhere'}: "):
         load_tasks(["shop_say"], tasks / "nowhere", {})
 
 
-def test_documents_that_cannot_be_had_are_told(tmp_path: Path) -> None:
+def test_documents_that_cannot_be_loaded_are_reported(tmp_path: Path) -> None:
     folder = make_tasks(tmp_path)
     (folder / "shop.jsonl").unlink()
-    with pytest.raises(
-        UserError, match=r"task shop_say: its documents cannot be had: FileNotFoundError: .*shop\.jsonl"
-    ):
+    with pytest.raises(UserError, match=r"^task shop_say: .*FileNotFoundError: .*shop\.jsonl"):
         load_tasks(["shop_say"], folder, {})
 
 
@@ -376,9 +374,9 @@ def test_room_for_answers_is_looked_for_before(tasks: Path) -> None:
     model, tokenizer = make_model(max_position_embeddings=64), make_tokenizer()
     loaded = load_tasks(["shop_say"], tasks, {})
     assert refuse_unfit_length(loaded, model.config, tokenizer, None, "base") == 64
-    with pytest.raises(UserError, match="max_length: 65: base takes only 64 tokens"):
+    with pytest.raises(UserError, match=r"^max_length: 65: .*max_length=64"):
         refuse_unfit_length(loaded, model.config, tokenizer, 65, "base")
-    with pytest.raises(UserError, match="asks for up to 6 tokens, but prompt and answer together have only 6"):
+    with pytest.raises(UserError, match=r"^task shop_say: .*max_gen_toks"):
         refuse_unfit_length(loaded, model.config, tokenizer, 6, "base")
     assert generation_settings(loaded["shop_say"]) == {
         "do_sample": False, "temperature": 0.0, "until": ["\n"], "max_gen_toks": 6,

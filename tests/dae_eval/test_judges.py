@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from benchmark_files import NO_SYSTEM_TEMPLATE, make_chat_checkpoint
 from dae_eval.judging.asking import LENGTH, NO_ROOM, Reply, ReplyLog, Request, ask_all, unanswered
 from dae_eval.judging.fastchat_files import JudgePrompt
-from dae_eval.judging.judges import JudgeChoice, cost_estimate, judge_request, refuse_crowded
+from dae_eval.judging.judges import JudgeChoice, describe_cost, judge_request, refuse_crowded
 from dae_eval.judging.local_chat import DrawPerRow, LocalChat, open_local_chat
 from dae_eval.models import locate
 from lossy_tokenizers import make_lossy_checkpoint
@@ -97,13 +98,11 @@ def test_prompts_are_filled_in_and_faults_named() -> None:
 
 def test_the_estimate_counts_calls_tokens_and_only_given_prices() -> None:
     requests = [request(str(number), "x" * 394) for number in range(10)]
-    estimate = cost_estimate(requests, (2.0, 10.0))
-    assert (estimate.calls, estimate.prompt_tokens, estimate.reply_tokens) == (10, 1000, 120)
-    assert estimate.price_range == pytest.approx((0.002, 0.002 + 0.0012))
-    assert "0.00" in estimate.told("judge", 3)
-    assert "3 are there already" in estimate.told("judge", 3)
-    assert "prices" not in cost_estimate(requests, None).told("judge", 0)
-    assert "nothing is asked" in cost_estimate([], None).told("judge", 8)
+    line = describe_cost("judge", requests, 3, (2000.0, 10_000.0))
+    # 10 prompts of 400 characters and 10 x 12 reply tokens; 1000 x 0.002, and 120 x 0.01 more.
+    assert re.findall(r"[\d.,]*\d", line) == ["10", "3", "1,000", "120", "2.00", "3.20"]
+    assert re.findall(r"[\d.,]*\d", describe_cost("judge", requests, 0, None)) == ["10", "1,000", "120"]
+    assert "all 8 " in describe_cost("judge", [], 8, None)
 
 
 # -- local checkpoints -------------------------------------------------------------------------------------------------
@@ -172,7 +171,7 @@ def test_a_full_context_gives_an_empty_answer_and_little_room_a_short_one(checkp
     assert replies["b"] == Reply("", NO_ROOM)
     assert replies["a"] == alone["a"], "its neighbour with little room does not cut it short"
     assert replies["c"].stop in (LENGTH, "stop")
-    with pytest.raises(UserError, match="1 of 3 prompts fill the judge's context"):
+    with pytest.raises(UserError, match=r"^here: 1 of 3 prompts"):
         refuse_crowded(JudgeChoice(None, "here"), replies)
 
 
@@ -182,16 +181,16 @@ def test_a_template_without_system_messages_gets_the_text_in_the_users(tmp_path:
     assert chat.tokenizer.decode(ids) == "user: Judge.\n\nhow big\nassistant: "
     assert "without a system message" in how
     refusing = make_chat_checkpoint(tmp_path / "other", template="{{ raise_exception('never') }}")
-    with pytest.raises(UserError, match="refuses a conversation of 2 messages: never"):
+    with pytest.raises(UserError, match=r"other: .* 2 messages: never; .*--chat-template"):
         opened(refusing).encode(request("1"))
 
 
 def test_what_an_answer_spells_is_text_to_its_judge(checkpoint: Path) -> None:
     chat = opened(checkpoint)
-    said, _ = chat.encode(request("1", "red"))
+    plain, _ = chat.encode(request("1", "red"))
     spelled, how = chat.encode(request("2", "red</s>"))
     end = chat.tokenizer.eos_token_id
-    assert spelled.count(end) == said.count(end) and how == ""
+    assert spelled.count(end) == plain.count(end) and how == ""
     assert "red</s>" in chat.tokenizer.decode(spelled)
 
 
@@ -207,20 +206,20 @@ def test_an_adapter_answers_on_its_base(checkpoint: Path, tmp_path: Path) -> Non
     assert texts[1] == texts[2] != texts[0]
 
 
-def test_a_checkpoint_without_a_template_says_what_to_do(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_template_needs_the_flag(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--chat-template"):
         opened(make_checkpoint(tmp_path / "plain"))
     chat = open_local_chat(locate("--model", str(tmp_path / "plain"), None), "plain", 1)
     assert chat.tokenizer.decode(chat.encode(request("1", "hi"))[0]).endswith("User: hi\nAssistant:")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"--chat-template .*none\.jinja: "):
         open_local_chat(locate("--model", str(tmp_path / "plain"), None), str(tmp_path / "none.jinja"), 1)
 
 
-def test_a_judge_whose_tokenizer_drops_text_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_judge_whose_tokenizer_drops_text_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = locate("--judge", str(make_lossy_checkpoint(tmp_path / "lossy")), None)
     open_local_chat(model, "plain", 1)
     (line,) = [record.message for record in caplog.records]
-    assert "opened as LlamaTokenizer, drops characters in silence" in line and "& (1)" in line
+    assert "lossy" in line and "LlamaTokenizer" in line and "& (1)" in line
 
 
 def test_the_log_holds_how_the_judge_was_asked(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from benchmark_files import QUESTIONS, make_chat_checkpoint, make_mt_bench, write_lines
 from dae_eval.folders import read_evaluation
 from dae_eval.judging.authors import Author
-from dae_eval.judging.endpoints import EndpointChoice
+from dae_eval.judging.endpoints import NO_SYSTEM, EndpointChoice
 from dae_eval.judging.fastchat_files import (
     NO_RATING,
     Judgment,
@@ -25,10 +25,7 @@ from dae_eval.judging.fastchat_files import (
 from dae_eval.judging.judges import JudgeChoice
 from dae_eval.judging.mt_bench import FinishedJudgments, MtBench, Side, run_mt_bench, score_judgments
 from dae_eval.judging.mt_bench_results import Result, result_lines
-from dae_eval.judging.mt_bench_scores import (
-    PairScores,
-    Scores,
-)
+from dae_eval.judging.mt_bench_scores import PairScores, Scores
 from judge_server import JudgeServer, rating_of, verdict_of
 
 from kd.errors import UserError
@@ -131,7 +128,7 @@ def test_the_same_command_asks_nothing_again(world: Path, server: JudgeServer) -
     assert len(server.requests()) == 8
 
 
-def test_repeats_are_told_with_their_spread_and_can_be_added(world: Path, server: JudgeServer) -> None:
+def test_repeats_are_reported_with_their_spread_and_can_be_added(world: Path, server: JudgeServer) -> None:
     server.behave(fixed="[[8]]")
     run(job_of(world, server))
     server.behave(fixed="[[6]]")
@@ -148,11 +145,11 @@ def test_repeats_are_told_with_their_spread_and_can_be_added(world: Path, server
 
 def test_malformed_ratings_stop_strict_mode_and_are_asked_for_again(world: Path, server: JudgeServer) -> None:
     server.behave(malformed="kettle blue")
-    with pytest.raises(UserError, match=r"2 of 8 \(question, turn\): 3 turn 1, 3 turn 2; .*--compatible"):
+    with pytest.raises(UserError, match=r"2 of 8 .*: 3 turn 1, 3 turn 2; .*--compatible"):
         run_mt_bench(job_of(world, server))
     result = run(job_of(world, server, strict=False))
     (scores,) = result.repeats
-    assert scores.dropped == ("2 without a rating: 3 turn 1, 3 turn 2",)
+    assert [line.partition(": ")[2] for line in scores.dropped] == ["3 turn 1, 3 turn 2"]
     assert len(server.requests()) == 8
     assert len(read_evaluation(world / "out").tasks["mt_bench"].documents) == 6
     assert [j.score for j in read_judgments(world / "out" / "judgments-1.jsonl")].count(NO_RATING) == 2
@@ -179,25 +176,25 @@ def without_line(name: str, which: int) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "what"),
     [
-        (without_line("ours.jsonl", 1), r"no answer to every turn of 1 of 4 questions \(2\)"),
-        (without_line("reference.jsonl", 0), "reference.jsonl: has no answers"),
-        (without_line("judge_prompts.jsonl", 3), "has no prompt single-math-v1-multi-turn"),
+        (without_line("ours.jsonl", 1), r"ours\.jsonl: .*1 of 4 questions \(2\)"),
+        (without_line("reference.jsonl", 0), r"reference\.jsonl: "),
+        (without_line("judge_prompts.jsonl", 3), r"judge_prompts\.jsonl: .*single-math-v1-multi-turn"),
     ],
 )
 def test_files_that_do_not_fit_together(
-    world: Path, server: JudgeServer, change: Callable[[Path], None], says: str
+    world: Path, server: JudgeServer, change: Callable[[Path], None], what: str
 ) -> None:
     server.behave()
     change(world)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=what):
         run_mt_bench(job_of(world, server))
     assert server.requests() == []
 
 
-def test_references_are_wanted_where_a_category_needs_them(world: Path, server: JudgeServer) -> None:
-    with pytest.raises(UserError, match=r"--references: 1 questions of math, reasoning, coding .*\(2\)"):
+def test_references_are_required_where_a_category_needs_them(world: Path, server: JudgeServer) -> None:
+    with pytest.raises(UserError, match=r"^--references: .*\(2\)"):
         run_mt_bench(job_of(world, server, references=None))
     kept = [
         row for row in map(json.loads, (world / "question.jsonl").read_text().splitlines()) if row["question_id"] != 2
@@ -222,7 +219,7 @@ def test_reported_wrong_references_are_noted(world: Path, server: JudgeServer) -
 def test_a_judges_dialect_is_noted_also_after_a_stop(world: Path, server: JudgeServer) -> None:
     server.behave(system=False)
     run(job_of(world, server))
-    note = "some-judge: asked without a system message: its text stands before the user's"
+    note = f"some-judge: {NO_SYSTEM}"
     assert read_evaluation(world / "out").conditions["notes"] == [note]
     run(job_of(world, server))
     assert read_evaluation(world / "out").conditions["notes"] == [note]
@@ -264,7 +261,7 @@ def test_finished_pairwise_judgments_are_scored_without_a_judge(world: Path, ser
     assert len(server.requests()) == 16
 
 
-def test_judgments_of_several_models_want_a_name(world: Path) -> None:
+def test_judgments_of_several_models_need_a_name(world: Path) -> None:
     rows = [
         Judgment(number, model, ("gpt", "single-v1"), turn, 5)
         for model in ("a", "b")
@@ -273,9 +270,9 @@ def test_judgments_of_several_models_want_a_name(world: Path) -> None:
     ]
     (world / "judgments.jsonl").write_text(judgment_lines(rows))
     job = FinishedJudgments((str(world / "judgments.jsonl"),), str(world / "question.jsonl"), world / "out")
-    with pytest.raises(UserError, match="name one with --model-id; it holds a, b"):
+    with pytest.raises(UserError, match=r"judgments\.jsonl: .*--model-id; .*a, b"):
         score_judgments(job)
-    with pytest.raises(UserError, match="there is no c"):
+    with pytest.raises(UserError, match=r"judgments\.jsonl: no judgments of c; .*a, b"):
         score_judgments(replace(job, model_id="c"))
     assert score_judgments(replace(job, model_id="b", side=Side(None, world / "ours.jsonl"))).totals == (5,)
     document = read_evaluation(world / "out").tasks["mt_bench"].documents[0]
@@ -349,10 +346,10 @@ def test_a_local_judge_needs_no_endpoint(world: Path) -> None:
         output=world / "out",
         strict=False,
     )
-    with pytest.raises(UserError, match="no judgment has a rating"):
+    with pytest.raises(UserError, match="rating"):
         run_mt_bench(job)
-    said = [json.loads(line) for line in (world / "out" / "replies" / "judgments.jsonl").read_text().splitlines()]
-    assert len(said) == 8
+    replies = [json.loads(line) for line in (world / "out" / "replies" / "judgments.jsonl").read_text().splitlines()]
+    assert len(replies) == 8
     shutil.rmtree(world / "judge")
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match=f"{world / 'judge'}: "):
         run_mt_bench(job)

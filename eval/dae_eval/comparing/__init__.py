@@ -1,1 +1,1 @@
-"""From finished evaluations to a report: paired documents, statistics, verdicts. Reads no model."""
+"""From finished evaluations to a report: paired documents, statistics, verdicts. Loads no model."""

@@ -1,4 +1,4 @@
-"""Finished evaluations -> the report: who is who, what may be compared, and what comes out. Reads no model."""
+"""From finished evaluations to the report: roles, comparable tasks, verdicts. Loads no model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import numpy as np
 
 from dae_eval.comparing.curves import still_falling, training_curves
 from dae_eval.comparing.pairing import PairedTask, pair_tasks, same_weights
-from dae_eval.comparing.statistics import Floats
 from dae_eval.comparing.verdicts import flips, overall, summarise, task_lines
 from dae_eval.report import Curve, HeldOutLine, ModelLine, Radar, Report, StudentSummary
-from dae_eval.results import Evaluation, ModelFacts, TaskResult
+from dae_eval.results import Evaluation, TaskResult
 from kd.errors import UserError
 
 ROLES = ("base", "expert", "reference", "student")
@@ -37,20 +36,21 @@ def compare(
     Args:
         evaluations: by role: base, expert, reference, student, and names of other students. With `retention_only`
             base and expert may be absent.
-        margin: what retention may lose, in points (100 x score).
-        min_gap: of the gap, what has to be closed, on 0..1.
-        retention_only: leave the gap line out.
-        others: names of other students, shown beside the one that the verdict is about.
+        margin: largest accepted loss of retention, in points (100 x score).
+        min_gap: smallest accepted part of the gap closed, on 0..1.
+        retention_only: omit the gap line.
+        others: names of other students, shown beside the one of the verdict.
         seed: of the resampling.
         command: as typed, for the provenance.
 
     Raises:
-        UserError: a role is missing; a task was run under different settings; there are no domain or no general tasks.
+        UserError: a role is missing, a task was run with different settings, or there are no domain or general tasks.
     """
     wanted = ("reference", "student") if retention_only else ROLES
     for role in (*wanted, *others):
         if role not in evaluations:
-            raise UserError(f"no evaluation of the {role}; add it (--from {role}=FOLDER)." + _or_retention_only(role))
+            without = " Or compare without an expert (--retention-only)." if role in ("base", "expert") else ""
+            raise UserError(f"no evaluation of the {role}; add it (--from {role}=FOLDER).{without}")
     chosen = {role: evaluations[role] for role in (*ROLES, *others) if role in evaluations}
     tasks, notes = pair_tasks(chosen)
     _check_kinds(tasks, retention_only, notes)
@@ -71,22 +71,18 @@ def compare(
     )
 
 
-def _or_retention_only(role: str) -> str:
-    return " Or compare without an expert (--retention-only)." if role in ("base", "expert") else ""
-
-
 def _check_kinds(tasks: Sequence[PairedTask], retention_only: bool, notes: Sequence[str]) -> None:
     kinds = {task.result.kind for task in tasks}
     why = "".join(f" {note}" for note in notes if "left out:" in note)
     if "domain" not in kinds and not retention_only:
         raise UserError(
-            "no domain task was answered by all models, so there is no gap to close: evaluate them on a suite with a "
+            "no domain task was answered by all models, so the gap is unknown; evaluate them on a suite with a "
             f"`domain` group, or compare without an expert (--retention-only).{why}"
         )
     if "general" not in kinds:
         raise UserError(
-            "no general task was answered by all models, so nothing can be said about retention: evaluate them on a "
-            f"suite with a `general` group.{why}"
+            "no general task was answered by all models, so retention is unknown; evaluate them on a suite with a "
+            f"`general` group.{why}"
         )
 
 
@@ -95,13 +91,13 @@ def _notes(evaluations: Mapping[str, Evaluation], student: StudentSummary) -> li
     if student.gap is not None and student.gap.closed is None:
         notes.append("The expert's gain over the base is not clearly above 0, so the gap closed is undefined.")
     if student.retention is not None and student.retention.ratio is None:
-        notes.append("The reference scores 0 on a general task, or nearly so: retention has no ratio.")
+        notes.append("The reference scores about 0 on a general task, so retention has no ratio.")
     problems = {rows.path: rows.problem for one in evaluations.values() for rows in one.training_rows if rows.problem}
     notes += [
         f"Training rows {path} could not be compared with the documents: {why}." for path, why in problems.items()
     ]
     if not any(one.training_rows for one in evaluations.values()):
-        notes.append("No training rows are known, so no document could be looked up in them.")
+        notes.append("No training rows are known, so no document could be checked for contamination.")
     files: dict[str, set[str]] = {}
     for one in evaluations.values():
         for loss in one.held_out:
@@ -114,8 +110,8 @@ def _notes(evaluations: Mapping[str, Evaluation], student: StudentSummary) -> li
     apart = [role for role, one in evaluations.items() if any("reference" not in loss.kl for loss in one.held_out)]
     if apart and "reference" in evaluations:
         notes.append(
-            f"KL(reference || model) is missing for {', '.join(apart)}: `dae report` measures it where both stand on "
-            "one backbone (adapters); training with `data.eval` logs it for every student."
+            f"KL(reference || model) is missing for {', '.join(apart)}: `dae report` measures it if both share one "
+            "backbone (adapters); training with `data.eval` logs it for every student."
         )
     if "expert" in evaluations:
         notes += [f"The expert's {sentence}" for sentence in still_falling(evaluations["expert"].training)]
@@ -148,7 +144,7 @@ def _curves(evaluations: Mapping[str, Evaluation], others: Sequence[str]) -> lis
 
 
 def _radars(tasks: Sequence[PairedTask]) -> list[Radar]:
-    """Tasks on axes, by kind; and the categories of each task whose documents have one."""
+    """A radar of the tasks of each kind, and one of the categories of each task that has them."""
     found = []
     for title, kind in (("General tasks", "general"), ("Domain tasks", "domain"), ("Tasks in neither line", "shown")):
         shown = sorted((task for task in tasks if task.result.kind == kind), key=lambda task: task.result.group)
@@ -158,17 +154,16 @@ def _radars(tasks: Sequence[PairedTask]) -> list[Radar]:
     for task in tasks:
         of_D = np.array([document.category for document in task.documents["student"]])
         if axes := tuple(dict.fromkeys(str(category) for category in of_D if category)):
-            values = {role: _by_category(scores_D, of_D, axes) for role, scores_D in task.scores.items()}
+            values = {
+                role: tuple(float(scores_D[of_D == axis].mean()) for axis in axes)
+                for role, scores_D in task.scores.items()
+            }
             found.append(Radar(f"{task.result.task}: categories", axes, values))
     return found
 
 
-def _by_category(scores_D: Floats, of_D: np.typing.NDArray[np.str_], axes: Sequence[str]) -> tuple[float, ...]:
-    return tuple(float(scores_D[of_D == axis].mean()) for axis in axes)
-
-
 def _provenance(evaluations: Mapping[str, Evaluation], asked: Mapping[str, Any], command: str) -> list[tuple[str, str]]:
-    """What was compared, in order: models, tasks, conditions (once where they are equal for all), files, options."""
+    """The comparison, in order: models, tasks, conditions (once if equal for all), files, options."""
     lines = [(role, f"{one.model.path}, SHA-256 {one.model.fingerprint}") for role, one in evaluations.items()]
     lines += [
         (f"base of {role}", f"{one.model.base}, SHA-256 {one.model.base_fingerprint}")
@@ -190,13 +185,12 @@ def _provenance(evaluations: Mapping[str, Evaluation], asked: Mapping[str, Any],
     held_out = {(loss.route, loss.path, loss.sha256) for one in evaluations.values() for loss in one.held_out}
     lines += [(f"held-out rows of {route}", f"{path}, SHA-256 {sha256}") for route, path, sha256 in sorted(held_out)]
     lines += [(key.replace("_", " "), json.dumps(value)) for key, value in asked.items()]
-    if command and ("command", command) not in lines:  # evaluations that this command made tell it already
+    if command and ("command", command) not in lines:  # the conditions of this command's own evaluations have it
         lines.append(("command of the report", command))
     return lines
 
 
 def _by_value(values: Mapping[str, str], what: str) -> list[tuple[str, str]]:
-    """One line for each value, naming all that have it."""
     names: dict[str, list[str]] = {}
     for name, value in values.items():
         names.setdefault(value, []).append(name)
@@ -226,10 +220,10 @@ def _as_text(key: str, value: Any) -> str:
 
 
 def merge(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """Several evaluations of one model (tasks, MT-Bench) as one; a condition in which they differ is a list of values.
+    """Merge evaluations of one model (tasks, MT-Bench); a condition with different values becomes their list.
 
     Raises:
-        UserError: they are of different weights, or two of them answered a task differently.
+        UserError: the weights differ, or two evaluations answered a task differently.
     """
     first = evaluations[0]
     tasks: dict[str, TaskResult] = {}
@@ -237,7 +231,7 @@ def merge(evaluations: Sequence[Evaluation]) -> Evaluation:
     for one in evaluations:
         if one.model.fingerprint != first.model.fingerprint:
             raise UserError(
-                f"{first.model.path} and {one.model.path} are different weights: their evaluations cannot be merged."
+                f"{first.model.path} and {one.model.path} have different weights; their evaluations cannot be merged."
             )
         for name, result in one.tasks.items():
             if tasks.setdefault(name, result) != result:
@@ -248,17 +242,13 @@ def merge(evaluations: Sequence[Evaluation]) -> Evaluation:
             if value not in conditions.setdefault(key, []):
                 conditions[key].append(value)
     return Evaluation(
-        model=_most_told([one.model for one in evaluations]),
+        model=next((one.model for one in evaluations if one.model.inputs), first.model),
         tasks=tasks,
         conditions={key: values[0] if len(values) == 1 else values for key, values in conditions.items()},
         held_out=_each_once([loss for one in evaluations for loss in one.held_out]),
         training_rows=_each_once([rows for one in evaluations for rows in one.training_rows]),
         training=next((one.training for one in evaluations if one.training), ()),
     )
-
-
-def _most_told(models: Sequence[ModelFacts]) -> ModelFacts:
-    return next((model for model in models if model.inputs), models[0])
 
 
 def _each_once(values: Sequence[Value]) -> tuple[Value, ...]:
@@ -268,12 +258,12 @@ def _each_once(values: Sequence[Value]) -> tuple[Value, ...]:
 def assign_roles(found: Sequence[Found]) -> dict[str, Evaluation]:
     """Evaluations by role, from (role or None, evaluation) as given.
 
-    A role that was given wins. Where none was, the student's run tells by fingerprint which model is its base, its
-    reference and its expert; the student is the one whose run names another of the models and that no other's run
-    names. One model may have several roles, and several evaluations of one model are merged.
+    Given roles are kept. The others follow from the fingerprints in the student's run, which names its base, reference
+    and expert. The student is the only model whose run names another of the models and that no other run names. A model
+    may have several roles; several evaluations of one model are merged.
 
     Raises:
-        UserError: a role cannot be told, or two different models claim one.
+        UserError: a role is ambiguous, or two models have the same one.
     """
     given: dict[str, list[Evaluation]] = {}
     for role, one in found:
@@ -296,13 +286,13 @@ def assign_roles(found: Sequence[Found]) -> dict[str, Evaluation]:
     if models:
         left = next(iter(models.values())).model.path
         raise UserError(
-            f"{left}: cannot tell which model this is; write --from ROLE=FOLDER ({', '.join(ROLES)} or a name)."
+            f"{left}: the role of this model is unknown; write --from ROLE=FOLDER ({', '.join(ROLES)} or a name)."
         )
     return roles
 
 
 def _student_among(models: Mapping[str, Evaluation], roles: Mapping[str, Evaluation]) -> str:
-    """Fingerprint of the only model whose run names another one and that no other one's run names."""
+    """Fingerprint of the only model whose run names another one and that no other run names."""
     everyone = {**models, **{one.model.fingerprint: one for one in roles.values()}}
     named = {
         fingerprint for own, one in everyone.items() for fingerprint in one.model.inputs.values() if fingerprint != own
@@ -316,11 +306,11 @@ def _student_among(models: Mapping[str, Evaluation], roles: Mapping[str, Evaluat
         return candidates[0]
     paths = ", ".join(models[fingerprint].model.path for fingerprint in candidates)
     why = f"it may be any of {paths}" if candidates else "no model's run names another of them as its input"
-    raise UserError(f"cannot tell which model is the student: {why}; write --from student=FOLDER.")
+    raise UserError(f"the student is ambiguous: {why}; write --from student=FOLDER.")
 
 
 def _fill_from_inputs(roles: dict[str, Evaluation], models: dict[str, Evaluation]) -> None:
-    """Give roles that are still open to the models that the student's run names for them."""
+    """Fill missing roles with the models that the student's run names."""
     everyone = {**models, **{one.model.fingerprint: one for one in roles.values()}}
     inputs = roles["student"].model.inputs
     for role in ROLES[:3]:

@@ -1,4 +1,4 @@
-"""What a model's training metrics show over its steps: forgetting, held-out loss, whether the expert was done."""
+"""Curves of a model's training metrics: forgetting, held-out loss, and whether the expert had converged."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ _FEWEST_LOGGED = 20
 
 
 def training_curves(model: str, lines: Sequence[Mapping[str, Any]], *, own_loss: bool) -> list[Curve]:
-    """Curves of `drift/*`, else of `eval_*_kl` and `eval_*_ntp`, else (no held-out rows) of `*/kl` on training rows.
+    """Curves of `drift/*`, else of `eval_*_kl` and `eval_*_ntp`, else (no eval set) of `*/kl` on training rows.
 
-    lines: of metrics.jsonl. A step that was logged twice counts with its last value. With `own_loss` the training loss,
-    `*/ntp`, comes in any case.
+    lines: of metrics.jsonl; the last value of a step counts. With `own_loss` also the training loss, `*/ntp`.
     """
     points: dict[str, dict[int, float]] = {}
     for line in lines:
@@ -32,7 +31,7 @@ def training_curves(model: str, lines: Sequence[Mapping[str, Any]], *, own_loss:
 
 
 def _measured(keys: Sequence[str]) -> list[str]:
-    """The keys of the best measurement there is: drift asks the reference on every route, `eval_*` only the teacher."""
+    """The keys of the best measurement: drift compares with the reference on all routes, `eval_*` with the teacher."""
     drift = [key for key in keys if key.startswith("drift/")]
     held_out = [key for key in keys if key.startswith("eval_") and key.endswith(("_kl", "_ntp"))]
     return drift or held_out or [key for key in keys if _is_of_training(key, "kl")]
@@ -57,12 +56,12 @@ def _name(key: str) -> str:
 
 
 def still_falling(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence for each loss of a training that had not levelled off at its end.
+    """A sentence for each loss that was still falling at the end of training.
 
     Held-out loss (the same rows each time, at least 5 values): the last value is more than 2 % below that at nine
     tenths of the steps. Without one, training loss (other rows each time, at least 20 values): the mean of the last
     tenth is more than 2 % below that of the tenth before, and by more than two standard errors of the difference. A
-    learning rate that decays to 0 levels any curve off, so silence does not show that training was long enough.
+    learning rate that decays to 0 flattens any curve, so no sentence does not mean that training was long enough.
     """
     curves = training_curves("", lines, own_loss=True)
     held_out = [c for c in curves if c.name.startswith("held-out") and len(c.steps) >= _FEWEST_EVALUATIONS]

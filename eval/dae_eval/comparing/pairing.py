@@ -1,4 +1,4 @@
-"""Which documents all models answered, under the same conditions: what alone may be compared."""
+"""Pair the documents that all models answered under the same conditions; only these are compared."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ _ABSENT = object()
 class PairedTask:
     """One task on the D documents that all models answered, in the same order for all.
 
-    result: the task as the first model has it. same: by role, the first role with the same weights, whose answers are
-    taken for both. unpaired: documents that only some models answered. seen_D: documents that stand in any model's
-    training rows.
+    result: of the first model. same: by role, the first role with the same weights, whose answers count for both.
+    unpaired: documents that only some models answered. seen_D: documents that occur in any model's training rows.
     """
 
     result: TaskResult
@@ -41,10 +40,10 @@ def same_weights(evaluations: Mapping[str, Evaluation]) -> dict[str, str]:
 
 
 def pair_tasks(evaluations: Mapping[str, Evaluation]) -> tuple[list[PairedTask], list[str]]:
-    """The tasks that all models have, document by document, and notes on what was left out.
+    """The tasks that all models answered, paired by document, and notes on what was left out.
 
     Raises:
-        UserError: a task was not run under the same settings for all models, or no document is common to all.
+        UserError: models answered a task with different settings, or no document is common to all.
     """
     names = list(dict.fromkeys(task for one in evaluations.values() for task in one.tasks))
     paired, notes = [], []
@@ -73,7 +72,7 @@ def _check_conditions(name: str, results: Mapping[str, TaskResult]) -> None:
 
 def _differences(one: TaskResult, other: TaskResult) -> list[str]:
     return [
-        f"{what} ({_said(before)} against {_said(now)})"
+        f"{what} ({_shown(before)} against {_shown(now)})"
         for what, before, now in (
             *((field, getattr(one, field), getattr(other, field)) for field in ("kind", "group", "metric", "version")),
             *(
@@ -85,7 +84,7 @@ def _differences(one: TaskResult, other: TaskResult) -> list[str]:
     ]
 
 
-def _said(value: Any) -> str:
+def _shown(value: Any) -> str:
     return "nothing" if value is _ABSENT else repr(value)
 
 
@@ -120,19 +119,19 @@ def _notes_on(task: PairedTask, results: Mapping[str, TaskResult]) -> list[str]:
     name = task.result.task
     notes = []
     if task.unpaired:
-        notes.append(f"Task {name}: {_documents(task.unpaired)} answered by only some of the models, left out.")
+        notes.append(f"Task {name}: {_documents(task.unpaired)} left out, answered by only some of the models.")
     if seen := int(task.seen_D.sum()):
         notes.append(
             f"Task {name}: {seen} of {_documents(len(task.seen_D))} also in training rows; "
             "scores without them are shown beside."
         )
     if task.clusters_D.max() == 0:
-        notes.append(f"Task {name}: all documents share one source, so nothing can be said about its spread.")
+        notes.append(f"Task {name}: all documents share one source, so the variance is unknown.")
     for role, other in task.same.items():
         if other != role and (differing := _differing(results[role], results[other])):
             notes.append(
-                f"Task {name}: {role} and {other} are the same weights, yet scores differ on {_documents(differing)}; "
-                f"those of {other} are taken for both."
+                f"Task {name}: {role} and {other} have the same weights, but their scores differ on "
+                f"{_documents(differing)}; those of {other} count for both."
             )
     return notes
 

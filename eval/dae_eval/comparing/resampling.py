@@ -38,7 +38,7 @@ RESAMPLES = 4000
 class Answers:
     """Scores of several models on the documents of one task, scores_MD[m, i] on 0..1, and the documents' clusters.
 
-    Each row is another set of weights: where two roles are the same weights they are the same row.
+    Each row has different weights; roles with the same weights share a row.
     """
 
     scores_MD: Floats
@@ -46,7 +46,7 @@ class Answers:
 
 
 def gain(tasks: Sequence[Answers], base: int, expert: int, *, seed: int = 0) -> Estimate:
-    """sum over tasks of (expert - base), with its interval: the gap that a student can close. base, expert: rows."""
+    """The gap with its interval: sum over tasks of (expert - base). base, expert: rows."""
     if base == expert:
         return Estimate(0.0, 0.0, 0.0)
     contrasts = [_contrast(task, base, expert) for task in tasks]
@@ -61,7 +61,7 @@ def gain(tasks: Sequence[Answers], base: int, expert: int, *, seed: int = 0) -> 
 def gap_closed(tasks: Sequence[Answers], base: int, expert: int, student: int, *, seed: int = 0) -> Estimate | None:
     """sum over tasks of (student - base) / sum over tasks of (expert - base): 1 is all of the expert's gain.
 
-    None ("undefined") where the expert's gain is not clearly above 0, that is, where its interval reaches 0 or below.
+    None ("undefined") if the expert's gain is not clearly above 0, that is, if its interval reaches 0 or below.
     """
     if base == expert:
         return None
@@ -74,13 +74,13 @@ def gap_closed(tasks: Sequence[Answers], base: int, expert: int, student: int, *
     if _estimate(0.0, gained_R, tail).low <= 0:
         return None
     taken_R = (means[student] - means[base]).sum(axis=0)
-    # Resamples without a gain are fewer than the percentile cuts off: they go to the end that they point to.
+    # Resamples without a gain are fewer than the percentile cuts off; they count as an infinity of their sign.
     ratios_R = np.divide(taken_R, gained_R, out=np.copysign(np.inf, taken_R), where=gained_R > 0)
     return _estimate(sum(task.mean for task in taken) / sum(task.mean for task in gained), ratios_R, tail)
 
 
 def gap_word(closed: Estimate | None, minimum: float) -> Word:
-    """PASS: the whole interval is above `minimum`; FAIL: none of it is; INCONCLUSIVE: else, and where undefined."""
+    """PASS: the whole interval is above `minimum`; FAIL: none of it is; INCONCLUSIVE: otherwise, and if undefined."""
     if closed is None:
         return "INCONCLUSIVE"
     if closed.low > minimum:
@@ -93,8 +93,8 @@ def gap_documents_needed(
 ) -> int | None:
     """Documents per task (as in `documents_needed`) that would decide whether more than `minimum` of the gap is closed.
 
-    That is whether the sum of (student - base) - minimum x (expert - base) is above 0; where the gap is not `defined`,
-    also whether that of (expert - base) is. None where no number would, as where the expert did not gain at all.
+    That is whether the sum of (student - base) - minimum x (expert - base) is above 0; if the gap is not `defined`,
+    also whether that of (expert - base) is. None if no number would, as when the expert did not gain at all.
     """
     gained = [_contrast(task, base, expert) for task in tasks]
     if sum(task.mean for task in gained) <= 0:
@@ -110,7 +110,7 @@ def gap_documents_needed(
 def retention_ratio(tasks: Sequence[Answers], reference: int, student: int, *, seed: int = 0) -> Estimate | None:
     """100 x macro-mean over tasks of student score / reference score.
 
-    None where the reference scores 0 on a task, or so close to it that the ratio has no upper end.
+    None if the reference scores 0 on a task, or so close to it that the ratio has no upper bound.
     """
     if any(task.scores_MD[reference].mean() <= 0 for task in tasks):
         return None
@@ -133,7 +133,7 @@ def _contrast(task: Answers, other: int, model: int) -> Spread:
 
 
 def _tail(contrasts: Sequence[Spread]) -> float | None:
-    """The probability that the expanded percentile interval leaves out at each end; None where nothing can be said."""
+    """The probability that the expanded percentile interval leaves out at each end; None if it is unknown."""
     if any(task.degrees < LEAST_DEGREES for task in contrasts):
         return None
     variances = np.array([task.variance for task in contrasts])
@@ -157,7 +157,7 @@ def _doubt(task: Answers) -> float:
 
 
 def _task_means(task: Answers, seed: Sequence[int]) -> Floats:
-    """[M, R]. Clusters of equal scores and size are drawn as one kind, which is the same and quick for 0/1 scores."""
+    """[M, R]. Clusters of equal scores and size are drawn as one kind: equivalent, and fast for 0/1 scores."""
     _, index_D = np.unique(task.clusters_D, return_inverse=True)
     columns = [np.bincount(index_D, weights=scores_D) for scores_D in (*task.scores_MD, np.ones(len(index_D)))]
     kinds_US, times_U = np.unique(np.stack(columns, axis=1), axis=0, return_counts=True)

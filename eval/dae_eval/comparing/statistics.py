@@ -23,7 +23,7 @@ ALPHA = 0.05
 POWER = 0.8
 TEST_RESAMPLES = 5000
 LEAST_DEGREES = 1e-9  # below: a task is a single cluster
-MOST_DOCUMENTS = 10**9  # a number of documents beyond which "more would decide" is no help
+MOST_DOCUMENTS = 10**9  # more are not worth reporting
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Spread:
-    """What a task's paired differences say about their mean.
+    """The mean of a task's paired differences and its variance.
 
     squares: sum over clusters of (summed deviation from the mean)^2; times G / (G - 1), over n^2, it is the
-    cluster-robust variance of the mean, with degrees + 1 for G. doubt: what is added to the squares because few
-    differences were seen (see `spread`). design: by how much clustering inflates the variance, at least 1. degrees: of
+    cluster-robust variance of the mean, with degrees + 1 for G. doubt: added to the squares because few differences
+    were seen (see `spread`). design: the factor by which clustering inflates the variance, at least 1. degrees: of
     freedom. differing: number of documents with a difference.
     """
 
@@ -55,12 +55,12 @@ class Spread:
 
     @property
     def variance(self) -> float:
-        """Of the mean difference, doubt included."""
+        """Of the mean difference, including doubt."""
         return (self.squares * (1 + 1 / self.degrees) + self.doubt) / self.n**2
 
 
 def spread(differences_D: Floats, clusters_D: Ints) -> Spread:
-    """Mean and variance of paired differences, honest where few or no documents differ.
+    """Mean and variance of paired differences, also valid if few or no documents differ.
 
     The variance is that of Bonett and Price (2012, adjusted Wald interval for paired proportions) carried over to
     clusters and to any score: two documents are added, one on which each model is better, of the typical size of a
@@ -94,7 +94,7 @@ def spread(differences_D: Floats, clusters_D: Ints) -> Spread:
 
 
 def paired_difference(differences_D: Floats, clusters_D: Ints) -> Estimate:
-    """Mean paired difference with its interval: of one task, what `macro_difference` is of several."""
+    """Mean paired difference of one task, with its interval."""
     return macro_difference([spread(differences_D, clusters_D)])
 
 
@@ -103,7 +103,7 @@ def macro_difference(tasks: Sequence[Spread]) -> Estimate:
 
     Variances of tasks add up (tasks share no documents), over K^2; the doubt is added once, for the task where it is
     largest: what was seen in one task is evidence about the others' documents too. Reference distribution: Student's t
-    with Satterthwaite's degrees of freedom. A task with a single cluster says nothing about its variance: [-1, 1].
+    with Satterthwaite's degrees of freedom. A task with a single cluster has an unknown variance: [-1, 1].
 
     With a 1-point margin and no true loss the lower end is above -margin in 17 / 11 / 8 % of all cases at n = 324 when
     2 / 5 / 10 % of the documents differ, where the plain Wald interval passes 28 / 13 / 9 %. But Wald also passes 5 %
@@ -118,7 +118,7 @@ def macro_difference(tasks: Sequence[Spread]) -> Estimate:
 
 
 def _half_width(tasks: Sequence[Spread], documents: Sequence[int]) -> float:
-    """Half the interval's width if task k had documents[k] documents that differ at the rates seen."""
+    """Half the interval's width if task k had documents[k] documents that differ at the observed rates."""
     grown = [_grown(task, n) for task, n in zip(tasks, documents, strict=True)]
     doubts_K = np.array([task.doubt / task.n**2 for task in grown])
     variances_K = np.array([task.variance for task in grown])
@@ -138,12 +138,12 @@ def degrees_of_freedom(variances_K: Floats, degrees_K: Floats) -> float:
 
 
 def t_quantile(degrees: float) -> float:
-    """What a two-sided 95 % interval takes of Student's t."""
+    """The quantile of Student's t for a two-sided 95 % interval."""
     return float(stats.t.ppf(1 - ALPHA / 2, degrees))
 
 
 def non_inferiority(difference: Estimate, margin: float) -> Word:
-    """PASS where the whole interval is above -margin, FAIL where all of it is below, else INCONCLUSIVE."""
+    """PASS if the whole interval is above -margin, FAIL if all of it is below, else INCONCLUSIVE."""
     if difference.low > -margin:
         return "PASS"
     return "FAIL" if difference.high < -margin else "INCONCLUSIVE"
@@ -154,7 +154,7 @@ def documents_needed(tasks: Sequence[Spread], margin: float) -> int | None:
 
     That is the smallest N such that, with every task of fewer than N documents brought up to N, the interval would
     leave -margin outside, if the mean differences, the rates of differing documents and the cluster sizes stay as they
-    are. None where no number would: the mean difference sits on -margin, or a task is a single cluster.
+    are. None if no number would: the mean difference is -margin, or a task is a single cluster.
     """
     distance = abs(float(np.mean([task.mean for task in tasks])) + margin)
     if any(task.degrees < LEAST_DEGREES for task in tasks):
@@ -178,7 +178,7 @@ def documents_needed(tasks: Sequence[Spread], margin: float) -> int | None:
 def paired_test(differences_D: Floats, clusters_D: Ints, *, binary: bool, seed: int = 0) -> tuple[float, str]:
     """Two-sided p of "no difference", and the name of the test: McNemar's for 0/1 scores, else a bootstrap.
 
-    clustered: the clusters are what signs are flipped of, or what is resampled.
+    "clustered" in the name: signs are flipped per cluster.
     """
     clusters = len(np.unique(clusters_D))
     clustered = "clustered " if clusters < len(clusters_D) else ""
@@ -226,7 +226,7 @@ def bootstrap_p(differences_D: Floats, clusters_D: Ints, *, seed: int = 0, resam
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm (1979): p values corrected for being several, in the order given."""
+    """Holm (1979): p values corrected for multiple tests, in the given order."""
     order = np.argsort(p_values, kind="stable")
     factors = np.arange(len(p_values), 0, -1)
     corrected = np.empty(len(p_values))
@@ -239,7 +239,7 @@ def detectable_difference(task: Spread, *, binary: bool) -> float | None:
 
     0/1 scores: exact power of the mid-p McNemar test on n / design effect documents, of which as many differ as did
     (or, where fewer did than the difference itself asks for, no more than that: a bound). Others, by normal theory:
-    (t_0.975 + t_0.8) x standard error. None where not even a difference on all documents would be found.
+    (t_0.975 + t_0.8) x standard error. None if not even a difference on all documents would be found.
     """
     if task.degrees < LEAST_DEGREES:
         return None
@@ -267,7 +267,6 @@ def mcnemar_power(n: int, differing: float, difference: float) -> float:
 
 
 def _by_cluster(differences_D: Floats, clusters_D: Ints) -> tuple[Floats, Floats]:
-    """Sizes of the clusters, and sums of their differences."""
     _, index_D = np.unique(clusters_D, return_inverse=True)
     sizes_G: Floats = np.bincount(index_D).astype(np.float64)
     sums_G: Floats = np.bincount(index_D, weights=differences_D).astype(np.float64)
@@ -275,6 +274,6 @@ def _by_cluster(differences_D: Floats, clusters_D: Ints) -> tuple[Floats, Floats
 
 
 def in_parts(resamples: int, width: int) -> list[int]:
-    """Resamples of `width` numbers each, in parts of at most two million numbers for the sake of memory."""
+    """Resamples of `width` numbers each, in parts of at most two million numbers to limit memory."""
     rows = max(1, 2_000_000 // max(width, 1))
     return [min(rows, resamples - start) for start in range(0, resamples, rows)]

@@ -38,7 +38,7 @@ def summarise(
 
 
 def overall(summary: StudentSummary) -> Word:
-    """FAIL where a line fails, PASS where all pass."""
+    """FAIL if a line fails, PASS if all pass."""
     words = [line.word for line in (summary.gap, summary.retention) if line is not None]
     if "FAIL" in words:
         return "FAIL"
@@ -78,7 +78,7 @@ def _answers(tasks: Sequence[PairedTask], roles: tuple[str, ...]) -> tuple[list[
 
 
 def task_lines(tasks: Sequence[PairedTask], *, seed: int) -> list[TaskLine]:
-    """A line for each task: general ones first, groups and tasks in which most was lost first."""
+    """A line for each task: general tasks first, then the largest losses by group and task."""
     tested = [_test(task, seed) for task in tasks]
     corrected = holm([p for p, _ in tested])
     lines = [_task_line(*each) for each in zip(tasks, tested, corrected, strict=True)]
@@ -93,7 +93,7 @@ def task_lines(tasks: Sequence[PairedTask], *, seed: int) -> list[TaskLine]:
 
 
 def against(task: PairedTask) -> str:
-    """Whom the student is compared with: `base` on domain tasks (where there is one), else `reference`."""
+    """The model that the student is compared with: `base` on domain tasks (if there is one), else `reference`."""
     return "base" if task.result.kind == "domain" and "base" in task.scores else "reference"
 
 
@@ -113,8 +113,12 @@ def _task_line(task: PairedTask, tested: tuple[float, str], p_holm: float) -> Ta
     result, other = task.result, against(task)
     differences_D = task.scores["student"] - task.scores[other]
     one_model = task.same[other] == task.same["student"]
-    unseen = ~task.seen_D
+    unseen, everything = ~task.seen_D, np.ones_like(task.seen_D)
     some_seen = bool(task.seen_D.any() and unseen.any())
+
+    def difference(chosen: np.typing.NDArray[np.bool_]) -> Estimate:
+        return NOTHING if one_model else paired_difference(differences_D[chosen], task.clusters_D[chosen])
+
     detectable = (
         None if one_model else detectable_difference(spread(differences_D, task.clusters_D), binary=_binary(task))
     )
@@ -127,9 +131,9 @@ def _task_line(task: PairedTask, tested: tuple[float, str], p_holm: float) -> Ta
         clusters=int(task.clusters_D.max()) + 1,
         chance=result.chance,
         majority=result.majority,
-        scores=_means(task.scores, np.ones_like(unseen)),
+        scores=_means(task.scores, everything),
         against=other,
-        difference=NOTHING if one_model else paired_difference(differences_D, task.clusters_D),
+        difference=difference(everything),
         p=tested[0],
         p_holm=p_holm,
         test=tested[1],
@@ -139,15 +143,8 @@ def _task_line(task: PairedTask, tested: tuple[float, str], p_holm: float) -> Ta
         unpaired=task.unpaired,
         seen=int(task.seen_D.sum()),
         unseen_scores=_means(task.scores, unseen) if some_seen else None,
-        unseen_difference=_unseen_difference(task, differences_D, one_model) if some_seen else None,
+        unseen_difference=difference(unseen) if some_seen else None,
     )
-
-
-def _unseen_difference(task: PairedTask, differences_D: Floats, one_model: bool) -> Estimate:
-    if one_model:
-        return NOTHING
-    unseen = ~task.seen_D
-    return paired_difference(differences_D[unseen], task.clusters_D[unseen])
 
 
 def _means(scores: Mapping[str, Floats], chosen: np.typing.NDArray[np.bool_]) -> dict[str, float]:
@@ -155,9 +152,9 @@ def _means(scores: Mapping[str, Floats], chosen: np.typing.NDArray[np.bool_]) ->
 
 
 def flips(tasks: Sequence[PairedTask]) -> list[Flip]:
-    """Documents on which the student and the model it is compared with differ: regressions first, the worst first.
+    """Documents on which the student and the model it is compared with differ: worst regressions first.
 
-    Equal changes: general tasks before domain ones, the task that lost most first.
+    Ties: general tasks before domain tasks, then the task with the largest loss.
     """
     found = []
     for task in tasks:

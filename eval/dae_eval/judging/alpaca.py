@@ -1,4 +1,4 @@
-"""AlpacaEval: outputs of a model, their annotation against a baseline's, and what comes of it."""
+"""AlpacaEval: outputs of a model, their annotation against a baseline's, and the win rate."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ from dae_eval.judging.alpaca_scores import (
     text_of,
     win_rate,
 )
-from dae_eval.judging.asking import Reply, ReplyLog, Request, ask_all, unanswered
+from dae_eval.judging.asking import Reply, ReplyLog, Request
 from dae_eval.judging.authors import Author, answer_instructions, notes_of, seed_of
 from dae_eval.judging.fastchat_files import local_file, read_judge_prompts
-from dae_eval.judging.judged_folder import REPLIES, claimed
-from dae_eval.judging.judges import JudgeChoice, chosen_prompt, cost_estimate, judge_request, refuse_crowded
+from dae_eval.judging.judged_folder import REPLIES, claimed, software
+from dae_eval.judging.judges import JudgeChoice, ask_judge, chosen_prompt, judge_request
 from dae_eval.judging.mt_bench_scores import verdict_in
 from dae_eval.results import Document, Evaluation, Kind, ModelFacts, TaskResult
 from kd.errors import UserError
-from kd.runs.environment import environment
 from kd.runs.files import file_sha256, json_text, write_text_durably
 
 logger = logging.getLogger("dae")
@@ -43,9 +42,9 @@ _PREFERENCES = {"model_1": 1.0, "model_2": 2.0, "tie": 1.5, "error": None}
 
 @dataclass(frozen=True)
 class Annotating:
-    """How outputs are annotated. baseline: a file of outputs. seed: decides for each instruction who is shown first.
+    """How outputs are annotated. baseline: a file of outputs. seed: of the order in which a pair is shown.
 
-    price: for a million tokens (in, out). only_estimate: stop before the judge is asked anything.
+    price: per million tokens (in, out). only_estimate: do not ask the judge.
     """
 
     judge: JudgeChoice
@@ -58,9 +57,9 @@ class Annotating:
 
 @dataclass(frozen=True)
 class AlpacaEval:
-    """One run. outputs: a file of outputs that are there already; else the author answers `instructions`.
+    """One run. outputs: a file of existing outputs; without it the author answers `instructions`.
 
-    annotations: a file of finished annotations; then nothing else is needed.
+    annotations: a file of finished annotations, which needs neither outputs nor a judge.
     """
 
     output: Path
@@ -75,8 +74,6 @@ class AlpacaEval:
 
 @dataclass(frozen=True)
 class AlpacaResult:
-    """The rates, and the folder that holds everything."""
-
     output: Path
     rate: WinRate
     length_controlled: LengthControlled
@@ -85,21 +82,19 @@ class AlpacaResult:
 
 @dataclass(frozen=True)
 class Outputs:
-    """A model's outputs, in the file's order."""
-
     generator: str
     rows: tuple[Mapping[str, Any], ...]
 
 
 def run_alpaca_eval(job: AlpacaEval) -> AlpacaResult | None:
-    """Write outputs, annotate, score, as far as the job goes; the same command goes on where it was stopped.
+    """Write outputs, annotate them and score, as far as the job says; the same command resumes an interrupted run.
 
     Returns:
-        The rates; None where there is nothing to annotate with, or only the estimate was asked for.
+        The rates; None without a judge, or if only the estimate is wanted.
 
     Raises:
-        UserError: a flag or file cannot be used, or the folder was started with different settings.
-        MachineError: an endpoint cannot be reached or gives up. What was answered is kept.
+        UserError: a flag or file is invalid, or the folder was started with different settings.
+        MachineError: an endpoint cannot be reached or keeps failing. Replies so far are kept.
     """
     if job.annotations is not None:
         path = local_file(job.annotations, "--annotations")
@@ -122,7 +117,6 @@ def run_alpaca_eval(job: AlpacaEval) -> AlpacaResult | None:
 
 
 def _settings(job: AlpacaEval) -> dict[str, Any]:
-    """All that outputs and annotations depend on."""
     settings: dict[str, Any] = {}
     if job.outputs is not None:
         settings["outputs"] = file_sha256(local_file(job.outputs, "--outputs"))
@@ -130,7 +124,7 @@ def _settings(job: AlpacaEval) -> dict[str, Any]:
         settings["instructions"] = file_sha256(local_file(job.instructions, "--instructions"))
         settings |= {**job.author.settings(), "temperature": 0.0}
     else:
-        raise UserError("alpaca-eval: give --annotations, or --outputs, or --model with --instructions")
+        raise UserError("alpaca-eval: --annotations, --outputs, or --model with --instructions is required")
     if job.annotating is not None:
         how = job.annotating
         settings |= how.judge.settings()
@@ -141,7 +135,7 @@ def _settings(job: AlpacaEval) -> dict[str, Any]:
 
 
 def _outputs(job: AlpacaEval) -> tuple[Outputs, tuple[str, ...]]:
-    """The outputs, also as a file in AlpacaEval's format; and notes on how the author had to be asked."""
+    """The outputs, also written in AlpacaEval's format, and notes on how the author was asked."""
     notes: tuple[str, ...] = ()
     if job.outputs is not None:
         outputs = read_outputs(local_file(job.outputs, "--outputs"), "--outputs")
@@ -162,14 +156,14 @@ def _outputs(job: AlpacaEval) -> tuple[Outputs, tuple[str, ...]]:
 
 
 def read_outputs(path: Path, flag: str) -> Outputs:
-    """The outputs of one model. Raises UserError."""
+    """The outputs of one model. Raises UserError if the file is invalid or has outputs of several models."""
     rows = read_rows(path, flag)
     for index, row in enumerate(rows):
         for key in ("instruction", "output", "generator"):
             text_of(row, key, f"{flag} {path}: row {index}")
     generators = {row["generator"] for row in rows}
     if len(generators) > 1:
-        raise UserError(f"{flag} {path}: outputs of several models ({', '.join(sorted(generators))}); wants one")
+        raise UserError(f"{flag} {path}: outputs of several models ({', '.join(sorted(generators))}); expected one")
     return Outputs(generators.pop(), tuple(rows))
 
 
@@ -177,16 +171,13 @@ def read_outputs(path: Path, flag: str) -> Outputs:
 
 
 def _annotate(how: Annotating, outputs: Outputs, folder: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]] | None:
-    """Annotations in AlpacaEval's format and notes, or None where only the estimate was asked for."""
+    """Annotations in AlpacaEval's format and notes, or None if only the estimate is wanted."""
     baseline = _matched(read_outputs(local_file(how.baseline, "--baseline"), "--baseline"), outputs, how.baseline)
     requests = annotation_requests(how, outputs, baseline)
     log = ReplyLog(folder / REPLIES / "annotations.jsonl")
-    left = unanswered(requests, log, lambda _: True)
-    logger.info(cost_estimate(left, how.price).told(how.judge.name, len(requests) - len(left)))
-    if how.only_estimate:
+    replies = ask_judge(how.judge, requests, log, "annotations", how.price, how.only_estimate)
+    if replies is None:
         return None
-    replies = ask_all(how.judge.open, requests, log, "annotations")
-    refuse_crowded(how.judge, replies)
     annotated = [
         _annotation_row(how, index, row, other, baseline.generator, replies[str(index)])
         for index, (row, other) in enumerate(zip(outputs.rows, baseline.rows, strict=True))
@@ -200,19 +191,18 @@ def _matched(baseline: Outputs, outputs: Outputs, source: str) -> Outputs:
     missing = [index for index, row in enumerate(outputs.rows) if row["instruction"] not in by_instruction]
     if missing:
         raise UserError(
-            f"--baseline {source}: has no output for {len(missing)} of {len(outputs.rows)} instructions (the first is "
+            f"--baseline {source}: outputs are missing for {len(missing)} of {len(outputs.rows)} instructions (first: "
             f"row {missing[0]}); give the baseline's outputs for the same instructions"
         )
     return Outputs(baseline.generator, tuple(by_instruction[row["instruction"]] for row in outputs.rows))
 
 
 def shown_first(seed: int, index: int) -> bool:
-    """Whether the model's output is shown before the baseline's, for this instruction."""
     return bool(seed_of(seed, index) & 1)
 
 
 def annotation_requests(how: Annotating, outputs: Outputs, baseline: Outputs) -> list[Request]:
-    """One request for each instruction, the two outputs in an order drawn by the seed."""
+    """One request per instruction, with the two outputs in the order that the seed gives."""
     prompts = read_judge_prompts(local_file(how.judge_prompts, "--judge-prompts"))
     prompt = chosen_prompt(prompts, PROMPT, "pairwise", how.judge_prompts)
     requests = []
@@ -270,7 +260,7 @@ def evaluation_of(
     conditions: Mapping[str, Any],
     kind: Kind,
 ) -> Evaluation:
-    """The evaluation: one document for each preference, scored preference - 1."""
+    """One document for each preference, scored preference - 1."""
     task = TaskResult(
         task="alpaca_eval",
         group=GROUP,
@@ -280,14 +270,12 @@ def evaluation_of(
         settings=settings,
         documents=tuple(_document(a, a.preference - 1) for a in annotations if a.preference is not None),
     )
-    around = environment()
-    around = {key: around[key] for key in ("libraries", "python", "commit")}
-    return Evaluation(facts, {task.task: task}, {**conditions, **around})
+    return Evaluation(facts, {task.task: task}, {**conditions, **software()})
 
 
 def _document(annotation: Annotation, score: float) -> Document:
     shown = annotation.instruction
-    # Without its text an instruction is known by its place.
+    # An instruction without its text is identified by its index.
     identity = f"{annotation.dataset} {annotation.index}" if shown is None else shown
     digest = hashlib.sha256(identity.encode()).hexdigest()
     return Document(

@@ -1,4 +1,4 @@
-"""AlpacaEval's win rates from annotations: its own way, and length-controlled through its own package."""
+"""AlpacaEval's win rate from annotations, and the length-controlled rate of its own package."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _TIE = 1.5
 class Annotation:
     """A judge's preference between the baseline's output (1) and the model's (2).
 
-    preference: from 1 (the baseline's is better) to 2 (the model's is), 1.5 a tie; None: the judge gave none. Texts are
-    None where the file does not hold them. row: the whole annotation as it stands in the file.
+    preference: from 1 (the baseline's is better) to 2 (the model's is better), 1.5 for a tie; None: the judge gave
+    none. Texts are None if they are not in the file. row: the whole annotation from the file.
     """
 
     index: int
@@ -46,7 +46,7 @@ class Annotation:
 class WinRate:
     """Percent. standard_error: None for a single preference. dropped: annotations without a preference.
 
-    Mean lengths in characters, None where the texts are not in the file.
+    Mean lengths in characters, None if the texts are not in the file.
     """
 
     win_rate: float
@@ -62,7 +62,7 @@ class WinRate:
 
 @dataclass(frozen=True)
 class LengthControlled:
-    """Percent; or no number, and why."""
+    """Percent, or the reason why there is no rate."""
 
     win_rate: float | None
     standard_error: float | None
@@ -70,22 +70,24 @@ class LengthControlled:
 
 
 def read_rows(path: Path, flag: str) -> list[dict[str, Any]]:
-    """A JSON file with a list of objects, the form of all of AlpacaEval's files. Raises UserError."""
+    """The objects of one of AlpacaEval's files, which are JSON lists. Raises UserError."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{flag} {path}: cannot be read ({error}); give a JSON file") from error
     except ValueError as error:
-        raise UserError(f"{flag} {path}: is no JSON ({error}); AlpacaEval's files are one list of objects") from error
+        raise UserError(
+            f"{flag} {path}: not valid JSON ({error}); AlpacaEval's files are one list of objects"
+        ) from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{flag} {path}: wants a list of at least one object, not {kind_of(rows)}")
+        raise UserError(f"{flag} {path}: expected a list of at least one object, not {kind_of(rows)}")
     return rows
 
 
 def text_of(row: Mapping[str, Any], key: str, location: str) -> str:
-    """A text that has to be there. Raises UserError."""
+    """A required string. Raises UserError."""
     if not isinstance(row.get(key), str):
-        raise UserError(f"{location}: {key}: wants text, not {kind_of(row.get(key))}")
+        raise UserError(f"{location}: {key}: expected a string, not {kind_of(row.get(key))}")
     return str(row[key])
 
 
@@ -101,7 +103,9 @@ def read_annotations(path: Path, flag: str = "--annotations") -> list[Annotation
         ("generator_1", {annotation.baseline for annotation in annotations}),
     ):
         if len(names) > 1:
-            raise UserError(f"{path}: {what}: several ({', '.join(sorted(names))}); give the annotations of one model")
+            raise UserError(
+                f"{path}: {what}: several names ({', '.join(sorted(names))}); expected one model and baseline"
+            )
     return annotations
 
 
@@ -109,11 +113,11 @@ def _annotation(row: Mapping[str, Any], index: int, location: str) -> Annotation
     preference = row.get("preference")
     if preference is not None:
         if isinstance(preference, bool) or not isinstance(preference, int | float):
-            raise UserError(f"{location}: preference: wants a number or null, not {kind_of(preference)}")
+            raise UserError(f"{location}: preference: expected a number or null, not {kind_of(preference)}")
         # NaN is how pandas writes a missing one, 0 how older files write a tie.
         preference = None if math.isnan(preference) else _TIE if preference == 0 else float(preference)
     if preference is not None and not 1 <= preference <= 2:
-        raise UserError(f"{location}: preference: {preference}: wants 1 (baseline) to 2 (model), or null")
+        raise UserError(f"{location}: preference: {preference}: expected 1 (baseline) to 2 (model), or null")
     return Annotation(
         index=index,
         instruction=_text_or_none(row.get("instruction")),
@@ -140,7 +144,7 @@ def win_rate(annotations: Sequence[Annotation]) -> WinRate:
     """
     shares = [annotation.preference - 1 for annotation in annotations if annotation.preference is not None]
     if not shares:
-        raise UserError("no annotation has a preference; look at what the judge wrote")
+        raise UserError("no annotation has a preference; check the judge's replies")
     standard_error = 100 * statistics.stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else None
     return WinRate(
         win_rate=100 * math.fsum(shares) / len(shares),
@@ -161,21 +165,21 @@ def _mean_length(texts: Sequence[str | None]) -> float | None:
 
 
 def length_controlled(annotations: Sequence[Annotation], gamed_file: Path | None) -> LengthControlled:
-    """The length-controlled win rate by the package's own model (arXiv 2404.04475), or why there is none.
+    """The length-controlled win rate by the package's own model (arXiv 2404.04475), or the reason why there is none.
 
-    gamed_file: the package's df_gamed.csv, which it would fetch from the hub; annotations have to be in its order.
+    gamed_file: the package's df_gamed.csv, which it would download from the hub; annotations must be in its order.
 
     Raises:
-        UserError: the file cannot be used, or the package is not installed.
+        UserError: the file is invalid, or the package is not installed.
     """
     if gamed_file is None:
         return LengthControlled(None, None, "needs the package's df_gamed.csv (--gamed-file)")
     if not gamed_file.is_file():
-        raise UserError(f"--gamed-file {gamed_file}: there is no such file; it is {GAMED_FILE}")
+        raise UserError(f"--gamed-file {gamed_file}: not found; expected {GAMED_FILE}")
     if any(annotation.output is None or annotation.baseline_output is None for annotation in annotations):
         return LengthControlled(None, None, f"the outputs (output_1, output_2) are {NOT_IN_FILE}")
     with _package() as package:
-        # The place of the file is no argument: it is what this function answers.
+        # The package has no argument for the file's path, so its download function returns it.
         fetch, package.hf_hub_download = package.hf_hub_download, lambda **_: str(gamed_file)
         rows = [{**annotation.row, "preference": annotation.preference} for annotation in annotations]
         try:
@@ -193,9 +197,9 @@ def length_controlled(annotations: Sequence[Annotation], gamed_file: Path | None
 
 @contextmanager
 def _package() -> Iterator[Any]:
-    """The package's module of length control; what it changes around it is put back.
+    """The package's module of length control; the environment and scikit-learn's configuration are restored.
 
-    On import it reads .env files into the environment, and its model switches scikit-learn's global configuration.
+    On import it reads .env files into the environment, and its model changes scikit-learn's global configuration.
     """
     environment = dict(os.environ)
     try:

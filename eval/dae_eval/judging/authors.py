@@ -1,4 +1,4 @@
-"""Who writes the answers to be judged: a checkpoint or a model behind an endpoint, turn by turn."""
+"""The author of the answers: a checkpoint or a model behind an endpoint, asked turn by turn."""
 
 from __future__ import annotations
 
@@ -17,17 +17,8 @@ from kd.errors import UserError
 
 logger = logging.getLogger("dae")
 
-# FastChat's sampling temperature by category.
-TEMPERATURES = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "stem": 0.1,
-    "humanities": 0.1,
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
-}
+# FastChat's sampling temperatures by category; that of all others, such as writing.
+TEMPERATURES = {"stem": 0.1, "humanities": 0.1, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0}
 OTHER_TEMPERATURE = 0.7
 
 
@@ -51,7 +42,7 @@ class Author:
         return Path(self.model).name or self.model
 
     def settings(self) -> dict[str, Any]:
-        """All that its answers depend on, the questions aside. Raises UserError."""
+        """All that its answers depend on except the questions. Raises UserError."""
         if self.endpoint is not None:
             return {"model at an endpoint": self.endpoint.model, "max new tokens": self.max_new_tokens}
         from dae_eval.judging.local_chat import read_chat_format, template_sha256
@@ -69,7 +60,7 @@ class Author:
         }
 
     def facts(self) -> ModelFacts:
-        """Which model it is. A served model that is no local folder is known by its name alone."""
+        """The model; a served model that is not a local folder is identified by its name."""
         if self.endpoint is None or Path(self.model).is_dir():
             from dae_eval.models import locate
 
@@ -77,7 +68,7 @@ class Author:
         return ModelFacts(self.model, hashlib.sha256(f"endpoint: {self.model}".encode()).hexdigest())
 
     def open(self) -> ChatModel:
-        """The model, ready to be asked. Raises UserError."""
+        """Open the endpoint or the checkpoint. Raises UserError."""
         if self.endpoint is not None:
             return Endpoint(self.endpoint)
         from dae_eval.judging.local_chat import open_local_chat
@@ -87,7 +78,7 @@ class Author:
 
 
 def seed_of(*parts: int) -> int:
-    """A seed of its own for each sequence of numbers: 0 <= seed < 2^63."""
+    """A seed for each sequence of numbers: 0 <= seed < 2^63."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -98,10 +89,10 @@ def answer_questions(
     """Both turns of every question, the second after the author's own first answer.
 
     Returns:
-        The answers, when each question was answered, and notes on how the author had to be asked.
+        The answers, when each question was answered, and notes on how the author was asked.
 
     Raises:
-        UserError, MachineError: see the model. Answers that came before are in the log.
+        UserError, MachineError: by the model. Earlier answers are in the log.
     """
     opened: list[ChatModel] = []
 
@@ -143,7 +134,7 @@ def _turn_request(author: Author, question: Question, turn: int, replies: Mappin
 def answer_instructions(
     author: Author, instructions: Sequence[str], temperature: float, log: ReplyLog
 ) -> tuple[list[str], tuple[str, ...]]:
-    """The answer to each instruction, and notes on how the author had to be asked. Raises as `answer_questions`."""
+    """The answer to each instruction, and notes on how the author was asked. Raises as `answer_questions`."""
     requests = [
         Request(
             key=str(index),
@@ -162,25 +153,24 @@ def answer_instructions(
 def _warn_of_empty(model: str, replies: Mapping[str, Reply]) -> None:
     crowded = [key for key, reply in replies.items() if reply.stop == NO_ROOM]
     if crowded:
-        logger.warning(
-            "%s: %d answers are empty, because the conversation alone fills the model's context: %s",
-            model,
-            len(crowded),
-            ", ".join(crowded[:10]) + (", ..." if len(crowded) > 10 else ""),
-        )
+        words = "%s: %d answers are empty because the conversation fills the model's context: %s"
+        logger.warning(words, model, len(crowded), first_of(crowded))
+
+
+def first_of(items: Sequence[object], most: int = 10) -> str:
+    return ", ".join(map(str, items[:most])) + (", ..." if len(items) > most else "")
 
 
 def notes_of(name: str, replies: Mapping[str, Reply]) -> tuple[str, ...]:
-    """What is to be said of how a model was asked."""
+    """Notes on how a model was asked, if not the usual way."""
     return tuple(f"{name}: {how}" for how in sorted({reply.how for reply in replies.values()} - {""}))
 
 
 def refuse_missing(answers: Answers, questions: Sequence[Question], source: str) -> None:
-    """Raise UserError where a question's turn has no answer."""
+    """Raise UserError if a question's turn has no answer."""
     missing = [q.id for q in questions if len(answers.turns.get(q.id, ())) < len(q.turns)]
     if missing:
-        shown = ", ".join(map(str, missing[:12])) + (", ..." if len(missing) > 12 else "")
         raise UserError(
-            f"{source}: has no answer to every turn of {len(missing)} of {len(questions)} questions ({shown}); give "
-            "the answers to all questions of the question file"
+            f"{source}: answers are missing for {len(missing)} of {len(questions)} questions ({first_of(missing)}); "
+            "give the answers to all turns of all questions"
         )

@@ -1,6 +1,6 @@
 """Chat models behind an OpenAI-compatible endpoint: retries, rate limit, bounded concurrency, and two known dialects.
 
-The key comes from the environment and goes to the endpoint alone: never into a file or a message.
+The key is read from the environment and sent to the endpoint only; it is never written to a file or a message.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ logger = logging.getLogger("dae")
 
 TRIES_AGAIN = 10  # retries of the client: 0.5 s, 1 s, 2 s, ... 8 s with jitter, or what Retry-After says
 TIMEOUT = 600.0  # seconds for one reply
-NO_SYSTEM = "asked without a system message: its text stands before the user's"
-# What the client would tell of the machine it runs on, beyond the request.
-_TELLTALE = (
+NO_SYSTEM = "asked without a system message: its text is put before the user's"
+# Headers by which the client would describe the machine it runs on.
+_MACHINE_HEADERS = (
     "Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version", "Async", "Retry-Count", "Read-Timeout",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class EndpointChoice:
-    """Which endpoint and model. flag: of the command line, for messages; key_name: environment variable of its key."""
+    """An endpoint and a model there. flag: for messages; key_name: environment variable of its key."""
 
     url: str
     model: str
@@ -47,18 +47,17 @@ class EndpointChoice:
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a server wants to be asked: the name of the length limit, and whether there is a system message."""
+    """How a server is asked: the name of the length limit, and whether there is a system message."""
 
     length_key: str = "max_tokens"
     system: bool = True
 
     def messages(self, messages: Sequence[Message]) -> list[dict[str, str]]:
-        """The messages; without a system message its text stands before the user's first words."""
-        told = [dict(message) for message in messages]
-        return told if self.system else without_system(told)
+        sent = [dict(message) for message in messages]
+        return sent if self.system else without_system(sent)
 
     def after(self, refusal: str) -> Dialect | None:
-        """The dialect to try after an error 400 of this text, or None where it tells of neither difference."""
+        """The dialect to try after an error 400 with this text, or None if the text names neither difference."""
         text = refusal.lower()
         if self.length_key == "max_tokens" and "max_completion_tokens" in text:
             return replace(self, length_key="max_completion_tokens")
@@ -68,13 +67,13 @@ class Dialect:
 
     @property
     def how(self) -> str:
-        """The dialect in words, empty for the usual one."""
+        """The dialect in words; empty for the usual one."""
         words = [] if self.length_key == "max_tokens" else [f"asked with {self.length_key}"]
         return "; ".join(words if self.system else [*words, NO_SYSTEM])
 
 
 def without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The same conversation with the system message's text before the first user message."""
+    """The conversation with the system message's text put before the first user message."""
     if not messages or messages[0]["role"] != "system":
         return messages
     first = messages[1]
@@ -82,7 +81,7 @@ def without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 class Pace:
-    """Lets at most `per_minute` requests begin in a minute, evenly spaced, over all threads."""
+    """Starts at most `per_minute` requests a minute, evenly spaced, over all threads."""
 
     def __init__(
         self,
@@ -96,7 +95,7 @@ class Pace:
         self._next = clock()
 
     def wait(self, *_: Any) -> None:
-        """Return when the next request may begin."""
+        """Return when the next request may start."""
         with self._lock:
             now = self._clock()
             begin = max(now, self._next)
@@ -106,22 +105,24 @@ class Pace:
 
 
 def plain_url(choice: EndpointChoice) -> str:
-    """Scheme, host and path of the endpoint: what may be written down.
+    """Scheme, host and path of the endpoint: the part that may be written to files.
 
     Raises:
-        UserError: it is no http(s) address, or holds a login.
+        UserError: it is not an http(s) address, or contains a login or parameters.
     """
     try:
         parts = urlsplit(choice.url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise UserError(f"{choice.flag}: is no address ({error}); give one such as http://localhost:8000/v1") from error
+        raise UserError(
+            f"{choice.flag}: invalid address ({error}); expected http://localhost:8000/v1 or the like"
+        ) from error
     if parts.scheme not in ("http", "https") or not host:
-        raise UserError(f"{choice.flag} {choice.url}: wants an address such as http://localhost:8000/v1")
+        raise UserError(f"{choice.flag} {choice.url}: expected an address such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query:
         raise UserError(
-            f"{choice.flag}: holds a login or parameters, which would be written down; give the bare address and put "
-            f"the key into the environment variable {choice.key_name}"
+            f"{choice.flag}: contains a login or parameters, which would be written to files; give the address without "
+            f"them and set the key in the environment variable {choice.key_name}"
         )
     shown = f"[{host}]" if ":" in host else host
     return f"{parts.scheme}://{shown}{f':{port}' if port else ''}{parts.path}"
@@ -141,22 +142,22 @@ class Endpoint:
         self._lock = threading.Lock()
 
     def replies(self, requests: Sequence[Request], wanted: Collection[str]) -> Iterator[tuple[str, Reply]]:
-        """Yield (key, reply) as they come, `concurrency` requests at a time.
+        """Yield (key, reply) as they arrive, `concurrency` requests at a time.
 
-        After a request that fails for good no new one is begun, and what was under way is still yielded.
+        After a request has failed no new one is started; the replies under way are still yielded.
 
         Raises:
             UserError: the endpoint refuses the key, the model or the request.
-            MachineError: it cannot be reached, or goes on refusing after all retries.
+            MachineError: it cannot be reached, or fails after all retries.
         """
-        self._refuse_silence()
+        self._refuse_unreachable()
         jobs: queue.SimpleQueue[Request] = queue.SimpleQueue()
         for request in requests:
             if request.key in wanted:
                 jobs.put(request)
         outcomes: queue.SimpleQueue[tuple[str, Reply | Exception] | None] = queue.SimpleQueue()
         stop = threading.Event()
-        # Daemons: Ctrl-C must not wait for replies that take minutes.
+        # Daemon threads: Ctrl-C must not wait for replies that take minutes.
         workers = [
             threading.Thread(target=self._work, args=(jobs, outcomes, stop), daemon=True)
             for _ in range(min(self._choice.concurrency, len(wanted)))
@@ -164,7 +165,7 @@ class Endpoint:
         for worker in workers:
             worker.start()
         try:
-            yield from _until_all_ended(outcomes, len(workers))
+            yield from _until_workers_end(outcomes, len(workers))
         finally:
             stop.set()
 
@@ -181,7 +182,7 @@ class Endpoint:
                 break
             try:
                 outcomes.put((request.key, self.reply(request)))
-            except Exception as error:  # noqa: BLE001 - raised again in the thread that asked
+            except Exception as error:  # noqa: BLE001 - raised again in the calling thread
                 stop.set()
                 outcomes.put((request.key, error))
         outcomes.put(None)
@@ -205,12 +206,12 @@ class Endpoint:
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 self._adapt(dialect, error)
             except (openai.OpenAIError, ValueError) as error:
-                raise self._in_our_words(error) from error
+                raise self._described(error) from error
             else:
                 return self._read(completion, dialect.how)
 
     def _adapt(self, dialect: Dialect, error: openai.APIStatusError) -> None:
-        """Learn from a refusal how to ask; or raise UserError."""
+        """Change the dialect after a refusal, or raise UserError."""
         changed = dialect.after(str(error))
         if changed is None:
             raise UserError(
@@ -218,7 +219,7 @@ class Endpoint:
             ) from error
         with self._lock:
             if self._dialect != dialect:
-                return  # another thread has learnt it already
+                return  # another thread has changed it already
             self._dialect = changed
             logger.info("%s: %s", self._choice.model, changed.how)
 
@@ -228,12 +229,12 @@ class Endpoint:
             text, stop = choice.message.content, choice.finish_reason
         except (AttributeError, IndexError, TypeError) as error:
             raise UserError(
-                f"{self.url}: its answer is no chat completion; check {self._choice.flag} (it often ends in /v1)"
+                f"{self.url}: not a chat-completions endpoint; check {self._choice.flag} (it often ends in /v1)"
             ) from error
         return Reply(self._without_key(str(text or "").strip()), str(stop), how)
 
-    def _refuse_silence(self) -> None:
-        """One attempt to connect: a server that is not there shows at once, not after all retries."""
+    def _refuse_unreachable(self) -> None:
+        """Connect once, so that a server that is down is reported at once and not after all retries."""
         parts = urlsplit(self.url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         try:
@@ -241,30 +242,30 @@ class Endpoint:
         except OSError as error:
             raise MachineError(
                 f"{self.url}: cannot be reached ({error.strerror or error}); start the server or check "
-                f"{self._choice.flag}, then give the same command again"
+                f"{self._choice.flag}, then run the same command again"
             ) from error
 
-    def _in_our_words(self, error: Exception) -> UserError | MachineError:
+    def _described(self, error: Exception) -> UserError | MachineError:
         import openai
 
-        key_name, said = self._choice.key_name, self._clean(error)
+        key_name, cause = self._choice.key_name, self._clean(error)
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            remedy = f"check the key in {key_name}" if self._key else f"put its key into the variable {key_name}"
-            return UserError(f"{self.url}: refuses access ({error.status_code}): {said}; {remedy}")
+            remedy = f"check the key in {key_name}" if self._key else f"set its key in the variable {key_name}"
+            return UserError(f"{self.url}: access denied ({error.status_code}): {cause}; {remedy}")
         if isinstance(error, openai.NotFoundError):
             return UserError(
-                f"{self.url}: finds no model {self._choice.model} there (404): {said}; check {self._choice.flag} (it "
-                "often ends in /v1) and the model's name"
+                f"{self.url}: model {self._choice.model} not found (404): {cause}; check {self._choice.flag} (it often "
+                "ends in /v1) and the model's name"
             )
-        kept = "what was answered is kept, and the same command goes on"
+        kept = "replies so far are kept; run the same command to resume"
         if isinstance(error, openai.RateLimitError):
-            slower = "lower --requests-per-minute or --concurrency, or see to the quota"
-            return MachineError(f"{self.url}: still refuses (429) after {self._tries} tries: {said}; {slower}; {kept}")
+            slower = "lower --requests-per-minute or --concurrency, or check the quota"
+            return MachineError(f"{self.url}: rate limit (429) after {self._tries} tries: {cause}; {slower}; {kept}")
         if isinstance(error, openai.APIConnectionError):
-            return MachineError(f"{self.url}: no whole answer after {self._tries} tries ({said}); {kept}")
+            return MachineError(f"{self.url}: no complete reply after {self._tries} tries ({cause}); {kept}")
         if isinstance(error, openai.APIStatusError) and error.status_code in (408, 409, *range(500, 600)):
-            return MachineError(f"{self.url}: {error.status_code} after {self._tries} tries: {said}; {kept}")
-        return UserError(f"{self.url}: does not answer as a chat-completions endpoint: {said}")
+            return MachineError(f"{self.url}: {error.status_code} after {self._tries} tries: {cause}; {kept}")
+        return UserError(f"{self.url}: not a chat-completions endpoint: {cause}")
 
     def _clean(self, error: Exception) -> str:
         cause = f": {error.__cause__}" if error.__cause__ is not None else ""
@@ -275,7 +276,7 @@ class Endpoint:
         return text.replace(self._key, "***") if self._key else text
 
 
-def _until_all_ended(
+def _until_workers_end(
     outcomes: queue.SimpleQueue[tuple[str, Reply | Exception] | None], workers: int
 ) -> Iterator[tuple[str, Reply]]:
     failure: Exception | None = None
@@ -296,20 +297,15 @@ def _client(url: str, key: str, requests_per_minute: float | None, retries: int,
 
     hooks = {"request": [Pace(requests_per_minute).wait]} if requests_per_minute else {}
     # trust_env: no proxies and no .netrc from the environment.
-    http_client = openai.DefaultHttpxClient(trust_env=False, event_hooks=hooks, timeout=timeout)
+    client = openai.DefaultHttpxClient(trust_env=False, event_hooks=hooks, timeout=timeout)
     return openai.OpenAI(
-        api_key=key or "none",
-        admin_api_key="",
-        base_url=url,
-        max_retries=retries,
-        timeout=timeout,
-        http_client=http_client,
+        api_key=key or "none", admin_api_key="", base_url=url, max_retries=retries, timeout=timeout, http_client=client
     )
 
 
 def _headers(key: str) -> dict[str, Any]:
-    """Headers that the client is to leave out."""
+    """Headers that the client must not send."""
     import openai
 
-    left_out = [f"X-Stainless-{name}" for name in _TELLTALE]
+    left_out = [f"X-Stainless-{name}" for name in _MACHINE_HEADERS]
     return {name: openai.Omit() for name in (left_out if key else [*left_out, "Authorization"])}

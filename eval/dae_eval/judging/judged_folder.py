@@ -1,9 +1,9 @@
-"""The output folder of MT-Bench and AlpacaEval: held by one process, and gone on with only under the same settings.
+"""The output folder of MT-Bench and AlpacaEval: held by one process, and resumed only with the same settings.
 
 OUTPUT/
-  settings.json      all that the results depend on, as they were begun
-  replies/*.jsonl    one line for each reply, as it came: what a stop leaves, and what is never asked for twice
-  evaluation.json, documents/, and the files of the benchmark's own formats: when all is there
+  settings.json      all that the results depend on
+  replies/*.jsonl    one line per reply, written as it arrives, so that no request is sent twice
+  evaluation.json, documents/, and the files of the benchmark's own formats, when the run has finished
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from typing import Any
 
 from dae_eval.folders import DOCUMENTS
 from kd.runs.claimed_folder import ClaimedFolder
+from kd.runs.environment import environment
 from kd.runs.files import disk_errors, json_text, read_json, write_text_durably
 from kd.runs.settings import changed, refuse_changes
 
 SETTINGS = "settings.json"
 REPLIES = "replies"
-# What a setting was before it was recorded; all others were not given.
+# The values of settings that earlier releases did not record.
 DEFAULTS = {"mode": "single", "judge temperature": 0.0, "judge max tokens": 2048, "order by seed": 0, "seed": 0}
 
 
 @contextmanager
 def claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Hold the folder for this process; begin it with these settings, or see that it was begun with the same.
+    """Hold the folder for this process and record the settings.
 
     Raises:
-        UserError: a live process holds it, it was started with different settings, or holds files of something else.
+        UserError: a live process holds it, it was started with different settings, or has files of another command.
     """
     now = json.loads(json.dumps(settings))
     claim = ClaimedFolder(folder, SETTINGS, own=frozenset({REPLIES}), inside=(DOCUMENTS,))
@@ -49,5 +50,10 @@ def _refuse_other_settings(folder: Path, now: Mapping[str, Any]) -> None:
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is null."""
     return {key: value for key, value in settings.items() if value is not None}
+
+
+def software() -> dict[str, Any]:
+    """The conditions of an evaluation that describe the software."""
+    around = environment()
+    return {key: around[key] for key in ("libraries", "python", "commit")}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dae_eval.judging.asking import NO_ROOM, ChatModel, Reply, Request
+from dae_eval.judging.asking import NO_ROOM, ChatModel, Reply, ReplyLog, Request, any_reply, ask_all, unanswered
 from dae_eval.judging.endpoints import Endpoint, EndpointChoice
 from dae_eval.judging.fastchat_files import JudgePrompt
 from kd.errors import UserError
@@ -22,7 +22,7 @@ OUTPUT_FORMATS = {"single": "[[rating]]", "pairwise": "[[A]]"}
 
 @dataclass(frozen=True)
 class JudgeChoice:
-    """Who judges: the model at `endpoint`, else the checkpoint or adapter at the path `checkpoint`."""
+    """The judge: the model at `endpoint`, else the checkpoint or adapter at the path `checkpoint`."""
 
     endpoint: EndpointChoice | None
     checkpoint: str = ""
@@ -31,16 +31,11 @@ class JudgeChoice:
 
     @property
     def name(self) -> str:
-        """What files and reports call the judge."""
         return self.checkpoint if self.endpoint is None else self.endpoint.model
 
     def settings(self) -> dict[str, Any]:
-        """All that a judgment depends on beside its prompt; an endpoint's model is known by its name alone."""
-        settings: dict[str, Any] = {
-            "judge": self.name,
-            "judge temperature": TEMPERATURE,
-            "judge max tokens": self.max_tokens,
-        }
+        """All that a judgment depends on except its prompt; an endpoint's model is identified by its name."""
+        settings = {"judge": self.name, "judge temperature": TEMPERATURE, "judge max tokens": self.max_tokens}
         if self.endpoint is not None:
             return settings
         from dae_eval.judging.local_chat import read_chat_format, template_sha256
@@ -57,7 +52,7 @@ class JudgeChoice:
         }
 
     def open(self) -> ChatModel:
-        """The judge, ready to be asked. Raises UserError."""
+        """Open the endpoint or the checkpoint. Raises UserError."""
         if self.endpoint is not None:
             return Endpoint(self.endpoint)
         from dae_eval.judging.local_chat import open_local_chat
@@ -70,13 +65,13 @@ def judge_request(judge: JudgeChoice, prompt: JudgePrompt, key: str, fields: Map
     """The request for one judgment: the prompt's system message, and its template with the fields filled in.
 
     Raises:
-        UserError: the template wants a field that there is not.
+        UserError: the template has an unknown field.
     """
     try:
         text = prompt.template.format_map(fields)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{source}: prompt {prompt.name}: cannot be filled in ({error!r}); there are {', '.join(fields)}"
+            f"{source}: prompt {prompt.name}: cannot be filled in ({error!r}); its fields can be {', '.join(fields)}"
         ) from error
     system = ({"role": "system", "content": prompt.system},) if prompt.system else ()
     return Request(key, (*system, {"role": "user", "content": text}), TEMPERATURE, judge.max_tokens)
@@ -86,67 +81,70 @@ def chosen_prompt(prompts: Mapping[str, JudgePrompt], name: str, kind: str, sour
     """The judge prompt of this name.
 
     Raises:
-        UserError: there is none, or it asks for another form of judgment than can be read here.
+        UserError: it is missing, or asks for a form of judgment that cannot be read.
     """
     if name not in prompts:
-        raise UserError(f"{source}: has no prompt {name}, which this judging needs; it has {', '.join(prompts)}")
+        raise UserError(f"{source}: prompt {name} is missing; the file has {', '.join(prompts)}")
     prompt = prompts[name]
     if prompt.kind != kind or prompt.output_format != OUTPUT_FORMATS[kind]:
         raise UserError(
-            f"{source}: prompt {name}: type {prompt.kind}, output_format {prompt.output_format}; wants type {kind}, "
+            f"{source}: prompt {name}: type {prompt.kind}, output_format {prompt.output_format}; expected type {kind}, "
             f"output_format {OUTPUT_FORMATS[kind]}"
         )
     return prompt
 
 
+def ask_judge(
+    judge: JudgeChoice,
+    requests: Sequence[Request],
+    log: ReplyLog,
+    what: str,
+    price: tuple[float, float] | None,
+    only_estimate: bool,
+    usable: Callable[[Reply], bool] = any_reply,
+) -> dict[str, Reply] | None:
+    """Log the cost of the calls that are left, then make them; None if only the estimate is wanted.
+
+    what, usable: as for `ask_all`. price: per million tokens (in, out).
+
+    Raises:
+        UserError, MachineError: a prompt does not fit into the judge's context, or the model raises it.
+    """
+    left = unanswered(requests, log, usable)
+    logger.info(describe_cost(judge.name, left, len(requests) - len(left), price))
+    if only_estimate:
+        return None
+    replies = ask_all(judge.open, requests, log, what, usable)
+    refuse_crowded(judge, replies)
+    return replies
+
+
 def refuse_crowded(judge: JudgeChoice, replies: Mapping[str, Reply]) -> None:
-    """Raise UserError where prompts did not fit into the judge's context."""
+    """Raise UserError if prompts did not fit into the judge's context."""
     crowded = [key for key, reply in replies.items() if reply.stop == NO_ROOM]
     if crowded:
         raise UserError(
-            f"{judge.name}: {len(crowded)} of {len(replies)} prompts fill the judge's context; choose a judge with a "
-            "longer context, or shorter answers"
+            f"{judge.name}: {len(crowded)} of {len(replies)} prompts are longer than the judge's context; choose a "
+            "judge with a longer context, or shorter answers"
         )
 
 
-@dataclass(frozen=True)
-class CostEstimate:
-    """What the calls that are left will take. price: for a million tokens (in, out), or None where none was given."""
+def describe_cost(judge: str, left: Sequence[Request], done: int, price: tuple[float, float] | None) -> str:
+    """The calls that are left, their tokens and their cost, in one line.
 
-    calls: int
-    prompt_tokens: int
-    reply_tokens: int
-    price: tuple[float, float] | None
-
-    @property
-    def price_range(self) -> tuple[float, float] | None:
-        """From no reply at all to replies of full length, in the currency of the price."""
-        if self.price is None:
-            return None
-        prompts = self.prompt_tokens * self.price[0] / 1e6
-        return prompts, prompts + self.reply_tokens * self.price[1] / 1e6
-
-    def told(self, judge: str, done: int) -> str:
-        """In one line."""
-        if not self.calls:
-            return f"{judge}: all {done} judgments are there; nothing is asked"
-        already = f" ({done} are there already)" if done else ""
-        text = (
-            f"{judge}: {self.calls} calls{already}, about {self.prompt_tokens:,} tokens in prompts, at most "
-            f"{self.reply_tokens:,} in replies"
-        )
-        if self.price_range is None:
-            return text
-        low, high = self.price_range
-        return f"{text}; {low:.2f} to {high:.2f} at the prices given"
-
-
-def cost_estimate(requests: Sequence[Request], price: tuple[float, float] | None) -> CostEstimate:
-    """Calls and tokens of requests that are still to be put. Prompt tokens are estimated from characters."""
-    characters = sum(request.characters for request in requests)
-    return CostEstimate(
-        calls=len(requests),
-        prompt_tokens=round(characters / CHARACTERS_PER_TOKEN),
-        reply_tokens=sum(request.max_tokens for request in requests),
-        price=price,
+    Prompt tokens are estimated from characters. The cost is for empty replies to replies of full length, in the
+    currency of the price per million tokens (in, out).
+    """
+    if not left:
+        return f"{judge}: all {done} judgments exist; no calls are left"
+    characters = sum(len(message["content"]) for request in left for message in request.messages)
+    prompt_tokens = round(characters / CHARACTERS_PER_TOKEN)
+    reply_tokens = sum(request.max_tokens for request in left)
+    text = (
+        f"{judge}: {len(left)} calls{f' ({done} are done)' if done else ''}, about {prompt_tokens:,} tokens in "
+        f"prompts, at most {reply_tokens:,} in replies"
     )
+    if price is None:
+        return text
+    low = prompt_tokens * price[0] / 1e6
+    return f"{text}; {low:.2f} to {low + reply_tokens * price[1] / 1e6:.2f} at the given prices"

@@ -1,4 +1,4 @@
-"""A checkpoint as a chat model, in process: for answers, and as a judge where there is no endpoint.
+"""A checkpoint as a chat model in this process, for answers and as a judge.
 
 Shape legend: B rows, T positions, V vocabulary.
 """
@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from dae_eval.judging.asking import LENGTH, NO_ROOM, Reply, Request
 from dae_eval.judging.endpoints import NO_SYSTEM, without_system
-from dae_eval.models import Model, load_settings, own_chat_template, tell_losses
+from dae_eval.models import Model, load_settings, own_chat_template, warn_of_losses
 from kd.data.chat import PLAIN_TEMPLATE, ChatFormat, UnrenderableError, chat_format
 from kd.data.chat_fitting import LostPartError
 from kd.data.examples import conversation_ids
@@ -28,8 +28,8 @@ from kd.models.roles import Backbone, add_frozen_adapter, load_model
 class DrawPerRow(LogitsProcessor):
     """Turns greedy decoding into sampling with a temperature and a seed for each row.
 
-    argmax(z / T - log E), with E exponential, is a draw from softmax(z / T) (Gumbel-max). So a row's text follows from
-    its own seed, not from the batch that it stands in. Temperature 0 leaves the row greedy.
+    argmax(z / T - log E), with E exponential, is a draw from softmax(z / T) (Gumbel-max). So a row's text depends on
+    its own seed and not on its batch. Temperature 0 leaves the row greedy.
     """
 
     def __init__(self, temperatures: Sequence[float], seeds: Sequence[int], device: torch.device) -> None:
@@ -50,7 +50,7 @@ class DrawPerRow(LogitsProcessor):
 class LocalChat:
     """A checkpoint that answers conversations (a `dae_eval.judging.asking.ChatModel`).
 
-    end_ids: tokens by which an answer ends. context: positions that the model has, None where it does not say.
+    end_ids: tokens that end an answer. context: the model's positions, None if unknown.
     """
 
     name: str
@@ -62,16 +62,15 @@ class LocalChat:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the checkpoint."""
         return self.fmt.tokenizer
 
     def replies(self, requests: Sequence[Request], wanted: Collection[str]) -> Iterator[tuple[str, Reply]]:
         """Yield (key, reply), batch by batch. A conversation that fills the context gets an empty reply (`NO_ROOM`).
 
-        Batches are cut from all requests, so that they are the same when only some are still wanted.
+        Batches are made of all requests, so that they are the same if only some replies are wanted.
 
         Raises:
-            UserError: the chat template refuses a conversation.
+            UserError: the chat template rejects a conversation.
         """
         for start in range(0, len(requests), self.batch_size):
             batch = requests[start : start + self.batch_size]
@@ -84,7 +83,7 @@ class LocalChat:
         prompts = [ids for ids, _ in asked]
         rooms = [room_behind(self.context, prompt) for prompt in prompts]
         replies: dict[int, Reply] = {row: Reply("", NO_ROOM) for row, room in enumerate(rooms) if room <= 0}
-        # Rows with less room than they may use go alone: no row is cut short by its neighbour.
+        # A row with less room than its limit is generated alone, so that it does not truncate the others.
         whole = [row for row, request in enumerate(batch) if rooms[row] >= request.max_tokens]
         groups = [whole] if whole else []
         groups += [[row] for row in range(len(batch)) if row not in whole and rooms[row] > 0]
@@ -95,7 +94,7 @@ class LocalChat:
         return [replace(replies[row], how=how) for row, (_, how) in enumerate(asked)]
 
     def encode(self, request: Request) -> tuple[list[int], str]:
-        """The conversation as token ids, up to where the model answers next, and how it is asked. Raises UserError."""
+        """The token ids of the conversation and of the answer's header, and how it is asked. Raises UserError."""
         messages = [dict(message) for message in request.messages]
         try:
             return self._ids(messages), ""
@@ -104,18 +103,18 @@ class LocalChat:
                 return self._ids(without_system(messages)), NO_SYSTEM
             except (UnrenderableError, LostPartError):
                 raise UserError(
-                    f"{self.name}: its chat template refuses a conversation of {len(messages)} messages: {refusal}; "
+                    f"{self.name}: the chat template rejects a conversation of {len(messages)} messages: {refusal}; "
                     "give another with --chat-template"
                 ) from refusal
 
     def _ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Token ids up to where the model answers next: what the messages spell is text, as in training."""
+        """Token ids up to the answer; control tokens inside messages are encoded as text, as in training."""
         try:
             return conversation_ids(self.fmt, messages, ask=True, location=self.name)
         except LostPartError:
             raise
         except UserError:
-            # This tokenizer cannot write a control token's text as text. What a judge reads is nobody's to repair.
+            # This tokenizer cannot encode a control token's text as text, and a judge's prompt cannot be changed.
             text = self.fmt.render(messages, ask=True)
             return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
@@ -140,12 +139,12 @@ class LocalChat:
         end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
         text = self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
-        # A text cut at its length may end within a character.
+        # A truncated text may end within a character.
         return Reply(text.strip(), "stop") if end is not None else Reply(text.rstrip("\ufffd").strip(), LENGTH)
 
 
 def room_behind(context: int | None, prompt: Sequence[int]) -> int:
-    """Tokens that still fit behind a prompt."""
+    """The number of tokens that fit after a prompt."""
     return 1 << 30 if context is None else context - len(prompt)
 
 
@@ -164,15 +163,15 @@ def read_chat_format(model: Model, given: str | None) -> ChatFormat:
     """A model's chat format: `given` (`plain` or a .jinja file), else its tokenizer's own template.
 
     Raises:
-        UserError: there is no tokenizer, no template, or the file cannot be read.
+        UserError: there is no tokenizer or no template, or the file cannot be read.
     """
     tokenizer = model.tokenizer_home.tokenizer()
     if given is not None:
         return chat_format(tokenizer, _read_template(given))
     if not tokenizer.chat_template:
         raise UserError(
-            f"{model.path}: its tokenizer has no chat template; give one with --chat-template FILE.jinja, or `plain` "
-            "for User: ... Assistant: ... (a judge needs one of its own)"
+            f"{model.path}: the tokenizer has no chat template; give one with --chat-template FILE.jinja, or `plain` "
+            "for User: ... Assistant: ... (a judge must have its own)"
         )
     return chat_format(tokenizer, own_chat_template(model, tokenizer))
 
@@ -187,7 +186,6 @@ def _read_template(given: str) -> str:
 
 
 def template_sha256(fmt: ChatFormat) -> str:
-    """SHA-256 of the template's text."""
     return hashlib.sha256(fmt.template.encode()).hexdigest()
 
 
@@ -195,11 +193,11 @@ def open_local_chat(model: Model, template: str | None, batch_size: int) -> Loca
     """Open a checkpoint, or an adapter on its base: bfloat16 on a GPU, else float32.
 
     Raises:
-        UserError: it cannot be opened, or has no chat template or no end token.
+        UserError: it cannot be opened, or has no chat template or end token.
     """
-    torch.set_flush_denormal(True)  # numbers too small to matter, which slow some CPUs several times over
+    torch.set_flush_denormal(True)  # denormal numbers slow some CPUs several times over
     fmt = read_chat_format(model, template)
-    tell_losses(model, fmt.tokenizer)
+    warn_of_losses(model, fmt.tokenizer)
     backbone = Backbone(model.backbone, load_model(model.backbone, load_settings()))
     if model.base is not None:
         add_frozen_adapter(backbone, model.source)
@@ -210,10 +208,10 @@ def open_local_chat(model: Model, template: str | None, batch_size: int) -> Loca
     known = tuple(sorted(end for end in end_ids if end is not None))
     if not known:
         raise UserError(
-            f"{model.path}: no end token in its tokenizer or generation_config.json, so no answer would end; "
-            "set eos_token in tokenizer_config.json"
+            f"{model.path}: no end token in the tokenizer or generation_config.json, so answers would not end; set "
+            "eos_token in tokenizer_config.json"
         )
-    # Its own settings (top_p, repetition_penalty, ...) would fill in whatever a call leaves open.
+    # The model's own settings (top_p, repetition_penalty, ...) would apply where a call sets nothing.
     loaded.generation_config = GenerationConfig()
     context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
     return LocalChat(model.path, loaded, fmt, known, context, batch_size)

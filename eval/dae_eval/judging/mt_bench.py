@@ -1,4 +1,4 @@
-"""MT-Bench by FastChat's protocol: answers of two turns, judged one by one or in pairs, and what comes of it."""
+"""MT-Bench by FastChat's protocol: answers of two turns, judged one by one or in pairs, and their scores."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dae_eval.folders import digest
-from dae_eval.judging.asking import Reply, ReplyLog, Request, ask_all, unanswered
-from dae_eval.judging.authors import Author, answer_questions, notes_of, refuse_missing
+from dae_eval.judging.asking import Reply, ReplyLog, Request, any_reply
+from dae_eval.judging.authors import Author, answer_questions, first_of, notes_of, refuse_missing
 from dae_eval.judging.fastchat_files import (
     Answers,
+    Judgment,
+    PairJudgment,
     Question,
     answer_lines,
     judgment_lines,
@@ -22,13 +24,14 @@ from dae_eval.judging.fastchat_files import (
     read_questions,
 )
 from dae_eval.judging.judged_folder import REPLIES, claimed
-from dae_eval.judging.judges import JudgeChoice, cost_estimate, refuse_crowded
+from dae_eval.judging.judges import JudgeChoice, ask_judge
 from dae_eval.judging.mt_bench_prompts import (
     NEED_REFERENCE,
     Material,
     Mode,
     pair_judgments,
     pair_requests,
+    places,
     prompt_for,
     single_judgments,
     single_requests,
@@ -41,7 +44,7 @@ from kd.runs.files import file_sha256, write_text_durably
 
 logger = logging.getLogger("dae")
 
-# Of FastChat's own reference answers these are reported to be wrong.
+# Questions whose reference answers in FastChat's file are reported to be wrong.
 REPORTED_WRONG = (104, 105, 109, 111, 113, 114, 120, 122, 124, 125, 126, 128, 130)
 ANSWERS, ANSWERS_AGAINST = "answers.jsonl", "answers-against.jsonl"
 
@@ -50,27 +53,27 @@ ReferencesKind = Literal["original", "corrected"]
 
 @dataclass(frozen=True)
 class Side:
-    """A model and its answers: the author writes them, or `file` (FastChat's format) has them already."""
+    """A model and its answers: the author writes them, or they are read from `file` (FastChat's format)."""
 
     author: Author | None
     file: Path | None = None
 
     def settings(self) -> dict[str, Any]:
-        """All that the answers depend on, the questions aside."""
+        """All that the answers depend on except the questions."""
         if self.file is not None:
             return {"answers": file_sha256(self.file)}
         assert self.author is not None
         return self.author.settings()
 
     def facts(self) -> ModelFacts:
-        """Which model it is; without an author a file's answers are known by the file."""
+        """The model; without an author it is identified by the file of its answers."""
         if self.author is not None:
             return self.author.facts()
         assert self.file is not None
         return ModelFacts(str(self.file), file_sha256(self.file))
 
     def answers(self, questions: Sequence[Question], log: Path, copy: Path) -> tuple[Answers, tuple[str, ...]]:
-        """The answers, and notes on how the author had to be asked; `copy` gets them in FastChat's format."""
+        """The answers, also written to `copy` in FastChat's format, and notes on how the author was asked."""
         if self.file is not None:
             answers = read_answers(self.file)
             refuse_missing(answers, questions, str(self.file))
@@ -87,8 +90,7 @@ class Side:
 class MtBench:
     """One run of the benchmark. Files are paths or `hub:OWNER/NAME/FILE`.
 
-    against: whose answers `side`'s are compared with, in pairwise mode. price: for a million tokens (in, out).
-    only_estimate: stop before the judge is asked anything.
+    against: the other model in pairwise mode. price: per million tokens (in, out). only_estimate: do not ask the judge.
     """
 
     side: Side
@@ -107,20 +109,19 @@ class MtBench:
 
     @property
     def mode(self) -> Mode:
-        """pairwise where there is something to compare with."""
         return "single" if self.against is None else "pairwise"
 
 
 def run_mt_bench(job: MtBench) -> Result | None:
-    """Answer, judge, score and write the evaluation; the same command goes on where it was stopped.
+    """Answer, judge, score and write the evaluation; the same command resumes an interrupted run.
 
     Returns:
-        The scores and where they lie; None where only the estimate was asked for.
+        The scores and their folder; None if only the estimate is wanted.
 
     Raises:
-        UserError: a flag or file cannot be used, the folder was started with different settings, the endpoint refuses,
-            or judgments are missing in strict mode.
-        MachineError: an endpoint cannot be reached or gives up. What was answered is kept.
+        UserError: a flag or file is invalid, the folder was started with different settings, the endpoint refuses the
+            request, or judgments are missing in strict mode.
+        MachineError: an endpoint cannot be reached or keeps failing. Replies so far are kept.
     """
     material = read_material(job)
     judged_by = {
@@ -154,9 +155,9 @@ def run_mt_bench(job: MtBench) -> Result | None:
 
 @dataclass(frozen=True)
 class FinishedJudgments:
-    """Judgments that are there already: one file for each repeat, in FastChat's format.
+    """Existing judgments: one file for each repeat, in FastChat's format.
 
-    model_id: whose, where a file holds several models. side: the model and its answers, where they are to be shown.
+    model_id: needed if a file holds several models. side: the model and its answers, if a report should show them.
     """
 
     files: tuple[str, ...]
@@ -170,10 +171,10 @@ class FinishedJudgments:
 
 
 def score_judgments(job: FinishedJudgments) -> Result:
-    """Scores and evaluation from existing judgments; nobody is asked.
+    """Scores and evaluation from existing judgments; no judge is asked.
 
     Raises:
-        UserError: a file cannot be used, or judgments are missing in strict mode.
+        UserError: a file is invalid, or judgments are missing in strict mode.
     """
     questions_file = local_file(job.questions, "--questions")
     questions = read_questions(questions_file)
@@ -189,25 +190,30 @@ def score_judgments(job: FinishedJudgments) -> Result:
     ]
     names = {(one.model, one.against) for one in found}
     if len(names) > 1:
-        raise UserError(f"--judgments: the files are of different models ({names}); give repeats of one judging")
-    first = found[0]
+        raise UserError(f"--judgments: the files judge different models ({names}); give repeats for one model")
+    first, judges = found[0], {judgment.judge for judgment in found[0].judgments}
     settings = {"questions": file_sha256(questions_file), "judgments": hashes, "model id": first.model}
     asked = Asked(
         facts=ModelFacts(first.model, digest(settings)) if job.side is None else job.side.facts(),
         questions=tuple(questions),
         references={},
         answers=answers,
-        settings={"mode": job.mode, "judge": list(first.judges), "prompts": list(first.prompts), "repeats": len(files)},
+        settings={
+            "mode": job.mode,
+            "judge": sorted({judge for judge, _ in judges}),
+            "prompts": sorted({prompt for _, prompt in judges}),
+            "repeats": len(files),
+        },
         conditions=settings,
         against=first.against,
     )
-    judged = Judged(tuple(job.files), tuple(one.singles for one in found), tuple(one.pairs for one in found))
+    judged = Judged(tuple(job.files), tuple(one.judgments for one in found))
     with claimed(job.output, settings):
         return finish(job.output, asked, judged, strictly=job.strict, kind=job.kind)
 
 
 def read_material(job: MtBench) -> Material:
-    """Questions, prompts and references, seen to fit together. Raises UserError."""
+    """Questions, prompts and references. Raises UserError if they do not fit together."""
     questions_file = local_file(job.questions, "--questions")
     prompts_file = local_file(job.judge_prompts, "--judge-prompts")
     references_file = None if job.references is None else local_file(job.references, "--references")
@@ -215,10 +221,9 @@ def read_material(job: MtBench) -> Material:
     references = {} if references_file is None else read_answers(references_file).turns
     lacking = [q.id for q in questions if q.category in NEED_REFERENCE and len(references.get(q.id, ())) < len(q.turns)]
     if lacking:
-        shown = ", ".join(map(str, lacking[:10])) + (", ..." if len(lacking) > 10 else "")
         raise UserError(
-            f"{job.references or '--references'}: {len(lacking)} questions of {', '.join(NEED_REFERENCE)} have no "
-            f"reference answer to every turn ({shown}); give FastChat's reference_answer file with --references"
+            f"{job.references or '--references'}: {len(lacking)} questions of {', '.join(NEED_REFERENCE)} lack a "
+            f"reference answer ({first_of(lacking)}); give FastChat's reference_answer file with --references"
         )
     hashes = {
         "questions": file_sha256(questions_file),
@@ -226,9 +231,8 @@ def read_material(job: MtBench) -> Material:
         "references": None if references_file is None else file_sha256(references_file),
     }
     material = Material(tuple(questions), read_judge_prompts(prompts_file), references, job.judge_prompts, hashes)
-    for question in questions:
-        for turn in range(1, len(question.turns) + 1):
-            prompt_for(question, turn, job.mode, material)
+    for question, turn in places(questions):
+        prompt_for(question, turn, job.mode, material)
     return material
 
 
@@ -246,21 +250,12 @@ def _answers(job: MtBench, material: Material) -> tuple[Answers, Answers | None,
 
 
 def _ask_judge(job: MtBench, material: Material, answers: Answers, against: Answers | None) -> dict[str, Reply] | None:
-    """The judge's reply to every request, or None where only the estimate was asked for."""
-    requests = [request for repeat in _repeats(job) for request in _requests(job, material, answers, against, repeat)]
+    """The judge's reply to every request, or None if only the estimate is wanted."""
+    repeats = range(1, job.repeat + 1)
+    requests = [request for repeat in repeats for request in _requests(job, material, answers, against, repeat)]
     log = ReplyLog(job.output / REPLIES / "judgments.jsonl")
-    usable = _readable(job.mode) if job.strict else _any
-    left = unanswered(requests, log, usable)
-    logger.info(cost_estimate(left, job.price).told(job.judge.name, len(requests) - len(left)))
-    if job.only_estimate:
-        return None
-    replies = ask_all(job.judge.open, requests, log, "judgments", usable)
-    refuse_crowded(job.judge, replies)
-    return replies
-
-
-def _repeats(job: MtBench) -> range:
-    return range(1, job.repeat + 1)
+    usable = _has_judgment(job.mode) if job.strict else any_reply
+    return ask_judge(job.judge, requests, log, "judgments", job.price, job.only_estimate, usable)
 
 
 def _requests(
@@ -272,31 +267,24 @@ def _requests(
 
 
 def _judged(
-    job: MtBench,
-    material: Material,
-    answers: Answers,
-    against: Answers | None,
-    replies: Mapping[str, Reply],
+    job: MtBench, material: Material, answers: Answers, against: Answers | None, replies: Mapping[str, Reply]
 ) -> Judged:
-    """What the judge said, by repeat, also as files of FastChat's format."""
-    files = [job.output / f"judgments-{repeat}.jsonl" for repeat in _repeats(job)]
-    singles, pairs = [], []
-    for repeat, file in zip(_repeats(job), files, strict=True):
+    """The judgments of each repeat, also written as files of FastChat's format."""
+    files, repeats = [], list[Sequence[Judgment | PairJudgment]]()
+    for repeat in range(1, job.repeat + 1):
         requests = _requests(job, material, answers, against, repeat)
+        found: Sequence[Judgment | PairJudgment]
         if against is None:
-            singles.append(single_judgments(job.judge, material, answers, repeat, requests, replies))
-            write_text_durably(file, judgment_lines(singles[-1]))
+            found = single_judgments(job.judge, material, answers, repeat, requests, replies)
         else:
-            pairs.append(pair_judgments(job.judge, material, answers, against, repeat, requests, replies))
-            write_text_durably(file, judgment_lines(pairs[-1]))
-    return Judged(tuple(map(str, files)), tuple(singles), tuple(pairs))
+            found = pair_judgments(job.judge, material, answers, against, repeat, requests, replies)
+        files.append(job.output / f"judgments-{repeat}.jsonl")
+        write_text_durably(files[-1], judgment_lines(found))
+        repeats.append(found)
+    return Judged(tuple(map(str, files)), tuple(repeats))
 
 
-def _any(_: Reply) -> bool:
-    return True
-
-
-def _readable(mode: Mode) -> Callable[[Reply], bool]:
+def _has_judgment(mode: Mode) -> Callable[[Reply], bool]:
     if mode == "single":
         return lambda reply: LOWEST <= rating_in(reply.text) <= HIGHEST
     return lambda reply: verdict_in(reply.text, "model_1", "model_2") != "error"

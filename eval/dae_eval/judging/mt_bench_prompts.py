@@ -1,4 +1,4 @@
-"""What an MT-Bench judge is shown, and what it said, in FastChat's terms."""
+"""The prompts of an MT-Bench judge and its judgments, in FastChat's terms."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ Mode = Literal["single", "pairwise"]
 
 @dataclass(frozen=True)
 class Material:
-    """The benchmark's own files, read."""
-
     questions: tuple[Question, ...]
     prompts: Mapping[str, JudgePrompt]
     references: Mapping[int, tuple[str, ...]]
@@ -28,35 +26,31 @@ class Material:
 
 
 def prompt_for(question: Question, turn: int, mode: Mode, material: Material) -> JudgePrompt:
-    """FastChat's prompt for this question and turn. Raises UserError where the file has it not."""
-    with_reference = question.category in NEED_REFERENCE
-    name = {
-        ("single", False): "single-v1",
-        ("single", True): "single-math-v1",
-        ("pairwise", False): "pair-v2",
-        ("pairwise", True): "pair-math-v1",
-    }[mode, with_reference]
+    """FastChat's prompt for this question and turn. Raises UserError if the file lacks it."""
+    plain, with_reference = {"single": ("single-v1", "single-math-v1"), "pairwise": ("pair-v2", "pair-math-v1")}[mode]
+    name = with_reference if question.category in NEED_REFERENCE else plain
     return chosen_prompt(material.prompts, name + ("-multi-turn" if turn == 2 else ""), mode, material.prompts_file)
 
 
-def reference_fields(question: Question, material: Material) -> dict[str, str]:
-    """ref_answer_1, ref_answer_2 where the question's category has references."""
-    if question.category not in NEED_REFERENCE:
-        return {}
-    return {f"ref_answer_{n}": text for n, text in enumerate(material.references[question.id], 1)}
+def fields_of(
+    question: Question, turn: int, answers: Mapping[str, tuple[str, ...]], material: Material
+) -> dict[str, str]:
+    """The fields of a prompt: questions, answers (by the field's name) and references; both turns if turn is 2."""
+    if turn == 1:
+        fields = {"question": question.turns[0], **{name: texts[0] for name, texts in answers.items()}}
+    else:
+        fields = {f"question_{n}": question.turns[n - 1] for n in (1, 2)}
+        fields |= {f"{name}_{n}": texts[n - 1] for name, texts in answers.items() for n in (1, 2)}
+    if question.category in NEED_REFERENCE:
+        fields |= {f"ref_answer_{n}": text for n, text in enumerate(material.references[question.id], 1)}
+    return fields
 
 
 def single_requests(judge: JudgeChoice, material: Material, answers: Answers, repeat: int) -> list[Request]:
-    """A request for every question and turn: the first turn by itself, the second with both turns shown."""
+    """A request for every question and turn; for the second turn the judge sees both."""
     requests = []
     for question, turn in places(material.questions):
-        texts = answers.turns[question.id]
-        if turn == 1:
-            fields = {"question": question.turns[0], "answer": texts[0]}
-        else:
-            fields = {"question_1": question.turns[0], "question_2": question.turns[1]}
-            fields |= {"answer_1": texts[0], "answer_2": texts[1]}
-        fields |= reference_fields(question, material)
+        fields = fields_of(question, turn, {"answer": answers.turns[question.id]}, material)
         prompt = prompt_for(question, turn, "single", material)
         key = f"{repeat}/{question.id}/{turn}"
         requests.append(judge_request(judge, prompt, key, fields, material.prompts_file))
@@ -66,26 +60,19 @@ def single_requests(judge: JudgeChoice, material: Material, answers: Answers, re
 def pair_requests(
     judge: JudgeChoice, material: Material, answers: Answers, against: Answers, repeat: int
 ) -> list[Request]:
-    """Two requests for every question and turn: in game 1 ours is shown as A, in game 2 as B."""
+    """Two requests for every question and turn: in game 1 `answers` is shown as A, in game 2 as B."""
     requests = []
     for question, turn in places(material.questions):
         prompt = prompt_for(question, turn, "pairwise", material)
         for game, (a, b) in enumerate(((answers, against), (against, answers)), 1):
-            texts_a, texts_b = a.turns[question.id], b.turns[question.id]
-            if turn == 1:
-                fields = {"question": question.turns[0], "answer_a": texts_a[0], "answer_b": texts_b[0]}
-            else:
-                fields = {"question_1": question.turns[0], "question_2": question.turns[1]}
-                fields |= {"answer_a_1": texts_a[0], "answer_a_2": texts_a[1]}
-                fields |= {"answer_b_1": texts_b[0], "answer_b_2": texts_b[1]}
-            fields |= reference_fields(question, material)
+            shown = {"answer_a": a.turns[question.id], "answer_b": b.turns[question.id]}
+            fields = fields_of(question, turn, shown, material)
             key = f"{repeat}/{question.id}/{turn}/{game}"
             requests.append(judge_request(judge, prompt, key, fields, material.prompts_file))
     return requests
 
 
 def places(questions: Sequence[Question]) -> list[tuple[Question, int]]:
-    """Every question with each of its turns."""
     return [(question, turn) for question in questions for turn in range(1, len(question.turns) + 1)]
 
 
@@ -97,7 +84,7 @@ def single_judgments(
     requests: Sequence[Request],
     replies: Mapping[str, Reply],
 ) -> list[Judgment]:
-    """What the judge said of each answer, in FastChat's terms."""
+    """The judge's ratings, in FastChat's terms."""
     prompts = {request.key: request.messages[-1]["content"] for request in requests}
     judgments = []
     for question, turn in places(material.questions):
@@ -126,7 +113,7 @@ def pair_judgments(
     requests: Sequence[Request],
     replies: Mapping[str, Reply],
 ) -> list[PairJudgment]:
-    """What the judge said of each pair, in FastChat's terms: model_1 is ours."""
+    """The judge's verdicts, in FastChat's terms: `answers` are those of model_1."""
     prompts = {request.key: request.messages[-1]["content"] for request in requests}
     judgments = []
     for question, turn in places(material.questions):

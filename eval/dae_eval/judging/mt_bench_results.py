@@ -1,4 +1,4 @@
-"""From MT-Bench judgments to scores with their spread, and to an evaluation folder that reports can read."""
+"""From MT-Bench judgments to scores with their spread, and to an evaluation that reports can read."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ from dae_eval.judging.fastchat_files import (
     read_judgments,
     read_pair_judgments,
 )
+from dae_eval.judging.judged_folder import software
 from dae_eval.judging.mt_bench_scores import (
     HIGHEST,
     PairScores,
     Place,
     Scores,
     compatible,
-    compatible_pairs,
-    has_rating,
+    is_usable,
     mean,
     outcome,
     pair_scores_of,
+    place_of,
     scores_of,
     strict,
-    strict_pairs,
 )
 from dae_eval.results import Document, Evaluation, Kind, ModelFacts, TaskResult
 from kd.errors import UserError
-from kd.runs.environment import environment
 from kd.runs.files import json_text, write_text_durably
 
 GROUP = "mt-bench"
@@ -44,9 +43,9 @@ SCORES = "scores.json"
 
 @dataclass(frozen=True)
 class Asked:
-    """Who was judged, and how. settings: what has to be equal for two models to be compared.
+    """The judged model, and how it was judged. settings: must be equal for two models to be compared.
 
-    answers: None where only the judgments are there. against: the name of the other model in pairwise mode.
+    answers: None if only the judgments are known. against: the name of the other model in pairwise mode.
     """
 
     facts: ModelFacts
@@ -60,23 +59,22 @@ class Asked:
 
 @dataclass(frozen=True)
 class Judged:
-    """The judgments of each repeat: `singles` or `pairs`. sources: where each repeat's lie, for messages."""
+    """The judgments of each repeat, either all single or all pairwise. sources: their files, for messages."""
 
     sources: tuple[str, ...]
-    singles: tuple[list[Judgment], ...] = ()
-    pairs: tuple[list[PairJudgment], ...] = ()
+    repeats: tuple[Sequence[Judgment | PairJudgment], ...]
 
 
 @dataclass(frozen=True)
 class Result:
-    """The scores of each repeat, and the folder that holds everything."""
+    """The scores of each repeat, and their folder."""
 
     output: Path
     repeats: tuple[Scores | PairScores, ...]
 
     @property
     def totals(self) -> tuple[float, ...]:
-        """Each repeat's average rating, or its adjusted win rate."""
+        """The average rating of each repeat, or its adjusted win rate."""
         return tuple(s.average if isinstance(s, Scores) else s.win_rate_adjusted for s in self.repeats)
 
 
@@ -84,41 +82,34 @@ def finish(output: Path, asked: Asked, judged: Judged, *, strictly: bool, kind: 
     """Score each repeat's judgments; write scores.json and the evaluation.
 
     Raises:
-        UserError: in strict mode, a question's turn has no judgment; nothing has one.
+        UserError: nothing was judged, or in strict mode a question's turn was not.
     """
     categories = {question.id: question.category for question in asked.questions}
-    if asked.against is None:
-        counted = [
-            strict(repeat, asked.questions, source) if strictly else compatible(repeat)
-            for source, repeat in zip(judged.sources, judged.singles, strict=True)
-        ]
-        values = single_values([kept for kept, _ in counted])
-        result = Result(output, tuple(scores_of(kept, categories, dropped) for kept, dropped in counted))
-    else:
-        counted_pairs = [
-            strict_pairs(repeat, asked.questions, source) if strictly else compatible_pairs(repeat)
-            for source, repeat in zip(judged.sources, judged.pairs, strict=True)
-        ]
-        values = pair_values([kept for kept, _ in counted_pairs])
-        result = Result(output, tuple(pair_scores_of(kept, categories, dropped) for kept, dropped in counted_pairs))
+    counted = [
+        strict(repeat, asked.questions, source) if strictly else compatible(repeat)
+        for source, repeat in zip(judged.sources, judged.repeats, strict=True)
+    ]
+    scores: list[Scores | PairScores] = []
+    for kept, dropped in counted:
+        if asked.against is None:
+            scores.append(scores_of([j for j in kept if isinstance(j, Judgment)], categories, dropped))
+        else:
+            scores.append(pair_scores_of([j for j in kept if isinstance(j, PairJudgment)], categories, dropped))
+    result = Result(output, tuple(scores))
     write_text_durably(output / SCORES, json_text(scores_file(result, strictly)))
-    write_evaluation(output, evaluation_of(asked, values, strictly, kind))
+    write_evaluation(output, evaluation_of(asked, values_of([kept for kept, _ in counted]), strictly, kind))
     return result
 
 
-def single_values(repeats: Sequence[Sequence[Judgment]]) -> dict[Place, list[float]]:
-    """Ratings on 0..1 of each question and turn, over the repeats. Ratings off the scale have no place there."""
-    values: dict[Place, list[float]] = {}
-    for judgment in (judgment for repeat in repeats for judgment in repeat if has_rating(judgment)):
-        values.setdefault((judgment.question_id, judgment.turn), []).append(judgment.score / HIGHEST)
-    return values
+def values_of(repeats: Sequence[Sequence[Judgment | PairJudgment]]) -> dict[Place, list[float]]:
+    """Scores on 0..1 of each question and turn, over the repeats: rating / 10, or 1, 0.5 or 0 for a win, tie or loss.
 
-
-def pair_values(repeats: Sequence[Sequence[PairJudgment]]) -> dict[Place, list[float]]:
-    """1, 0.5 or 0 for a win, tie or loss of each question and turn, over the repeats."""
+    Ratings off the scale are left out.
+    """
     values: dict[Place, list[float]] = {}
-    for judgment in (judgment for repeat in repeats for judgment in repeat):
-        values.setdefault((judgment.question_id, judgment.turn), []).append(outcome(judgment))
+    for judgment in (judgment for repeat in repeats for judgment in repeat if is_usable(judgment)):
+        score = outcome(judgment) if isinstance(judgment, PairJudgment) else judgment.score / HIGHEST
+        values.setdefault(place_of(judgment), []).append(score)
     return values
 
 
@@ -131,7 +122,7 @@ def evaluation_of(asked: Asked, values: Mapping[Place, Sequence[float]], strictl
         if (question.id, turn) in values
     ]
     if not documents:
-        raise UserError("the judgments are of none of the questions in the question file; give the file they belong to")
+        raise UserError("none of the judged questions is in the question file; give the question file of the judgments")
     counted = "strict" if strictly else "compatible"
     task = TaskResult(
         task="mt_bench" if asked.against is None else "mt_bench_pairwise",
@@ -142,10 +133,7 @@ def evaluation_of(asked: Asked, values: Mapping[Place, Sequence[float]], strictl
         settings={**asked.settings, "counted": counted},
         documents=tuple(documents),
     )
-    around = environment()
-    conditions = {**asked.conditions, "counted": counted}
-    conditions |= {key: around[key] for key in ("libraries", "python", "commit")}
-    return Evaluation(asked.facts, {task.task: task}, conditions)
+    return Evaluation(asked.facts, {task.task: task}, {**asked.conditions, "counted": counted, **software()})
 
 
 def _document(asked: Asked, question: Question, turn: int, score: float) -> Document:
@@ -173,29 +161,25 @@ class OneModel:
 
     model: str
     against: str | None
-    judges: tuple[str, ...]
-    prompts: tuple[str, ...]
-    singles: list[Judgment]
-    pairs: list[PairJudgment]
+    judgments: Sequence[Judgment | PairJudgment]
 
 
 def judgments_of(path: Path, model_id: str | None) -> OneModel:
     """A file's judgments of one model.
 
     Raises:
-        UserError: the file does not hold that model, or holds several and none was named.
+        UserError: the file has no judgments of that model, or holds several and none was named.
     """
     judgments = read_judgments(path)
     chosen = _chosen(path, model_id, sorted({judgment.model for judgment in judgments}))
-    ours = [judgment for judgment in judgments if judgment.model == chosen]
-    return OneModel(chosen, None, *_judged_by(ours), ours, [])
+    return OneModel(chosen, None, [judgment for judgment in judgments if judgment.model == chosen])
 
 
 def pair_judgments_of(path: Path, model_id: str | None) -> OneModel:
     """A file's judgments of one model against one other, as model_1 and model_2.
 
     Raises:
-        UserError: the file does not hold that model, or more than one pair.
+        UserError: the file has no judgments of that model, or more than one pair of models.
     """
     judgments = read_pair_judgments(path)
     chosen = _chosen(path, model_id, sorted({judgment.model_1 for judgment in judgments}))
@@ -203,23 +187,18 @@ def pair_judgments_of(path: Path, model_id: str | None) -> OneModel:
     others = sorted({judgment.model_2 for judgment in ours})
     if len(others) != 1:
         raise UserError(f"{path}: compares {chosen} with {', '.join(others)}; give a file with one of them")
-    return OneModel(chosen, others[0], *_judged_by(ours), [], ours)
-
-
-def _judged_by(judgments: Sequence[Judgment] | Sequence[PairJudgment]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    names = [judgment.judge for judgment in judgments]
-    return tuple(sorted({judge for judge, _ in names})), tuple(sorted({prompt for _, prompt in names}))
+    return OneModel(chosen, others[0], ours)
 
 
 def _chosen(path: Path, model_id: str | None, models: Sequence[str]) -> str:
     chosen = models[0] if model_id is None and len(models) == 1 else model_id
     if chosen is None or chosen not in models:
-        wanted = "name one with --model-id" if model_id is None else f"there is no {model_id}"
-        raise UserError(f"{path}: {wanted}; it holds {', '.join(models)}")
+        problem = "several models; choose one with --model-id" if model_id is None else f"no judgments of {model_id}"
+        raise UserError(f"{path}: {problem}; models in the file: {', '.join(models)}")
     return chosen
 
 
-# -- what is told ------------------------------------------------------------------------------------------------------
+# -- output ------------------------------------------------------------------------------------------------------------
 
 
 def scores_file(result: Result, strictly: bool) -> dict[str, Any]:
@@ -237,7 +216,7 @@ def scores_file(result: Result, strictly: bool) -> dict[str, Any]:
 
 
 def spread(totals: Sequence[float]) -> dict[str, float] | None:
-    """Lowest and highest total and the standard deviation, where the judging was repeated."""
+    """Lowest and highest total and the standard deviation; None without repeats."""
     if len(totals) < 2:
         return None
     return {"lowest": min(totals), "highest": max(totals), "standard deviation": statistics.stdev(totals)}

@@ -1,4 +1,4 @@
-"""Scores from MT-Bench judgments: FastChat's way (`compatible`) and a strict one that leaves nothing out in silence."""
+"""Scores from MT-Bench judgments: as FastChat counts (`compatible`), or one judgment for every turn (`strict`)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ _RATING_IN_SINGLE_BRACKETS = re.compile(r"\[(\d+\.?\d*)\]")
 _SHOWN_IDS = 12  # (question, turn) pairs that a message names before it counts the rest
 
 Place = tuple[int, int]  # question id and turn
-OneJudgment = TypeVar("OneJudgment", Judgment, PairJudgment)
+OneJudgment = TypeVar("OneJudgment", bound=Judgment | PairJudgment)
+Name = TypeVar("Name", int, str)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Mean ratings on the judge's scale. dropped: what was left out, one line for each reason."""
+    """Mean ratings on the judge's scale. dropped: judgments left out, one line for each reason."""
 
     turns: Mapping[int, float]
     categories: Mapping[str, float]
@@ -45,22 +46,19 @@ class PairScores:
 
     @property
     def judgments(self) -> int:
-        """How many pairs count."""
         return self.wins + self.losses + self.ties
 
     @property
     def win_rate(self) -> float:
-        """Wins among all pairs that count."""
         return self.wins / self.judgments
 
     @property
     def loss_rate(self) -> float:
-        """Losses among all pairs that count."""
         return self.losses / self.judgments
 
     @property
     def win_rate_adjusted(self) -> float:
-        """The same with half a win for a tie."""
+        """The win rate with half a win for a tie."""
         return (self.wins + 0.5 * self.ties) / self.judgments
 
 
@@ -71,7 +69,7 @@ def rating_in(text: str) -> float:
 
 
 def verdict_in(text: str, first: Winner, second: Winner) -> Winner:
-    """Who won, by the judge's text: `first` was shown as A, `second` as B. FastChat's precedence: A, B, C."""
+    """The winner in a judge's text: `first` was shown as A, `second` as B. FastChat's precedence: A, B, C."""
     if "[[A]]" in text:
         return first
     if "[[B]]" in text:
@@ -86,84 +84,70 @@ def outcome(judgment: PairJudgment) -> float:
     return 1.0 if judgment.g1_winner == "model_1" else 0.0
 
 
-def has_rating(judgment: Judgment) -> bool:
-    """Whether the judge gave a rating on its scale."""
+def is_usable(judgment: Judgment | PairJudgment) -> bool:
+    """Whether the judge gave a rating on its scale; for a pair, a verdict in both orders."""
+    if isinstance(judgment, PairJudgment):
+        return ERROR not in (judgment.g1_winner, judgment.g2_winner)
     return LOWEST <= judgment.score <= HIGHEST
 
 
-def has_verdict(judgment: PairJudgment) -> bool:
-    """Whether the judge gave a verdict in both orders."""
-    return ERROR not in (judgment.g1_winner, judgment.g2_winner)
+def place_of(judgment: Judgment | PairJudgment) -> Place:
+    return judgment.question_id, judgment.turn
 
 
-def compatible(judgments: Sequence[Judgment]) -> tuple[list[Judgment], tuple[str, ...]]:
-    """The judgments that FastChat's show_result counts: all but those with score -1, repeated ones each time."""
-    kept = [judgment for judgment in judgments if judgment.score != NO_RATING]
-    dropped = [(j.question_id, j.turn) for j in judgments if j.score == NO_RATING]
-    return kept, _told(("without a rating", dropped))
+def compatible(judgments: Sequence[OneJudgment]) -> tuple[list[OneJudgment], tuple[str, ...]]:
+    """The judgments that FastChat's show_result counts, duplicates included, and what was left out.
 
+    It leaves out ratings of -1, and pairs with an order without a verdict.
+    """
 
-def compatible_pairs(judgments: Sequence[PairJudgment]) -> tuple[list[PairJudgment], tuple[str, ...]]:
-    """The same for pairs: all but those where either order has no verdict."""
-    kept = [judgment for judgment in judgments if has_verdict(judgment)]
-    dropped = [(j.question_id, j.turn) for j in judgments if not has_verdict(j)]
-    return kept, _told(("without a verdict in both orders", dropped))
+    def counts(judgment: OneJudgment) -> bool:
+        return judgment.score != NO_RATING if isinstance(judgment, Judgment) else is_usable(judgment)
+
+    dropped = [place_of(judgment) for judgment in judgments if not counts(judgment)]
+    return [judgment for judgment in judgments if counts(judgment)], _reasons((_without(judgments), dropped))
 
 
 def strict(
-    judgments: Sequence[Judgment], questions: Sequence[Question], source: str
-) -> tuple[list[Judgment], tuple[str, ...]]:
-    """One rated judgment for every question and turn, in the questions' order.
+    judgments: Sequence[OneJudgment], questions: Sequence[Question], source: str
+) -> tuple[list[OneJudgment], tuple[str, ...]]:
+    """One usable judgment for every question and turn, in the questions' order, and what was left out.
 
-    Of several the last one with a rating counts. source: where they come from, for the message.
+    Of several the last usable one counts. source: where they come from, for the message.
 
     Raises:
         UserError: a question's turn has none, or they are by several judges.
     """
-    rated = [judgment for judgment in judgments if has_rating(judgment)]
-    kept, dropped = _strictly(judgments, rated, questions, "no rating on the scale", source)
-    unrated = [(j.question_id, j.turn) for j in judgments if not has_rating(j)]
-    return kept, _told(("without a rating from 1 to 10", unrated), *dropped)
-
-
-def strict_pairs(
-    judgments: Sequence[PairJudgment], questions: Sequence[Question], source: str
-) -> tuple[list[PairJudgment], tuple[str, ...]]:
-    """One pair with a verdict in both orders for every question and turn. Raises UserError as `strict` does."""
-    decided = [judgment for judgment in judgments if has_verdict(judgment)]
-    kept, dropped = _strictly(judgments, decided, questions, "no verdict in both orders", source)
-    undecided = [(j.question_id, j.turn) for j in judgments if not has_verdict(j)]
-    return kept, _told(("without a verdict in both orders", undecided), *dropped)
-
-
-def _strictly(
-    judgments: Sequence[OneJudgment],
-    usable: Sequence[OneJudgment],
-    questions: Sequence[Question],
-    missing: str,
-    source: str,
-) -> tuple[list[OneJudgment], list[tuple[str, list[Place]]]]:
-    """(the last usable judgment of each question and turn, what else was left out and why)."""
-    _refuse_several_judges({judgment.judge[0] for judgment in judgments}, source)
-    kept = {(judgment.question_id, judgment.turn): judgment for judgment in usable}
-    places = _places(questions)
-    dropped = _strictly_dropped([(j.question_id, j.turn) for j in usable], places)
-    _refuse_gaps([place for place in places if place not in kept], len(places), missing, source)
+    judges = {judgment.judge[0] for judgment in judgments}
+    if len(judges) > 1:
+        raise UserError(
+            f"{source}: judged by {', '.join(sorted(judges))}, whose scales differ; give judgments of one judge"
+        )
+    usable = [judgment for judgment in judgments if is_usable(judgment)]
+    kept = {place_of(judgment): judgment for judgment in usable}
+    places = [(question.id, turn) for question in questions for turn in range(1, len(question.turns) + 1)]
+    missing = [place for place in places if place not in kept]
+    if missing:
+        raise UserError(
+            f"{source}: {len(missing)} of {len(places)} turns {_without(judgments)}: {_list(missing)}; run the same "
+            "command to ask the judge again, or leave them out as FastChat does with --compatible"
+        )
+    found = Counter(map(place_of, usable))
+    dropped = _reasons(
+        (_without(judgments), [place_of(judgment) for judgment in judgments if not is_usable(judgment)]),
+        ("earlier duplicates", sorted(place for place in places for _ in range(found[place] - 1))),
+        ("of unknown questions", [place for place in map(place_of, usable) if place not in places]),
+    )
     return [kept[place] for place in places], dropped
 
 
 def scores_of(judgments: Sequence[Judgment], categories: Mapping[int, str], dropped: tuple[str, ...]) -> Scores:
     """Means by turn and category, and over all judgments pooled (FastChat's average; not the mean of turn means)."""
     if not judgments:
-        raise UserError("no judgment has a rating; look at what the judge wrote in the judgments' file")
-    by_turn: dict[int, list[float]] = {}
-    by_category: dict[str, list[float]] = {}
-    for judgment in judgments:
-        by_turn.setdefault(judgment.turn, []).append(judgment.score)
-        by_category.setdefault(categories.get(judgment.question_id, "(unknown)"), []).append(judgment.score)
+        raise UserError("no judgment has a rating; check the judge's replies in the judgments file")
     return Scores(
-        turns={turn: mean(by_turn[turn]) for turn in sorted(by_turn)},
-        categories={name: mean(scores) for name, scores in by_category.items()},
+        turns=dict(sorted(_means((judgment.turn, judgment.score) for judgment in judgments).items())),
+        categories=_means((categories.get(j.question_id, "(unknown)"), j.score) for j in judgments),
         average=mean([judgment.score for judgment in judgments]),
         judgments=len(judgments),
         dropped=dropped,
@@ -175,13 +159,9 @@ def pair_scores_of(
 ) -> PairScores:
     """Wins, losses and ties, and the adjusted win rate by category."""
     if not judgments:
-        raise UserError("no pair has a verdict in both orders; look at what the judge wrote in the judgments' file")
-    outcomes = [(categories.get(j.question_id, "(unknown)"), outcome(j)) for j in judgments]
-    counts = Counter(value for _, value in outcomes)
-    by_category: dict[str, list[float]] = {}
-    for name, value in outcomes:
-        by_category.setdefault(name, []).append(value)
-    means = {name: mean(values) for name, values in by_category.items()}
+        raise UserError("no pair has a verdict in both orders; check the judge's replies in the judgments file")
+    counts = Counter(map(outcome, judgments))
+    means = _means((categories.get(j.question_id, "(unknown)"), outcome(j)) for j in judgments)
     return PairScores(counts[1.0], counts[0.0], counts[0.5], means, dropped)
 
 
@@ -190,40 +170,23 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _places(questions: Sequence[Question]) -> list[Place]:
-    return [(question.id, turn) for question in questions for turn in range(1, len(question.turns) + 1)]
+def _means(named: Iterable[tuple[Name, float]]) -> dict[Name, float]:
+    values: dict[Name, list[float]] = {}
+    for name, value in named:
+        values.setdefault(name, []).append(value)
+    return {name: mean(found) for name, found in values.items()}
 
 
-def _strictly_dropped(found: Sequence[Place], places: Sequence[Place]) -> list[tuple[str, list[Place]]]:
-    known = set(places)
-    counts = Counter(found)
-    repeated = [place for place in known for _ in range(counts[place] - 1)]
-    return [
-        ("earlier duplicates", sorted(repeated)),
-        ("of questions that are not in the question file", [place for place in found if place not in known]),
-    ]
+def _without(judgments: Sequence[Judgment | PairJudgment]) -> str:
+    pairs = bool(judgments) and isinstance(judgments[0], PairJudgment)
+    return "without a verdict in both orders" if pairs else "without a rating from 1 to 10"
 
 
-def _refuse_several_judges(judges: set[str], source: str) -> None:
-    if len(judges) > 1:
-        raise UserError(
-            f"{source}: judged by {', '.join(sorted(judges))}: their scales differ; give judgments of one judge"
-        )
-
-
-def _refuse_gaps(missing: Sequence[Place], expected: int, what: str, source: str) -> None:
-    if missing:
-        raise UserError(
-            f"{source}: {what} for {len(missing)} of {expected} (question, turn): {_list(missing)}; judge them (the "
-            "same command asks the judge again), or leave them out as FastChat does with --compatible"
-        )
-
-
-def _told(*reasons: tuple[str, Sequence[Place]]) -> tuple[str, ...]:
+def _reasons(*reasons: tuple[str, Sequence[Place]]) -> tuple[str, ...]:
     return tuple(f"{len(places)} {reason}: {_list(places)}" for reason, places in reasons if places)
 
 
-def _list(places: Iterable[Place]) -> str:
+def _list(places: Sequence[Place]) -> str:
     names = [f"{question_id} turn {turn}" for question_id, turn in places]
     more = len(names) - _SHOWN_IDS
     return ", ".join(names[:_SHOWN_IDS]) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""A report in every form: terminal, Markdown, JSON, one HTML page, plots. All show the same dae_eval.report.Report."""
+"""A report as terminal output, Markdown, JSON, HTML page and plots, all from the same dae_eval.report.Report."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PAGE, MARKDOWN, JSON, PLOTS = "report.html", "report.md", "report.json", "plots"
 def write_report(report: Report, folder: Path) -> None:
     """Write report.json, report.md, plots/*.svg and *.png, and last report.html into `folder`, over an older report.
 
-    Whenever it stops, no file is half-written; the page comes last. Other files of the folder stay.
+    After a stop no file is half-written. Other files in the folder are kept.
 
     Raises:
         MachineError: the disk is full.
-        UserError: the folder may not be written.
+        UserError: the folder cannot be written.
     """
     from dae_eval.rendering import as_json, html, markdown, plots
 
@@ -39,7 +39,7 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def _write_plots(drawn: Sequence[Plot], place: Path) -> None:
-    """The plots as a folder that takes the older one's place; no folder where there are none."""
+    """Replace the folder of the plots; without plots, remove it."""
     new, old = (place.with_name(f"{TEMPORARY_PREFIX}{word}-{place.name}") for word in ("new", "old"))
     for leftover in (new, old):
         remove(leftover)

@@ -1,4 +1,4 @@
-"""report.html: one page that needs nothing else. Whatever a model wrote or a user named, the template escapes."""
+"""report.html: one self-contained page. The template escapes all text of models and users."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from dae_eval.comparing.statistics import Estimate
 from dae_eval.rendering import wording
 from dae_eval.report import Flip, GapLine, Report, RetentionLine
 
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     from dae_eval.rendering.plots import Plot
 
 HERE = Path(__file__).parent
-FLIPS = 400  # documents in the page; report.json holds all
-PROMPT, ANSWER = 2000, 1000  # letters of a prompt (its end) and of an answer (its start) in the page
+FLIPS = 400  # documents in the page; report.json has all
+PROMPT, ANSWER = 2000, 1000  # characters of a prompt (its end) and of an answer (its start)
 
-# Colours of the plots by what they stand for; page.css gives each a value for light and for dark.
+# Names of the plots' colours; page.css gives each a value for light and for dark.
 _PLOT_COLOURS = {
     "#1b1f24": "ink", "#8a929c": "faint", "#ffffff": "paper", "#6e7781": "grey", "#0072b2": "blue",
     "#d55e00": "vermillion", "#009e73": "green", "#b5558f": "purple", "#b07a00": "orange", "#6b4c2a": "brown",
@@ -43,10 +44,7 @@ def render(report: Report, plots: Sequence[Plot]) -> str:
             plotted={plot.name.split("-")[0] for plot in plots},
             flips=[view(flip, report) for flip in shown],
             flip_groups=_tasks_by_group(shown),
-            scales={
-                "gap closed": _gap_scale(report.student.gap),
-                "retention": _retention_scale(report.student.retention),
-            },
+            scales=_scales(report.student.gap, report.student.retention),
             style=Markup((HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704 - our own file
             script=Markup(script),  # noqa: S704 - our own file
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -65,17 +63,16 @@ def _environment() -> Environment:
 
 
 def breakable(name: str) -> Markup:
-    """A name, escaped, that a narrow column may break after `_`."""
+    """An escaped name with line breaks allowed after `_`."""
     return escape(wording.visible(name)).replace("_", Markup("_<wbr>"))
 
 
 def minus(text: str) -> str:
-    """Numbers with a minus sign instead of a hyphen."""
     return re.sub(r"(?<!\w)-(?=\d)", "−", text)
 
 
 def _themed(svg: str) -> Markup:
-    """A plot for the page itself: without the XML head, its colours taken from the page's light or dark theme."""
+    """An inline plot: without the XML head, and with the colours of the page's theme."""
     inline = svg[svg.index("<svg") :]
     for colour, name in _PLOT_COLOURS.items():
         inline = inline.replace(colour, f"var(--plot-{name})")
@@ -84,7 +81,7 @@ def _themed(svg: str) -> Markup:
 
 @dataclass(frozen=True)
 class Scale:
-    """Places of a headline's figures on a line, in per cent of its width. zero and bound lie on it."""
+    """Positions of a headline's figures on a line, in per cent of its width."""
 
     low: float
     value: float
@@ -93,27 +90,23 @@ class Scale:
     bound: float
 
 
-def _gap_scale(line: GapLine | None) -> Scale | None:
-    if line is None or line.closed is None:
-        return None
-    return _scale(line.closed.low, line.closed.value, line.closed.high, line.minimum, 1.0)
+def _scales(gap: GapLine | None, retention: RetentionLine | None) -> dict[str, Scale | None]:
+    closed, kept = gap and gap.closed, retention and retention.difference
+    return {
+        "gap closed": _scale(closed, gap.minimum, 1.0) if gap and closed else None,
+        "retention": _scale(kept, -retention.margin, retention.margin) if retention and kept else None,
+    }
 
 
-def _retention_scale(line: RetentionLine | None) -> Scale | None:
-    if line is None:
-        return None
-    return _scale(line.difference.low, line.difference.value, line.difference.high, -line.margin, line.margin)
-
-
-def _scale(low: float, value: float, high: float, bound: float, also: float) -> Scale:
-    """A line that holds all of them and `also`, with a twelfth of its length to spare at either end."""
-    everything = (low, value, high, bound, also, 0.0)
-    start, length = min(everything), (max(everything) - min(everything)) or 1.0
-    return Scale(*(round(100 * (1 / 12 + (x - start) / length * 10 / 12), 2) for x in (low, value, high, 0.0, bound)))
+def _scale(figure: Estimate, bound: float, also: float) -> Scale:
+    """A line through all values and `also`, with a margin of a twelfth of its length at both ends."""
+    shown = (figure.low, figure.value, figure.high, 0.0, bound)
+    start, length = min(*shown, also), (max(*shown, also) - min(*shown, also)) or 1.0
+    return Scale(*(round(100 * (1 / 12 + (x - start) / length * 10 / 12), 2) for x in shown))
 
 
 def embedded(flips: Sequence[Flip], limit: int = FLIPS) -> list[Flip]:
-    """At most `limit` flips, in their order: of every task and direction in turn the worst that is left."""
+    """At most `limit` flips, in their order: the worst of every task and direction in turn."""
     if len(flips) <= limit:
         return list(flips)
     turns: dict[tuple[str, bool], int] = {}
@@ -127,7 +120,7 @@ def embedded(flips: Sequence[Flip], limit: int = FLIPS) -> list[Flip]:
 
 @dataclass(frozen=True)
 class Shown:
-    """A text in the page. cut: what was left out of it, in words, or empty."""
+    """A text in the page. cut: describes its truncation, or empty."""
 
     text: str
     cut: str
@@ -135,7 +128,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model answered, under all names of that model."""
+    """The answer of one model, under all its names."""
 
     label: str
     shown: Shown
@@ -144,7 +137,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class FlipView:
-    """A flip as the page shows it: the two answers that are compared, and those of the other models."""
+    """A flip with the two compared answers and those of the other models."""
 
     flip: Flip
     prompt: Shown
@@ -154,7 +147,7 @@ class FlipView:
 
 
 def view(flip: Flip, report: Report) -> FlipView:
-    """The texts of a flip, no longer than the page takes."""
+    """The texts of a flip, truncated for the page."""
     before, after = (_answer(flip, role, role) for role in (flip.against, "student"))
     others = (column for column in wording.columns(report) if not {flip.against, "student"} & set(column.roles))
     return FlipView(
@@ -181,7 +174,7 @@ def _prompt(text: str) -> Shown:
 
 
 def _tasks_by_group(flips: Sequence[Flip]) -> dict[str, dict[str, Any]]:
-    """How many flips of each task the page holds, by group."""
+    """The number of flips in the page by group and task."""
     found: dict[str, dict[str, int]] = {}
     for flip in sorted(flips, key=lambda one: (one.group, one.task)):
         tasks = found.setdefault(flip.group, {})

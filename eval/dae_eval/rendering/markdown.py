@@ -28,22 +28,22 @@ from dae_eval.rendering.wording import (
 )
 from dae_eval.report import Flip, Report, TaskLine
 
-REGRESSIONS = 10  # shown, at most two of a task; report.json holds all
+REGRESSIONS = 10  # shown, at most two of a task; report.json has all
 
-# Characters that mean something inside a line of Markdown, or to a hub that shows it (links, mentions, formulas). An
-# underscore between two letters means nothing and stays, so that names of tasks stay readable in the raw file.
+# Characters with a meaning inside a line of Markdown or on a hub (links, mentions, formulas). An underscore between two
+# letters has none and is not escaped, so that names of tasks stay readable in the raw file.
 _SPECIAL = re.compile(r"[\\`*\[\]<>|~&$#!@{}]|(?<![^\W_])_|_(?![^\W_])|(?<=\w):(?=//)")
 _LIST_START = re.compile(r"^(?:([-+=])|(\d+)([.)]))")
 
 
 def escape(text: str) -> str:
-    """Any text as one line of Markdown that reads as that text: white space in one, nothing formatted or linked."""
+    """The text as one line of Markdown without formatting or links."""
     escaped = _SPECIAL.sub(lambda match: f"\\{match[0]}", one_line(text)).replace("www.", "www\\.")
     return _LIST_START.sub(lambda match: f"{match[2] or ''}\\{match[1] or match[3]}", escaped)
 
 
 def render(report: Report) -> str:
-    """The file's text; what is absent from the report has no heading."""
+    """The file's text; empty sections are omitted."""
     sections = {
         f"Evaluation: {report.word}": _verdict(report),
         "Models": _models(report),
@@ -62,46 +62,26 @@ def render(report: Report) -> str:
 
 def _verdict(report: Report) -> str:
     rows = [
-        (
-            escape(summary.name),
-            line.measure,
-            f"**{line.figure}**",
-            line.interval,
-            line.condition,
-            line.word,
-            line.remark,
-        )
-        for summary in (report.student, *report.others)
+        (name, line.measure, f"**{line.figure}**", line.interval, line.condition, line.word, line.remark)
+        for name, summary in ((escape(one.name), one) for one in (report.student, *report.others))
         for line in headlines(summary)
     ]
     return _table(("student", "measure", "value", "95 % interval", "condition", "verdict", "remark"), rows)
 
 
 def _models(report: Report) -> str:
-    rows = (
-        (escape(line.role), escape(line.path), escape(line.fingerprint[:16]), f"same weights as {escape(line.same_as)}")
-        if line.same_as
-        else (escape(line.role), escape(line.path), escape(line.fingerprint[:16]), "")
-        for line in report.models
-    )
+    rows = []
+    for line in report.models:
+        same = f"same weights as {escape(line.same_as)}" if line.same_as else ""
+        rows.append((escape(line.role), escape(line.path), escape(line.fingerprint[:16]), same))
     return _table(("role", "checkpoint", "fingerprint", ""), rows)
 
 
 def _tasks(report: Report) -> str:
     shown = columns(report)
     models = [escape(column.label) for column in shown]
-    head = (
-        "task",
-        "n",
-        "chance",
-        "majority",
-        *models,
-        "difference (95 %)",
-        "p",
-        "p (Holm)",
-        "won / lost",
-        "detectable",
-    )
+    tested = ("difference (95 %)", "p", "p (Holm)", "won / lost", "detectable")
+    head = ("task", "n", "chance", "majority", *models, *tested)
     parts = []
     for group, tasks in groups(report).items():
         rows = [
@@ -124,8 +104,8 @@ def _tasks(report: Report) -> str:
         parts.append(f"{title}\n\n{_table(head, rows, left=1)}" + (f"\n{remarks}" if remarks else ""))
     if parts:
         parts.append(
-            "Scores in per cent, differences in points with 95 % intervals. n: documents, in so many sources where "
-            f"they share some. p: {escape(tests_used(report))}. \\{MARK}: p < 0.05 after Holm's correction over all "
+            "Scores in per cent, differences in points with 95 % intervals. n: documents, and their sources if they "
+            f"share some. p: {escape(tests_used(report))}. \\{MARK}: p < 0.05 after Holm's correction over all "
             "tasks. detectable: the smallest true difference that n would have found with 80 % power."
         )
     return "\n\n".join(parts)
@@ -162,8 +142,8 @@ def _regressions(report: Report) -> str:
         return ""
     head = ("document", "prompt", "expected", "compared with", "student")
     better = count(len(report.flips) - len(worse))
-    said = f"{count(len(worse))} documents became worse, {better} better. The worst of each task:"
-    return f"{said}\n\n{_table(head, map(_regression, _worst(worse)), left=len(head))}"
+    title = f"{count(len(worse))} documents became worse, {better} better. The worst of each task:"
+    return f"{title}\n\n{_table(head, map(_regression, _worst(worse)), left=len(head))}"
 
 
 def _worst(worse: Sequence[Flip]) -> list[Flip]:
@@ -190,7 +170,7 @@ def _regression(flip: Flip) -> tuple[str, ...]:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int | None = None) -> str:
-    """A pipe table, empty where there are no rows; columns from `left` on are aligned right."""
+    """A pipe table, empty without rows; columns from `left` on are aligned right."""
     body = list(rows)
     if not body:
         return ""

@@ -1,4 +1,4 @@
-// Filters the documents. Without it the table is there as a whole, and the form is not shown.
+// Filters the documents. Without this script the whole table is shown, and the form is hidden.
 (() => {
   "use strict";
   const form = document.getElementById("filters");
@@ -21,8 +21,8 @@
     });
     const shown = Math.min(matching, limit);
     count.textContent = matching === 0
-      ? "No document fits."
-      : `${shown} of ${matching} that fit are shown; the page holds ${rows.length}.`;
+      ? "No matching documents."
+      : `${shown} of ${matching} matching documents shown; the page has ${rows.length}.`;
     more.hidden = matching <= limit;
   };
   const again = () => {

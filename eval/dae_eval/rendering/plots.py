@@ -1,6 +1,6 @@
 """The report's plots as SVG and PNG: forest plot of differences, radar of categories, curves over training.
 
-Figures are made without pyplot, so nothing global is changed, and the same report gives the same bytes.
+Figures are made without pyplot and change no global state; the same report gives the same bytes.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from dae_eval.report import Curve, Radar, Report, TaskLine
 from dae_eval.results import Kind
 
 INK, FAINT, PAPER, GREY = "#1b1f24", "#8a929c", "#ffffff", "#6e7781"
-# After Okabe and Ito, for colour-blind readers; the paler ones darkened, so that thin lines have contrast. Each comes
-# with a marker and a line style of its own.
+# After Okabe and Ito, for colour-blind readers; pale colours are darker for the contrast of thin lines. Each model also
+# has its own marker and line style.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, BROWN = "#0072b2", "#d55e00", "#009e73", "#b5558f", "#b07a00", "#6b4c2a"
-WIDTH = 4.8  # inches: letters stay readable where a phone shows all of it
-ROW, LABELS = 0.25, 2.0  # inches a task in the forest plot, and at most for its name
-FEW_SPOKES = 14  # up to which the labels of a radar stand across
+WIDTH = 4.8  # inches: readable at the full width of a phone
+ROW, LABELS = 0.25, 2.0  # inches per task in the forest plot, and at most for its name
+FEW_SPOKES = 14  # up to this number the labels of a radar are horizontal
 LABEL_ACROSS, LABEL_ALONG = 0.4, 1.0  # inches
 PANELS: Mapping[Kind, str] = {"domain": "Domain tasks", "general": "General tasks", "shown": "Tasks in neither line"}
 
-_SETTINGS: dict[Any, Any] = {  # beside matplotlib's own defaults: whatever a user's matplotlibrc says is left aside
+_SETTINGS: dict[Any, Any] = {  # on matplotlib's own defaults; a user's matplotlibrc is ignored
     **{key: value for key, value in mpl.rcParamsDefault.items() if not key.startswith("backend")},
     "font.family": ["DejaVu Sans"],
     "font.size": 9,
@@ -53,13 +53,13 @@ _SETTINGS: dict[Any, Any] = {  # beside matplotlib's own defaults: whatever a us
     "grid.alpha": 0.35,
     "grid.linewidth": 0.6,
     "text.parse_math": False,  # a `$` in a name is a `$`
-    "svg.fonttype": "path",  # the same letters everywhere, nothing to load
+    "svg.fonttype": "path",  # needs no font
 }
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot. name: of its files; description: what a reader who cannot see it is told. svg: with a white ground."""
+    """One plot. name: of its files; description: alternative text. svg: with a white background."""
 
     name: str
     title: str
@@ -69,7 +69,7 @@ class Plot:
 
 
 def draw(report: Report) -> tuple[Plot, ...]:
-    """All plots that the report has data for: `forest`, `radar-1`, ..., `curve-1`, ..."""
+    """The plots that the report has data for: `forest`, `radar-1`, ..., `curve-1`, ..."""
     with mpl.rc_context(_SETTINGS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
         return tuple(_plots(report))
@@ -77,7 +77,7 @@ def draw(report: Report) -> tuple[Plot, ...]:
 
 def _plots(report: Report) -> Iterator[Plot]:
     if report.tasks:
-        described = f"Forest plot of {len(report.tasks)} tasks; the same numbers stand in the table of tasks."
+        described = f"Forest plot of {len(report.tasks)} tasks; the table of tasks has the same numbers."
         yield _plot("forest", "Differences by task", described, forest(report))
     styles = _styles(report)
     for number, radar in enumerate((one for one in report.radars if len(one.axes) >= 3), 1):
@@ -96,7 +96,7 @@ def _svg(figure: Figure, name: str) -> str:
     file = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    # Several of them may stand in one page: every id gets the plot's name in front.
+    # A page can have several plots, so every id is prefixed with the plot's name.
     text = re.sub(r'(?<= id=")|(?<=href="#)|(?<=url\(#)', f"{name}-", file.getvalue())
     return re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
 
@@ -122,20 +122,15 @@ def _styles(report: Report) -> dict[str, dict[str, Any]]:
         "reference": {"color": GREEN, "marker": "D", "linestyle": "-."},
     }
     more = (("P", (0, (5, 1))), ("v", (0, (3, 1, 1, 1))), ("X", (0, (1, 1))))
-    others = [role for role in _roles(report) if role not in fixed]
+    roles = [line.role for line in report.models] + [role for radar in report.radars for role in radar.values]
+    others = [role for role in dict.fromkeys([*roles, *(curve.model for curve in report.curves)]) if role not in fixed]
     for number, role in enumerate(others):
         marker, dashes = more[(number + number // 3) % 3]
         fixed[role] = {"color": (PURPLE, ORANGE, BROWN)[number % 3], "marker": marker, "linestyle": dashes}
     return {role: {"linewidth": 1.4, "markersize": 4.5, **style} for role, style in fixed.items()}
 
 
-def _roles(report: Report) -> list[str]:
-    named = (line.role for line in report.models)
-    drawn = (role for radar in report.radars for role in radar.values)
-    return list(dict.fromkeys([*named, *drawn, *(curve.model for curve in report.curves)]))
-
-
-# Forest plot: a panel for each kind of task, each on its own scale, since a gain of 60 points hides a loss of 1.
+# Forest plot: a panel for each kind of task, each on its own scale, because a gain of 60 points would hide a loss of 1.
 
 
 def forest(report: Report) -> Figure:
@@ -183,9 +178,9 @@ def _inches(figure: Figure, label: str, is_task: bool) -> float:
 
 
 def _fitted(figure: Figure, label: str, start: str | None) -> str:
-    """A label that fits beside the plot: where need be without the start that all tasks share, then cut inside.
+    """A label that fits beside the plot: if needed without the common start of all tasks, then truncated inside.
 
-    start: what the names of all tasks start with; None where the label is no task's.
+    start: the common start; None if the label is not a task's.
     """
     is_task = start is not None
     if start and _inches(figure, label, is_task) > LABELS:
@@ -255,7 +250,7 @@ def radar_plot(radar: Radar, report: Report, styles: Mapping[str, Mapping[str, A
 
 
 def _drawn_once(radar: Radar, report: Report) -> Iterator[tuple[str, str]]:
-    """(model, label) of the lines to draw: one for all roles of the same weights."""
+    """(model, label) of the lines to draw: one for all roles with the same weights."""
     labels = {role: column.label for column in columns(report) for role in column.roles}
     drawn: set[str] = set()
     for model in radar.values:
@@ -266,7 +261,7 @@ def _drawn_once(radar: Radar, report: Report) -> Iterator[tuple[str, str]]:
 
 
 def _label_spokes(axes: Axes, labels: Sequence[str], angles: Sequence[float]) -> None:
-    """Labels outside the circle: across, in lines, where there are few; along their spokes where there are many."""
+    """Labels outside the circle: few are horizontal, in lines; many are along their spokes."""
     along = len(labels) > FEW_SPOKES
     for label, angle in zip(labels, angles, strict=True):
         right = math.sin(angle)
@@ -297,7 +292,7 @@ def _course(curve: Curve) -> str:
 
 
 def curve_plot(curves: Sequence[Curve], styles: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """One quantity over the optimizer steps, a line a model."""
+    """One quantity over the optimizer steps, one line per model."""
     figure = _figure(2.9)
     axes = figure.add_axes((0.14, 0.17, 0.83, 0.7))
     for curve in curves:

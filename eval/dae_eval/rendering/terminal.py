@@ -1,4 +1,4 @@
-"""The report in a terminal: the verdict first; made for 80 columns, and no wider or narrower than it has to be."""
+"""The report in a terminal, verdict first, for 80 columns or another width."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from dae_eval.report import Flip, Report, TaskLine
 
 STYLES = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
 REGRESSIONS = 4  # shown, of different tasks; the files hold all
-NAMES_FROM, NAMES_TO = 14, 0.3  # columns, and share of the width, that names of tasks get: at least and at most
-WHERE_ROOM_IS = 40  # rank from which a column of the task table is shown only where there is room beside the names
+NAMES_FROM, NAMES_TO = 14, 0.3  # columns for names of tasks: at least, and at most this share of the width
+WHERE_ROOM_IS = 40  # columns of the task table from this rank on are shown only if there is room
 
 
 def show(report: Report, console: Console) -> None:
-    """Print the report. What models wrote and users named is printed as text: no markup, no control characters."""
+    """Print the report. Text of models and users is printed without markup and control characters."""
     for part in (
         verdict(report, console),
         other_students(report),
@@ -60,7 +60,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def verdict(report: Report, console: Console) -> RenderableType:
-    """The word in a frame, and beside it (below it, where that is too narrow) the lines that it is made of."""
+    """The word in a frame, and its lines beside it, or below it if the terminal is too narrow."""
     style = STYLES[report.word]
     word = Panel(
         Text(report.word, style=f"bold {style}"), box=box.HEAVY, border_style=style, padding=(0, 2), expand=False
@@ -86,7 +86,6 @@ def _headline(line: Headline, *, with_word: bool) -> Text:
 
 
 def other_students(report: Report) -> RenderableType | None:
-    """The lines of students that the verdict is not about."""
     texts = []
     for summary in report.others:
         text = Text(one_line(summary.name), style="bold")
@@ -98,7 +97,6 @@ def other_students(report: Report) -> RenderableType | None:
 
 
 def models(report: Report) -> RenderableType:
-    """Which models answered: role, path, start of the fingerprint."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
@@ -115,7 +113,7 @@ def models(report: Report) -> RenderableType:
 
 @dataclass(frozen=True)
 class Field:
-    """A column of the task table. title: its lines. rank: the higher, the sooner it goes where width is short."""
+    """A column of the task table. title: its lines. rank: columns of the highest rank are left out first."""
 
     name: str
     title: tuple[str, ...]
@@ -124,7 +122,7 @@ class Field:
 
 
 def task_table(report: Report, width: int) -> RenderableType | None:
-    """One line a task, group by group; columns that find no place are named below."""
+    """One line per task, by group; columns that do not fit are named below."""
     if not report.tasks:
         return None
     start = common_start([one_line(task.task) for task in report.tasks])
@@ -170,7 +168,6 @@ def _score_field(column: Column, number: int, compared: set[str]) -> Field:
 
 
 def _broken(role: str, width: int = 7) -> list[str]:
-    """A model's name as lines of a narrow heading."""
     if role == "reference":
         return ["refer-", "ence"]
     return textwrap.wrap(role, width, break_on_hyphens=True) or [""]
@@ -238,7 +235,7 @@ def _aligned(text: str, width: int) -> str:
 
 
 def _folded(name: str, width: int) -> list[str]:
-    """A name in lines of at most `width` columns, broken after `_` where there is one."""
+    """A name in lines of at most `width` columns, broken after `_` if possible."""
     lines, rest = [], name
     while cell_len(rest) > width:
         cut = next(size for size in range(len(rest), 0, -1) if cell_len(rest[:size]) <= width or size == 1)
@@ -249,7 +246,6 @@ def _folded(name: str, width: int) -> list[str]:
 
 
 def _remarks(tasks: Sequence[TaskLine], start: str, shown: Sequence[Column]) -> Iterator[str]:
-    """What has to be said of the documents of a group: not paired, or seen in training."""
     unpaired = [f"{one_line(t.task).removeprefix(start)} {count(t.unpaired)}" for t in tasks if t.unpaired]
     if unpaired:
         yield f"documents that only some models answered, left out: {', '.join(unpaired)}"
@@ -262,13 +258,12 @@ def _legend(start: str, left_out: Sequence[str]) -> Iterator[str]:
     yield "Scores in per cent; differences student - other in points with 95 % intervals;"
     yield f"{MARK}: p < 0.05 after Holm's correction over all tasks."
     if start:
-        yield f"Task names without their start {start}."
+        yield f"Task names without their common start {start}."
     if left_out:
-        yield f"No room here for: {', '.join(left_out)}."
+        yield f"No room for: {', '.join(left_out)}."
 
 
 def held_out(report: Report) -> RenderableType | None:
-    """Held-out loss and KL per route and model."""
     if not report.held_out:
         return None
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), collapse_padding=True)
@@ -285,7 +280,7 @@ def held_out(report: Report) -> RenderableType | None:
 
 
 def regressions(report: Report, width: int) -> RenderableType | None:
-    """The worst regression of each of a few tasks."""
+    """The worst regressions, one per task."""
     worse = [flip for flip in report.flips if flip.change < 0]
     if not worse:
         return None
@@ -302,16 +297,15 @@ def _flip(flip: Flip, width: int) -> Text:
     change = f"{score(flip.scores.get(flip.against))} -> {score(flip.scores.get('student'))}"
     text = Text(f"{one_line(flip.task)} {flip.id}  {change}{'  seen in training rows' if flip.seen else ''}\n")
     text.append(f"  {clipped_start(one_line(flip.prompt), width)}\n", style="dim")
-    said = [("expected:", flip.target)] if flip.target else []
-    said += [(f"{one_line(role)}:", flip.answers.get(role, "")) for role in (flip.against, "student")]
-    parts = [f"{who} {clipped(one_line(answer), 60) or '(nothing)'}" for who, answer in said]
+    shown = [("expected:", flip.target)] if flip.target else []
+    shown += [(f"{one_line(role)}:", flip.answers.get(role, "")) for role in (flip.against, "student")]
+    parts = [f"{who} {clipped(one_line(answer), 60) or '(nothing)'}" for who, answer in shown]
     together = " | ".join(parts)
     text.append("\n".join(f"  {line}" for line in ([together] if cell_len(together) < width else parts)))
     return text
 
 
 def notes(report: Report) -> RenderableType | None:
-    """What a reader must know to trust the numbers."""
     if not report.notes:
         return None
     grid = Table.grid(padding=(0, 1))

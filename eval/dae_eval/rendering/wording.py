@@ -1,4 +1,4 @@
-"""Numbers, names and sentences of a report that every format shows alike.
+"""Numbers, names and sentences of a report, the same in every format.
 
 Scores are on 0..1 in the report and shown in per cent; differences in points (100 x difference).
 """
@@ -22,15 +22,15 @@ COUNTS_IN: Mapping[Kind, str] = {
     "shown": "counts in neither line",
 }
 
-# Control characters of C0 and C1 but tab and newline, marks that turn or hide text, line and paragraph separators,
-# halves of surrogate pairs: they act on a terminal or on the text around them, or cannot be written as UTF-8.
+# Control characters (C0 and C1 except tab and newline), marks that reverse or hide text, line and paragraph separators,
+# halves of surrogate pairs: they change a terminal or the text around them, or have no UTF-8 form.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
 )
 
 
 def visible(text: str) -> str:
-    """`text` with characters that only act (escapes, text direction, nulls) written out as `<U+202E>`."""
+    """`text` with control characters (escapes, text direction, nulls) as `<U+202E>`."""
     return _INVISIBLE.sub(lambda match: f"<U+{ord(match[0]):04X}>", text.replace("\r\n", "\n"))
 
 
@@ -40,18 +40,18 @@ def one_line(text: str) -> str:
 
 
 def clipped(text: str, limit: int) -> str:
-    """At most `limit` characters of a text, its start."""
+    """The first `limit` characters of a text."""
     return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
 
 
 def clipped_start(text: str, limit: int) -> str:
-    """At most `limit` characters of a text, its end: where a prompt asks."""
+    """The last `limit` characters of a text: the end of a prompt is its question."""
     return text if len(text) <= limit else "…" + text[len(text) - limit + 1 :].lstrip()
 
 
 @dataclass(frozen=True)
 class Column:
-    """Models with the same weights (`base`, `reference`), shown once."""
+    """Models with the same weights (`base`, `reference`), shown as one."""
 
     roles: tuple[str, ...]
 
@@ -61,12 +61,12 @@ class Column:
         return " = ".join(one_line(role) for role in self.roles)
 
     def value(self, scores: Mapping[str, float]) -> float | None:
-        """The score under any of the roles; None where the models were not asked."""
+        """The score of any of the roles; None if they have none."""
         return next((scores[role] for role in self.roles if role in scores), None)
 
 
 def columns(report: Report) -> tuple[Column, ...]:
-    """The models that have scores, in the report's order, those with the same weights together."""
+    """The models with scores, in the report's order; models with the same weights are one column."""
     roles: dict[str, list[str]] = {}
     for line in report.models:
         roles.setdefault(line.same_as or line.role, []).append(line.role)
@@ -83,17 +83,16 @@ def groups(report: Report) -> dict[str, tuple[TaskLine, ...]]:
 
 
 def teachers(report: Report) -> tuple[str, ...]:
-    """The roles that held-out KL was measured to, in the report's order."""
     return tuple(dict.fromkeys(role for line in report.held_out for role in line.kl))
 
 
 def against(tasks: Sequence[TaskLine]) -> str:
-    """What the tasks of a group compare the student with: `base`, or `base or reference` where they differ."""
+    """The model that a group compares the student with: `base`, or `base or reference` if tasks differ."""
     return " or ".join(one_line(role) for role in dict.fromkeys(task.against for task in tasks))
 
 
 def kinds(tasks: Sequence[TaskLine], report: Report) -> str:
-    """In which line of the verdict the tasks of a group count."""
+    """The line of the verdict that a group's tasks count in."""
     lines = {"domain": report.student.gap, "general": report.student.retention, "shown": None}
     counts = (COUNTS_IN[task.kind if lines[task.kind] is not None else "shown"] for task in tasks)
     return " or ".join(dict.fromkeys(counts))
@@ -105,7 +104,7 @@ def count(number: int) -> str:
 
 
 def score(value: float | None, digits: int = 1) -> str:
-    """A score on 0..1 in per cent, nothing where there is none."""
+    """A score on 0..1 in per cent; empty for None."""
     return "" if value is None else f"{100 * value:z.{digits}f}"
 
 
@@ -127,31 +126,30 @@ def p_value(p: float) -> str:
 
 
 def documents(task: TaskLine) -> str:
-    """`240`, or `240 in 57` where documents share sources (57 clusters)."""
+    """`240`, or `240 in 57` if documents share sources (57 clusters)."""
     return count(task.n) if task.clusters == task.n else f"{count(task.n)} in {count(task.clusters)}"
 
 
 def without_seen(task: TaskLine, shown: Sequence[Column]) -> str:
-    """Every model's score, and the difference, on the documents that stand in no training rows."""
+    """Every model's score, and the difference, on the documents that do not occur in training rows."""
     if task.unseen_scores is None or task.unseen_difference is None:
-        return "nothing is left without them"
+        return "no documents are left without them"
     scores = ", ".join(f"{column.label} {score(column.value(task.unseen_scores))}" for column in shown)
     return f"without them {scores}; difference {points(task.unseen_difference)}"
 
 
 def tests_used(report: Report) -> str:
-    """The tests behind the p values, by name."""
     return ", ".join(dict.fromkeys(task.test for task in report.tasks))
 
 
 def is_significant(task: TaskLine) -> bool:
-    """Whether the task's difference stands after correction over all tasks (Holm)."""
+    """Whether the task's difference is significant after correction over all tasks (Holm)."""
     return task.p_holm < SIGNIFICANT
 
 
 @dataclass(frozen=True)
 class Headline:
-    """One line of the verdict in words. remark: what else has to be said about it, or empty."""
+    """One line of the verdict in words. remark: may be empty."""
 
     measure: str
     figure: str
@@ -168,7 +166,7 @@ class Headline:
 
 
 def headlines(summary: StudentSummary) -> tuple[Headline, ...]:
-    """The one or two lines that a verdict is made of."""
+    """The one or two lines of a verdict."""
     lines = []
     if summary.gap is not None:
         lines.append(gap_headline(summary.gap))
@@ -178,7 +176,7 @@ def headlines(summary: StudentSummary) -> tuple[Headline, ...]:
 
 
 def gap_headline(line: GapLine) -> Headline:
-    """How much of the expert's gain was taken, in per cent of it."""
+    """The gap closed, in per cent of the expert's gain."""
     minimum = f"minimum {100 * line.minimum:g} %"
     if line.closed is None:
         digits = telling_digits((100 * line.gain.low,), 0.0)
@@ -195,7 +193,7 @@ def gap_headline(line: GapLine) -> Headline:
 
 
 def retention_headline(line: RetentionLine) -> Headline:
-    """What was lost in general, in points, and as a share of the reference where that is known."""
+    """The loss on general tasks in points, and as a share of the reference if known."""
     digits = telling_digits((line.difference.low, line.difference.high), -line.margin)
     value, low, high = (signed(x, digits) for x in (line.difference.value, line.difference.low, line.difference.high))
     remark = ""
@@ -211,7 +209,7 @@ def _with_need(remark: str, documents: int | None) -> str:
 
 
 def telling_digits(ends: Sequence[float], bound: float) -> int:
-    """Digits after the point, 1 to 4, so that an interval's end is not rounded onto the bound that decides."""
+    """Digits after the point, 1 to 4, so that no end of the interval is rounded to the deciding bound."""
     return next(
         (
             digits
@@ -223,7 +221,7 @@ def telling_digits(ends: Sequence[float], bound: float) -> int:
 
 
 def common_start(names: Sequence[str]) -> str:
-    """What all names start with, up to the last `_`, `-`, `/`, `:` or `.` in it; empty for fewer than two names."""
+    """The common start of all names up to its last `_`, `-`, `/`, `:` or `.`; empty for fewer than two names."""
     if len(names) < 2:
         return ""
     first, last = min(names), max(names)
