@@ -74,7 +74,7 @@ def verdict(ranking: Ranking) -> list[str]:
         return [f"The order is the same at every beta from {smallest:g} to {largest:g}."]
     lines = [f"[bold]The order changes with beta[/] between {smallest:g} and {largest:g}:"]
     lines += [
-        f"  {escape(each.below)} is ahead of {escape(each.above)} below beta {each.beta:.3g}, behind it above it"
+        f"  {escape(each.below)} is ahead of {escape(each.above)} below beta {each.beta:.3g}, behind it above"
         for each in ranking.crossings
     ]
     leaders = list(dict.fromkeys(at.places[0].name for at in sorted(ranking.sweep, key=lambda at: at.beta)))
