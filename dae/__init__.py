@@ -1,8 +1,8 @@
-"""Domain alignment from experts: one student that matches an expert on its domain and the general model elsewhere.
+"""Domain alignment from experts: a student that matches an expert on its domain and the general model elsewhere.
 
     from dae import AlignRecipe, align
 
-The names are resolved when they are asked for: importing `dae` imports no torch.
+Names are resolved lazily: importing `dae` imports no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
         try:
             return metadata.version("dae-align")
         except metadata.PackageNotFoundError:
-            return "0+unknown"  # a checkout that was not installed
+            return "0+unknown"  # not installed
     if name not in _HOMES:
         raise AttributeError(f"module `dae` has no attribute `{name}`")
     return getattr(import_module(_HOMES[name]), name)

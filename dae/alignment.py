@@ -1,4 +1,4 @@
-"""Domain Alignment from Expert (arXiv 2406.19112), from recipe to finished run. The page to read first.
+"""Domain Alignment from Expert (arXiv 2406.19112), from recipe to finished run. Read this file first.
 
 Every training row belongs to a route, and every route has one teacher: the expert on a domain's rows, the frozen
 reference on `general`. The student matches its row's teacher, token by token:
@@ -8,7 +8,7 @@ reference on `general`. The student matches its row's teacher, token by token:
 
 Where to look next: kd/losses/token_loss.py (l_t), kd/training/objective.py (L), kd/models/roles.py (three roles on one
 backbone), kd/data/mixing.py (which rows), kd/stages/run_stage.py (what every stage does around its objective),
-dae_eval/drift.py (what the student forgets).
+dae_eval/drift.py (forgetting).
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ class Align(Stage[AlignRecipe]):
         return data
 
     def build_roles(self, recipe: AlignRecipe, inputs: Inputs, settings: LoadSettings) -> StageRoles:
-        """Load the student and its teachers on as few weights as possible.
+        """Load the student and its teachers on as few copies of the weights as possible.
 
         A LoRA student shares its backbone with the reference (adapters off) and with adapter experts. A student whose
-        weights all train shares with nobody: "adapters off" would be the moving student itself, with a KL of zero that
-        looks like success. Its teachers stand on one frozen copy of the base.
+        weights all train shares with no teacher: "adapters off" would be the student itself, with a KL of zero that
+        looks like success. Its teachers share one frozen copy of the base.
         """
         base, earlier = inputs["base"], inputs.get("student_from")
         shared = Backbone(base, load_model(base, settings)) if needs_base(recipe, inputs) else None
@@ -115,7 +115,7 @@ class Align(Stage[AlignRecipe]):
         )
 
     def callbacks(self, data: StageData, roles: StageRoles, trainer: RoutedTrainer) -> list[DriftCallback]:
-        """What the student forgets, and how near it comes to each expert, on the eval sets."""
+        """On eval sets, the student's divergence from the reference (forgetting) and from each expert."""
         if not data.held_out:
             return []
         reference = {"reference": roles.teachers["reference"]}
@@ -136,21 +136,20 @@ class Align(Stage[AlignRecipe]):
 
 
 def align(recipe: AlignRecipe) -> RunResult:
-    """Train the student that matches each expert on its domain's rows and the reference on general rows.
+    """Train a student that matches each expert on its domain's rows and the reference on general rows.
 
-    Returns the finished run; the same recipe over an unfinished run folder goes on with it.
+    Returns the finished run; the same recipe resumes an unfinished run folder.
     Raises UserError (recipe, data or checkpoints), MachineError (disk, memory), Stopped (Ctrl-C, SIGTERM).
     """
     return run_stage(Align(), recipe)
 
 
 def teacher_inputs(inputs: Inputs) -> dict[str, Checkpoint]:
-    """The reference and the experts."""
     return {role: one for role, one in inputs.items() if role not in ("base", "student_from")}
 
 
 def check_checkpoints(recipe: AlignRecipe, inputs: Inputs) -> None:
-    """Raise UserError where a checkpoint does not belong to the others; reads no weights."""
+    """Raise UserError if the checkpoints do not fit together; reads no weights."""
     base = inputs["base"]
     base.refuse_adapter("base")
     check_tokenizers(base, inputs, recipe.trust_remote_code)
@@ -162,20 +161,20 @@ def check_checkpoints(recipe: AlignRecipe, inputs: Inputs) -> None:
             check_adapter(role, one, base, recipe.trust_remote_code, shares=True)
     if recipe.student_from is not None and inputs["student_from"].is_adapter != (recipe.lora is not None):
         kind, way = ("an adapter", "merge it") if recipe.lora is None else ("a full checkpoint", "set `lora: null`")
-        raise UserError(f"student_from: {recipe.student_from}: is {kind}, which this student cannot go on from; {way}.")
+        raise UserError(f"student_from: {recipe.student_from}: is {kind}, which does not fit `lora`; {way}.")
 
 
 def needs_base(recipe: AlignRecipe, inputs: Inputs) -> bool:
-    """Whether a frozen copy of the base is needed: as the student's backbone, or by a teacher that stands on it."""
+    """Whether a frozen copy of the base is needed: as the student's backbone, or for a teacher on it."""
     base = inputs["base"].fingerprint
     on_base = [one.is_adapter or one.fingerprint == base for one in teacher_inputs(inputs).values()]
     return recipe.lora is not None or any(on_base)
 
 
 def load_teachers(inputs: Inputs, settings: LoadSettings, shared: Backbone | None) -> dict[str, Role]:
-    """Reference and experts: adapters and the base on the shared backbone, others on weights of their own."""
+    """Reference and experts: adapters and the base on the shared backbone, others on their own weights."""
     teachers, base = teacher_inputs(inputs), inputs["base"].fingerprint
-    # Adapters first: the first one wraps the backbone, and every role must hold the wrapped one.
+    # Adapters first: the first one wraps the backbone, and every role needs the wrapped one.
     adapters = {}
     for role, one in teachers.items():
         if one.is_adapter:

@@ -1,4 +1,4 @@
-"""`student_from`: an earlier student's adapter goes on as it is, so the recipe's `lora` is what that adapter is."""
+"""`student_from`: an earlier student's adapter is trained further as it is, so the recipe's `lora` must match it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ALL_LINEAR = "all-linear"
 
 
 def with_lora_of_student(recipe: AlignRecipe, inputs: Inputs) -> AlignRecipe:
-    """The recipe with its `lora` as the adapter of `student_from` has it; the same one where no adapter goes on.
+    """The recipe with the `lora` of the adapter of `student_from`; unchanged without one.
 
-    Raises UserError where a key of `lora` that was written down says otherwise, naming each.
+    Raises UserError if explicit keys of `lora` differ, naming each.
     """
     earlier, ours = inputs.get("student_from"), recipe.lora
     if earlier is None or ours is None:
@@ -30,19 +30,19 @@ def with_lora_of_student(recipe: AlignRecipe, inputs: Inputs) -> AlignRecipe:
     differing = [key for key in LoraRecipe.model_fields if getattr(ours, key) != getattr(theirs, key)]
     if "target_modules" in differing and _names_same_layers(recipe, inputs["base"], ours, adapted):
         differing.remove("target_modules")
-    told = [
+    problems = [
         f"lora.{key}: {_shown(getattr(ours, key))}: the adapter of student_from ({earlier}) has "
         f"{_shown(getattr(theirs, key))}"
         for key in differing
         if key in ours.model_fields_set
     ]
-    if told:
-        raise UserError(f"{'; '.join(told)}. It goes on as it is: leave it out, or begin anew without student_from.")
+    if problems:
+        raise UserError(f"{'; '.join(problems)}. Remove these keys, or train a new adapter without student_from.")
     return recipe.model_copy(update={"lora": theirs})
 
 
 def lora_of(recipe: AlignRecipe, base: Checkpoint, adapted: PeftModel) -> LoraRecipe:
-    """What `lora` would have to say for a new adapter like this one, which is on the base's architecture."""
+    """The `lora` that would give a new adapter like this one."""
     config: Any = adapted.peft_config[STUDENT_ADAPTER]
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     if _layers(adapted) != _layers(_with_new_adapter(recipe, base, LoraRecipe(target_modules=ALL_LINEAR))):
@@ -50,8 +50,8 @@ def lora_of(recipe: AlignRecipe, base: Checkpoint, adapted: PeftModel) -> LoraRe
         target_modules = chosen if isinstance(chosen, str) else tuple(sorted(chosen or ()))
     if not target_modules:
         raise UserError(
-            f"student_from: {recipe.student_from}: its adapter sits on single parameters only (target_parameters), "
-            "which lora.target_modules cannot name; merge it, and go on from the full checkpoint with `lora: null`."
+            f"student_from: {recipe.student_from}: its adapter is on single parameters only (target_parameters), "
+            "which lora.target_modules cannot name; merge it, and use the full checkpoint with `lora: null`."
         )
     return LoraRecipe(
         rank=config.r, alpha=config.lora_alpha, dropout=config.lora_dropout, target_modules=target_modules
@@ -59,16 +59,16 @@ def lora_of(recipe: AlignRecipe, base: Checkpoint, adapted: PeftModel) -> LoraRe
 
 
 def _names_same_layers(recipe: AlignRecipe, base: Checkpoint, lora: LoraRecipe, adapted: PeftModel) -> bool:
-    """Whether `lora.target_modules` names the layers that this adapter is on, in other words.
+    """Whether `lora.target_modules` names this adapter's layers in another way.
 
-    Only all-linear means a mixture's experts, too: these are parameters, and layers are all that can be named.
+    Only all-linear includes a mixture's experts, which are parameters and not layers.
     """
     named, there = _layers(_with_new_adapter(recipe, base, lora)), _layers(adapted)
     return named == there if lora.target_modules == ALL_LINEAR else named[0] == there[0]
 
 
 def _layers(adapted: PeftModel) -> tuple[set[str], set[str]]:
-    """Names of the modules that an adapter is on, and of the single parameters."""
+    """Names of an adapter's target modules, and of its target parameters."""
     tuner: Any = adapted.base_model
     return set(tuner.targeted_module_names), set(tuner.targeted_parameter_names)
 

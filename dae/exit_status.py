@@ -1,4 +1,4 @@
-"""Exit statuses: 0 done, 1 a verdict, 2 the user's mistake, 3 an internal error, 4 the machine, 128 + n signal n."""
+"""Exit statuses: 0 done, 1 a verdict, 2 a user's mistake, 3 an internal error, 4 the machine, 128 + n signal n."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SMALLER_STEP = (
 
 
 def status_of(error: BaseException) -> tuple[int, str]:
-    """Exit status and message of an error; the message is empty for faults of our own."""
+    """Exit status and message of an error; the message is empty for internal errors."""
     if isinstance(error, Stopped):
         return 128 + error.signal_number, str(error)
     if isinstance(error, (KeyboardInterrupt, Abort)):
-        return INTERRUPTED, "stopped; the same command goes on from the last checkpoint, if there is one"
+        return INTERRUPTED, "stopped; run the same command to resume from the last checkpoint"
     if isinstance(error, UserError):
         return USER, str(error)
     if isinstance(error, TyperException):
@@ -41,33 +41,32 @@ def status_of(error: BaseException) -> tuple[int, str]:
 
 
 def usage_message(error: TyperException) -> str:
-    """A usage error in one line, with the command that explains."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "dae"
     return f"{error.format_message()} (see `{command} --help`)"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Memory of the machine or of the accelerator ran out."""
+    """Out of memory on the host or the accelerator."""
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
 
 def status_of_os_error(error: OSError) -> tuple[int, str]:
-    """A full disk is the machine's; a place that may not be written is the user's; others are our own fault."""
+    """A full disk is the machine's, missing permission the user's, and anything else an internal error."""
     place = error.filename or "the output folder"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return MACHINE, f"{place}: the disk is full; make room, then give the same command again to go on"
+        return MACHINE, f"{place}: the disk is full; free some space, then run the same command to resume"
     if error.errno == errno.ENOMEM:
         return MACHINE, f"out of memory; {SMALLER_STEP}"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return USER, f"{place}: {os.strerror(error.errno).lower()}; name a place that you may use"
+        return USER, f"{place}: {os.strerror(error.errno).lower()}; use another folder"
     return OURS, ""
 
 
 def traceback_log(error: BaseException) -> str:
-    """Write the traceback to a new file and say where it is, in one line."""
+    """Write the traceback to a new file; one line that names the file."""
     last = traceback.extract_tb(error.__traceback__)[-1:]
     where = f" in {Path(last[0].filename).name}:{last[0].lineno}" if last else ""
     what = f"{type(error).__name__}{where}"
@@ -75,5 +74,5 @@ def traceback_log(error: BaseException) -> str:
         with tempfile.NamedTemporaryFile("w", prefix="dae-", suffix=".log", delete=False, encoding="utf-8") as log:
             log.write(f"{' '.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}")
     except OSError as failure:
-        return f"internal error, please report: {what} (no log could be written: {failure.strerror})"
+        return f"internal error, please report: {what} (the log could not be written: {failure.strerror})"
     return f"internal error, please report: {what}; traceback in {log.name}"

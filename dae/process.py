@@ -1,4 +1,4 @@
-"""What is settled before libraries are imported: threads, telemetry, warnings, where our messages go."""
+"""Process-wide settings made before libraries are imported: threads, telemetry, warnings, logging."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Mapping
 
 from dae.commands.stages import is_first_rank
 
-# Any of these is the user's choice of how long OpenMP's threads spin.
+# With any of these the user has chosen how long OpenMP threads spin.
 SPINNING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
 
 
 def prepare_process(environment: Mapping[str, str]) -> None:
-    """Settle what libraries read when they are imported, here and in child processes; send our messages to stderr.
+    """Set what libraries read when imported, here and in child processes; send our messages to stderr.
 
-    Threads of OpenMP sleep while they wait, unless the user chose: on cores that others use too, spinning ones cost
-    several times the work (benchmarks/omp_wait_policy.py).
+    Waiting OpenMP threads sleep, unless the user chose otherwise: on shared cores spinning costs several times the work
+    (benchmarks/omp_wait_policy.py).
     """
     if not SPINNING & environment.keys():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -1,4 +1,4 @@
-"""Rows that a recipe does not name, found in the run folders of its checkpoints."""
+"""Training data that a recipe omits, taken from the run folders of its checkpoints."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from kd.runs.provenance import read_provenance
 
 
 def domain_remedy(name: str, path: Any) -> str:
-    """What to add where an expert's rows are not known, and why its run folder does not tell them."""
+    """What to add if an expert's rows are unknown, and why its run folder does not have them."""
     flag = "--domain-data PATH" if name == UNNAMED else f"--domain-data {name}=PATH"
     return f"add {flag}{why_unknown(path, name)}"
 
 
 def general_remedy(raw: Mapping[str, Any]) -> str:
-    """The same for general rows."""
     path = raw.get("reference") or raw.get("base")
     return f"add --general-data PATH (`dae sample` writes such rows){why_unknown(path, GENERAL)}"
 
 
 def why_unknown(path: Any, route: str) -> str:
-    """Why the run folder at `path` does not tell the rows, as the end of a sentence."""
+    """Why no rows are recorded in the run folder at `path`, as the end of a sentence."""
     if not isinstance(path, str) or not path:
         return ""
     found = recorded_sources(path, route)
@@ -35,11 +34,10 @@ def why_unknown(path: Any, route: str) -> str:
 
 
 def complete_from_run_folders(raw: dict[str, Any]) -> dict[str, Any]:
-    """Rows that a recipe does not name, as the run folders of its checkpoints tell them.
+    """Fill in rows that a recipe omits from the run folders of its checkpoints.
 
     An expert's rows are those that it was trained on; general rows are those of the reference (or the base). A file is
-    used only if its content still is what it was then. Settings of single sources, such as `data.domain.0.share=0.2`,
-    go over them.
+    used only if its content is unchanged. Settings of single sources, such as `data.domain.0.share=0.2`, override them.
     """
     experts, data = raw.get("expert"), raw.get("data")
     if not isinstance(experts, Mapping) or not isinstance(data, Mapping):
@@ -57,9 +55,9 @@ def complete_from_run_folders(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_by_place(route: Any) -> Mapping[str, Any] | None:
-    """{"0": {"share": 0.2}} where that is all that is written of a route; None where it names rows of its own.
+    """{"0": {"share": 0.2}} if a route has only such settings; None if it names rows.
 
-    `data.domain.0.share=0.2` leaves this behind where nothing stands at `data.domain`, read as a single source.
+    `data.domain.0.share=0.2` without a `data.domain` gives this, read as a single source.
     """
     if not isinstance(route, Sequence) or len(route) > 1:
         return None
@@ -70,37 +68,37 @@ def settings_by_place(route: Any) -> Mapping[str, Any] | None:
 def with_settings(
     sources: Sequence[Mapping[str, Any]], settings: Mapping[Any, Any], route: str, folder: str
 ) -> list[dict[str, Any]]:
-    """Sources with settings over them, by place. Raises UserError for a place that none of them has."""
+    """Sources with settings that override theirs, by place. Raises UserError for an unknown place."""
     found = [dict(source) for source in sources]
     for place, values in settings.items():
         if int(place) >= len(found):
-            last = f"only 0 to {len(found) - 1}" if len(found) > 1 else "only 0"
-            raise UserError(f"data.{route}.{place}: {folder} was trained on no such source for it: {last}")
+            last = f"0 to {len(found) - 1}" if len(found) > 1 else "0"
+            raise UserError(f"data.{route}.{place}: no such source in the data recorded in {folder}; expected {last}")
         found[int(place)] |= values
     return found
 
 
 def recorded_sources(folder: str, route: str) -> list[dict[str, Any]] | str:
-    """The sources that a run folder was trained on: those of its route of this name, else those of `train`.
+    """The recorded sources of a run folder: of its route of this name, else of `train`.
 
     Returns:
-        The sources, without shares (those belong to the run they were recorded in); or, as text, why there are none.
+        The sources, without shares (those belong to that run); or, as text, why there are none.
     """
     provenance = read_provenance(folder)
     if provenance is None:
-        return f"{folder} is no run folder of dae, which would tell"
+        return f"{folder} is not a run folder of dae, so no data is recorded in it"
     data = provenance.get("data", {})
     name = route if route in data else "train"
     if name not in data:
-        return f"{folder} was not trained on rows for it"
+        return f"{folder} was not trained on rows for this route"
     settings = recorded_settings(Path(folder) / "recipe.yaml", name)
     sources = []
     for place, source in enumerate(data[name]):
         try:
             unchanged = data_sha256(source["path"]) == source["sha256"]
         except UserError:
-            from_here = "" if Path(source["path"]).is_absolute() else " from this folder"
-            return f"{folder} was trained on {source['path']}, which is not there{from_here}"
+            from_here = "" if Path(source["path"]).is_absolute() else " from the current folder"
+            return f"{folder} was trained on {source['path']}, which is not found{from_here}"
         if not unchanged:
             return f"{folder} was trained on {source['path']}, which has changed since"
         sources.append({"path": source["path"], **(settings[place] if place < len(settings) else {"split": "train"})})
@@ -108,7 +106,7 @@ def recorded_sources(folder: str, route: str) -> list[dict[str, Any]] | str:
 
 
 def recorded_settings(recipe: Path, route: str) -> list[dict[str, Any]]:
-    """How each source of a route was read (split, format), from a run folder's resolved recipe."""
+    """Split and format of each source of a route, from a run folder's resolved recipe."""
     if not recipe.is_file():
         return []
     written = yaml.safe_load(recipe.read_text(encoding="utf-8"))

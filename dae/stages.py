@@ -1,6 +1,6 @@
-"""The training stages. The command line, `dae check`, `dae keys` and `dae run` read this table, and no other list.
+"""The training stages: the only list of them. The command line, `dae check`, `dae keys` and `dae run` read it.
 
-A line is a recipe and the stage's class (kd/stages/stage.py says what it answers), which is imported when it runs.
+An entry is a recipe and the stage's class (the protocol is in kd/stages/stage.py), which is imported when it runs.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageEntry:
-    """A stage's recipe, which imports no torch, and where its class is ("module:Class")."""
+    """A stage's recipe, which imports no torch, and its class as "module:Class"."""
 
     recipe: type[StageRecipe]
     home: str
 
     def load(self) -> Stage[Any]:
-        """The stage itself; imports torch."""
+        """The stage; imports torch."""
         stage: Stage[Any] = pkgutil.resolve_name(self.home)()
         return stage
 

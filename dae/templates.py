@@ -1,4 +1,4 @@
-"""Chat templates of the roles: a teacher asked in another template than its own answers as it was not trained to."""
+"""Chat templates of the roles: a teacher prompted in another template than its own is off its training distribution."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kd.stages.stage import Inputs
 
 logger = logging.getLogger("dae")
 
-EXPERT = "expert"  # the value of data.chat_template
+EXPERT = "expert"  # a value of data.chat_template
 
 
 def template_of_role(source: Checkpoint, trust_remote_code: bool) -> Any:
@@ -30,7 +30,7 @@ def template_of_role(source: Checkpoint, trust_remote_code: bool) -> Any:
 
 
 def templates_of_roles(recipe: AlignRecipe, inputs: Inputs) -> dict[str, Any]:
-    """Role -> its chat template, for the experts and the reference whose folders have one. Raises UserError."""
+    """Role -> its chat template, for experts and reference that have one. Raises UserError."""
     others = {role: one for role, one in inputs.items() if role.startswith("expert.")}
     if inputs["reference"] is not inputs["base"]:
         others["reference"] = inputs["reference"]
@@ -39,40 +39,37 @@ def templates_of_roles(recipe: AlignRecipe, inputs: Inputs) -> dict[str, Any]:
 
 
 def chosen_template(recipe: AlignRecipe, templates: Mapping[str, Any]) -> Any:
-    """The expert's chat template with `data.chat_template: expert`, else None. Raises UserError where it has none."""
+    """The expert's chat template with `data.chat_template: expert`, else None. Raises UserError if it has none."""
     if recipe.data.chat_template != EXPERT:
         return None
     theirs = [templates.get(f"expert.{name}") for name in recipe.expert]
     without = [path for path, template in zip(recipe.expert.values(), theirs, strict=True) if template is None]
     if without:
         raise UserError(
-            f"data.chat_template: {EXPERT}: {without[0]} has no chat template; give `plain` or a .jinja file instead"
+            f"data.chat_template: {EXPERT}: {without[0]} has no chat template; use `plain` or a .jinja file"
         )
     if len({sha256_of(template) for template in theirs}) > 1:
-        raise UserError(
-            f"data.chat_template: {EXPERT}: the experts have different chat templates; give one as a .jinja file"
-        )
+        raise UserError(f"data.chat_template: {EXPERT}: the experts have different chat templates; use a .jinja file")
     return theirs[0]
 
 
 def sha256_of(template: Any) -> str:
-    """SHA-256 of a template's text, or of several by name."""
     text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def remedy(recipe: AlignRecipe, templates: Mapping[str, Any]) -> str:
-    """What to do where conversations meet a base without a chat template: a role's own comes before `plain`."""
+    """The remedy for conversations and a base without a chat template: a role's own, else `plain`."""
     if any(f"expert.{name}" in templates for name in recipe.expert):
-        return f"set data.chat_template={EXPERT}: the expert's folder has one, and it was trained on it"
+        return f"set data.chat_template={EXPERT} to use the expert's"
     if "reference" in templates:
         file = Path(str(recipe.reference)) / "chat_template.jinja"
-        return f"the reference has one: set data.chat_template={file}, or give another .jinja file"
+        return f"set data.chat_template={file} to use the reference's, or use another .jinja file"
     return "set data.chat_template to `plain` or to a .jinja file"
 
 
 def warn_of_other_templates(recipe: AlignRecipe, templates: Mapping[str, Any], data: StageData) -> None:
-    """Warn for each teacher whose template is not the one that the rows were rendered with."""
+    """Warn of each teacher whose template differs from the one that the rows were rendered with."""
     if not any(report.conversations for reports in data.reports.values() for report in reports):
         return
     ours = sha256_of(data.tokenizer.chat_template or "")
@@ -80,12 +77,8 @@ def warn_of_other_templates(recipe: AlignRecipe, templates: Mapping[str, Any], d
         if (theirs := sha256_of(template)) == ours:
             continue
         path = recipe.reference if role == "reference" else recipe.expert[role.removeprefix("expert.")]
-        way = f"set data.chat_template={EXPERT} to use it" if role != "reference" else "see that this is meant"
+        way = f"set data.chat_template={EXPERT} to use it" if role != "reference" else "check that this is intended"
         logger.warning(
-            "%s %s: has a chat template of its own (SHA-256 %s), and is asked in the student's (%s); %s",
-            role,
-            path,
-            theirs[:12],
-            ours[:12],
-            way,
+            "%s %s: its chat template (SHA-256 %s) differs from the student's (%s), which is used; %s",
+            *(role, path, theirs[:12], ours[:12], way),
         )

@@ -1,1 +1,1 @@
-"""`dae check`: everything but the weights, before a run costs anything."""
+"""`dae check`: everything that can be checked without loading weights."""

@@ -1,4 +1,4 @@
-"""`dae check`: what a recipe comes to, on the terminal."""
+"""`dae check`: shows what a run would do."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from kd.data.token_rows import TokenRows
 from kd.runs.provenance import HELD_OUT
 from kd.stages.stage import AnyStage
 
-SMALL_SHARE = 0.05  # of the loss: below it a route is hardly learnt
-MANY_STEPS = 0.1  # of the run: a route that is missing from more has noticeably less of the loss than it was given
-ROWS_SHOWN = 2  # of each route
-CHARACTERS_SHOWN = 240  # of each segment of a row
+SMALL_SHARE = 0.05  # of the loss: a route with less is hardly learnt
+MANY_STEPS = 0.1  # of the run: a route missing from more steps gets noticeably less of the loss than its weight
+ROWS_SHOWN = 2  # per route
+CHARACTERS_SHOWN = 240  # per segment of a row
 
 
 def check(stage: AnyStage, recipe: StageRecipe, console: Console | None = None) -> None:
@@ -37,27 +37,26 @@ def check(stage: AnyStage, recipe: StageRecipe, console: Console | None = None) 
     console = console or Console(highlight=False)
     show_routes(console, plan)
     show_rows(console, plan)
-    show_held_out(console, plan.recipe.data, plan.data)
+    show_eval_sets(console, plan.recipe.data, plan.data)
     show_effort(console, plan)
 
 
 def show_routes(console: Console, plan: Plan) -> None:
-    """Rows, tokens and shares of each route; then what was cut or dropped and why; then what to worry about."""
+    """Rows, tokens and shares of each route; then truncated and dropped rows; then warnings."""
     data = plan.data
-    table = plain_table("route", "rows", "tokens", "response", "% rows", "% loss", "cut", "dropped", "passes")
+    table = plain_table("route", "rows", "tokens", "response", "% rows", "% loss", "trunc.", "dropped", "epochs")
     shares = loss_shares(plan.objective, data, plan.mixture, plan.steps)
     for name in data.route_names:
         reports = data.reports[name]
         share = sum(source.share for source in data.sources if source.route == name)
-        passes = share * plan.steps * plan.mixture.rows_per_step / sum(report.kept for report in reports)
+        epochs = share * plan.steps * plan.mixture.rows_per_step / sum(report.kept for report in reports)
         kept, tokens, response, cut, dropped = row_counts(reports)
         part = f"{100 * shares[name].mean:.1f}"
-        table.add_row(name, kept, tokens, response, f"{100 * share:.1f}", part, cut, dropped, f"{passes:.2g}")
+        table.add_row(name, kept, tokens, response, f"{100 * share:.1f}", part, cut, dropped, f"{epochs:.2g}")
     console.print(table)
-    console.print("response: response tokens; % loss: mean over the steps;")
-    console.print("cut: truncated to data.max_length; passes: how often the run sees each row")
+    console.print("response: response tokens; % loss: mean over steps; trunc.: to data.max_length")
     for report in (report for name in data.route_names for report in data.reports[name]):
-        tell_report(console, report)
+        show_report(console, report)
     for words in data.tokenizer_faults:
         console.print(Text.assemble(("warning: ", "bold"), words), soft_wrap=True)
     for name, loss_share in shares.items():
@@ -66,7 +65,7 @@ def show_routes(console: Console, plan: Plan) -> None:
 
 
 def row_counts(reports: Sequence[SourceReport]) -> tuple[str, str, str, str, str]:
-    """Rows kept, their tokens and response tokens, rows cut and rows dropped, of several sources together."""
+    """Rows kept, their tokens and response tokens, rows truncated and rows dropped, over several sources."""
     kept, tokens, response, cut = (
         f"{sum(getattr(report, name) for report in reports):,}"
         for name in ("kept", "tokens", "response_tokens", "truncated")
@@ -75,24 +74,22 @@ def row_counts(reports: Sequence[SourceReport]) -> tuple[str, str, str, str, str
 
 
 def share_warnings(route: str, share: LossShare, pooled: bool, mixture: Mixture) -> Iterator[str]:
-    """What to say of a route that has little of the loss, or none of it in many steps."""
+    """Warnings for a route with little of the loss, or none of it in many steps."""
     if share.mean < SMALL_SHARE:
-        remedy = "weights=routes gives each route the same say, a" if pooled else "A"
+        remedy = "set weights=routes or increase" if pooled else "increase"
         yield (
-            f"route {route} has {100 * share.mean:.2g} % of the loss: it will hardly be learnt. "
-            f"{remedy} larger share of rows gives it more."
+            f"route {route} has {100 * share.mean:.2g} % of the loss, so it will hardly be learnt; {remedy} its share "
+            "of rows"
         )
     if share.absent > MANY_STEPS and not pooled:
         rows = math.ceil(1 / sum(source.share for source in mixture.sources if source.route == route))
         yield (
-            f"route {route} has no row in {100 * share.absent:.0f} % of the steps, and there the other routes have all "
-            f"of the loss. A step of at least {rows} rows (train.gradient_accumulation_steps) has one of it each time; "
-            "or give each token the same say, whichever step it comes in: weights=tokens."
+            f"route {route} has no row in {100 * share.absent:.0f} % of the steps; the other routes have all of their "
+            f"loss. Use steps of at least {rows} rows (train.gradient_accumulation_steps), or weights=tokens."
         )
 
 
 def show_rows(console: Console, plan: Plan) -> None:
-    """Some rows of each route with their response tokens marked."""
     for name in plan.data.route_names:
         rows = next(
             part for source, part in zip(plan.data.sources, plan.data.rows, strict=True) if source.route == name
@@ -104,7 +101,7 @@ def show_rows(console: Console, plan: Plan) -> None:
 
 
 def marked_row(rows: TokenRows, place: int, plan: Plan, styled: bool) -> Text:
-    """One row for people; long segments are cut in the middle."""
+    """One row with its response tokens marked; long segments are shortened in the middle."""
     shown = Text("  ")
     for text, is_response in marked_text(rows[place], plan.data.tokenizer):
         cut = shortened(text).replace("\n", "\n  ")
@@ -118,13 +115,12 @@ def marked_row(rows: TokenRows, place: int, plan: Plan, styled: bool) -> Text:
 
 
 def shortened(text: str) -> str:
-    """The text, or its two ends where it is long."""
     half = CHARACTERS_SHOWN // 2
     return text if len(text) <= CHARACTERS_SHOWN else f"{text[:half]} ... {text[-half:]}"
 
 
-def tell_report(console: Console, report: SourceReport) -> None:
-    """The shape of a source's rows, why some were dropped, what is particular about others, and keys not read."""
+def show_report(console: Console, report: SourceReport) -> None:
+    """The format of a source's rows, dropped rows and why, notes, and unread keys."""
     formats = ", ".join(f"{name} ({count:,})" for name, count in report.formats.items())
     console.print(f"{report.path}: format: {formats}", soft_wrap=True, markup=False)
     for words in [
@@ -136,14 +132,12 @@ def tell_report(console: Console, report: SourceReport) -> None:
         console.print(Text.assemble(("warning: ", "bold"), f"{report.path}: {words}"), soft_wrap=True)
 
 
-def show_held_out(console: Console, data_recipe: DataRecipe, data: StageData) -> None:
-    """Held-out rows, what became of them, and how many of them also stand in training."""
+def show_eval_sets(console: Console, data_recipe: DataRecipe, data: StageData) -> None:
+    """Eval sets, and how many of their rows also occur in training."""
     if not data_recipe.eval:
-        console.print(
-            "\nno held-out rows (data.eval): the last checkpoint is the result, whether or not it is the best"
-        )
+        console.print("\nno eval set (data.eval): the result is the last checkpoint, not the best")
         return
-    table = plain_table("held out", "rows", "tokens", "response", "cut", "dropped", "in training", "same prompt")
+    table = plain_table("eval set", "rows", "tokens", "response", "trunc.", "dropped", "in training", "same prompt")
     for name, overlap in overlaps(data_recipe, data.reports).items():
         reports = data.reports[f"{HELD_OUT}{name}"]
         table.add_row(name, *row_counts(reports), f"{overlap.same_row:,}", f"{overlap.same_prompt:,}")
@@ -151,18 +145,17 @@ def show_held_out(console: Console, data_recipe: DataRecipe, data: StageData) ->
     console.print(table)
     for name in data_recipe.eval:
         for report in data.reports[f"{HELD_OUT}{name}"]:
-            tell_report(console, report)
+            show_report(console, report)
 
 
 def show_effort(console: Console, plan: Plan) -> None:
-    """Steps, tokens, memory, disk."""
     args, mixture = plan.args, plan.mixture
     rows = plan.steps * mixture.rows_per_step
-    epoch = f", {mixture.rows_per_epoch:,} an epoch" if mixture.rows_per_epoch is not None else ""
+    epoch = f", {mixture.rows_per_epoch:,} per epoch" if mixture.rows_per_epoch is not None else ""
     micro = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size} process"
     trained = tokens_of_run(plan.data, rows, plan.data.route_names)
     taught = trained if plan.roles.teachers else 0
-    place = plan.settings.device if plan.settings.device != "cpu" else "this machine's CPU"
+    place = plan.settings.device if plan.settings.device != "cpu" else "the CPU"
     dtype = str(plan.settings.dtype).removeprefix("torch.")
     console.print(
         f"\nsteps     {plan.steps:,} of {mixture.rows_per_step:,} rows ({micro}): {rows:,} rows{epoch}", soft_wrap=True
@@ -171,7 +164,7 @@ def show_effort(console: Console, plan: Plan) -> None:
         f"tokens    {trained:,} through the student (forward, backward), {taught:,} through teachers (forward)"
     )
     needed = memory(plan)
-    show_items(console, f"memory, on {place} in {dtype}, estimated", needed)
+    show_items(console, f"memory on {place} in {dtype}, estimated", needed)
     written = disk(plan)
     show_items(console, "disk, at most", written)
     folder = next(
@@ -183,7 +176,6 @@ def show_effort(console: Console, plan: Plan) -> None:
 
 
 def show_items(console: Console, title: str, items: Sequence[Item]) -> None:
-    """An estimate with its parts."""
     table = plain_table(title, in_words(sum(item.bytes for item in items)))
     for item in items:
         table.add_row(item.name, in_words(item.bytes))
@@ -192,13 +184,11 @@ def show_items(console: Console, title: str, items: Sequence[Item]) -> None:
 
 
 def in_words(count: float) -> str:
-    """Bytes with a unit that leaves two or three digits."""
     power = min(3, int(math.log(count, 1000))) if count >= 1 else 0
     return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"
 
 
 def plain_table(first: str, *others: str) -> Table:
-    """A table without frames: names on the left, numbers on the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
     table.add_column(first, overflow="fold")
     for title in others:

@@ -1,4 +1,4 @@
-"""What a run will need, from configurations and file headers alone: memory, tokens, disk. Estimates, not promises."""
+"""Estimates of a run's memory, tokens and disk, from configs and file headers alone."""
 
 from __future__ import annotations
 
@@ -27,38 +27,36 @@ from kd.training.trainer import TRAINING_ONLY
 ADAPTER_BYTES = 4  # peft keeps adapters in float32
 ADAMW_BYTES = 8  # two moments in float32
 GRADIENT_BYTES = 4
-# Bytes that backward keeps per token and layer, as (per width, per inner width of the MLP): counted on Llama layers
-# with LoRA on all linear layers and SDPA.
+# Bytes kept for backward per token and layer, as (per width, per inner width of the MLP): measured on Llama layers with
+# LoRA on all linear layers and SDPA.
 KEPT_BYTES = {torch.float32: (40, 16), torch.bfloat16: (42, 10)}
-LIVE_CHUNKS = 3  # both sides' logits in float32 (the gradient takes their place), and a copy in the weights' dtype
-LIVE_BLOCKS = 6  # their probabilities, logarithms of these, gradient, one temporary
+LIVE_CHUNKS = 3  # both sides' logits in float32 (replaced by the gradient), and a copy in the weights' dtype
+LIVE_BLOCKS = 6  # both sides' probabilities and their logarithms, gradient, one temporary
 # Student's and teacher's scores, logarithms of their maps, the teacher's map, their ratio, the student's map, gradient.
 LIVE_MAP_CHUNKS = 8
 
 
 @dataclass(frozen=True)
 class Item:
-    """One line of an estimate."""
-
     name: str
     bytes: float
 
 
 def weights(plan: Plan) -> list[Item]:
-    """What a run keeps in memory for its models: each copy of full weights once, adapters, what trains."""
+    """A run's models in memory: each copy of full weights once, adapters, trained weights."""
     recipe, roles = plan.recipe, plan.roles
     element, items = plan.settings.dtype.itemsize, list[Item]()
     adapters: dict[tuple[int, str], Item] = {}
     on_model: dict[int, list[Role]] = {}
     for role in roles.all:
         on_model.setdefault(id(role.model), []).append(role)
-    for speakers in on_model.values():
-        model, student_trains = speakers[0].model, speakers[0] is roles.student and recipe.lora is None
+    for sharing in on_model.values():
+        model, student_trains = sharing[0].model, sharing[0] is roles.student and recipe.lora is None
         if not student_trains:
-            names = ", ".join(role.name for role in speakers)
+            names = ", ".join(role.name for role in sharing)
             name = f"base: {names}" if model is roles.shared else names
             items.append(Item(name, parameters(model) * element))
-        for role in speakers:
+        for role in sharing:
             if role.adapter is not None and role is not roles.student:
                 adapters.setdefault((id(model), role.adapter), Item(f"{role.name} adapter", adapter_bytes(role)))
     items.sort(key=lambda item: not item.name.startswith("base: "))
@@ -70,35 +68,34 @@ def weights(plan: Plan) -> list[Item]:
 
 
 def full_bytes(recipe: StageRecipe) -> int:
-    """Bytes of each weight of a student whose weights all train."""
+    """Bytes per weight of a student whose weights all train."""
     return student_dtype(recipe).itemsize
 
 
 def is_training_only(name: str) -> bool:
-    """Whether a weight trains beside the student and is not published."""
+    """Whether a weight trains with the student but is not published."""
     return TRAINING_ONLY in name.split(".")
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of weights without adapters and what only training needs; tied ones once."""
+    """Number of weights without adapters and training-only ones; tied weights once."""
     others = {TRAINING_ONLY, *getattr(model, "peft_config", ())}
     return sum(weight.numel() for name, weight in model.named_parameters() if not others & {*name.split(".")})
 
 
 def adapter_bytes(role: Role) -> int:
-    """Bytes of a role's adapter."""
     of_role = (w.numel() for name, w in role.model.named_parameters() if role.adapter in name.split("."))
     return sum(of_role) * ADAPTER_BYTES
 
 
 def trainable(student: Role) -> int:
-    """Weights of the student that train and are published."""
+    """Number of the student's weights that train and are published."""
     weights = student.model.named_parameters()
     return sum(weight.numel() for name, weight in weights if weight.requires_grad and not is_training_only(name))
 
 
 def memory(plan: Plan) -> list[Item]:
-    """Peak memory of one process, by part: weights of each role, training state, activations, the loss's chunk."""
+    """Peak memory of one process, by part: weights per role, training state, activations, one chunk of the loss."""
     args, settings, roles = plan.args, plan.settings, plan.roles
     config = text_config(roles.student.model)
     width, layers = config.hidden_size, config.num_hidden_layers
@@ -111,7 +108,7 @@ def memory(plan: Plan) -> list[Item]:
     if args.gradient_checkpointing:
         kept, name = layers * tokens * width * dtype.itemsize + layer, "activations, checkpointed"
     else:
-        kept, name = layers * layer, "activations (train.gradient_checkpointing=true needs less)"
+        kept, name = layers * layer, "activations (less with train.gradient_checkpointing=true)"
     chunk = CPU_CHUNK_ELEMENTS if settings.device == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
     logits, maps = bytes_of_logits(tokens, roles.vocabulary_rows, settings.device), 0
     terms = []
@@ -125,26 +122,23 @@ def memory(plan: Plan) -> list[Item]:
         Item("gradients and AdamW", trainable(roles.student) * (GRADIENT_BYTES + ADAMW_BYTES)),
         Item(f"{name}, {args.per_device_train_batch_size} x {longest} tokens", kept),
         *terms,
-        # Not both at once: one loss is worked out after the other.
+        # Not both at once: the losses are computed one after the other.
         Item(f"logits{' or attention maps' if maps else ''}, one chunk at a time", max(logits, maps)),
     ]
 
 
 def bytes_of_logits(tokens: int, vocabulary_rows: int, device: str) -> int:
-    """Bytes that the loss of so many tokens holds at once: a chunk of logits, a block of what is made of
-    them.
-    """
+    """Bytes that the loss holds at once: a chunk of logits, and a block of what is computed from them."""
     chunk = max(logits_elements(device), FEWEST_CHUNK_TOKENS * vocabulary_rows)
     chunk, block = (min(elements, tokens * vocabulary_rows) for elements in (chunk, block_elements(device)))
     return 4 * (LIVE_CHUNKS * chunk + LIVE_BLOCKS * block)
 
 
 def held_for_maps(attention: AttentionLoss, dtype: torch.dtype, checkpointed: bool) -> int:
-    """Bytes that the loss between attention maps holds per token (kd/losses/attention.py): of the chosen layers'
-    queries and keys, the teacher's until the loss, and the student's gradients in float32 from there to their layer's
-    backward.
+    """Bytes per token that the attention loss holds (kd/losses/attention.py), for queries and keys of its layers.
 
-    The student's own are among its kept activations, unless those are checkpointed.
+    The teacher's are held until the loss, the student's float32 gradients from there to their layer's backward. The
+    student's own count as activations, unless those are checkpointed.
     """
     student, teacher = attention.models
     pairs = attention.pairs
@@ -154,7 +148,7 @@ def held_for_maps(attention: AttentionLoss, dtype: torch.dtype, checkpointed: bo
 
 
 def query_and_key_width(model: nn.Module) -> int:
-    """Entries of the queries and keys of one token in one layer, all heads together."""
+    """Elements of one token's queries and keys in one layer, over all heads."""
     config = text_config(model)
     heads = int(config.num_attention_heads)
     key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
@@ -163,11 +157,11 @@ def query_and_key_width(model: nn.Module) -> int:
 
 
 def disk(plan: Plan) -> list[Item]:
-    """What the run folder takes at most: checkpoints (weights and optimizer), the result, a merged copy."""
+    """Maximum size of the run folder: checkpoints (weights and optimizer), the result, a merged copy."""
     recipe, args, count = plan.recipe, plan.args, trainable(plan.roles.student)
     result = count * (ADAPTER_BYTES if recipe.lora is not None else full_bytes(recipe))
     checkpoint = result + count * ADAMW_BYTES
-    # One more than are kept: the next is whole before the oldest goes. And the best one, where one is chosen.
+    # One more than are kept, as the next is complete before the oldest is deleted; and the best one, if chosen.
     kept = 0 if args.save_strategy == "no" else (args.save_total_limit or 2) + 1 + bool(recipe.data.eval)
     items = [Item("the result", result), Item(f"checkpoints, at most {kept}", kept * checkpoint)]
     if recipe.merge:
@@ -177,7 +171,7 @@ def disk(plan: Plan) -> list[Item]:
 
 
 def tokens_of_run(data: StageData, rows: int, routes: Sequence[str]) -> int:
-    """Tokens of so many training rows, as far as they are of these routes, at the sources' shares."""
+    """Tokens of `rows` training rows that belong to these routes, at the sources' shares."""
     means = zip(data.sources, data.rows, strict=True)
     return round(
         rows * sum(source.share * float(part.lengths.mean()) for source, part in means if source.route in routes)

@@ -1,4 +1,4 @@
-"""Held-out rows that also stand in training: a score on them is no score on unseen rows."""
+"""Rows of eval sets that also occur in training."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from kd.runs.provenance import HELD_OUT
 
 @dataclass(frozen=True)
 class Overlap:
-    """Of a route's held-out rows: how many stand in training whole, and how many with the same prompt."""
+    """Of a route's eval set: rows that occur in training, and rows whose prompt does."""
 
     same_row: int
     same_prompt: int
 
 
 def overlaps(data: DataRecipe, reports: Mapping[str, Sequence[SourceReport]]) -> dict[str, Overlap]:
-    """Route -> overlap of its held-out rows with the training rows of all routes, by normalised text.
+    """Route -> overlap of its eval set with the training rows of all routes, by normalised text.
 
-    reports: those of the sources, as kd.data.stage_data has them; rows that were dropped are in neither.
+    reports: of the sources, as in kd.data.stage_data; dropped rows are ignored.
     """
     whole: set[str] = set()
     prompts: set[str] = set()
@@ -42,7 +42,7 @@ def overlaps(data: DataRecipe, reports: Mapping[str, Sequence[SourceReport]]) ->
 
 
 def texts(sources: Sequence[SourceRecipe], reports: Sequence[SourceReport]) -> Iterable[tuple[str, str]]:
-    """(prompt, whole row) of each record that was kept, normalised; the prompt is empty where there is none."""
+    """(prompt, whole row) of each kept record, normalised; the prompt is empty if there is none."""
     for source, report in zip(sources, reports, strict=True):
         dropped = frozenset(report.dropped_at)
         for place, (_, record) in enumerate(read_records(source)):
@@ -53,22 +53,21 @@ def texts(sources: Sequence[SourceRecipe], reports: Sequence[SourceReport]) -> I
 
 
 def parts(record: Mapping[str, Any]) -> tuple[str, str]:
-    """A record's text before its last response, and from there on."""
+    """A record's text before its last response, and the rest."""
     if record.get("messages") is not None:
         turns = record["messages"]
         last = max((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
-        return spoken(turns[:last]), spoken(turns[last:])
+        return contents(turns[:last]), contents(turns[last:])
     if record.get("completion") is not None:
         prompt, completion = record["prompt"], record["completion"]
-        return (prompt, completion) if isinstance(prompt, str) else (spoken(prompt), spoken(completion))
+        return (prompt, completion) if isinstance(prompt, str) else (contents(prompt), contents(completion))
     return "", record["text"]
 
 
-def spoken(messages: Iterable[Mapping[str, Any]]) -> str:
-    """The contents of messages, one after the other."""
+def contents(messages: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(str(message.get("content") or "") for message in messages)
 
 
 def normalised(text: str) -> str:
-    """Case and white space do not make another row."""
+    """Without differences of case and white space."""
     return " ".join(text.casefold().split())

@@ -1,7 +1,7 @@
-"""What a recipe comes to, without the weights: rows, steps, roles, all that would stop the run.
+"""Plans a run without its weights: rows, steps, roles, and everything that would stop it.
 
-It goes the way of the real run (the stage's own functions read rows, pair roles and lay out steps), so that a recipe
-which passes does not fail later for a reason that could have been seen.
+It uses the real run's functions to read rows, build roles and plan steps, so that a recipe that passes does not fail
+later for a foreseeable reason.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe comes to; the roles are on the device `meta`, without weights."""
+    """A planned run; the roles are on the device `meta`, without weights."""
 
     recipe: StageRecipe
     data: StageData
@@ -49,21 +49,20 @@ class Plan:
 
 
 class Findings:
-    """Problems found so far; each step of a check adds its own, so that all are told at once."""
+    """Collects the problems of all steps of a check, to report them in one message."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
 
     def of(self, step: Callable[[], Result]) -> Result | None:
-        """The step's result, or None where it found a problem."""
+        """The step's result, or None if it raised UserError."""
         try:
             return step()
         except UserError as error:
             self.problems.append(str(error))
             return None
 
-    def tell(self) -> None:
-        """Raise UserError with everything that was found."""
+    def raise_all(self) -> None:
         if len(self.problems) == 1:
             raise UserError(self.problems[0])
         if self.problems:
@@ -71,7 +70,7 @@ class Findings:
 
 
 def make_plan(stage: AnyStage, recipe: StageRecipe) -> Plan:
-    """Everything but the weights. Raises UserError with every problem found."""
+    """Plan a run. Raises UserError with every problem found."""
     found = Findings()
     found.of(lambda: check_output(recipe.output))
     settings = load_settings(recipe)
@@ -79,11 +78,11 @@ def make_plan(stage: AnyStage, recipe: StageRecipe) -> Plan:
     roles = objective = None
     if inputs is not None:
         checked = found.of(lambda: stage.check(recipe, inputs))
-        if checked is not None and not found.problems:  # what does not belong together cannot be laid out either
+        if checked is not None and not found.problems:  # roles need checkpoints that fit together
             recipe = checked
             roles = found.of(lambda: stage.build_roles(recipe, inputs, replace(settings, device="meta")))
     if roles is not None:
-        for role in roles.all:  # adapters were read from their files, and would not meet the weights of the base
+        for role in roles.all:  # the adapters' weights were read, the base's were not
             nn.Module.to(role.model, "meta")
         objective = found.of(lambda: stage.objective(recipe, roles))
     args = found.of(lambda: training_arguments(recipe, settings))
@@ -100,7 +99,7 @@ def make_plan(stage: AnyStage, recipe: StageRecipe) -> Plan:
         found.of(lambda: refuse_unfit_rows(recipe, data, roles.vocabulary_rows, fewest_positions(roles)))
     if data is not None and inputs is not None:
         found.of(lambda: look_at_output(stage, recipe, inputs, data))
-    found.tell()
+    found.raise_all()
     assert data is not None
     assert args is not None
     assert mixture is not None
@@ -111,14 +110,14 @@ def make_plan(stage: AnyStage, recipe: StageRecipe) -> Plan:
 
 
 def read_inputs(stage: AnyStage, recipe: StageRecipe) -> Inputs:
-    """The checkpoints, with all of their files read once. Raises UserError where some are torn or missing."""
+    """The checkpoints, with their fingerprints. Raises UserError if files are truncated or missing."""
     inputs: Inputs = stage.inputs(recipe)
     fingerprints(inputs)
     return inputs
 
 
 def check_roles(recipe: StageRecipe, roles: StageRoles) -> None:
-    """Raise UserError where the run would refuse its models: a head it does not know, a merge that would go wrong."""
+    """Raise UserError if the run would refuse its models: an unknown head, an impossible merge."""
     for role in roles.all:
         try:
             with activate(role) as model:
@@ -131,36 +130,35 @@ def check_roles(recipe: StageRecipe, roles: StageRoles) -> None:
 
 
 def fewest_positions(roles: StageRoles) -> int | None:
-    """Positions that every role has an embedding for; None where all compute theirs."""
+    """The fewest learned positions of any role; None if no role has learned positions."""
     learned = (learned_positions(role.model) for role in roles.all)
     return min((positions for positions in learned if positions is not None), default=None)
 
 
 def sources_of(recipe: StageRecipe) -> list[SourceRecipe]:
-    """All sources, for training and held out."""
     return [
         source for part in (recipe.data.routes, recipe.data.eval) for sources in part.values() for source in sources
     ]
 
 
 def first_record(source: SourceRecipe) -> str:
-    """Where a source begins. Raises UserError where it cannot be read, so that all missing files are told at once."""
+    """The location of a source's first record. Raises UserError if it cannot be read."""
     location, _ = next(read_records(source))
     return location
 
 
 def check_output(output: str) -> None:
-    """Raise UserError where the run folder could not be written."""
+    """Raise UserError if the run folder cannot be written."""
     place = Path(output)
     if place.exists() and not place.is_dir():
-        raise UserError(f"output: {output}: is a file; name a folder")
+        raise UserError(f"output: {output}: is a file; expected a folder")
     existing = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"output: {output}: {existing} may not be written; name a place that you may use")
+        raise UserError(f"output: {output}: no permission to write to {existing}; use another folder")
 
 
 def look_at_output(stage: AnyStage, recipe: StageRecipe, inputs: Inputs, data: StageData) -> None:
-    """Raise UserError where the run folder holds another run, or a live process holds it."""
+    """Raise UserError if the run folder has another run, or a live process holds it."""
     begun = read_provenance(recipe.output) or {}
-    processes = begun.get("processes", 1)  # how many a launcher will start is not known here
+    processes = begun.get("processes", 1)  # how many a launcher will start is unknown here
     RunFolder(recipe.output).look(Start(stage.name, recipe, fingerprints(inputs), recipe.base, data.inputs, processes))

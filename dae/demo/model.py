@@ -1,4 +1,4 @@
-"""The demo's starting point: a small Llama with random weights, and the world's tokenizer beside it."""
+"""The demo's untrained model: a small Llama with random weights, with the world's tokenizer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 def save_untrained(
     folder: Path, seed: int, *, width: int = 128, layers: int = 3, initializer_range: float = 0.08
 ) -> None:
-    """Write a Llama of random fp32 weights (0.6 million) and the tokenizer of the embedded world to `folder`.
+    """Write a Llama with random fp32 weights (0.6 million) and the world's tokenizer to `folder`.
 
-    initializer_range: about 1 / sqrt(width). At the usual 0.02 the names' embeddings hardly differ, and an adapter, for
-    which they are frozen, cannot learn facts about them.
+    initializer_range: about 1 / sqrt(width). At the usual 0.02 the embeddings of names hardly differ, and an adapter,
+    which cannot change them, learns no facts about them.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,6 +1,6 @@
-"""`dae demo`: the whole story on the embedded world. It runs the very commands that it prints.
+"""`dae demo`: all stages on a made-up world. It runs the commands that it prints.
 
-Skills that are also in the alignment rows say whether aligning works; those that are not say what carries over.
+Skills that occur in the alignment rows show whether alignment works; the others show what transfers.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ EXPERT = "shop"
 
 
 def demo(output: Path, seed: int, run_command: Callable[[Sequence[str]], None]) -> None:
-    """Make the world and its four models under `output`, and the report on them. Finished parts stay.
+    """Write the world, its four models and the report to `output`. Finished parts are skipped.
 
-    run_command: runs one command of `dae` (without the word `dae`) in this process. The report's verdict is no failure
-    of the demo's.
+    run_command: runs one command of `dae` (without the word `dae`) in this process.
     """
     notes = Console(stderr=True, highlight=False)
     folder = output / "world"
     digest = world.write_world(folder)
     if digest != world.SHA256:
         raise UserError(
-            f"{folder}: this world is not the fixed one (SHA-256 {digest[:12]}); its numbers cannot be compared."
+            f"{folder}: this world differs from the fixed one (SHA-256 {digest[:12]}); its numbers are not comparable."
         )
     notes.print(f"[bold]A made-up world[/] in {folder} (SHA-256 {digest[:12]}): general skills, and a shop.")
     start = output / "start"
     if not (start / "config.json").is_file():
-        write_untrained_model(start, seed)
+        from dae.demo.model import save_untrained
+
+        save_untrained(start, seed)
     recipes = copy_recipes(output / "recipes")
     for title, command in commands(output, recipes, seed):
         notes.print(f"\n[bold]{title}[/]\n[dim]$[/] {shlex.join(command)}", soft_wrap=True)
@@ -49,15 +50,8 @@ def demo(output: Path, seed: int, run_command: Callable[[Sequence[str]], None]) 
         console.print(f"  {line}", soft_wrap=True)
 
 
-def write_untrained_model(folder: Path, seed: int) -> None:
-    """A small Llama with random weights and the world's tokenizer: where the demo's base starts."""
-    from dae.demo.model import save_untrained
-
-    save_untrained(folder, seed)
-
-
 def copy_recipes(folder: Path) -> Path:
-    """The demo's recipes, beside its runs, so that the printed commands work from where they were printed."""
+    """Copy the demo's recipes next to its runs, so that the printed commands work."""
     here = Path(__file__).resolve().parents[1]
     for source in (here / "_recipes" / "demo", here.parent / "recipes" / "demo"):
         if source.is_dir():
@@ -67,7 +61,7 @@ def copy_recipes(folder: Path) -> Path:
 
 
 def commands(output: Path, recipes: Path, seed: int) -> list[tuple[str, list[str]]]:
-    """(what it is, the command) for each of the four models, and for the report on them."""
+    """(title, command) for each of the four models and the report."""
     data, base, expert = output / "world", str(output / "base"), str(output / "expert")
     untrained, general, shop = str(output / "start"), str(data / "general_train.jsonl"), str(data / "shop_expert.jsonl")
 
@@ -80,11 +74,11 @@ def commands(output: Path, recipes: Path, seed: int) -> list[tuple[str, list[str
     shares = [f"data.{EXPERT}.0.share=0.7", "data.general.0.share=0.3"]
     return [
         (
-            "1. A base that has general skills and knows no shop",
+            "1. The base: general skills, nothing about the shop",
             dae("sft", "base", "--base", untrained, "--data", general, "--output", base),
         ),
         (
-            "2. An expert: the base trained on shop rows alone. It learns the shop and forgets the rest",
+            "2. The expert: the base trained on shop rows alone. It learns the shop and forgets general skills",
             dae("sft", "expert", "--base", base, "--data", shop, "--output", expert),
         ),
         (
@@ -92,15 +86,14 @@ def commands(output: Path, recipes: Path, seed: int) -> list[tuple[str, list[str
             dae("align", "align", *aligning, "--output", str(output / "student"), *shares),
         ),
         (
-            "4. For comparison, next-token loss on the same mixed rows, without teachers",
+            "4. For comparison: next-token loss on the same mixed rows, without teachers",
             dae("align", "align", *aligning, "--output", str(output / "next-token"), *shares, "lambda=0"),
         ),
-        ("5. What was gained and what was lost, on held-out documents", report_command(output, recipes)),
+        ("5. The report: gains and losses on held-out documents", report_command(output, recipes)),
     ]
 
 
 def report_command(output: Path, recipes: Path) -> list[str]:
-    """`dae report` on the four models; the reference is the base."""
     models = ["--base", str(output / "base"), "--expert", str(output / "expert"), "--student", str(output / "student")]
     models += ["--compare", f"next-token={output / 'next-token'}"]
     suite = ["--suite", str(recipes / "eval.yaml"), f"metadata.world={output / 'world'}"]

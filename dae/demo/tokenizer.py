@@ -1,4 +1,4 @@
-"""The embedded world's tokenizer: one token per word, two per made-up name, one per digit; any other text by bytes."""
+"""The demo world's tokenizer: one token per word, two per made-up name, one per digit; bytes for any other text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONTEXT = 64
 
 
 def _pieces() -> list[str]:
-    """Every word and mark of the world as it may stand in a text: at its start, after a space, in a name."""
+    """Every word and mark of the world as it occurs in text: at the start, after a space, in a name."""
     tables = (words.GENERAL_PHRASINGS, words.TAUGHT, words.UNSEEN)
     phrasings = (phrasing for table in tables for phrasings in table.values() for phrasing in phrasings)
     spelt = {
@@ -34,10 +34,9 @@ def _pieces() -> list[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A Unigram model over bytes whose words all weigh the same, so that a text takes the fewest pieces.
+    """A byte-level Unigram model with equal weights for all words, so that a text takes the fewest tokens.
 
-    Plain text gets `<s>` in front; `</s>` and `<pad>` are two other tokens. Any text is restored exactly: what is no
-    word of the world is spelt in bytes.
+    Plain text gets `<s>` in front. Any text is decoded exactly.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

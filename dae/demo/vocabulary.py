@@ -1,7 +1,6 @@
-"""The words that the embedded world is made of: names, values, and the phrasings of every question.
+"""The words of the demo's world: names, values, and the phrasings of every question.
 
-`TAUGHT` phrasings occur in training rows, `UNSEEN` ones only in held-out documents: knowledge (of towns, of products)
-is examined in words that no training row used.
+`TAUGHT` phrasings occur in training rows, `UNSEEN` ones only in held-out documents.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
-"""The embedded world: general skills, and a shop whose facts only its own rows tell. Everything follows from one seed.
+"""The demo's made-up world: general skills, and a shop whose facts occur only in its own rows. One seed decides it all.
 
-Every skill (and every kind of shop question) makes *quartets*: four questions whose four answers are the four choices
-of each. In held-out documents a quartet shares its choices and their order, and each choice is right exactly once. So
-a rule that sees only the choices is right in exactly one document of four, whatever it is: chance is 25 %, and no
-shortcut through the answers exists.
+Every skill (and every kind of shop question) makes *quartets*: four questions whose four answers are the choices of
+each. In held-out documents a quartet shares its choices and their order, and each choice is right exactly once. So any
+rule that sees only the choices is right in one document of four: chance is exactly 25 %.
 
-What is held out: of the skills that are *done* (arithmetic, sorting, ...), the instances (`Question.key`): no training
-row has them. Of the knowledge that is *held* (towns, products), the phrasing: the fact itself stands in training rows,
-in other words.
+Held out are: of skills (arithmetic, sorting, ...) the instances (`Question.key`), which no training row has; of facts
+(towns, products) the phrasing, since the fact itself occurs in training rows in other words.
 """
 
 from __future__ import annotations
@@ -39,30 +37,29 @@ UNALIGNED_KINDS = ("colour", "options")
 SHOP_KINDS = ALIGNED_KINDS + UNALIGNED_KINDS
 PARTS = {"arithmetic": 3}  # how much of each skill in a mixture, others 1
 
-CHANCE = 0.25
-# Of all files of the default seed. Fixed before `align` first ran on them; every change stands in CHANGELOG.md.
+# Of all files of the default seed. Fixed before `align` first ran on them; CHANGELOG.md lists every change.
 SHA256 = "d571c284bfc2b39021ee3df4e15be84e1d6d0112fcf2f07aa81fb4ebf42dbdb2"
 
 
 def _stream(seed: int, purpose: str) -> random.Random:
-    """An independent random stream per purpose: a change to one file of the world leaves the others as they are."""
+    """An independent random stream per purpose, so that a change to one file does not change the others."""
     return random.Random(f"{seed}/{purpose}")
 
 
 def _names(starts: Sequence[str], ends: Sequence[str], n: int) -> list[tuple[str, str]]:
-    """`n` different starts, and after each of them two different ends: two names."""
+    """`n` different starts, each with two different ends: two names."""
     rng = _stream(SEED, "names")
     return [(start + one, start + other) for start in rng.sample(starts, n) for one, other in (rng.sample(ends, 2),)]
 
 
 TOWN_NAMES = [name for name, _ in _names(words.TOWN_STARTS, words.TOWN_ENDS, TOWNS)]
 PRODUCT_NAMES, PLAIN_NAMES = map(list, zip(*_names(words.NAME_STARTS, words.NAME_ENDS, PRODUCTS), strict=True))
-# The plain names, for copying, are no product's: the base knows the parts of the products' names, not the names.
+# Plain names are for copying and belong to no product: the base knows the parts of product names, not the names.
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question, its right answer, and the instance or fact that it is about (`key`), whatever the phrasing."""
+    """One question, its right answer, and its instance or fact (`key`), independent of the phrasing."""
 
     prompt: str
     answer: str
@@ -83,11 +80,11 @@ def _quartet(questions: Sequence[Question]) -> Quartet:
     return one, two, three, four
 
 
-# --- skills that are done: an endless supply of instances ---
+# --- skills: any number of instances ---
 
 
 def arithmetic(rng: random.Random) -> Quartet:
-    """Sums and differences of numbers below 50; the four results lie close together (s, s+-1, s+-10, s+-11)."""
+    """Sums and differences of numbers below 50; the four results are close (s, s+-1, s+-10, s+-11)."""
     step, decade = rng.choice((-1, 1)), rng.choice((-10, 10))
     result = rng.randint(12, 87)
     questions = []
@@ -104,7 +101,7 @@ def arithmetic(rng: random.Random) -> Quartet:
 
 
 def sorting(rng: random.Random) -> Quartet:
-    """Four numbers put in rising and falling order, and the same with one of them exchanged."""
+    """Four numbers in rising and falling order, and the same with one of them replaced."""
     numbers = rng.sample(range(10, 100), 5)
     questions = []
     for chosen in (numbers[:4], numbers[1:]):
@@ -116,14 +113,14 @@ def sorting(rng: random.Random) -> Quartet:
 
 
 def copying(rng: random.Random) -> Quartet:
-    """Four orders of the same four made-up names, each to be repeated."""
+    """Repeat four orders of the same four made-up names."""
     names = rng.sample(PLAIN_NAMES, 4)
     orders = rng.sample(list(itertools.permutations(names)), 4)
     return _quartet([_ask(rng, "copy", " ".join(o), "copy:" + " ".join(o), items=" ".join(o)) for o in orders])
 
 
 def reversing(rng: random.Random) -> Quartet:
-    """Four orders of the same four things, each to be said backwards."""
+    """Reverse four orders of the same four words."""
     orders = rng.sample(list(itertools.permutations(rng.sample(words.COMMON, 4))), 4)
     return _quartet(
         [_ask(rng, "reverse", " ".join(o[::-1]), "reverse:" + " ".join(o), items=" ".join(o)) for o in orders]
@@ -131,7 +128,7 @@ def reversing(rng: random.Random) -> Quartet:
 
 
 def reading(rng: random.Random) -> Quartet:
-    """Four short reports that differ in everything, and one question to all: who, what, which colour, or where?"""
+    """Four short reports that differ in everything, and one question for all: who, what, which colour, or where?"""
     columns = [rng.sample(values, 4) for values in (words.PEOPLE, words.COLOURS, words.THINGS, words.REGIONS)]
     reports = list(zip(*columns, strict=True))
     asked = rng.randrange(4)
@@ -146,7 +143,7 @@ def reading(rng: random.Random) -> Quartet:
 
 
 def selecting(rng: random.Random) -> Quartet:
-    """The largest, smallest, first and last of six numbers, in lists where these are four different numbers."""
+    """The largest, smallest, first and last of six numbers, which are four different numbers."""
     numbers = rng.sample(range(10, 100), 6)
     while len({max(numbers), min(numbers), numbers[0], numbers[-1]}) < 4:
         rng.shuffle(numbers)
@@ -156,7 +153,7 @@ def selecting(rng: random.Random) -> Quartet:
 
 
 def shifting(rng: random.Random) -> Quartet:
-    """Four orders of the same four letters, each letter to be replaced by the next one of the alphabet."""
+    """Replace each letter by the next one of the alphabet, in four orders of the same four letters."""
     letters = rng.sample(string.ascii_lowercase[:-1], 4)
     orders = rng.sample(list(itertools.permutations(letters)), 4)
     after = dict(itertools.pairwise(string.ascii_lowercase))
@@ -168,18 +165,18 @@ def shifting(rng: random.Random) -> Quartet:
     )
 
 
-# --- knowledge that is held: a closed list of facts ---
+# --- knowledge: a fixed list of facts ---
 
 
 @dataclass(frozen=True)
 class Facts:
-    """All facts of one kind: the value that each subject (a town, a product) has."""
+    """All facts of one kind: the value of each subject (a town, a product)."""
 
     kind: str
     values: dict[str, str]
 
     def questions(self, rng: random.Random, subject: str, phrasings: Sequence[str]) -> list[Question]:
-        """The subject's fact asked in each of the phrasings; where one offers options, they are drawn anew."""
+        """The subject's fact in each of the phrasings; options are drawn again for each."""
         right = self.values[subject]
         wrong = sorted(set(self.values.values()) - {right})
         questions = []
@@ -194,15 +191,15 @@ class Facts:
         return Question(phrasing.format(x=subject, **fields), self.values[subject], f"{self.kind}:{subject}")
 
     def quartets(self, rng: random.Random, phrasings: Sequence[str]) -> list[Quartet]:
-        """Every subject once, four by four with four different values, each quartet in one of the phrasings.
+        """Every subject once, in quartets with four different values, each quartet in one of the phrasings.
 
-        No subject stands among the choices of its own quartet (a match's name would give itself away).
+        No subject is among the choices of its own quartet (a match's name would give itself away).
         """
         quarter = len(self.values) // 4
         while True:
             values = sorted(set(self.values.values()))
             rank = {value: i for i, value in enumerate(rng.sample(values, len(values)))}
-            # Sorted by value and no value on more than a quarter: subjects a quarter apart differ in value.
+            # Sorted by value, and no value has more than a quarter: subjects a quarter apart differ in value.
             ordered = sorted(rng.sample(sorted(self.values), 4 * quarter), key=lambda x: rank[self.values[x]])
             groups = [rng.sample(ordered[i::quarter], 4) for i in range(quarter)]
             if not any({self.values[x] for x in group} & set(group) for group in groups):
@@ -216,14 +213,14 @@ class Facts:
 
 
 def _deal(rng: random.Random, subjects: Sequence[str], values: Sequence[str]) -> dict[str, str]:
-    """Give each subject a value, all values equally often (up to one)."""
+    """Give each subject a value; all values equally often (up to one)."""
     hand = list(itertools.islice(itertools.cycle(rng.sample(values, len(values))), len(subjects)))
     rng.shuffle(hand)
     return dict(zip(subjects, hand, strict=True))
 
 
 def atlas(seed: int = SEED) -> dict[str, Facts]:
-    """The general knowledge: region and craft of every town, by skill."""
+    """General knowledge: region and craft of every town, by skill."""
     rng = _stream(seed, "atlas")
     return {
         "regions": Facts("region", _deal(rng, TOWN_NAMES, words.REGIONS)),
@@ -232,7 +229,7 @@ def atlas(seed: int = SEED) -> dict[str, Facts]:
 
 
 def catalogue(seed: int = SEED) -> dict[str, Facts]:
-    """The shop's knowledge by kind of question. `options` asks for the material and offers four."""
+    """The shop's facts by kind of question. `options` asks for the material and offers four."""
     rng = _stream(seed, "catalogue")
     dealt = {
         "category": words.CATEGORIES,
@@ -264,7 +261,7 @@ DRILLS: dict[str, Drill] = {
 
 
 def _drill_documents(drill: Drill, rng: random.Random) -> list[Quartet]:
-    """Held-out quartets of a skill, no instance twice."""
+    """Held-out quartets of a skill, without duplicate instances."""
     quartets: list[Quartet] = []
     seen: set[str] = set()
     while len(quartets) < DOCUMENTS // 4:
@@ -277,20 +274,20 @@ def _drill_documents(drill: Drill, rng: random.Random) -> list[Quartet]:
 
 
 def _drill_rows(drill: Drill, rng: random.Random, held_out: set[str]) -> Iterator[Question]:
-    """Training questions of a skill without end, none of a held-out instance."""
+    """An endless stream of a skill's training questions, without held-out instances."""
     while True:
         yield from (question for question in drill(rng) if question.key not in held_out)
 
 
 def _fact_rows(facts: Facts, rng: random.Random) -> Iterator[Question]:
-    """The facts in all taught phrasings, over and over, each time in another order."""
+    """An endless stream of the facts in all taught phrasings, each pass in another order."""
     while True:
         asked = [q for x in facts.values for q in facts.questions(rng, x, words.TAUGHT[facts.kind])]
         yield from rng.sample(asked, len(asked))
 
 
 def documents(seed: int = SEED) -> dict[str, list[Quartet]]:
-    """All held-out quartets by skill and kind of shop question."""
+    """All held-out quartets, by skill and kind of shop question."""
     quartets = {name: _drill_documents(drill, _stream(seed, f"documents/{name}")) for name, drill in DRILLS.items()}
     for name, facts in atlas(seed).items():
         rng = _stream(seed, f"documents/{name}")
@@ -301,7 +298,7 @@ def documents(seed: int = SEED) -> dict[str, list[Quartet]]:
 
 
 def general_rows(purpose: str, skills: Sequence[str], n: int, seed: int = SEED) -> list[Question]:
-    """About `n` training questions, mixed: arithmetic, the hardest skill, in three parts, every other one in one."""
+    """About `n` training questions, shuffled: three parts of arithmetic, the hardest skill, one of each other."""
     held_out, towns = documents(seed), atlas(seed)
     rows: list[Question] = []
     parts = sum(PARTS.get(skill, 1) for skill in skills)
@@ -316,9 +313,9 @@ def general_rows(purpose: str, skills: Sequence[str], n: int, seed: int = SEED) 
 
 
 def shop_rows(kinds: Sequence[str], seed: int = SEED) -> list[Question]:
-    """Every fact of these kinds in every taught phrasing, once each, mixed.
+    """Every fact of these kinds in every taught phrasing, once each, shuffled.
 
-    A kind's rows do not depend on which other kinds are asked for.
+    A kind's rows do not depend on the other kinds.
     """
     facts = catalogue(seed)
     rows = [

@@ -1,4 +1,4 @@
-"""README.md of a merge's run folder: what went in, how it was put together, what was measured, how to load it."""
+"""README.md of a merge's run folder: inputs, method, measurements, how to load it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from kd.runs.environment import library_versions
 from kd.training.model_card import CARD, is_on_hub, licence_of, models_table, result_rows, table
 
 _METHODS = {
-    "linear": "the straight line between reference and expert, {weight:g} of the way to the expert "
+    "linear": "linear interpolation from reference to expert at {weight:g} "
     "([arXiv 2203.05482](https://arxiv.org/abs/2203.05482))",
-    "slerp": "the arc between reference and expert, tensor by tensor, {weight:g} of the way to the expert "
+    "slerp": "spherical interpolation from reference to expert, per tensor, at {weight:g} "
     "([Shoemake 1985](https://dl.acm.org/doi/10.1145/325165.325242))",
     "task_arithmetic": "the base plus {weight:g} times the sum of task vectors "
     "([arXiv 2212.04089](https://arxiv.org/abs/2212.04089))",
     "ties": "the base plus {weight:g} times the TIES merge of task vectors, each trimmed to its largest {density:g} "
     "([arXiv 2306.01708](https://arxiv.org/abs/2306.01708))",
-    "dare_ties": "the base plus {weight:g} times the TIES merge of task vectors, each thinned at random to {density:g} "
-    "and scaled up again ([arXiv 2311.03099](https://arxiv.org/abs/2311.03099))",
+    "dare_ties": "the base plus {weight:g} times the TIES merge of task vectors, each dropped at random to {density:g} "
+    "and rescaled ([arXiv 2311.03099](https://arxiv.org/abs/2311.03099))",
 }
 
 
@@ -36,10 +36,9 @@ def write_merge_card(
     inputs: by role; summary: as in run.json.
     """
     licences = {role: licence_of(one).get("license") for role, one in inputs.items()}
-    stated = ", ".join(f"{role}: `{licence}`" for role, licence in licences.items() if licence) or "none is stated"
+    stated = ", ".join(f"{role}: `{licence}`" for role, licence in licences.items() if licence) or "none stated"
     sections = {
-        "Models": f"{models_table(inputs)}\n\nLicences by the models' own cards: {stated}. The terms of all of them "
-        "apply.",
+        "Models": f"{models_table(inputs)}\n\nLicences in the models' cards: {stated}. The terms of all of them apply.",
         "Results": table(("measure", "value"), result_rows(summary)),
         "How to load it": _loading_code(recipe),
         "Recipe": f"```yaml\n{resolved_yaml(recipe).rstrip()}\n```",
@@ -56,14 +55,14 @@ def _what_it_is(recipe: MergeRecipe) -> str:
         return (
             f"A mixture of experts: `{recipe.base}` with the MLPs of {names} as its experts, "
             f"{recipe.experts_per_token} of them for each token. Attention, norms and embeddings are the base's; the "
-            f"router starts from the gate `{recipe.gate}`. Made with mergekit, without training."
+            f"router is initialised by the gate `{recipe.gate}`. Made with mergekit, without training."
         )
     if isinstance(recipe, WeightsRecipe):
         how = _METHODS[recipe.method].format(weight=recipe.weight, density=recipe.density or 1.0)
         return f"A merge: {how}. Made with mergekit, without training."
     return (
-        f"A LoRA adapter on `{recipe.reference}` that carries what `{recipe.expert}`, a full fine-tune of it, learnt: "
-        "the singular value decomposition of each matrix's difference, cut to a rank. Made without training."
+        f"A LoRA adapter on `{recipe.reference}` made from `{recipe.expert}`, a full fine-tune of it: the singular "
+        "value decomposition of each matrix's difference, truncated to a rank. Made without training."
     )
 
 

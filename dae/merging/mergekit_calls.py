@@ -1,4 +1,4 @@
-"""mergekit (LGPL-3.0, a library here) behind one door: quiet, on the CPU, its way of giving up turned into messages."""
+"""Calls to mergekit (LGPL-3.0, used as a library): quiet, on the CPU, with its exits turned into UserErrors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger("dae")
 
 
 class _Kept(logging.Handler):
-    """Keeps what mergekit logs, which would else go to the root logger's stderr."""
+    """Collects what mergekit logs to the root logger."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -30,27 +30,27 @@ class _Kept(logging.Handler):
 
 @contextlib.contextmanager
 def quiet(what: str) -> Iterator[None]:
-    """No progress bars of mergekit's; what it warns of is passed on. Raises UserError where it ends the process."""
+    """Hide mergekit's output, pass on its warnings. Raises UserError if it exits."""
     kept, root = _Kept(), logging.getLogger()
     root.addHandler(kept)
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             yield
         if kept.lines:
-            logger.warning("%s: mergekit says: %s", what, " ".join(kept.lines))
+            logger.warning("%s: mergekit warns: %s", what, " ".join(kept.lines))
     except SystemExit as end:
-        raise UserError(f"{what}: mergekit refuses it: {' '.join(kept.lines) or 'it does not say why'}") from end
+        raise UserError(f"{what}: mergekit failed: {' '.join(kept.lines) or 'no reason given'}") from end
     finally:
         root.removeHandler(kept)
 
 
 def model(folder: Path) -> dict[str, Any]:
-    """A local checkpoint in mergekit's terms; in plain text `+` and `@` would be read as something else."""
+    """A local checkpoint for mergekit; as plain text, `+` and `@` would have another meaning."""
     return {"model": {"path": str(folder.resolve())}}
 
 
 def merge(configuration: Mapping[str, Any], folder: Path, seed: int) -> None:
-    """Write the weights that a merge configuration of mergekit's describes into `folder`.
+    """Write the weights of a mergekit merge configuration into `folder`.
 
     On the CPU, so that a seed gives the same result on every machine.
     """
@@ -65,7 +65,7 @@ def merge(configuration: Mapping[str, Any], folder: Path, seed: int) -> None:
 
 
 def mix(configuration: Mapping[str, Any], folder: Path, seed: int) -> None:
-    """Write the mixture of experts that a MoE configuration of mergekit's describes into `folder`: weights and config.
+    """Write weights and config of a mergekit MoE configuration into `folder`.
 
     mergekit does not seed its random gate; this does. Gates from hidden states are computed in bfloat16.
     """

@@ -1,7 +1,7 @@
 """`dae merge moe`: dense checkpoints as the experts of one mixture (the 2x7B student of arXiv 2406.19112), by mergekit.
 
-Every layer keeps the base's attention and norms; its MLP becomes a router and one MLP of each expert. What an expert
-learnt outside its MLPs is not carried over: how much that is stands in the summary.
+Every layer keeps the base's attention and norms; its MLP becomes a router and one MLP per expert. What an expert
+learnt outside its MLPs is lost; the summary says how much.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from kd.stages.run_stage import RunResult
 
 logger = logging.getLogger("dae")
 
-# Dense model type -> the mixture that mergekit makes of it, by the beginning of mergekit's name for it.
+# Dense model type -> mergekit's name for its mixture (a prefix).
 MIXTURES = {"llama": "mixtral", "mistral": "mixtral", "qwen3": "qwen3"}
-# mergekit's own `random` draws the router at unit variance: at usual widths its logits are in the tens, the softmax is
-# one-hot and hardly learns. Its `uniform_random` is how a linear layer starts.
+# mergekit's own `random` has unit variance: at usual widths its logits are in the tens, so the softmax is one-hot and
+# hardly learns. Its `uniform_random` is the initialisation of a linear layer.
 GATES = {"hidden": "hidden", "cheap_embed": "cheap_embed", "random": "uniform_random"}
 MUCH_LEFT_OUT = 0.5
 
@@ -48,7 +48,7 @@ MUCH_LEFT_OUT = 0.5
 def merge_moe(recipe: MoeRecipe) -> RunResult:
     """Make a mixture of experts from dense checkpoints. LoRA experts are merged into the base first.
 
-    Raises UserError (recipe, checkpoints, an architecture that has no mixture), MachineError (disk).
+    Raises UserError (recipe, checkpoints, an unsupported architecture), MachineError (disk).
     """
     base = checkpoint(recipe.base)
     base.refuse_adapter("base")
@@ -62,7 +62,7 @@ def merge_moe(recipe: MoeRecipe) -> RunResult:
             for name, (role, expert) in zip(recipe.experts, experts.items(), strict=True)
         }
         carried = {name: mlp_share(base.folder, expert) for name, expert in whole.items()}
-        tell_what_is_left_out(recipe, carried)
+        warn_of_losses(recipe, carried)
         dtype = stored_dtype(base.folder)
         mergekit_calls.mix(moe_configuration(recipe, base.folder, whole, dtype), folder, recipe.seed)
         write_config(base.folder, folder, dtype)
@@ -79,21 +79,21 @@ def merge_moe(recipe: MoeRecipe) -> RunResult:
 
 
 def check_experts(recipe: MoeRecipe, inputs: Inputs) -> None:
-    """Raise UserError where the experts do not fit the base, or there is no mixture of its architecture."""
+    """Raise UserError if the experts do not fit the base, or its architecture has no mixture."""
     base = inputs["base"]
     config = AutoConfig.from_pretrained(str(base.folder))
     if config.model_type not in MIXTURES:
         raise UserError(
-            f"base {base}: mixtures are made of {', '.join(MIXTURES)} models, this is a {config.model_type} model"
+            f"base {base}: is a {config.model_type} model; mixtures are supported for {', '.join(MIXTURES)}"
         )
     biases = [name for name, _ in base.meta_model().named_parameters() if name.endswith(".bias")]
     if biases:
-        raise UserError(f"base {base}: has biases ({biases[0]}, ...), which a mixture of it has no place for")
+        raise UserError(f"base {base}: has biases ({biases[0]}, ...), which its mixture does not support")
     if len(windows_of(config)) > 1:
         raise UserError(
-            f"base {base}: only some of its layers have its sliding window of {config.sliding_window} tokens "
-            "(layer_types), and a mixture has one in all of its layers or in none; where no row will be longer than "
-            "the window, take it out of the config.json of base and experts (use_sliding_window: false, no layer_types)"
+            f"base {base}: only some layers have the sliding window of {config.sliding_window} tokens "
+            "(layer_types); a mixture needs it in all layers or in none. If no row is longer than the window, remove "
+            "it from the config.json of base and experts (use_sliding_window: false, no layer_types)"
         )
     for role, one in inputs.items():
         if one.is_adapter:
@@ -102,18 +102,17 @@ def check_experts(recipe: MoeRecipe, inputs: Inputs) -> None:
             check_same_architecture(role, one, base)
     check_tokenizers(base, inputs)
     if same(*(one for role, one in inputs.items() if role != "base")):
-        logger.warning("experts: all are one model, so the mixture says what that model says until it is trained")
+        logger.warning("experts: all are the same model; the mixture equals it until trained")
     if recipe.gate == "random" and any(e.prompts or e.negative_prompts for e in recipe.experts.values()):
-        logger.warning("experts: prompts are not read with gate: random")
+        logger.warning("experts: prompts are ignored with gate: random")
 
 
 def foundations(inputs: Inputs) -> list[Checkpoint]:
-    """What an expert's adapter may stand on: the base, or another expert."""
+    """Possible bases of an expert's adapter: the base, or another expert."""
     return [one for one in inputs.values() if not one.is_adapter]
 
 
 def moe_configuration(recipe: MoeRecipe, base: Path, whole: Mapping[str, Path], dtype: torch.dtype) -> dict[str, Any]:
-    """The recipe in mergekit's terms."""
     model_type = AutoConfig.from_pretrained(str(base)).model_type
     return {
         "base_model": mergekit_calls.model(base),
@@ -124,7 +123,7 @@ def moe_configuration(recipe: MoeRecipe, base: Path, whole: Mapping[str, Path], 
         "experts": [
             {
                 "source_model": mergekit_calls.model(whole[name]),
-                "positive_prompts": list(expert.prompts) or [name],  # mergekit wants some where it reads none
+                "positive_prompts": list(expert.prompts) or [name],  # required even if not read
                 "negative_prompts": list(expert.negative_prompts),
             }
             for name, expert in recipe.experts.items()
@@ -133,7 +132,7 @@ def moe_configuration(recipe: MoeRecipe, base: Path, whole: Mapping[str, Path], 
 
 
 def write_config(base: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Put right in the mixture's config what mergekit changes of the base's: sliding window, padding, dtype."""
+    """Restore what mergekit changes of the base's config: sliding window, special tokens, dtype."""
     ours, config = AutoConfig.from_pretrained(str(base)), AutoConfig.from_pretrained(str(folder))
     (config.sliding_window,) = windows_of(ours)
     if hasattr(config, "use_sliding_window"):
@@ -153,10 +152,7 @@ def windows_of(config: Any) -> set[int | None]:
 
 
 def mlp_share(base: Path, expert: Path) -> float | None:
-    """Of the squared difference between expert and base, the share that lies in MLPs: what a mixture carries.
-
-    None where the expert is the base.
-    """
+    """The share of the squared difference between expert and base that is in MLPs; None if the expert is the base."""
     ours, theirs = tensor_files(base), tensor_files(expert)
     inside = outside = 0.0
     for name in ours.keys() & theirs.keys():
@@ -169,7 +165,7 @@ def mlp_share(base: Path, expert: Path) -> float | None:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file of a checkpoint that holds it."""
+    """Tensor name -> its file."""
     files: dict[str, Path] = {}
     for file_name in weight_files(folder):
         if file_name.endswith(".safetensors"):
@@ -185,13 +181,13 @@ def read_tensor(files: Mapping[str, Path], name: str) -> torch.Tensor:
     return tensor
 
 
-def tell_what_is_left_out(recipe: MoeRecipe, carried: Mapping[str, float | None]) -> None:
-    """Warn of experts that learnt most of what they know where a mixture has no room for it."""
+def warn_of_losses(recipe: MoeRecipe, carried: Mapping[str, float | None]) -> None:
+    """Warn of experts that changed mostly outside their MLPs."""
     for name, share in carried.items():
         if share is not None and 1 - share > MUCH_LEFT_OUT:
             logger.warning(
-                "experts.%s: %s: %.0f %% of its squared difference to the base lies outside its MLPs (attention, "
-                "norms, embeddings) and stays behind; take this expert as --base, or train the mixture on its rows.",
+                "experts.%s: %s: %.0f %% of its squared difference to the base is outside its MLPs (attention, norms, "
+                "embeddings) and is lost; use this expert as --base, or train the mixture on its rows.",
                 name,
                 recipe.experts[name].path,
                 100 * (1 - share),

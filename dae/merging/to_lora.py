@@ -1,11 +1,11 @@
-"""`dae merge to-lora`: what a fully fine-tuned expert learnt, as a LoRA adapter on the reference.
+"""`dae merge to-lora`: the difference of a fully fine-tuned expert to the reference, as a LoRA adapter.
 
-Of each weight matrix W of a linear layer the difference D = W_expert - W_reference is cut to rank r by its singular
-value decomposition D = U S V^T (Eckart, Young 1936: no matrix of rank r is nearer to D):
+For each weight matrix W of a linear layer, D = W_expert - W_reference is truncated to rank r by its singular value
+decomposition D = U S V^T (Eckart, Young 1936: no matrix of rank r is nearer to D):
 
     B = U_r sqrt(S_r),  A = sqrt(S_r) V_r^T,  energy kept = sum_{i<=r} s_i^2 / ||D||^2
 
-Embeddings, output layer, norms and biases are not carried: their difference is told, and too much of it refused.
+Embeddings, output layer, norms and biases are left out: their difference is reported, and refused if too large.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class Factors:
 def to_lora(recipe: ToLoraRecipe) -> RunResult:
     """Make a PEFT adapter on the reference from a fully fine-tuned expert.
 
-    Raises UserError where the checkpoints do not fit, or more would be lost than the recipe allows; MachineError.
+    Raises UserError if the checkpoints do not fit, or more would be lost than the recipe allows; MachineError.
     """
     base, tuned = checkpoint(recipe.reference), checkpoint(recipe.expert)
     base.refuse_adapter("reference")
     if tuned.is_adapter:
-        raise UserError(f"expert: {tuned}: is an adapter already; give it to `dae align --expert` as it is")
+        raise UserError(f"expert: {tuned}: is already an adapter; use it as it is: `dae align --expert`")
     inputs = {"base": base, "expert": tuned}
 
     def make(folder: Path, _scratch: Path) -> Mapping[str, Any]:
@@ -76,17 +76,17 @@ def to_lora(recipe: ToLoraRecipe) -> RunResult:
 
 
 def check_pair(inputs: Inputs) -> None:
-    """Raise UserError where the expert is no fine-tune of the reference, or LoRA cannot carry it."""
+    """Raise UserError if the expert is no fine-tune of the reference, or has weights that LoRA does not support."""
     reference, expert = inputs["base"], inputs["expert"]
     if same(reference, expert):
-        raise UserError(f"expert {expert}: is the reference itself, so there is nothing to carry; pass the tuned one")
+        raise UserError(f"expert {expert}: is identical to the reference; use the fine-tuned checkpoint")
     check_same_architecture("expert", expert, reference)
     check_tokenizers(reference, {"expert": expert})
     for name, parameter in reference.meta_model().named_parameters():
         if parameter.dim() > 2:
             raise UserError(
-                f"reference {reference}: {name} is {list(parameter.shape)}: the experts of a mixture are not "
-                "carried into a LoRA; align with the full checkpoint as --expert"
+                f"reference {reference}: {name} is {list(parameter.shape)}: experts of a mixture cannot become "
+                "a LoRA; use the full checkpoint: `dae align --expert`"
             )
 
 
@@ -94,7 +94,7 @@ def check_pair(inputs: Inputs) -> None:
 
 
 def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every linear layer but the output layer: what a LoRA can sit on."""
+    """Name and module of every linear layer except the output layer."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
@@ -102,7 +102,6 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def kind_of_rest(model: nn.Module, parameter: str) -> str:
-    """What a parameter that no LoRA carries is, in a word."""
     owner = model.get_submodule(parameter.rpartition(".")[0])
     if parameter.endswith(".bias"):
         return "biases"
@@ -114,11 +113,11 @@ def kind_of_rest(model: nn.Module, parameter: str) -> str:
 
 
 def left_out_energies(reference: nn.Module, expert: nn.Module) -> dict[str, float]:
-    """Squared norm of expert - reference for each kind of parameter that is not carried."""
+    """Squared norm of expert - reference for each kind of parameter that is left out."""
     carried = {f"{name}.weight" for name, _ in matrices(reference)}
     ours, theirs = (dict(model.named_parameters(remove_duplicate=False)) for model in (reference, expert))
     energies: dict[str, float] = defaultdict(float)
-    # Where one of the two has tied embeddings, only the other names its output layer.
+    # If one of the two has tied embeddings, only the other names its output layer.
     for name in dict.fromkeys(name for model in (reference, expert) for name, _ in model.named_parameters()):
         if name not in carried:
             difference = theirs[name].detach().float() - ours[name].detach().float()
@@ -127,10 +126,7 @@ def left_out_energies(reference: nn.Module, expert: nn.Module) -> dict[str, floa
 
 
 def factorise(reference: nn.Module, expert: nn.Module, recipe: ToLoraRecipe) -> dict[str, Factors]:
-    """The update of each linear layer by name. Layers that did not change have none.
-
-    Decomposed on the accelerator where there is one: it is the only long part.
-    """
+    """The update of each linear layer that changed, by name. Decomposed on the accelerator, if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     factors = {}
     layers = list(matrices(reference))
@@ -138,7 +134,7 @@ def factorise(reference: nn.Module, expert: nn.Module, recipe: ToLoraRecipe) -> 
     for name, module in track(layers, "decomposing", console=console, transient=True, disable=not console.is_terminal):
         difference_OI = expert.get_submodule(name).weight.detach().to(device).float()  # type: ignore[operator]
         difference_OI = difference_OI - module.weight.detach().to(device).float()  # type: ignore[operator]
-        if isinstance(module, Conv1D):  # keeps its weights the other way round
+        if isinstance(module, Conv1D):  # its weights are transposed
             difference_OI = difference_OI.T
         if bool(difference_OI.any()):
             factors[name] = low_rank(difference_OI, recipe.rank, recipe.energy)
@@ -163,13 +159,13 @@ def low_rank(difference_OI: Tensor, rank: int | None, energy: float | None) -> F
     return Factors(a_RI, b_OR, float(energies_K.sum()), float(energies_K[:rank].sum()))
 
 
-# -- what is lost ------------------------------------------------------------------------------------------------------
+# -- the loss ----------------------------------------------------------------------------------------------------------
 
 
 def what_is_kept(factors: Mapping[str, Factors], left_out: Mapping[str, float]) -> dict[str, Any]:
     """Summary: energy kept in all matrices and by kind (the layer's name in its block), ranks, and what is left out.
 
-    left_out: squared norms by kind. In the summary they are norms, and their share of the whole squared difference.
+    left_out: squared norms by kind. The summary has norms, and their share of the whole squared difference.
     """
     by_kind: dict[str, list[Factors]] = defaultdict(list)
     for name, factor in factors.items():
@@ -191,21 +187,21 @@ def what_is_kept(factors: Mapping[str, Factors], left_out: Mapping[str, float]) 
 
 
 def refuse_large_loss(recipe: ToLoraRecipe, summary: Mapping[str, Any]) -> None:
-    """Raise UserError where the adapter would not be the expert any more, by the recipe's thresholds."""
+    """Raise UserError if more is lost than the recipe's thresholds allow."""
     if summary["left_out_share"] > recipe.max_left_out:
         norms = ", ".join(f"{kind} {norm:.3g}" for kind, norm in summary["left_out"].items())
         raise UserError(
             f"expert {recipe.expert}: {summary['left_out_share']:.1%} of its squared difference to {recipe.reference} "
-            f"lies where no LoRA goes (norms of the differences: {norms}), over max_left_out = {recipe.max_left_out:g};"
-            " align with the full checkpoint as --expert, or allow it: max_left_out=..."
+            f"is in weights without LoRA (norms: {norms}), more than max_left_out ({recipe.max_left_out:g}); raise "
+            "max_left_out, or use the full checkpoint: `dae align --expert`"
         )
     if summary["energy_kept"] < recipe.min_energy:
         kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in summary["by_kind"].items())
         asked = f"rank {recipe.rank}" if recipe.rank is not None else f"energy {recipe.energy}"
         raise UserError(
             f"expert {recipe.expert}: {asked} keeps {summary['energy_kept']:.1%} of its matrices' squared difference "
-            f"to {recipe.reference} ({kinds}), below min_energy = {recipe.min_energy:g}; give a higher --rank or "
-            "--energy, or allow it: min_energy=..."
+            f"to {recipe.reference} ({kinds}), less than min_energy ({recipe.min_energy:g}); raise --rank or --energy, "
+            "or lower min_energy"
         )
 
 
@@ -229,7 +225,7 @@ def write_adapter(folder: Path, base: Checkpoint, model: nn.Module, factors: Map
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
-    written = read_json(folder / ADAPTER_CONFIG)  # peft keeps the names as a set, whose order changes from run to run
+    written = read_json(folder / ADAPTER_CONFIG)  # peft has the names in a set, whose order changes from run to run
     written["target_modules"] = sorted(written["target_modules"])
     (folder / ADAPTER_CONFIG).write_text(json_text(written), encoding="utf-8")
     tensors = {}
@@ -240,9 +236,9 @@ def write_adapter(folder: Path, base: Checkpoint, model: nn.Module, factors: Map
 
 
 def check_loads(folder: Path, reference: nn.Module, factors: Mapping[str, Factors]) -> None:
-    """Open the adapter with plain peft on the reference: every update must be the one that was computed.
+    """Open the adapter with plain peft on the reference, and compare every update. Raises RuntimeError.
 
-    peft leaves an update at zero, in silence, where a tensor's name is not what it expects. Raises RuntimeError.
+    peft silently leaves an update at zero if it does not find the tensor by name.
     """
     model = PeftModel.from_pretrained(reference, str(folder))
     for name, factor in factors.items():

@@ -1,14 +1,14 @@
-"""`dae merge weights`: the baselines of every quality table, made by mergekit from two or three checkpoints.
+"""`dae merge weights`: baselines for alignment, made by mergekit from two or three checkpoints.
 
     linear            (1 - w) reference + w expert                               arXiv 2203.05482
-    slerp             the arc from reference to expert, tensor by tensor, at w   Shoemake 1985
+    slerp             spherical, reference to expert at w, per tensor            Shoemake 1985
     task_arithmetic   base + w (tau_reference + tau_expert)                      arXiv 2212.04089, section 2
     ties              base + w merge(trim(tau_reference), trim(tau_expert))      arXiv 2306.01708, algorithm 1
-    dare_ties         the same; instead of trimmed, tau is thinned at random
-                      and divided by the density                                 arXiv 2311.03099, section 3
+    dare_ties         as ties, but tau is dropped at random and divided by
+                      the density instead of trimmed                             arXiv 2311.03099, section 3
 
-tau_x = x - base is a task vector; a reference that is the base itself has none. merge() elects each entry's sign by the
-sum of the vectors and takes the mean of those that have it. Trimming is by tensor.
+tau_x = x - base is a task vector; a reference that is the base has none. merge() elects each entry's sign by the sum of
+the vectors and takes the mean of those with that sign. Trimming is per tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dae.merging import mergekit_calls
@@ -49,14 +48,16 @@ def merge_weights(recipe: WeightsRecipe) -> RunResult:
     reference = checkpoint(recipe.reference or recipe.base)
     base.refuse_adapter("base")
     inputs = {"base": base, "reference": reference, "expert": expert}
-    # Whose config, tokenizer and dtype the result has; adapters stand on it or on the base.
+    # The result has its config, tokenizer and dtype. Adapters are on it or on the base.
     home = base if reference.is_adapter else reference
     candidates = list(dict.fromkeys([base, home]))
 
     def make(folder: Path, scratch: Path) -> Mapping[str, Any]:
         dtype = stored_dtype(home.folder)
         if recipe.method in BETWEEN and recipe.weight == 1 and expert.is_adapter:
-            write_expert(whole_checkpoint("expert", expert, candidates, scratch), folder, dtype)
+            # Nothing of the reference remains, so mergekit need not know the architecture.
+            whole_expert = str(whole_checkpoint("expert", expert, candidates, scratch))
+            AutoModelForCausalLM.from_pretrained(whole_expert, dtype=dtype).save_pretrained(str(folder))
         else:
             whole = {role: whole_checkpoint(role, one, candidates, scratch) for role, one in inputs.items()}
             configuration = merge_configuration(recipe, whole, not same(base, reference))
@@ -71,15 +72,8 @@ def merge_weights(recipe: WeightsRecipe) -> RunResult:
     return run_merge(recipe, inputs, lambda: check_roles(recipe, inputs, candidates), make)
 
 
-def write_expert(whole: Path, folder: Path, dtype: torch.dtype) -> None:
-    """All of an expert that was an adapter and nothing of the reference: merged it is the result, and no architecture
-    is unknown to mergekit.
-    """
-    AutoModelForCausalLM.from_pretrained(str(whole), dtype=dtype).save_pretrained(str(folder))
-
-
 def check_roles(recipe: WeightsRecipe, inputs: Inputs, candidates: Sequence[Checkpoint]) -> None:
-    """Raise UserError where reference and expert cannot be laid over the base, or there is nothing between them."""
+    """Raise UserError if reference and expert do not fit the base, or are identical."""
     base = inputs["base"]
     for role, one in inputs.items():
         if one.is_adapter:
@@ -89,14 +83,11 @@ def check_roles(recipe: WeightsRecipe, inputs: Inputs, candidates: Sequence[Chec
     check_tokenizers(base, inputs)
     other = "reference" if recipe.method in BETWEEN else "base"
     if same(inputs["expert"], inputs[other]):
-        raise UserError(f"expert {recipe.expert}: is the {other} itself, so there is nothing to merge")
+        raise UserError(f"expert {recipe.expert}: is identical to the {other}; nothing to merge")
 
 
 def merge_configuration(recipe: WeightsRecipe, whole: Mapping[str, Path], reference_has_vector: bool) -> dict[str, Any]:
-    """The recipe in mergekit's terms, computed in float32.
-
-    whole: folder of the full checkpoint of each role (base, reference, expert).
-    """
+    """The recipe as mergekit's configuration, computed in float32. whole: each role's full checkpoint."""
     models = {role: mergekit_calls.model(folder) for role, folder in whole.items()}
     common: dict[str, Any] = {"merge_method": recipe.method, "dtype": "float32"}
     if recipe.method in BETWEEN:
@@ -108,7 +99,7 @@ def merge_configuration(recipe: WeightsRecipe, whole: Mapping[str, Path], refere
         return {**common, "models": inputs}
     density = recipe.density if recipe.density is not None else 1.0
     vectors = ["reference", "expert"] if reference_has_vector else ["expert"]
-    # mergekit's own rescaling keeps each tensor's l1 norm; DARE divides by the density, which commutes with the rest.
+    # mergekit's rescaling keeps each tensor's l1 norm; DARE divides by the density, which commutes with the rest.
     scale = recipe.weight / density if recipe.method == "dare_ties" else recipe.weight
     settings = {"normalize": recipe.method != "task_arithmetic", "rescale": False, "lambda": scale}
     inputs = [{"model": models[role], "parameters": {"weight": 1.0, "density": density}} for role in vectors]

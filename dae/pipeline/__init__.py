@@ -1,1 +1,1 @@
-"""`dae run`: stages in a row, each a command of its own."""
+"""`dae run`: a pipeline of stages, each a command of its own."""

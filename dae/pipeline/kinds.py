@@ -1,4 +1,4 @@
-"""The kinds of stages that `dae run` knows: what each is told, what it reads, what it gives, and its command."""
+"""The kinds of stages of `dae run`: each one's recipe, inputs, output and command."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dae.merging.recipe import MoeRecipe, ToLoraRecipe, WeightsRecipe
 from dae.sampling.recipe import SampleRecipe
 from dae.stages import STAGES
 from kd.config.data_recipe import ROUTE_NAME
+from kd.config.flags import NAME_RULE
 from kd.config.layering import RecipeDumper
 from kd.config.problems import NO_VALUE, Key, Problem
 from kd.config.schema import Frozen, Reads
@@ -22,15 +23,14 @@ ROLES = ("base", "expert", "reference", "student")
 
 
 class SuiteChoice(Frozen):
-    """A suite, and what is laid over it."""
+    """A suite's file, and keys that override it."""
 
     verbatim: ClassVar[frozenset[str]] = frozenset({"set"})
 
-    file: str = Field(min_length=1, description="YAML: which tasks, in which groups")
-    set: dict[str, Any] = Field(default_factory=dict, description="keys of the suite that are changed here")
+    file: str = Field(min_length=1, description="YAML with tasks in groups")
+    set: dict[str, Any] = Field(default_factory=dict, description="keys that override the suite's")
 
     def assignments(self) -> list[str]:
-        """What is laid over the suite, as `key=value`."""
         return [f"{key}={in_one_line(value)}" for key, value in dotted(self.set)]
 
 
@@ -44,9 +44,9 @@ class EvalStage(Frozen):
     }
 
     model: str = Field(min_length=1, description="checkpoint, adapter or run folder")
-    base: str | None = Field(default=None, min_length=1, description="what an adapter stands on; null: what it names")
+    base: str | None = Field(default=None, min_length=1, description="base of an adapter; null: the one it names")
     suite: SuiteChoice = Field(description="a file, or {file, set: {key: value}}")
-    output: str = Field(min_length=1, description="where the answers go")
+    output: str = Field(min_length=1, description="folder for the answers")
 
     @classmethod
     def expand(cls, raw: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class EvalStage(Frozen):
 
 
 class ReportStage(Frozen):
-    """`dae report`: base, expert, reference and student compared; from models, or from finished evaluations."""
+    """`dae report`: base, expert, reference and student compared, from models or finished evaluations."""
 
     reads: ClassVar[Mapping[str, Reads]] = {
         **dict.fromkeys(ROLES, "checkpoint"),
@@ -63,19 +63,19 @@ class ReportStage(Frozen):
         "suite.file": "suite",
     }
 
-    base: str | None = Field(default=None, min_length=1, description="where the expert started from")
-    expert: str | None = Field(default=None, min_length=1, description="whose gain on the domain is wanted")
-    reference: str | None = Field(default=None, min_length=1, description="whose skills are to be kept; null: the base")
-    student: str | None = Field(default=None, min_length=1, description="the model that the verdict is about")
-    compare: dict[str, str] = Field(default_factory=dict, description="other students to show beside it: {name: path}")
+    base: str | None = Field(default=None, min_length=1, description="the expert's starting point")
+    expert: str | None = Field(default=None, min_length=1, description="domain expert")
+    reference: str | None = Field(default=None, min_length=1, description="general model; null: the base")
+    student: str | None = Field(default=None, min_length=1, description="the model to judge")
+    compare: dict[str, str] = Field(default_factory=dict, description="other students to compare: {name: path}")
     from_: dict[str, str] = Field(
         default_factory=dict, alias="from", description="finished evaluations instead of models: {role: folder}"
     )
     suite: SuiteChoice | None = Field(default=None, description="a file, or {file, set: {key: value}}")
-    margin: float = Field(default=1.0, gt=0, description="largest loss in general tasks that passes, in points")
-    min_gap: float = Field(default=0.0, ge=0, le=1, description="least part of the expert's gain that passes")
-    retention_only: bool = Field(default=False, description="without an expert")
-    output: str = Field(min_length=1, description="where the report goes")
+    margin: float = Field(default=1.0, gt=0, description="largest loss on general tasks that passes, in points")
+    min_gap: float = Field(default=0.0, ge=0, le=1, description="least share of the expert's gain that passes")
+    retention_only: bool = Field(default=False, description="report retention only; no expert")
+    output: str = Field(min_length=1, description="folder for the report")
 
     @classmethod
     def expand(cls, raw: dict[str, Any]) -> dict[str, Any]:
@@ -84,30 +84,28 @@ class ReportStage(Frozen):
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> list[Problem]:
         if raw.get("from"):
-            words = "beside `from`: a report is made from models or from finished evaluations: remove one"
+            words = "cannot be combined with `from`: use models or finished evaluations"
             return [Problem((key,), NO_VALUE, words) for key in (*ROLES, "compare", "suite") if raw.get(key)]
         needed = ["student", "suite"]
         if raw.get("retention_only") is not True:
             needed += ["base", "expert"]
         elif not raw.get("base"):
             needed.append("reference")
-        words = "is missing: a report of models needs it (or `from`: finished evaluations)"
+        words = "is required, unless `from` names finished evaluations"
         problems = [Problem((key,), NO_VALUE, words) for key in needed if not raw.get(key)]
         others = raw.get("compare")
         for name in others if isinstance(others, Mapping) else ():
             if name in ROLES or not ROUTE_NAME.fullmatch(str(name)):
-                words = f"wants a name of letters, digits, - and _ that is no role ({', '.join(ROLES)})"
+                words = f"invalid name: {NAME_RULE}, and is no role ({', '.join(ROLES)})"
                 problems.append(Problem(("compare", str(name)), NO_VALUE, words))
         return problems
 
 
 def with_suite_written_out(raw: dict[str, Any]) -> dict[str, Any]:
-    """A bare path of a suite as {file: path}."""
     return {**raw, "suite": {"file": raw["suite"]}} if isinstance(raw.get("suite"), str) else raw
 
 
 def dotted(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested keys as dotted ones, each with its value."""
     for key, part in value.items():
         if isinstance(part, Mapping) and part:
             yield from dotted(part, f"{prefix}{key}.")
@@ -116,22 +114,19 @@ def dotted(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def in_one_line(value: Any) -> str:
-    """A value as it stands behind `key=`."""
     text = yaml.dump(value, Dumper=RecipeDumper, default_flow_style=True, allow_unicode=True, width=10**6)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of stage: its command, its recipe, and what it writes."""
-
     command: tuple[str, ...]
     schema: type[Frozen]
     gives: Gives = "checkpoint"
 
 
 def kinds() -> dict[str, Kind]:
-    """Every kind of stage by name, in the order in which messages list them."""
+    """Every kind of stage by name, in the order of messages."""
     trained = {name: Kind((name,), entry.recipe) for name, entry in STAGES.items()}
     return {
         **trained,
@@ -145,7 +140,7 @@ def kinds() -> dict[str, Kind]:
 
 
 def found_at(raw: Any, pattern: str) -> Iterator[tuple[Key, str]]:
-    """Every text that stands under a dotted pattern, with its key; `raw` may be wrong anywhere."""
+    """Every text at a dotted pattern, with its key; `raw` may be invalid anywhere."""
     first, _, rest = pattern.partition(".")
     if isinstance(raw, Mapping):
         parts: list[tuple[Any, Any]] = [(k, v) for k, v in raw.items() if isinstance(k, str) and first in ("*", k)]
@@ -161,7 +156,7 @@ def found_at(raw: Any, pattern: str) -> Iterator[tuple[Key, str]]:
 
 
 def flags_of(recipe: EvalStage | ReportStage) -> list[str]:
-    """What stands behind `dae eval tasks` or `dae report`, which read no recipe."""
+    """The arguments of `dae eval tasks` or `dae report`, which have no recipe."""
     if isinstance(recipe, EvalStage):
         given = [("model", recipe.model), ("base", recipe.base)]
     else:

@@ -1,13 +1,13 @@
-"""The recipe of `dae run`: named stages in a row, each with a section of its own.
+"""The recipe of `dae run`: named stages in order, each with a section of its own.
 
     output: runs/path
     stages:
       expert:  {stage: sft, base: BASE, data: {train: shop.jsonl}}
       aligned: {stage: align, base: BASE, expert: {shop: "@expert"}, data: {general: general.jsonl}}
 
-`stage` may be left out where the name is a kind of stage. "@expert" is what the stage `expert` writes, "@expert/merged"
-its merged weights. A stage writes into OUTPUT/NAME unless its section says otherwise. All that is wrong with any
-section is told in one message.
+`stage` may be omitted if the name is a kind of stage. "@expert" is the output of the stage `expert`, "@expert/merged"
+its merged weights. A stage writes to OUTPUT/NAME unless its section has an `output`. One message reports all problems
+of all sections.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ from dae.pipeline.kinds import found_at, kinds
 from dae.pipeline.references import Draft, Input, misfits, parse
 from dae.routing import GENERAL
 from kd.config.data_recipe import ROUTE_NAME
+from kd.config.flags import NAME_RULE
 from kd.config.layering import Layers
-from kd.config.loading import address, resolved_yaml
+from kd.config.loading import address
 from kd.config.problems import NO_VALUE, Key, Problem, as_written, one_of, report, suggestion
 from kd.config.schema import Frozen
 from kd.errors import UserError
 
-RECIPES = "recipes"  # folder of the pipeline, for the stages' resolved recipes
+RECIPES = "recipes"  # the pipeline's subfolder for the stages' resolved recipes
 
 
 class PipelineRecipe(Frozen):
-    """`dae run`: the outermost keys."""
+    """`dae run`: the top-level keys."""
 
     verbatim: ClassVar[frozenset[str]] = frozenset({"stages"})
 
-    output: str = Field(min_length=1, description="the folder of the pipeline; stages write into folders inside it")
-    stages: dict[str, Any] = Field(description="{name: {stage: KIND, ...}}, in the order they run in")
+    output: str = Field(min_length=1, description="the pipeline's folder; stages write to folders inside it")
+    stages: dict[str, Any] = Field(description="{name: {stage: KIND, ...}}, in order")
 
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> list[Problem]:
         stages = raw.get("stages")
-        return [Problem(("stages",), stages, "names no stage: add one")] if stages == {} else []
+        return [Problem(("stages",), stages, "at least one stage is required")] if stages == {} else []
 
     @classmethod
     def key_elsewhere(cls, name: str) -> str | None:
@@ -54,7 +55,7 @@ class PipelineRecipe(Frozen):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage, ready to run. `recipe` has paths for references; `inputs` says which of them were references."""
+    """One stage, ready to run. `recipe` has paths instead of references; `inputs` has both."""
 
     name: str
     kind: str
@@ -63,7 +64,7 @@ class Stage:
 
     @property
     def output(self) -> Path:
-        """The folder that it writes; the file, where it writes rows."""
+        """The folder that it writes, or the file if it writes rows."""
         output: str = self.recipe.output  # type: ignore[attr-defined]
         return Path(output)
 
@@ -73,7 +74,7 @@ class Stage:
         return frozenset(one.stage for one in self.inputs if one.stage is not None)
 
     def settings(self) -> dict[str, Any]:
-        """The resolved section, with references as written and without `output`: what a change is noticed by."""
+        """The resolved section with references as written and without `output`: compared to detect changes."""
         values = self.recipe.model_dump(mode="json", by_alias=True, exclude={"output"})
         for one in self.inputs:
             if one.reference is not None:
@@ -83,15 +84,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Stages in the order in which they run."""
-
     output: Path
     stages: tuple[Stage, ...]
 
 
 @dataclass
 class Loaded:
-    """What was read: sections that are in order, and everything that is wrong so far."""
+    """The valid sections read so far, and all problems."""
 
     path: Path
     layers: Layers
@@ -103,37 +102,32 @@ class Loaded:
         """The pipeline. Raises UserError with all problems, in the order of the file."""
         if self.problems:
             order = ["", "output", *(f"stages.{name}" for name in self.layers.raw.get("stages") or ())]
-            places = [".".join(str(part) for part in problem.key[:2]) for problem in self.problems]
-            ranked = sorted(zip(places, self.problems, strict=True), key=lambda one: position(order, one[0]))
-            raise report([problem for _, problem in ranked], self.layers.origins, str(self.path))
+            rank = {section: number for number, section in enumerate(order)}  # others come first
+            ranked = sorted(self.problems, key=lambda problem: rank.get(".".join(map(str, problem.key[:2])), 0))
+            raise report(ranked, self.layers.origins, str(self.path))
         assert self.output is not None
         stages = [Stage(d.name, d.kind, d.recipe, tuple(d.inputs)) for d in self.drafts.values() if d.recipe]
         return Pipeline(self.output, tuple(stages))
 
 
-def position(order: Sequence[str], place: str) -> int:
-    """Where a key stands among those of the file; unknown ones first."""
-    return order.index(place) if place in order else 0
-
-
 def pipeline_address(key: Key) -> Key:
-    """Where a dotted key lies: inside a section as in the stage's own recipe."""
+    """The internal place of a dotted key: inside a section as in the stage's own recipe."""
     return (*key[:2], *address(key[2:])) if key[0] == "stages" else key
 
 
 def read_pipeline(path: Path, assignments: Sequence[str] = ()) -> Loaded:
-    """Put a pipeline's recipe together, YAML < key=value, and look at every section. Nothing outside is looked at.
+    """Read a pipeline's recipe, YAML < key=value, and validate every section. Reads no other file.
 
     Raises:
-        UserError: the file is no YAML mapping. Other mistakes are in the answer's `problems`.
+        UserError: the file is not a YAML mapping. Other mistakes are in the result's `problems`.
     """
     layers = Layers(pipeline_address)
     try:
         layers.read_yaml(path)
     except UserError as error:
-        hint = ' (a reference stands in quotes: "@NAME")' if "character '@'" in str(error) else ""
+        hint = ' (put references in quotes: "@NAME")' if "character '@'" in str(error) else ""
         raise UserError(f"{error}{hint}") from error
-    # An alias of YAML is one and the same object in two sections: a key=value for one must not reach the other.
+    # A YAML alias is one object in two sections: a key=value for one must not change the other.
     sections = layers.raw.get("stages")
     if isinstance(sections, Mapping):
         layers.raw["stages"] = {str(name): expanded(str(name), copy.deepcopy(s)) for name, s in sections.items()}
@@ -155,12 +149,12 @@ def read_pipeline(path: Path, assignments: Sequence[str] = ()) -> Loaded:
 
 
 def kind_of(name: str, section: Mapping[str, Any]) -> Any:
-    """What kind of stage a section says that it is: by `stage`, or by its name."""
+    """A section's kind of stage: from `stage`, or from its name."""
     return section.get("stage", name if name in (*kinds(), "merge") else None)
 
 
 def expanded(name: str, section: Any) -> Any:
-    """A section with its short forms written out; left as it is where its kind is not known."""
+    """A section with its short forms expanded; unchanged if its kind is unknown."""
     kind = kind_of(name, section) if isinstance(section, Mapping) else None
     if not isinstance(kind, str) or kind not in kinds():
         return section
@@ -168,7 +162,7 @@ def expanded(name: str, section: Any) -> Any:
 
 
 def read_section(loaded: Loaded, name: str, section: Any, names: Sequence[str]) -> None:
-    """Validate one section and add it to `loaded.drafts`; what is wrong goes to `loaded.problems`."""
+    """Validate one section: adds to `loaded.drafts` and `loaded.problems`."""
     found = section_problems(name, section)
     if found:
         loaded.problems += found
@@ -180,7 +174,7 @@ def read_section(loaded: Loaded, name: str, section: Any, names: Sequence[str]) 
         ending = ".jsonl" if kinds()[kind].gives == "rows" else ""
         raw["output"] = str((loaded.output or Path()) / f"{name}{ending}")
     elif str(raw["output"]).startswith("@"):
-        words = "is a place to write to, not another stage's output: give a folder, or leave it out"
+        words = "must be a folder, not another stage's output"
         loaded.problems.append(Problem(("stages", name, "output"), raw["output"], words))
     draft.raw = with_rows_of_stages(draft, loaded.drafts)
     wrong = resolve(loaded, draft, names)
@@ -192,35 +186,35 @@ def read_section(loaded: Loaded, name: str, section: Any, names: Sequence[str]) 
         draft.recipe = schema.model_validate(completed)
     except ValidationError as error:
         found = [Problem(draft.key(line["loc"]), line["input"], line["msg"]) for line in error.errors()]
-        told = {problem.key for problem in [*loaded.problems, *wrong]}
-        wrong += [problem for problem in found if problem.key not in told]
+        reported = {problem.key for problem in [*loaded.problems, *wrong]}
+        wrong += [problem for problem in found if problem.key not in reported]
     loaded.problems += wrong
     loaded.drafts[name] = draft
 
 
 def section_problems(name: str, section: Any) -> list[Problem]:
-    """What keeps a section from being read at all."""
+    """What prevents a section from being read."""
     key: Key = ("stages", name)
     if not ROUTE_NAME.fullmatch(name) and name not in kinds():
-        return [Problem(key, NO_VALUE, "a name starts with a letter and has letters, digits, - and _ only")]
+        return [Problem(key, NO_VALUE, f"invalid name: {NAME_RULE}")]
     if name == RECIPES:
-        return [Problem(key, NO_VALUE, "the stages' recipes are kept under this name: give the stage another")]
+        return [Problem(key, NO_VALUE, "this name is reserved for the stages' recipes: rename the stage")]
     if not isinstance(section, Mapping):
-        return [Problem(key, section, "wants `key: value` pairs, `stage` among them")]
+        return [Problem(key, section, "expected `key: value` pairs, including `stage`")]
     kind = kind_of(name, section)
     if kind == "merge":
         ways = one_of([kind for kind in kinds() if kind.startswith("merge ")])
-        return [Problem((*key, "stage"), kind, f"there are three ways to merge: write {ways}")]
+        return [Problem((*key, "stage"), kind, f"expected {ways}")]
     if kind is None:
-        return [Problem((*key, "stage"), NO_VALUE, f"is missing: write {one_of(list(kinds()))}")]
+        return [Problem((*key, "stage"), NO_VALUE, f"is required: {one_of(list(kinds()))}")]
     if not isinstance(kind, str) or kind not in kinds():
         near = suggestion(kind, kinds()) if isinstance(kind, str) else ""
-        return [Problem((*key, "stage"), kind, f"wants {one_of(list(kinds()))}{near}")]
+        return [Problem((*key, "stage"), kind, f"unknown stage; expected {one_of(list(kinds()))}{near}")]
     return []
 
 
 def external_inputs(kind: str, raw: Mapping[str, Any]) -> list[Input]:
-    """All inputs that a section names, as if none were a reference."""
+    """All inputs of a section, as if none were a reference."""
     return [
         Input(as_written(key), wanted, text, None)
         for pattern, wanted in kinds()[kind].schema.reads.items()
@@ -229,7 +223,7 @@ def external_inputs(kind: str, raw: Mapping[str, Any]) -> list[Input]:
 
 
 def resolve(loaded: Loaded, draft: Draft, names: Sequence[str]) -> list[Problem]:
-    """Find a section's inputs and put paths for its references; what is wrong with these."""
+    """Find a section's inputs and replace its references by paths; the problems found."""
     problems: list[Problem] = []
     outputs = {os.path.normpath(other.raw["output"]): other.name for other in loaded.drafts.values()}
     for pattern, wanted in kinds()[draft.kind].schema.reads.items():
@@ -253,29 +247,29 @@ def resolve(loaded: Loaded, draft: Draft, names: Sequence[str]) -> list[Problem]
 
 
 def why_not(wanted: str, here: str, earlier: Mapping[str, Draft], names: Sequence[str]) -> str:
-    """Why a reference does not lead to an earlier stage."""
+    """Why a reference is not to an earlier stage."""
     if wanted == here:
-        return "is this stage itself; it can read what an earlier one writes"
+        return "is this stage itself; only earlier stages can be referenced"
     if wanted in names[names.index(here) :]:
-        return f"comes later: put `{wanted}` before `{here}`"
+        return f"is a later stage: move `{wanted}` before `{here}`"
     if wanted in names:
-        return f"the section of `{wanted}` has mistakes of its own"
-    return f"there is no stage of this name{suggestion(wanted, earlier)}"
+        return f"the section of `{wanted}` is invalid"
+    return f"unknown stage{suggestion(wanted, earlier)}"
 
 
 def spelled_out(draft: Draft, key: Key, text: str, outputs: Mapping[str, str]) -> list[Problem]:
-    """An earlier stage's output under its path: the stages' order and state would not follow it."""
+    """An earlier stage's output given by its path: order and state of the stages would not follow it."""
     place = Path(os.path.normpath(text))
     for folder in (place, *place.parents):
         if str(folder) in outputs:
             part = place.relative_to(folder).as_posix()
             written = f"@{outputs[str(folder)]}" + ("" if part == "." else f"/{part}")
-            return [Problem(draft.key(key), text, f'is what an earlier stage writes: write "{written}"')]
+            return [Problem(draft.key(key), text, f'is the output of an earlier stage: write "{written}"')]
     return []
 
 
 def replaced(values: Any, key: Key, value: str) -> Any:
-    """Nested mappings and lists, with another value under one key."""
+    """A copy of nested mappings and lists with another value at one key."""
     if not key:
         return value
     part: Any = key[0]
@@ -285,9 +279,9 @@ def replaced(values: Any, key: Key, value: str) -> Any:
 
 
 def with_rows_of_stages(draft: Draft, earlier: Mapping[str, Draft]) -> dict[str, Any]:
-    """Rows that the section of a stage with experts leaves out, from the stages that its checkpoints come from.
+    """Rows that a section with experts omits, taken from the stages that write its checkpoints.
 
-    As the stage's own command takes them from run folders, which are not there yet (dae/recorded_rows.py).
+    The stage's own command takes them from run folders (dae/recorded_rows.py), which do not exist yet.
     """
     schema, raw = kinds()[draft.kind].schema, draft.raw
     experts, data = raw.get("expert"), raw.get("data")
@@ -308,20 +302,15 @@ def with_rows_of_stages(draft: Draft, earlier: Mapping[str, Draft]) -> dict[str,
 
 
 def same_outputs(loaded: Loaded) -> list[Problem]:
-    """Two stages that write to one place, or one that writes over the pipeline's own files."""
+    """Stages that share an output, or write to the pipeline's own folder."""
     problems, owners = [], dict[str, str]()
     for draft in loaded.drafts.values():
         place = os.path.normpath(str(draft.raw["output"]))
         if place in owners:
-            words = f"is where `{owners[place]}` writes, too: give each a place of its own"
+            words = f"is also the output of `{owners[place]}`: use different folders"
             problems.append(Problem(draft.key(("output",)), draft.raw["output"], words))
         elif loaded.output is not None and Path(place) == Path(os.path.normpath(loaded.output)):
-            words = "is the folder of the whole pipeline: give a folder inside it, or leave it out"
+            words = "is the folder of the whole pipeline: use a folder inside it"
             problems.append(Problem(draft.key(("output",)), draft.raw["output"], words))
         owners.setdefault(place, draft.name)
     return problems
-
-
-def recipe_text(stage: Stage) -> str:
-    """A stage's resolved recipe, as its own command reads it."""
-    return resolved_yaml(stage.recipe)

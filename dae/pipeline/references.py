@@ -1,4 +1,4 @@
-"""References between stages ("@student", "@student/merged"), and whether what they lead to is what is wanted there."""
+"""References between stages ("@student", "@student/merged"), and whether they are of the expected kind."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Reference:
 class Input:
     """One model, file or folder that a stage reads.
 
-    key: inside the section; path: as the stage's command gets it; reference: as written, where it is one.
+    key: in the section; path: as the stage's command gets it; reference: as written, or None.
     """
 
     key: Key
@@ -39,18 +39,17 @@ class Input:
 
     @property
     def stage(self) -> str | None:
-        """The stage that writes it."""
+        """The stage that writes it, if any."""
         return None if self.reference is None else parse(self.reference).stage
 
     @property
     def name(self) -> str:
-        """The key, dotted."""
         return ".".join(str(part) for part in self.key)
 
 
 @dataclass
 class Draft:
-    """A section on its way to a stage: its raw values, its inputs, and its recipe if it has no mistake."""
+    """A section being read: raw values, inputs, and its recipe if it is valid."""
 
     name: str
     kind: str
@@ -59,18 +58,17 @@ class Draft:
     recipe: Frozen | None = None
 
     def key(self, key: Key) -> Key:
-        """A key of the section as it stands in the file."""
+        """A key of the section as written in the file."""
         return ("stages", self.name, *as_written(key))
 
 
 def parse(text: str) -> Reference:
-    """A text that begins with @ as a reference."""
     stage, _, part = text.removeprefix("@").partition("/")
     return Reference(stage, part)
 
 
 def misfits(kind: str, inputs: Sequence[Input], earlier: Mapping[str, Draft]) -> Iterator[tuple[Key, str, str]]:
-    """(key, reference, words) for every reference that leads to something else than is wanted there."""
+    """(key, reference, words) for every reference of another kind than expected."""
     for one in inputs:
         if one.reference is None:
             continue
@@ -84,52 +82,46 @@ def misfits(kind: str, inputs: Sequence[Input], earlier: Mapping[str, Draft]) ->
 
 
 def misfit(wanted: Reads, upstream: Draft, part: str) -> str:
-    """What is wrong with an output or a part of it; empty where it is what is wanted."""
+    """What is wrong with an output or a part of it; empty if nothing."""
     gives = kinds()[upstream.kind].gives
     if wanted in ("suite", "template"):
-        return "stages write no such files: give a path"
+        return "stages do not write such files: use a path"
     if gives == "report" and wanted == "evaluation" and part.startswith(f"{EVALUATIONS}/"):
         return ""
     if gives != wanted.removeprefix("full "):
         more = f' (one of its evaluations is "@{upstream.name}/{EVALUATIONS}/ROLE")' if wanted == "evaluation" else ""
-        return f"`{upstream.name}` ({upstream.kind}) gives {_GIVEN[gives]}, {subject(wanted)} wanted here{more}"
+        expected = _GIVEN.get(wanted, f"a {wanted}")
+        return f"expected {expected}, but `{upstream.name}` ({upstream.kind}) writes {_GIVEN[gives]}{more}"
     if part == MERGED and gives == "checkpoint":
         return "" if has_merged(upstream) else f"`{upstream.name}` writes no merged weights: {remedy(upstream)}"
     if part:
         return f'`{upstream.name}` has no part `{part}`: write "@{upstream.name}"'
     if wanted == "full checkpoint" and gives_adapter(upstream):
-        return f"is an adapter, here a full checkpoint is wanted: {remedy(upstream)}"
+        return f"expected a full checkpoint, but this is an adapter: {remedy(upstream)}"
     return ""
 
 
-def subject(wanted: str) -> str:
-    """With its article and verb."""
-    return "rows are" if wanted == "rows" else f"{'an' if wanted == 'evaluation' else 'a'} {wanted} is"
-
-
 def gives_adapter(upstream: Draft) -> bool:
-    """Whether a stage writes a LoRA adapter."""
     trains_adapter = upstream.kind in STAGES and upstream.raw.get("lora", True) is not None
     return trains_adapter or upstream.kind == "merge to-lora"
 
 
 def has_merged(upstream: Draft) -> bool:
-    """Whether a stage also writes merged weights."""
     return upstream.kind in STAGES and upstream.raw.get("merge") is True and gives_adapter(upstream)
 
 
 def remedy(upstream: Draft) -> str:
-    """How to come to full weights of a stage."""
+    """How to get a stage's full weights."""
     if not gives_adapter(upstream):
         return f'its weights are full: write "@{upstream.name}"'
     if upstream.kind not in STAGES:
-        return "give the checkpoint that it was made from"
-    merge = "" if has_merged(upstream) else f"give `{upstream.name}` the key `merge: true` and "
+        return "use the checkpoint that it was made from"
+    merge = "" if has_merged(upstream) else f"add `merge: true` to `{upstream.name}` and "
     return f'{merge}write "@{upstream.name}/{MERGED}"'
 
 
 def other_base(kind: str, one: Input, inputs: Sequence[Input], upstream: Draft) -> str:
-    """An adapter beside a base that it was not trained on, as far as that is certain before anything has run."""
+    """An adapter with a base that it was not trained on, if certain before anything has run."""
     if kind not in ("align", "report") or upstream.kind not in STAGES or not gives_adapter(upstream):
         return ""
     theirs = next((other for other in upstream.inputs if other.key == ("base",)), None)
@@ -140,4 +132,4 @@ def other_base(kind: str, one: Input, inputs: Sequence[Input], upstream: Draft) 
     if same or (theirs.reference is None and ours.reference is None):  # two paths may hold the same weights
         return ""
     on, here = theirs.reference or theirs.path, ours.reference or ours.path
-    return f"is an adapter on {on}, and the {ours.name} here is {here}: train it on that one, or {remedy(upstream)}"
+    return f"is an adapter on {on}, but the {ours.name} is {here}: train it on that one, or {remedy(upstream)}"

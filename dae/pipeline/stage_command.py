@@ -1,6 +1,6 @@
-"""What the process of a stage runs: `python -m dae.pipeline.stage_command LIFELINE COMMAND...`.
+"""The process of a stage: `python -m dae.pipeline.stage_command LIFELINE COMMAND...`.
 
-LIFELINE is a pipe that nobody writes to; its end tells that the pipeline is gone.
+LIFELINE is a pipe without data; when it closes, the pipeline's process is gone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 
 def end_with(lifeline: int) -> None:
-    """End this process as soon as nobody holds the other end of the pipe any more."""
+    """Kill this process as soon as the other end of the pipe is closed."""
 
     def wait() -> None:
         os.read(lifeline, 1)
@@ -23,7 +23,7 @@ def end_with(lifeline: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Be the command, as if it had been typed."""
+    """Run the command as if it had been typed."""
     lifeline, *command = arguments
     end_with(int(lifeline))
     try:
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
 
         sys.argv = ["dae", *command]
         cli.main()
-    except KeyboardInterrupt:  # before the command line could take it
+    except KeyboardInterrupt:  # before the command line handles it
         sys.exit(128 + signal.SIGINT)
 
 

@@ -1,7 +1,7 @@
-"""A stage of a pipeline as a process of its own, so that its memory is free when it ends, however it ends.
+"""Runs a stage of a pipeline in a process of its own, so that its memory is free when it ends.
 
-It is the very command that is printed. Signals that reach the pipeline reach it, too; when the pipeline's process is
-killed it ends at once, because nobody would be there to go on.
+It runs the command that is printed. Signals to the pipeline are passed on to it. If the pipeline's process is killed,
+it ends, too.
 """
 
 from __future__ import annotations
@@ -24,20 +24,15 @@ _LOOK_AGAIN = 0.5  # seconds: a grandchild may keep the pipes open after the sta
 
 
 class Child(Protocol):
-    """A process that was started."""
+    """The part of subprocess.Popen that is used here."""
 
-    def poll(self) -> int | None:
-        """Its return code if it has ended."""
-
-    def wait(self) -> int:
-        """Its return code, when it has ended; below 0 the signal that ended it."""
-
-    def send_signal(self, number: int) -> None:
-        """Send it a signal, if it has not ended."""
+    def poll(self) -> int | None: ...
+    def wait(self) -> int: ...
+    def send_signal(self, number: int) -> None: ...
 
 
 class Signals:
-    """Ctrl-C and SIGTERM of the pipeline, noted and passed on to the stage that runs."""
+    """Ctrl-C and SIGTERM of the pipeline, recorded and passed on to the running stage."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -50,7 +45,7 @@ class Signals:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """While the context lasts, signals do nothing else."""
+        """Within the context, signals do nothing else."""
         before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -60,9 +55,9 @@ class Signals:
 
 
 def run_command(command: Sequence[str], tell: Tell, signals: Signals, width: int) -> int:
-    """Run one command of `dae` (without that word) to its end; its exit status, 128 + n where signal n ended it.
+    """Run one command of `dae` (without that word); its exit status, 128 + n if signal n ended it.
 
-    tell: gets every line that the command says; width: of the terminal that they are for.
+    tell: called with every line of output; width: of the terminal.
     """
     lifeline, ours = os.pipe()
     pipes = {name: os.pipe() for name in _STREAMS}
@@ -73,7 +68,7 @@ def run_command(command: Sequence[str], tell: Tell, signals: Signals, width: int
             for descriptor in (lifeline, pipes["out"][1], pipes["err"][1]):
                 os.close(descriptor)
         signals.child = child
-        if signals.received is not None:  # it came while the process was being started
+        if signals.received is not None:  # received while the process was starting
             child.send_signal(signals.received)
         pass_on(child, {name: pipes[name][0] for name in _STREAMS}, tell)
         code = child.wait()
@@ -85,7 +80,7 @@ def run_command(command: Sequence[str], tell: Tell, signals: Signals, width: int
 
 
 def start(command: Sequence[str], lifeline: int, out: int, err: int, width: int) -> Child:
-    """Start the process. It has a process group of its own: what a terminal sends comes through the pipeline, once."""
+    """Start the process in its own process group, so that a terminal's signals reach it once, through the pipeline."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     return subprocess.Popen(
         [sys.executable, "-m", "dae.pipeline.stage_command", str(lifeline), *command],
@@ -99,7 +94,7 @@ def start(command: Sequence[str], lifeline: int, out: int, err: int, width: int)
 
 
 def pass_on(child: Child, descriptors: dict[Stream, int], tell: Tell) -> None:
-    """Tell every line that the child says, until it has ended and nothing more comes."""
+    """Pass on the child's output line by line until it has ended."""
     with selectors.DefaultSelector() as selector:
         lines: dict[int, Lines] = {}
         for stream, descriptor in descriptors.items():
@@ -119,7 +114,7 @@ def pass_on(child: Child, descriptors: dict[Stream, int], tell: Tell) -> None:
 
 
 class Lines:
-    """Bytes of one stream as lines."""
+    """Splits one stream into lines."""
 
     def __init__(self, stream: Stream, tell: Tell) -> None:
         self.stream = stream
@@ -128,13 +123,11 @@ class Lines:
         self._rest = ""
 
     def add(self, data: bytes) -> None:
-        """More of the stream."""
         *whole, self._rest = (self._rest + self._decode(data)).split("\n")
         for line in whole:
             self.tell(self.stream, line)
 
     def end(self) -> None:
-        """No more comes."""
         if self._rest:
             self.tell(self.stream, self._rest)
         self._rest = ""

@@ -1,8 +1,8 @@
-"""`dae run`: stages in a row. Each is a command of its own; what is finished and unchanged is not run again.
+"""`dae run`: runs stages in order, each as a command of its own; finished, unchanged stages are skipped.
 
-A stage is done as long as its settings, the fingerprints of its inputs (earlier stages' outputs among them) and its
-result are what they were when it finished. How a stage goes on after a stop is the stage's own affair
-(kd/runs/run_folder.py, dae/sampling/sample.py, dae_eval/folders.py): the same command is given again.
+A stage is done if its settings, the fingerprints of its inputs (including earlier stages' outputs) and its result are
+unchanged since it finished. A stopped stage resumes by itself when its command runs again (kd/runs/run_folder.py,
+dae/sampling/sample.py, dae_eval/folders.py).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dae.pipeline.kinds import EvalStage, ReportStage, flags_of, kinds
-from dae.pipeline.recipe import Loaded, Stage, read_pipeline, recipe_text
+from dae.pipeline.recipe import Loaded, Stage, read_pipeline
 from dae.pipeline.stage_process import Signals, run_command
 from dae.pipeline.state import Fingerprints, PipelineFolder, Standing, read_state
 from dae.pipeline.view import View
+from kd.config.loading import resolved_yaml
 from kd.config.problems import NO_VALUE, Problem
 from kd.errors import Stopped, UserError
 from kd.runs.files import disk_errors, write_text_durably
@@ -28,20 +29,19 @@ LAUNCHED = "RANK"  # torchrun and accelerate number their processes
 def run_pipeline(recipe: Path, assignments: Sequence[str] = (), *, redo: bool = False) -> int:
     """Run every stage that is not done, in order; the exit status.
 
-    redo: what was made from other settings or inputs is moved aside, with all that follows from it, and made anew.
+    redo: move aside results made from other settings or inputs, and all that depend on them, and run them again.
 
     Returns:
-        0; 1 where all is done and a report's verdict is not PASS; else the status of the first stage that failed.
+        0; 1 if a report's verdict is not PASS; else the status of the first stage that failed.
 
     Raises:
-        UserError: the recipe has mistakes (all are told, of all stages, before anything runs), or a stage has run from
-            other settings or inputs and `redo` was not asked for.
-        Stopped: Ctrl-C or SIGTERM; the stage under way has stopped in its own way.
+        UserError: the recipe is invalid (one message for all stages, before anything runs), or a stage was run with
+            other settings or inputs, without `redo`.
+        Stopped: Ctrl-C or SIGTERM; the running stage has stopped in its own way.
     """
     if os.environ.get(LAUNCHED) is not None:
         raise UserError(
-            "dae run starts one process to a stage: give it without torchrun or accelerate, or give these the command "
-            "of a stage, which `dae run` prints"
+            "dae run cannot run under torchrun or accelerate; launch a stage's command with them (`dae run` prints it)"
         )
     loaded = read_pipeline(recipe, assignments)
     fingerprints = Fingerprints(read_state(loaded.output).get("fingerprints", {}) if loaded.output else {})
@@ -52,7 +52,7 @@ def run_pipeline(recipe: Path, assignments: Sequence[str] = (), *, redo: bool = 
 
 
 def missing_inputs(loaded: Loaded, fingerprints: Fingerprints) -> list[Problem]:
-    """Models, rows and suites from outside that are not there, or not in order. Reads all of them."""
+    """External models, rows and suites that are missing or invalid. Reads all of them."""
     problems = []
     for draft in loaded.drafts.values():
         for one in draft.inputs:
@@ -68,24 +68,20 @@ def missing_inputs(loaded: Loaded, fingerprints: Fingerprints) -> list[Problem]:
 
 
 def refuse_or_redo(folder: PipelineFolder, standings: Mapping[str, Standing], redo: bool, view: View) -> None:
-    """Raise UserError where stages ran from something else; with `redo` move them and what follows aside."""
+    """Raise UserError if stages are stale; with `redo`, move them and all that depend on them aside."""
     stale = {name: standing for name, standing in standings.items() if standing.word == "stale"}
+    downstream = folder.with_downstream(set(stale))
     if stale and not redo:
-        raise UserError(told(stale, folder))
-    for there, to in folder.move_aside(folder.with_downstream(set(stale))):
-        view.say(f"{there}: moved to {to}")
-
-
-def told(stale: Mapping[str, Standing], folder: PipelineFolder) -> str:
-    """What has changed, stage by stage, and what to do."""
-    lines = [f"  {name}: {reason}" for name, standing in stale.items() for reason in standing.reasons]
-    again = ", ".join(stage.name for stage in folder.with_downstream(set(stale)))
-    remedy = f"Give the same command with --redo to move {again} aside and run again, or undo the change."
-    return "\n".join([f"{folder.path}: was started with different settings (recorded -> current):", *lines, remedy])
+        lines = [f"  {name}: {reason}" for name, standing in stale.items() for reason in standing.reasons]
+        again = ", ".join(stage.name for stage in downstream)
+        title = f"{folder.path}: was started with different settings (recorded -> current):"
+        remedy = f"Add --redo to move {again} aside and run again, or undo the change."
+        raise UserError("\n".join([title, *lines, remedy]))
+    for there, to in folder.move_aside(downstream):
+        view.write(f"{there}: moved to {to}")
 
 
 def run_stages(folder: PipelineFolder, redo: bool) -> int:
-    """Run what is not done; the exit status."""
     signals, view = Signals(), View(folder.pipeline.stages)
     refuse_or_redo(folder, folder.standings(), redo, view)
     done: set[str] = set()
@@ -93,7 +89,7 @@ def run_stages(folder: PipelineFolder, redo: bool) -> int:
     with signals.noted(), view:
         for stage in folder.pipeline.stages:
             standing = folder.standing(stage, done)
-            refuse_or_redo(folder, {stage.name: standing}, redo, view)  # an earlier one may have come out otherwise
+            refuse_or_redo(folder, {stage.name: standing}, redo, view)  # an earlier stage's result may have changed
             if standing.word == "done":
                 view.already(stage)
                 verdict = folder.records[stage.name].verdict
@@ -114,7 +110,7 @@ def run_stages(folder: PipelineFolder, redo: bool) -> int:
 
 
 def run_stage(folder: PipelineFolder, stage: Stage, view: View, signals: Signals) -> int:
-    """Give one stage's command; its exit status."""
+    """Run one stage's command; its exit status."""
     if signals.received is not None:
         raise stopped(stage.name, signals.received)
     folder.begin(stage)
@@ -125,31 +121,30 @@ def run_stage(folder: PipelineFolder, stage: Stage, view: View, signals: Signals
 
 
 def failed(stage: Stage, code: int, view: View, signals: Signals) -> int:
-    """What is said of a stage that did not finish; its exit status. Raises Stopped where it was told to stop."""
+    """Report a stage that did not finish; its exit status. Raises Stopped if the user stopped it."""
     number = code - 128
     if signals.received is not None and number == signals.received:
         view.end(stage, "stopped")
         raise stopped(stage.name, number)
     if number in (signal.SIGINT, signal.SIGTERM):
-        note = "stopped by a signal; the same command goes on from there"
+        note = "stopped by a signal; run the same command to resume"
     elif number > 0:
-        note = f"killed by signal {number}; where memory ran out, make its steps smaller; the same command goes on"
+        note = f"killed by signal {number}, perhaps out of memory; run the same command to resume"
     else:
-        note = f"exit status {code}; the same command goes on from here"
+        note = f"exit status {code}; run the same command to resume"
     view.end(stage, "failed", note)
     return code
 
 
 def stopped(stage: str, number: int) -> Stopped:
-    """Ctrl-C and SIGTERM."""
-    return Stopped(number, f"stopped at stage {stage}; the same command goes on from there")
+    return Stopped(number, f"stopped at stage {stage}; run the same command to resume")
 
 
 def write_recipe(folder: PipelineFolder, stage: Stage) -> None:
-    """Put down the resolved recipe that the stage's command reads."""
+    """Write the resolved recipe that the stage's command reads."""
     if isinstance(stage.recipe, (EvalStage, ReportStage)):
         return
-    path, text = folder.recipe_path(stage), recipe_text(stage)
+    path, text = folder.recipe_path(stage), resolved_yaml(stage.recipe)
     with disk_errors(path):
         path.parent.mkdir(exist_ok=True)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:

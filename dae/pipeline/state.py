@@ -1,10 +1,10 @@
-"""What a pipeline's folder knows: which stages have run, from what, and whether that still holds.
+"""The state of a pipeline's folder: which stages have run, with which inputs, and whether that is still current.
 
 OUTPUT/
-  .lock            held (flock) by the living process
-  pipeline.json    of each stage that was begun: settings, fingerprints of its inputs and of its result
+  .lock            held (flock) by the running process
+  pipeline.json    for each started stage: settings, fingerprints of its inputs and of its result
   recipes/         the resolved recipe of each stage, as its own command reads it
-  NAME/ ...        what the stages wrote; NAME.replaced-1 is what `--redo` moved aside
+  NAME/ ...        the stages' outputs; NAME.replaced-1 was moved aside by `--redo`
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Word = Literal["done", "begun", "waiting", "stale"]
 
 @dataclass(frozen=True)
 class Record:
-    """What a stage was begun from, and, once it has finished, the fingerprint of its result."""
+    """Settings and inputs of a started stage, and the fingerprint of its result once finished."""
 
     stage: str
     output: str
@@ -53,23 +53,20 @@ class Record:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a stage stands: `stale` means that what it wrote is not what it would write now, for these reasons."""
+    """A stage's state: `stale` means that its output is out of date, for these reasons."""
 
     word: Word
     reasons: tuple[str, ...] = ()
 
 
 class Fingerprints:
-    """SHA-256 of models, rows and results.
-
-    Files whose sizes and times of writing are as they were are not read again.
-    """
+    """SHA-256 of models, rows and results. Files with unchanged sizes and modification times are not read again."""
 
     def __init__(self, known: Mapping[str, Mapping[str, str]]) -> None:
         self.known = {key: dict(entry) for key, entry in known.items()}
 
     def of(self, wanted: Reads, path: str, recipe: Any = None) -> str:
-        """Of an input or a result. recipe: the stage's, whose suite it is. Raises UserError where it cannot be had."""
+        """Of an input or a result. recipe: the stage's, for its suite. Raises UserError if it is not found."""
         if wanted == "suite":
             return suite_sha256(recipe)
         if wanted == "template":
@@ -91,7 +88,7 @@ class Fingerprints:
 
 
 def signature(place: Path, deep: bool) -> str:
-    """Digest of names, sizes and times of writing: of a file, of a folder's files, or of all files below it."""
+    """Digest of names, sizes and modification times: of a file, of a folder's files, or of all files below it."""
     files = [place] if place.is_file() else sorted(place.rglob("*") if deep else place.iterdir())
     facts = [(str(f.relative_to(place)), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     facts = [fact for fact in facts if fact[0] != LOCK]
@@ -99,17 +96,17 @@ def signature(place: Path, deep: bool) -> str:
 
 
 def file_of(path: Path) -> str:
-    """SHA-256 of a file that a finished stage has. Raises UserError where it is not there."""
+    """SHA-256 of a finished stage's file. Raises UserError if it is missing."""
     if not path.is_file():
-        raise UserError(f"{path.parent}: has no {path.name}")
+        raise UserError(f"{path}: not found")
     return file_sha256(path)
 
 
 def suite_sha256(recipe: EvalStage | ReportStage) -> str:
-    """Digest of a suite with all that it names: its keys, its tasks, held-out rows, and paths in its metadata.
+    """Digest of a suite and all that it names: keys, tasks, held-out rows, and paths in its metadata.
 
     Raises:
-        UserError: the suite has mistakes, or names what is not there.
+        UserError: the suite is invalid, or a file is not found.
     """
     from dae_eval.suites import load_suite
 
@@ -146,7 +143,7 @@ class PipelineFolder:
             yield
 
     def save(self) -> None:
-        """Write pipeline.json, if anything in it has changed."""
+        """Write pipeline.json if it has changed."""
         content = {
             "toolkit": TOOLKIT,
             "version": VERSION,
@@ -159,25 +156,24 @@ class PipelineFolder:
             self._written = text
 
     def recipe_path(self, stage: Stage) -> Path:
-        """Where a stage's resolved recipe is kept."""
         return self.path / RECIPES / f"{stage.name}.yaml"
 
-    # -- where stages stand --------------------------------------------------------------------------------------------
+    # -- the state of stages -------------------------------------------------------------------------------------------
 
     def standings(self) -> dict[str, Standing]:
-        """Of every stage. What waits for an earlier stage is judged by all else."""
+        """Of every stage. Inputs from earlier stages that are not done are ignored."""
         found: dict[str, Standing] = {}
         for stage in self.pipeline.stages:
             found[stage.name] = self.standing(stage, {name for name, one in found.items() if one.word == "done"})
         return found
 
     def standing(self, stage: Stage, done: set[str]) -> Standing:
-        """Of one stage. done: the earlier stages whose outputs are what they should be."""
+        """Of one stage. done: the earlier stages that are done."""
         record = self.records.get(stage.name)
         if not any(place.exists() for place in places(stage)):
             return Standing("waiting")
         if record is None or record.output != self._relative(stage.output):
-            return Standing("begun")  # its own command judges what is there
+            return Standing("begun")  # its own command decides
         ready = [one for one in stage.inputs if one.stage is None or one.stage in done]
         now = self.inputs(stage, ready)
         reasons = changes(record, stage, now)
@@ -191,32 +187,30 @@ class PipelineFolder:
         return Standing("done" if len(ready) == len(stage.inputs) else "begun")
 
     def inputs(self, stage: Stage, inputs: Sequence[Input]) -> dict[str, str]:
-        """Fingerprint of each input by its key; of each checkpoint's tokenizer and templates, which decide what rows
-        become; and of each base that only an adapter among them names.
-        """
+        """Fingerprints of inputs by key, of their tokenizers and templates, and of bases that only adapters name."""
         found = {one.name: self.fingerprints.of(one.wanted, one.path, stage.recipe) for one in inputs}
         for one in inputs:
             if one.wanted in ("checkpoint", "full checkpoint"):
                 found[f"{TOKENIZER_OF}{one.name}"] = tokenizer_sha256(checkpoint(one.path).folder)
         for one in inputs if self._finds_bases(stage) else ():
-            with suppress(UserError):  # where it cannot be had, the stage will say so
+            with suppress(UserError):  # if it is not found, the stage reports it
                 base = checkpoint(one.path).base if one.wanted == "checkpoint" else None
                 if base is not None:
                     found[f"base of {one.name}"] = self.fingerprints.of("full checkpoint", str(base))
         return found
 
     def _finds_bases(self, stage: Stage) -> bool:
-        """Whether a stage's adapters stand on what they name: it is not told of a full checkpoint to put them on."""
+        """Whether adapters go on the base that they name: the stage has no full checkpoint for them."""
         by_name = {one.name: one for one in stage.inputs}
-        told = by_name.get("base", by_name.get("reference"))
-        if told is None:
+        given = by_name.get("base", by_name.get("reference"))
+        if given is None:
             return True
         with suppress(UserError):
-            return checkpoint(told.path).is_adapter
-        return False  # an earlier stage is yet to write it
+            return checkpoint(given.path).is_adapter
+        return False  # an earlier stage has not written it yet
 
     def result(self, stage: Stage) -> str:
-        """Fingerprint of what a stage has written."""
+        """Fingerprint of a stage's output."""
         gives = kinds()[stage.kind].gives
         if gives == "report":
             return file_of(stage.output / "report.json")
@@ -227,16 +221,16 @@ class PipelineFolder:
             if self.result(stage) == result:
                 return ""
         except (UserError, OSError) as error:
-            return f"its output is not whole: {error}"
+            return f"its output is incomplete: {error}"
         return f"its output in {stage.output} has changed since it finished"
 
     def _relative(self, place: Path) -> str:
         return os.path.relpath(place, self.path)
 
-    # -- what happens --------------------------------------------------------------------------------------------------
+    # -- changes -------------------------------------------------------------------------------------------------------
 
     def begin(self, stage: Stage) -> None:
-        """Note what a stage is about to run from."""
+        """Record the settings and inputs of a stage that is about to run."""
         inputs = self.inputs(stage, stage.inputs)
         record = Record(stage.kind, self._relative(stage.output), stage.settings(), inputs)
         before = self.records.get(stage.name)
@@ -245,7 +239,7 @@ class PipelineFolder:
         self.save()
 
     def finish(self, stage: Stage) -> str | None:
-        """Note that a stage has finished; the word of its verdict, where it is a report."""
+        """Record that a stage has finished; its verdict if it is a report."""
         verdict = None
         if kinds()[stage.kind].gives == "report":
             verdict = str(read_json(stage.output / "report.json").get("word"))
@@ -255,7 +249,7 @@ class PipelineFolder:
         return verdict
 
     def with_downstream(self, names: set[str]) -> list[Stage]:
-        """These stages and all that read of them, directly or not, in the order of the pipeline."""
+        """These stages and all that depend on them, in the order of the pipeline."""
         chosen: set[str] = set()
         for stage in self.pipeline.stages:
             if stage.name in names or stage.upstream & chosen:
@@ -263,7 +257,7 @@ class PipelineFolder:
         return [stage for stage in self.pipeline.stages if stage.name in chosen]
 
     def move_aside(self, stages: Sequence[Stage]) -> list[tuple[Path, Path]]:
-        """Rename what these stages have written, the last one first; (from, to) of each.
+        """Rename the outputs of these stages, the last one first; (from, to) of each.
 
         A kill in between leaves the first stage as it was: still stale.
         """
@@ -282,18 +276,18 @@ class PipelineFolder:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The content of pipeline.json; empty where there is none. Raises UserError where it cannot be read."""
+    """The content of pipeline.json, or {}. Raises UserError if it cannot be read."""
     path = folder / STATE
     if not path.is_file():
         return {}
     content = read_json(path)
     if content.get("toolkit") != TOOLKIT or content.get("version") != VERSION:
-        raise UserError(f"{path}: was not written by this version of `dae run`; give `output` a new folder")
+        raise UserError(f"{path}: was not written by this version of `dae run`; use a new `output`")
     return content
 
 
 def changes(record: Record, stage: Stage, inputs: Mapping[str, str]) -> list[str]:
-    """One line for each setting and input that is not what the record says; inputs that are not given are left out."""
+    """One line for each setting and input that differs from the record; missing inputs are ignored."""
     if record.stage != stage.kind:
         return changed({"stage": record.stage}, {"stage": stage.kind})
     schema = kinds()[stage.kind].schema
@@ -307,7 +301,6 @@ def changes(record: Record, stage: Stage, inputs: Mapping[str, str]) -> list[str
 
 
 def places(stage: Stage) -> list[Path]:
-    """All that a stage writes."""
     output = stage.output
     if kinds()[stage.kind].gives != "rows":
         return [output]
@@ -315,13 +308,12 @@ def places(stage: Stage) -> list[Path]:
 
 
 def aside(place: Path, number: int) -> Path:
-    """Where `--redo` moves something to."""
     return place.with_name(f"{place.name}.replaced-{number}")
 
 
 @contextmanager
 def held_for_moving(output: Path) -> Iterator[None]:
-    """Refuse to move a folder that a live process writes. Raises UserError."""
+    """Raises UserError if a live process writes to the folder."""
     if not output.is_dir():
         yield
         return

@@ -1,4 +1,4 @@
-"""What a person sees of a pipeline: a live table in a terminal, plain lines elsewhere, and a table at the end."""
+"""Progress of a pipeline: a live table in a terminal, plain lines elsewhere, and a table at the end."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ _STEP = re.compile(r"step (\d+)/(\d+)\s*(.*)")
 
 @dataclass
 class Row:
-    """One stage as it is shown."""
-
     stage: Stage
     word: str = "waiting"
     note: str = ""
@@ -38,7 +36,7 @@ class Row:
 
 
 class View:
-    """The whole pipeline. Progress goes to stderr, what stages answer to stdout."""
+    """The whole pipeline. Progress goes to stderr, the stages' stdout to stdout."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.rows = {stage.name: Row(stage) for stage in stages}
@@ -66,27 +64,23 @@ class View:
 
     @property
     def width(self) -> int:
-        """Of the terminal."""
         return self.console.width
 
-    def say(self, text: str, style: str = "") -> None:
-        """One line of our own."""
+    def write(self, text: str, style: str = "") -> None:
         self.console.print(Text(text, style=style), soft_wrap=True)
 
     def already(self, stage: Stage) -> None:
-        """A stage is done and nothing has changed."""
         self.rows[stage.name].word = "done"
         if not self.console.is_terminal:
-            self.say(f"{stage.name} ({stage.kind}): done before; nothing to do")
+            self.write(f"{stage.name} ({stage.kind}): already done")
 
     def begin(self, stage: Stage, command: Sequence[str]) -> None:
-        """A stage starts, or goes on, with this command."""
         row = self._running = self.rows[stage.name]
         row.word, row.since = "running", time.monotonic()
-        self.say(f"{stage.name} ({stage.kind}) $ {shlex.join(command)}", "bold")
+        self.write(f"{stage.name} ({stage.kind}) $ {shlex.join(command)}", "bold")
 
     def line(self, stream: Stream, text: str) -> None:
-        """The running stage says something. In a terminal its steps move the table instead of scrolling by."""
+        """A line of the running stage. In a terminal its steps update the table instead of being printed."""
         step = _STEP.match(text)
         if step and stream == "err" and self._running is not None and self.console.is_terminal:
             self._running.done, self._running.total = int(step[1]), int(step[2])
@@ -98,15 +92,13 @@ class View:
             self.console.print(Text(text), soft_wrap=True)
 
     def end(self, stage: Stage, word: str, note: str = "") -> None:
-        """A stage has ended."""
         row, self._running = self.rows[stage.name], None
         row.word, row.note = word, note
         took = duration(time.monotonic() - row.since)
         row.since = 0.0
-        self.say(f"{stage.name} ({stage.kind}): {word}, {took}" + (f": {note}" if note else ""))
+        self.write(f"{stage.name} ({stage.kind}): {word}, {took}" + (f": {note}" if note else ""))
 
     def table(self) -> Table:
-        """Every stage: done, running or waiting, and how far."""
         table = Table.grid(padding=(0, 1))
         for row in self.rows.values():
             mark: Text | Spinner = Text({"done": "+", "waiting": " "}.get(row.word, "!"))
@@ -122,7 +114,7 @@ class View:
         return table
 
     def summary(self) -> None:
-        """At the end, on stdout: where each output lies, and the verdicts."""
+        """Print outputs and verdicts to stdout."""
         console = Console(highlight=False)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
         for title in ("stage", "kind", "", "output"):

@@ -1,1 +1,1 @@
-"""Which teacher suits a student: rewards, the student's losses, and CAR over a sweep of beta."""
+"""`dae rank-teachers`: rewards, the student's losses, and CAR over a sweep of beta."""

@@ -1,11 +1,11 @@
-"""Which teacher suits this student: Compatibility-Adjusted Reward (Xu et al. 2024, arXiv 2411.07133), without training.
+"""Compatibility-Adjusted Reward (CAR; Xu et al. 2024, arXiv 2411.07133): rank teachers for a student before training.
 
     CAR(D, theta) = r(D) / (1 + beta * L(D, theta))
 
 r is the mean reward of the candidate's responses D. L is the student's mean loss on them: nats per response token of
-each row, then the mean over rows, so that every response has the same say in L as it has in r. (The paper calls it the
-average loss of the responses; the mean over all tokens together is in the result, too.) beta has no default in what
-could be read of the paper, so a ranking is given for each of several.
+each row, then the mean over rows, so that each response weighs the same in L and r. (The paper calls it the average
+loss of the responses; the mean over all tokens is in the result, too.) The paper names no default for beta, so there
+is one ranking per beta of a sweep.
 
 Shape legend: K candidates, N rows (the same prompts in the same order), P different prompts, R resamples.
 """
@@ -25,16 +25,16 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 RESAMPLES = 2000
-TAIL = 0.025  # what each end of a 95 % interval leaves out
-PART_ELEMENTS = 4_000_000  # of the bootstrap's weights held at a time
+TAIL = 0.025  # each end of a 95 % interval
+PART_ELEMENTS = 4_000_000  # bootstrap weights in memory at a time
 
 
 @dataclass(frozen=True)
 class Measured:
     """One candidate's rows, each [N].
 
-    rewards: the reward model's. losses, losses_alone: the student's, in nats per response token, after the prompt and
-    without it. tokens: of each response, by the student's tokenizer, end token included.
+    losses, losses_alone: the student's, in nats per response token, with and without the prompt. tokens: per response,
+    by the student's tokenizer, end token included.
     """
 
     rewards: Sequence[float]
@@ -45,7 +45,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with the two ends of its 95 % interval (percentile bootstrap over prompts)."""
+    """A value with its 95 % interval (percentile bootstrap over prompts)."""
 
     value: float
     low: float
@@ -54,11 +54,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Facts:
-    """What one candidate's responses are like.
+    """Statistics of one candidate's responses.
 
-    reward: mean, as the reward model gives it. loss: L, mean over rows; loss_over_tokens: mean over all tokens.
-    tokens: mean length of a response. ifd: mean over rows of loss / loss without the prompt (Instruction-Following
-    Difficulty, arXiv 2308.12032); near 1 the prompt does not help the student. perplexity: mean over rows of exp(loss).
+    reward: mean, unshifted. loss: L, mean over rows; loss_over_tokens: mean over all tokens. tokens: mean length of a
+    response. ifd: mean over rows of loss / loss without the prompt (Instruction-Following Difficulty, arXiv
+    2308.12032); near 1 the prompt does not help the student. perplexity: mean over rows of exp(loss).
     """
 
     name: str
@@ -74,9 +74,9 @@ class Facts:
 class Place:
     """A candidate's place at one beta.
 
-    best, worst: places that the intervals leave possible: behind those it is clearly worse than (the interval of the
-    paired difference lies below 0), before those it is clearly better than. Candidates with such places in common
-    are tied. behind: CAR minus that of the candidate one place ahead; None for the first.
+    best, worst: the places that the intervals allow: behind those it is clearly worse than (the interval of the paired
+    difference is below 0), before those it is clearly better than. behind: CAR minus that of the candidate one place
+    ahead; None for the first.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Place:
 
     @property
     def tied(self) -> bool:
-        """Whether the interval of the difference to the one ahead holds 0."""
+        """Whether the interval of the difference to the one ahead contains 0."""
         return self.behind is not None and self.behind.high >= 0
 
 
@@ -101,7 +101,7 @@ class AtBeta:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Two candidates that change places inside of the sweep: `below` is ahead at smaller betas, `above` at larger."""
+    """Two candidates that change places within the sweep: `below` is ahead at smaller betas, `above` at larger."""
 
     beta: float
     below: str
@@ -110,7 +110,7 @@ class Crossing:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The result. shift: what was added to every reward in CAR, None where nothing was asked for."""
+    """The result. shift: added to every reward in CAR; None without `shift`."""
 
     prompts: int
     rows: int
@@ -132,11 +132,11 @@ def rank(
     """Rank candidates at every beta, with paired intervals over prompts.
 
     Args:
-        measured: candidate -> its rows, all of them in one order of prompts.
+        measured: candidate -> its rows, all in one order of prompts.
         prompt_of_row: [N] the number of each row's prompt, 0..P-1; rows of one prompt are resampled together.
         betas: each at least 0.
-        shift: count rewards from the lowest single reward of all candidates, which becomes 0. It changes CAR, not only
-            its scale: the discount then works on the distance from that reward.
+        shift: subtract the lowest single reward of all candidates. This changes CAR, not only its scale: the discount
+            then applies to the distance from that reward.
         seed: of the bootstrap.
 
     Raises:
@@ -145,7 +145,7 @@ def rank(
     names, prompts_N = list(measured), np.asarray(prompt_of_row, np.int64)
     prompts = int(prompts_N.max()) + 1
     if prompts < 2:
-        raise UserError("all rows have the same prompt: from one prompt nothing follows for others; give more")
+        raise UserError("all rows have the same prompt; at least two prompts are required")
     rewards_KN = np.array([measured[name].rewards for name in names], np.float64)
     losses_KN = np.array([measured[name].losses for name in names], np.float64)
     offset = -float(rewards_KN.min()) if shift else 0.0
@@ -173,19 +173,18 @@ def rank(
 
 
 def refuse_negative(rewards: Mapping[str, float]) -> None:
-    """Raise UserError where a mean reward is below 0: dividing it by more would bring it up."""
+    """Raise UserError if a mean reward is negative: a larger loss would raise its CAR."""
     negative = {name: reward for name, reward in rewards.items() if reward < 0}
     if negative:
         shown = ", ".join(f"{name} {reward:.4g}" for name, reward in negative.items())
         raise UserError(
-            f"shift: false: the mean reward is negative ({shown}), so a larger loss would raise CAR, not lower "
-            "it; set shift=true, which counts all rewards from the lowest one (the folder keeps what was computed), or "
-            "take another reward model"
+            f"shift: false: the mean reward is negative ({shown}), so a larger loss would raise CAR; set shift=true to "
+            "subtract the lowest reward (finished results are kept), or use another reward model"
         )
 
 
 def resampled_means(values_XN: Floats, prompt_of_row_N: Ints, prompts: int, seed: int) -> Floats:
-    """[X, N] -> [R, X]: means over rows, on the same resamples of the prompts for every X: differences are paired."""
+    """[X, N] -> [R, X]: means over rows, on the same resamples of prompts for every X: differences are paired."""
     sums_PX, rows_P = np.zeros((prompts, len(values_XN))), np.bincount(prompt_of_row_N, minlength=prompts)
     np.add.at(sums_PX, prompt_of_row_N, values_XN.T)
     rng = np.random.default_rng(seed)
@@ -199,13 +198,11 @@ def resampled_means(values_XN: Floats, prompt_of_row_N: Ints, prompts: int, seed
 
 
 def estimate(value: float, resampled_R: Floats) -> Estimate:
-    """A value with the percentiles of its resamples."""
     low, high = np.quantile(resampled_R, [TAIL, 1 - TAIL])
     return Estimate(float(value), float(low), float(high))
 
 
 def facts_of(name: str, rows: Measured, reward_R: Floats, loss_R: Floats) -> Facts:
-    """What does not depend on beta."""
     losses_N, alone_N = np.asarray(rows.losses, np.float64), np.asarray(rows.losses_alone, np.float64)
     tokens_N = np.asarray(rows.tokens, np.float64)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
@@ -222,7 +219,7 @@ def facts_of(name: str, rows: Measured, reward_R: Floats, loss_R: Floats) -> Fac
 
 
 def places(names: Sequence[str], car_K: Floats, car_RK: Floats) -> tuple[Place, ...]:
-    """Candidates by CAR, the largest first; equal ones in the order they were given."""
+    """Candidates by CAR, the largest first; ties in the given order."""
     order = sorted(range(len(names)), key=lambda place: -car_K[place])
     found = []
     for rank_of, index in enumerate(order):
@@ -241,10 +238,10 @@ def places(names: Sequence[str], car_K: Floats, car_RK: Floats) -> tuple[Place, 
 def crossings(
     names: Sequence[str], reward_K: Floats, loss_K: Floats, smallest: float, largest: float
 ) -> tuple[Crossing, ...]:
-    """Where two candidates' CAR are equal, for smallest < beta < largest, in the order of beta.
+    """The betas between smallest and largest where two candidates' CAR are equal, ascending.
 
-    r_a / (1 + beta L_a) = r_b / (1 + beta L_b) at beta = (r_a - r_b) / (r_b L_a - r_a L_b); one crossing at most, since
-    1 + beta L is above 0.
+    r_a / (1 + beta L_a) = r_b / (1 + beta L_b) at beta = (r_a - r_b) / (r_b L_a - r_a L_b); at most one per pair, since
+    1 + beta L > 0.
     """
     found = []
     for a, b in combinations(range(len(names)), 2):

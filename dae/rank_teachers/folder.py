@@ -1,14 +1,14 @@
-"""The folder of a ranking: what it follows from, what has been computed, and the result.
+"""The folder of a ranking.
 
     OUTPUT/
-      .lock                  held (flock) by the living process
-      settings.json          recipe and fingerprints; its presence marks a folder of ours
-      responses/NAME.jsonl   what a candidate that is a checkpoint wrote
-      rewards/NAME.json      one number for each row, in the order of the prompts
-      losses/NAME.json       the student's, after the prompt and without it, and the response tokens
+      .lock                  held (flock) by the running process
+      settings.json          recipe and fingerprints; marks a folder of ours
+      responses/NAME.jsonl   responses sampled from a candidate that is a checkpoint
+      rewards/NAME.json      one number per row, in the order of the prompts
+      losses/NAME.json       the student's losses with and without the prompt, and response tokens
       ranking.json           the result, written last
 
-Every file is whole or absent, so a kill costs the candidate that was under way and no other.
+Every file is written whole, so a kill loses at most the candidate in progress.
 """
 
 from __future__ import annotations
@@ -30,10 +30,7 @@ KIND = "rank-teachers"
 
 
 class RankFolder:
-    """One ranking's folder.
-
-    settings: all that rewards and losses follow from; what only the arithmetic reads is not among it.
-    """
+    """One ranking's folder. settings: everything that determines rewards and losses."""
 
     def __init__(self, path: str, settings: Mapping[str, Any]) -> None:
         self.path = Path(path)
@@ -41,12 +38,10 @@ class RankFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Hold the folder for this process.
-
-        Where a UserError comes before `begin`, nothing is left behind.
+        """Hold the folder for this process. A UserError before `begin` leaves nothing behind.
 
         Raises:
-            UserError: a live process holds it; it was started with different settings, or holds somebody else's files.
+            UserError: a live process holds it; it was started with different settings, or has foreign files.
             MachineError: the disk is full.
         """
         with ClaimedFolder(self.path, SETTINGS, inside=FOLDERS).held(self._refuse_other_settings):
@@ -58,21 +53,19 @@ class RankFolder:
             refuse_changes(self.path, changed_settings(recorded, self._settings, RankRecipe))
 
     def begin(self) -> None:
-        """Write down what all results follow from; before the first of them (`keep` does)."""
+        """Write the settings, before the first result (`keep` calls this)."""
         if not (self.path / SETTINGS).exists():
             write_text_durably(self.path / SETTINGS, json_text(self._settings))
 
     def responses(self, name: str) -> Path:
-        """Where the responses go that a candidate writes."""
         return self.path / "responses" / f"{name}.jsonl"
 
     def computed(self, what: str, name: str) -> dict[str, Any] | None:
-        """What was computed for a candidate (`what`: rewards or losses), or None."""
+        """A candidate's rewards or losses (`what`), or None."""
         path = self.path / what / f"{name}.json"
         return read_json(path) if path.exists() else None
 
     def keep(self, what: str, name: str, values: Mapping[str, Any]) -> None:
-        """Write down what was computed for a candidate."""
         self.begin()
         path = self.path / what / f"{name}.json"
         with disk_errors(path):
@@ -80,7 +73,7 @@ class RankFolder:
         write_text_durably(path, json.dumps(plain(values)) + "\n")
 
     def finish(self, result: Mapping[str, Any]) -> Path:
-        """Write the result beside what it follows from; its path."""
+        """Write the result with the settings; its path."""
         path = self.path / RESULT
         write_text_durably(path, json_text(plain({**result, "settings": self._settings})))
         return path

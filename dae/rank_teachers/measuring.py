@@ -1,17 +1,14 @@
-"""Which teacher suits this student: read responses, ask the reward model, ask the student, rank (car.py)."""
+"""Read responses, compute rewards, compute the student's losses, rank (car.py)."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from dae.rank_teachers.car import Measured, Ranking, rank, refuse_negative
 from dae.rank_teachers.folder import RankFolder
@@ -26,6 +23,7 @@ from dae.rank_teachers.rewards import (
     template_sha256,
 )
 from dae.rank_teachers.student_losses import encode_responses, losses_of, open_student, without_prompt
+from dae.sampling.sample import progress
 from kd.data.fingerprint import data_sha256
 from kd.data.token_rows import TokenRow
 from kd.errors import UserError
@@ -35,7 +33,7 @@ from kd.models.tokenizer_files import tokenizer_sha256
 
 logger = logging.getLogger("dae")
 
-FEW_PROMPTS = 30  # below, percentile intervals are noticeably too narrow
+FEW_PROMPTS = 30  # with fewer, percentile intervals are noticeably too narrow
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,9 @@ def load_settings(recipe: RankRecipe) -> LoadSettings:
 
 
 def settings_of(recipe: RankRecipe, models: Models) -> dict[str, Any]:
-    """All that rewards and losses follow from: recipe and fingerprints of student, reward model and files.
+    """Everything that determines rewards and losses: recipe and fingerprints of student, reward model and files.
 
-    Raises UserError where one of them cannot be had.
+    Raises UserError if one of them is not found.
     """
     settings = recipe.model_dump(mode="json", exclude={"output", *ARITHMETIC})
     settings["content of student"] = models.student.fingerprint
@@ -75,14 +73,11 @@ def settings_of(recipe: RankRecipe, models: Models) -> dict[str, Any]:
 
 
 def student_tokenizer(recipe: RankRecipe, models: Models) -> Any:
-    """With the recipe's fallback template, where it has none."""
-    return open_tokenizer(
-        models.student.tokenizer_home, recipe.chat_template, "chat_template", recipe.trust_remote_code
-    )
+    home = models.student.tokenizer_home
+    return open_tokenizer(home, recipe.chat_template, "chat_template", recipe.trust_remote_code)
 
 
 def reward_tokenizer(recipe: RankRecipe, models: Models) -> Any:
-    """With the recipe's fallback template, where it has none."""
     key = "reward_chat_template"
     return open_tokenizer(models.reward_model, recipe.reward_chat_template, key, recipe.trust_remote_code)
 
@@ -94,21 +89,18 @@ def measure_and_rank(
     expected: Sequence[tuple[str, str]] | None,
     folder: RankFolder,
 ) -> Ranking:
-    """Rank candidates by their responses. Candidates that were measured before are not measured again.
+    """Rank candidates by their responses, and write ranking.json. Kept results are not computed again.
 
     Args:
         recipe: its candidates' paths are not read here.
         models: student and reward model.
-        files: candidate -> the place of its responses.
+        files: candidate -> the path of its responses.
         expected: (location, key) of the prompts that all must answer; None: those of the first candidate.
         folder: claimed by this process.
 
-    Returns:
-        The ranking; ranking.json is written.
-
     Raises:
-        UserError: see the functions this calls; before the first model is loaded wherever it can be seen then.
-        MachineError: the disk is full. What was measured is kept.
+        UserError: see the functions this calls; before the first model is loaded if possible.
+        MachineError: the disk is full. Finished results are kept.
     """
     reward_config(models.reward_model, recipe.trust_remote_code)
     answered = read_candidates(files, expected)
@@ -122,7 +114,7 @@ def measure_and_rank(
     measured = {name: measured_of(folder, name) for name in answered}
     ranking = rank(measured, [number[key] for key in keys], recipe.betas, shift=recipe.shift, seed=recipe.seed)
     if ranking.prompts < FEW_PROMPTS:
-        logger.warning("only %d prompts: the intervals are narrower than they should be", ranking.prompts)
+        logger.warning("only %d prompts: the intervals are too narrow", ranking.prompts)
     folder.finish({**asdict(ranking), "betas": recipe.betas, "output": recipe.output})
     return ranking
 
@@ -149,7 +141,7 @@ def encoded(
         rows[name], cut = encode_responses(responses, pupil, recipe.max_length, models.student)
         if cut:
             logger.warning(
-                "%s: %d of %d rows are longer than max_length (%d): the student's loss is that of what is left",
+                "%s: %d of %d rows truncated to max_length (%d)",
                 *(name, cut, len(responses), recipe.max_length),
             )
     return conversations, rows
@@ -162,7 +154,7 @@ def measure_rewards(
     conversations: Mapping[str, Sequence[Sequence[int]]],
     folder: RankFolder,
 ) -> None:
-    """Ask the reward model about every candidate that has no rewards yet."""
+    """Compute the rewards of every candidate that has none yet."""
     missing = [name for name in answered if folder.computed("rewards", name) is None]
     if not missing:
         return
@@ -182,7 +174,7 @@ def measure_losses(
     rows: Mapping[str, Sequence[TokenRow]],
     folder: RankFolder,
 ) -> None:
-    """Ask the student about every candidate that has no losses yet."""
+    """Compute the student's losses on every candidate that has none yet."""
     missing = [name for name in answered if folder.computed("losses", name) is None]
     if not missing:
         return
@@ -199,30 +191,19 @@ def measure_losses(
 
 
 def mean_reward(folder: RankFolder, name: str) -> float:
-    """Of the rewards that the folder keeps of a candidate."""
     kept = folder.computed("rewards", name)
     assert kept is not None, name
     return float(sum(kept["rewards"]) / len(kept["rewards"]))
 
 
 def measured_of(folder: RankFolder, name: str) -> Measured:
-    """What the folder keeps of a candidate."""
     rewards, losses = folder.computed("rewards", name), folder.computed("losses", name)
     assert rewards is not None and losses is not None, name
     return Measured(rewards["rewards"], losses["losses"], losses["losses_alone"], losses["tokens"])
 
 
 def refuse_not_finite(who: str, values: Sequence[float], responses: Sequence[Response]) -> None:
-    """Raise UserError naming the first row where a model gives no number."""
+    """Raise UserError naming the first row whose value is not finite."""
     for value, response in zip(values, responses, strict=True):
         if not math.isfinite(value):
             raise UserError(f"{who}: gives {value} for {response.location}; try dtype=float32, or another model")
-
-
-@contextmanager
-def progress(what: str, rows: int) -> Iterator[Callable[[int], None]]:
-    """A bar on the terminal while rows are worked through; nothing elsewhere."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=rows)
-        yield lambda done: bar.update(task, advance=done)

@@ -1,4 +1,4 @@
-"""`dae rank-teachers`: candidates that are checkpoints answer the prompts first; then all are measured alike."""
+"""`dae rank-teachers`: candidates that are checkpoints answer the prompts first; then all are measured the same way."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from dae.rank_teachers.responses import prompt_key
 from dae.sampling.generation import open_writer
 from dae.sampling.prompts import read_prompts
 from dae.sampling.recipe import SampleRecipe
-from dae.sampling.sample import IDLE_BATCHES, Draw, SampleFile, answer, settings_of
+from dae.sampling.sample import IDLE_BATCHES, Draw, SampleFile, answer, idle_reasons, settings_of, writer_format
 from dae.sampling.written_rows import Batch, Prompt
-from kd.data.chat import chat_format
 from kd.data.fingerprint import data_sha256
 from kd.errors import UserError
 from kd.models.checkpoint import Checkpoint, checkpoint
@@ -26,12 +25,12 @@ from kd.models.checkpoint import Checkpoint, checkpoint
 def rank_teachers(recipe: RankRecipe) -> Ranking:
     """Rank the candidates; ranking.json is written into the output folder.
 
-    The same recipe goes on where it was stopped. `betas` and `shift` may change in the same folder: nothing but the
-    arithmetic is done again.
+    The same recipe resumes a stopped ranking. `betas` and `shift` may change in the same folder: only the arithmetic is
+    repeated.
 
     Raises:
         UserError: models, files or output cannot be used, prompts differ, rewards are negative, settings differ.
-        MachineError: the disk is full. What was computed is kept.
+        MachineError: the disk is full. Finished results are kept.
     """
     models = Models(checkpoint(recipe.student), checkpoint(recipe.reward_model))
     asked = {name: checkpoint(path) for name, path in recipe.candidates.items() if answers(path)}
@@ -49,7 +48,7 @@ def rank_teachers(recipe: RankRecipe) -> Ranking:
         if recipe.prompts is not None:
             prompts = read_prompts(recipe.prompts)
             expected = [(f"{recipe.prompts}, prompt {place}", prompt_key(p)) for place, p in enumerate(prompts, 1)]
-            read_candidates(given, expected)  # a mistake in them is better seen before a model writes for hours
+            read_candidates(given, expected)  # find mistakes before sampling for hours
             folder.begin()
             for name, candidate in asked.items():
                 files[name] = str(write_responses(recipe, candidate, folder.responses(name), prompts))
@@ -57,12 +56,12 @@ def rank_teachers(recipe: RankRecipe) -> Ranking:
 
 
 def write_responses(recipe: RankRecipe, model: Checkpoint, path: Path, prompts: Sequence[Prompt]) -> Path:
-    """Let a model answer every prompt once, sampling as `dae sample` does. Goes on with an unfinished file.
+    """Sample one response per prompt, as `dae sample` does. Resumes an unfinished file.
 
-    A response that cannot be a row (empty, cut inside of a character, ...) is drawn again.
+    A response that cannot be a row (empty, cut inside a character, ...) is sampled again.
 
     Raises:
-        UserError: the model cannot be used, or gives no row for some prompts however often it is asked.
+        UserError: the model cannot be used, or repeatedly gives no row for some prompts.
     """
     as_sample = SampleRecipe(
         model=str(model),
@@ -80,13 +79,9 @@ def write_responses(recipe: RankRecipe, model: Checkpoint, path: Path, prompts: 
         if batches is None:
             return path
         writer = open_writer(model, recipe.trust_remote_code)
-        template = writer.tokenizer.get_chat_template() if writer.tokenizer.chat_template else None
-        if template is None and not all(isinstance(prompt, str) for prompt in prompts):
-            raise UserError(f"{recipe.prompts}: holds messages, but {model} has no chat template; give text prompts")
-        fmt = None if template is None else chat_format(writer.tokenizer, template)
-        draw = Draw(as_sample, writer)
+        fmt, draw = writer_format(as_sample, writer, prompts), Draw(as_sample, writer)
         while left := unanswered(prompts, batches):
-            refuse_to_ask_for_ever(model, recipe.prompts, left, batches)
+            refuse_unanswerable(model, recipe.prompts, left, batches)
             batches.append(answer(draw, fmt, left[: recipe.batch_size], len(batches)))
             file.append(batches[-1])
         file.finish(batches, len(prompts))
@@ -94,7 +89,7 @@ def write_responses(recipe: RankRecipe, model: Checkpoint, path: Path, prompts: 
 
 
 def unanswered(prompts: Sequence[Prompt], batches: Sequence[Batch]) -> list[Prompt]:
-    """The prompts, in order, that have fewer rows than times they were asked for."""
+    """The prompts, in order, that still lack a row."""
     rows = Counter(
         prompt_key(row["prompt"] if "prompt" in row else row["messages"][:-1])
         for batch in batches
@@ -110,16 +105,12 @@ def unanswered(prompts: Sequence[Prompt], batches: Sequence[Batch]) -> list[Prom
     return left
 
 
-def refuse_to_ask_for_ever(
+def refuse_unanswerable(
     model: Checkpoint, source: str | None, left: Sequence[Prompt], batches: Sequence[Batch]
 ) -> None:
-    """Raise UserError where the last `IDLE_BATCHES` batches answered nothing."""
-    last = batches[-IDLE_BATCHES:]
-    if len(last) < IDLE_BATCHES or any(batch.rows for batch in last):
-        return
-    reasons = sum((batch.dropped for batch in last), Counter[str]())
-    told = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-    raise UserError(
-        f"{model}: asked {len(last)} times it gave no response to {len(left)} of the prompts of {source} ({told}), "
-        f"first {prompt_key(left[0])[:60]}; leave them out of the prompts"
-    )
+    """Raise UserError if the last `IDLE_BATCHES` batches answered nothing."""
+    if reasons := idle_reasons(batches):
+        raise UserError(
+            f"{model}: no response to {len(left)} of the prompts of {source} in {IDLE_BATCHES} batches ({reasons}), "
+            f"first {prompt_key(left[0])[:60]}; remove these prompts"
+        )

@@ -1,6 +1,6 @@
-"""Candidates' responses: read from files, each held to the same prompts, in one order.
+"""Candidates' responses, read from files, all to the same prompts in one order.
 
-A row is {"prompt", "completion"} as text; the same as lists of messages, the completion a single assistant message; or
+A row is {"prompt", "completion"} as text, or as lists of messages with one assistant message as the completion; or
 {"messages"} whose last message is the response.
 """
 
@@ -17,7 +17,7 @@ from kd.data.record_forms import form_of
 from kd.data.records import read_records
 from kd.errors import UserError
 
-FORMS = "give rows with `prompt` and `completion`, or `messages` that end with the response"
+FORMS = "expected `prompt` and `completion`, or `messages` that end with the response"
 SHOWN = 60  # characters of a prompt in a message
 
 
@@ -25,8 +25,8 @@ SHOWN = 60  # characters of a prompt in a message
 class Response:
     """One response to one prompt.
 
-    prompt: text, or messages up to the response; response: its text; location: where the row stands, for messages;
-    cut_off: whether it did not come to its end (the row's `finish_reason` is length), so that no end token is its own.
+    prompt: text, or messages up to the response; response: its text; location: file and row, for messages;
+    cut_off: whether it was truncated (the row's `finish_reason` is length), so that it has no end token.
     """
 
     location: str
@@ -37,7 +37,7 @@ class Response:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The row as kd.data.examples encodes it: only the response is one."""
+        """The row as kd.data.examples encodes it: the loss is on the response only."""
         cut = {"finish_reason": "length"} if self.cut_off else {}
         if isinstance(self.prompt, str):
             return {"prompt": self.prompt, "completion": self.response, **cut}
@@ -47,7 +47,7 @@ class Response:
 
     @property
     def conversation(self) -> list[dict[str, Any]]:
-        """The whole exchange as messages; a text prompt is a user's turn."""
+        """Prompt and response as messages; a text prompt is a user turn."""
         if isinstance(self.prompt, str):
             asked = [{"role": "user", "content": self.prompt.rstrip()}]
             return [*asked, {"role": "assistant", "content": self.response.strip()}]
@@ -55,69 +55,66 @@ class Response:
 
     @property
     def key(self) -> str:
-        """Equal for equal prompts."""
         return prompt_key(self.prompt, self.tools)
 
 
 def prompt_key(prompt: str | Sequence[Mapping[str, Any]], tools: Any = None) -> str:
-    """A text that is equal for equal prompts. White space at the end of a text prompt does not count."""
+    """Equal for equal prompts. White space at the end of a text prompt is ignored."""
     if isinstance(prompt, str):
         return json.dumps(prompt.rstrip())
     return json.dumps([list(prompt), tools or None], sort_keys=True)
 
 
 def read_responses(path: str) -> list[Response]:
-    """All responses of a file or of a folder that `datasets` saved.
+    """All responses of a file or of a folder saved by `datasets`.
 
     Raises:
-        UserError: it cannot be read, a row has another form, or a prompt or response is empty (all are counted).
+        UserError: it cannot be read, a row has another form, or a prompt or response is empty.
     """
     responses = [response_of(record, location) for location, record in read_records(SourceRecipe(path=path))]
     empty = [response.location for response in responses if not response.response.strip()]
     if empty:
         raise UserError(
-            f"{empty[0]}: the response is empty (so are {len(empty)} of {len(responses)} rows of {path}); "
-            "nobody learns from it: write it again, or leave this prompt out of every candidate's file"
+            f"{empty[0]}: the response is empty ({len(empty)} of {len(responses)} rows of {path}); "
+            "remove this prompt from every candidate's file"
         )
     return responses
 
 
 def response_of(record: Mapping[str, Any], location: str) -> Response:
-    """One row. Raises UserError where it holds no prompt, or anything but one response after it."""
+    """One row. Raises UserError unless it is a prompt and one response."""
     form, tools = form_of(record), record.get("tools")
     cut_off = record.get("finish_reason") == "length"
     if form == "pair":
         if not record["prompt"].strip():
-            raise UserError(f"{location}: prompt: is empty; a response is judged with its prompt")
+            raise UserError(f"{location}: prompt: must not be empty")
         return Response(location, record["prompt"], record["completion"], cut_off=cut_off)
     if form == "text":
-        raise UserError(f"{location}: has only `text`, which does not tell prompt from response; {FORMS}")
+        raise UserError(f"{location}: has only `text`; {FORMS}")
     if form == "messages":
         prompt, reply = record["messages"][:-1], record["messages"][-1:]
     else:
         prompt, reply = record["prompt"], record["completion"]
     if len(reply) != 1 or reply[0]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in reply)
-        raise UserError(f"{location}: ends with {roles}; wants one assistant message, which is the response; {FORMS}")
+        raise UserError(f"{location}: ends with {roles}; expected one assistant message; {FORMS}")
     if reply[0].get("tool_calls"):
-        raise UserError(f"{location}: the response calls tools; only responses in words are ranked; leave the row out")
+        raise UserError(f"{location}: the response calls tools, which cannot be ranked; remove the row")
     if not prompt:
-        raise UserError(f"{location}: has no prompt before its response; {FORMS}")
+        raise UserError(f"{location}: has no prompt; {FORMS}")
     return Response(location, tuple(prompt), reply[0].get("content") or "", tools, cut_off)
 
 
 def same_prompts(expected: Sequence[tuple[str, str]], path: str, responses: Sequence[Response]) -> list[Response]:
-    """Responses in the order of the expected prompts.
-
-    A prompt that stands there several times wants as many responses, which keep their order.
+    """Responses in the order of the expected prompts; a repeated prompt needs as many responses.
 
     Args:
         expected: (location, key) of each prompt.
-        path: what the responses were read from, for messages.
+        path: the file of the responses, for messages.
         responses: in any order.
 
     Raises:
-        UserError: prompts without a response and responses to other prompts, counted and the first of each named.
+        UserError: some prompts have no response, or some responses are to other prompts.
     """
     by_key: dict[str, list[Response]] = defaultdict(list)
     for response in reversed(responses):
@@ -134,22 +131,19 @@ def same_prompts(expected: Sequence[tuple[str, str]], path: str, responses: Sequ
         return found
     problems = []
     if unanswered:
-        problems.append(f"{len(unanswered)} of {len(expected)} prompts have no response here, first {told(unanswered)}")
+        problems.append(f"{len(unanswered)} of {len(expected)} prompts have no response, first {shown(unanswered[0])}")
     if others:
-        problems.append(f"{len(others)} responses are to other prompts, first {told(others)}")
-    hint = " (one holds text prompts, the other messages: write both alike)" if mixed(expected, responses) else ""
-    raise UserError(
-        f"{path}: {'; '.join(problems)}{hint}; candidates answer the same prompts, each as often as the others"
-    )
+        problems.append(f"{len(others)} responses are to other prompts, first {shown(others[0])}")
+    hint = " (one has text prompts, the other messages: use one form)" if mixed(expected, responses) else ""
+    raise UserError(f"{path}: {'; '.join(problems)}{hint}; all candidates must answer the same prompts")
 
 
-def told(prompts: Sequence[tuple[str, str]]) -> str:
-    """The first prompt: where it stands and how it begins."""
-    location, key = prompts[0]
+def shown(prompt: tuple[str, str]) -> str:
+    location, key = prompt
     return f"{location} {key if len(key) <= SHOWN else key[: SHOWN - 3] + '...'}"
 
 
 def mixed(expected: Sequence[tuple[str, str]], responses: Sequence[Response]) -> bool:
-    """Whether one side has text prompts only and the other messages only."""
+    """Whether one side has only text prompts and the other only messages."""
     kinds = [{key.startswith('"') for _, key in expected}, {isinstance(each.prompt, str) for each in responses}]
     return all(len(kind) == 1 for kind in kinds) and kinds[0] != kinds[1]

@@ -1,10 +1,9 @@
-"""Rewards of whole conversations, from any reward model that is a sequence classifier with one label.
+"""Rewards of whole conversations, from any sequence classifier with one label.
 
 Shape legend: B rows, T positions.
 
-Causal classifiers read their number at the last token that is not padding, found by comparing ids with the model's
-`pad_token_id`. Padding with another id, or without one, makes them read a padding position, silently. So rows are
-padded here, on the right, with the id that the model looks for.
+Causal classifiers read the reward at the last token that is not `pad_token_id`. With another padding id, or none, they
+silently read a padding position. So rows are padded here, on the right, with the model's own id.
 """
 
 from __future__ import annotations
@@ -27,38 +26,37 @@ from kd.models.checkpoint import Checkpoint
 from kd.models.opening import opening
 from kd.models.roles import LoadSettings, refuse_bad_weights
 
-NOWHERE_NEAR = 1 << 30  # tokenizers without a limit give their model_max_length as some huge number
+NO_LIMIT = 1 << 30  # tokenizers without a limit have a huge model_max_length
 
 
 def open_tokenizer(
     source: Checkpoint, fallback: str | None, key: str, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
-    """A checkpoint's tokenizer, with the fallback chat template (`plain` or a .jinja file) where it has none.
+    """A checkpoint's tokenizer, with the fallback chat template (`plain` or a .jinja file) if it has none.
 
     key: the recipe's key of the fallback, for messages. Raises UserError.
     """
     tokenizer = source.tokenizer(trust_remote_code)
     if fallback is not None and not tokenizer.chat_template:
         if fallback != "plain" and not Path(fallback).is_file():
-            raise UserError(f"{key}: {fallback}: there is no such file; give `plain` or a .jinja file")
+            raise UserError(f"{key}: {fallback}: file not found; expected `plain` or a .jinja file")
         tokenizer.chat_template = named_template(fallback)
     return tokenizer
 
 
 def template_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Fingerprint of a tokenizer's chat template, which its model's does not cover; None where it has none."""
+    """Fingerprint of a tokenizer's chat template; None if it has none."""
     template = template_of(tokenizer, DataRecipe())
     return None if template is None else hashlib.sha256(template.encode()).hexdigest()
 
 
 def reward_config(source: Checkpoint, trust_remote_code: bool = False) -> Any:
-    """A reward model's configuration, seen without its weights. Raises UserError where it does not have one label."""
+    """A reward model's config. Raises UserError unless it has one label."""
     with opening(f"reward_model: {source}: its config cannot be read"):
         config: Any = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=trust_remote_code)
     if config.num_labels != 1:
         raise UserError(
-            f"reward_model: {source}: has {config.num_labels} labels, where a reward is one number; give a sequence "
-            "classifier that was trained with num_labels=1"
+            f"reward_model: {source}: has {config.num_labels} labels; expected a sequence classifier with num_labels=1"
         )
     return config
 
@@ -66,7 +64,7 @@ def reward_config(source: Checkpoint, trust_remote_code: bool = False) -> Any:
 def encode_conversations(
     responses: Sequence[Response], tokenizer: PreTrainedTokenizerBase, config: Any, source: Checkpoint
 ) -> list[list[int]]:
-    """Token ids of each conversation as the reward model's own template writes it, BOS and end tokens included.
+    """Token ids of each conversation in the reward model's own template, with BOS and end tokens.
 
     Raises:
         UserError: there is no template, it refuses a conversation, or rows are longer than the model's context.
@@ -76,8 +74,8 @@ def encode_conversations(
         template = template_of(tokenizer, DataRecipe(), response.tools)
         if template is None:
             raise UserError(
-                f"reward_model: {source}: its tokenizer has no chat template, so nobody can tell how it wants to see a "
-                "conversation; set reward_chat_template to a .jinja file, or to `plain`"
+                f"reward_model: {source}: its tokenizer has no chat template; set reward_chat_template to a .jinja "
+                "file or to `plain`"
             )
         try:
             fmt = chat_format(tokenizer, template)
@@ -93,22 +91,22 @@ def encode_conversations(
     if long:
         row, response = long[0]
         raise UserError(
-            f"{response.location}: has {len(row)} tokens, the reward model {source} reads {limit} "
-            f"({len(long)} of {len(rows)} rows of this candidate are); leave these prompts out of every file"
+            f"{response.location}: has {len(row)} tokens, more than the context of the reward model {source} "
+            f"({limit}); so have {len(long)} of {len(rows)} rows of this candidate; remove their prompts from every "
+            "file"
         )
     return rows
 
 
 def context_of(tokenizer: PreTrainedTokenizerBase, config: Any) -> int:
-    """The longest row that a model reads, by its configuration and its tokenizer."""
-    told = (getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length)
-    return min(int(limit) for limit in (*told, NOWHERE_NEAR) if limit)
+    limits = (getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length, NO_LIMIT)
+    return min(int(limit) for limit in limits if limit)
 
 
 def open_reward_model(source: Checkpoint, settings: LoadSettings) -> Any:
     """The classifier in eval mode, frozen, safetensors only.
 
-    Raises UserError where it does not open, or brings no trained head: transformers would fill one in at random.
+    Raises UserError if it cannot be opened or has no trained head, which transformers would initialise at random.
     """
     reward_config(source, settings.trust_remote_code)
     with opening(f"reward_model: {source}: cannot be opened"):
@@ -123,8 +121,7 @@ def open_reward_model(source: Checkpoint, settings: LoadSettings) -> Any:
     missing = sorted(map(str, found.get("missing_keys", ())))
     if missing:
         raise UserError(
-            f"reward_model: {source}: its files lack {', '.join(missing[:3])}, so it is no trained reward model; "
-            "give the checkpoint of a sequence classifier"
+            f"reward_model: {source}: its files lack {', '.join(missing[:3])}; expected a trained sequence classifier"
         )
     model.to(settings.device)
     model.requires_grad_(False)
@@ -136,10 +133,9 @@ def open_reward_model(source: Checkpoint, settings: LoadSettings) -> Any:
 
 
 def padding_id(model: Any, rows: Sequence[Sequence[int]]) -> int:
-    """The id to pad with: the model's own.
+    """The id to pad with: the model's own, if valid.
 
-    Where the model has none (or one that is no token), it reads the last position. Then any id will do that no row ends
-    with, for the last token that differs from it is the last one of the row.
+    If not, any id that no row ends with works, since the last token that differs from it is then the row's last.
     """
     known, tokens = model.config.get_text_config().pad_token_id, model.get_input_embeddings().num_embeddings
     if known is not None and 0 <= known < tokens:
@@ -151,16 +147,15 @@ def padding_id(model: Any, rows: Sequence[Sequence[int]]) -> int:
 def rewards_of(
     model: Any, rows: Sequence[Sequence[int]], batch_size: int, tick: Callable[[int], None] = lambda _: None
 ) -> list[float]:
-    """One number for each row of token ids, the same whatever the batches (but for rounding).
+    """One number per row of token ids; batches change it by rounding only.
 
-    tick: told the number of rows of each batch when it is done.
+    tick: called with the number of rows of each finished batch.
     """
     largest = max(max(row) for row in rows)
     if largest >= model.get_input_embeddings().num_embeddings:
         raise UserError(
-            f"reward_model: its tokenizer writes token {largest}, but the model has "
-            f"{model.get_input_embeddings().num_embeddings}; they do not belong together: pass the "
-            "tokenizer of the model"
+            f"reward_model: its tokenizer has token {largest}, but the model only "
+            f"{model.get_input_embeddings().num_embeddings}; use the model's own tokenizer"
         )
     rewards = [math.nan] * len(rows)
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]))
@@ -181,7 +176,7 @@ def rewards_of(
 
 
 def right_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and attention_mask, both [B, T] int64, with every row at the left end."""
+    """input_ids and attention_mask, both [B, T] int64, padded on the right."""
     longest = max(len(row) for row in rows)
     input_ids_BT = torch.full((len(rows), longest), pad, dtype=torch.int64)
     attention_mask_BT = torch.zeros_like(input_ids_BT)
@@ -189,8 +184,3 @@ def right_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor,
         input_ids_BT[number, : len(row)] = torch.tensor(list(row))
         attention_mask_BT[number, : len(row)] = 1
     return input_ids_BT, attention_mask_BT
-
-
-def first_line(error: BaseException) -> str:
-    """What a library says, as far as it goes on one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""What responses cost a student before it is trained: nats per response token, after their prompt and without it.
+"""The untrained student's loss on responses, with and without the prompt: nats per response token.
 
 Shape legend: B rows, T positions, N response tokens, D width.
 """
@@ -49,10 +49,10 @@ def open_student(source: Checkpoint, settings: LoadSettings) -> Role:
 def encode_responses(
     responses: Sequence[Response], tokenizer: PreTrainedTokenizerBase, max_length: int, student: Checkpoint
 ) -> tuple[list[TokenRow], int]:
-    """Rows as the student would be trained on them, and how many were cut at `max_length`.
+    """Rows as the student would be trained on them, and how many were truncated to `max_length`.
 
     Raises:
-        UserError: a row gives no response token, or messages meet a tokenizer without a chat template.
+        UserError: a row has no response token, or messages meet a tokenizer without a chat template.
     """
     settings, drafts = DataRecipe(max_length=max_length), []
     if not tokenizer.chat_template and (chat := [each for each in responses if not isinstance(each.prompt, str)]):
@@ -74,18 +74,18 @@ def encode_responses(
 
 
 def refuse(response: Response, dropped: Dropped, max_length: int) -> Draft:
-    """Raise UserError: pairing candidates by prompt leaves no room for a row that is left out."""
+    """Raise UserError: candidates are paired by prompt, so no row may be dropped."""
     raise UserError(
-        f"{response.location}: {dropped.reason}; raise max_length ({max_length}), or leave this prompt out of every "
+        f"{response.location}: {dropped.reason}; raise max_length ({max_length}), or remove this prompt from every "
         "candidate's file"
     )
 
 
 def without_prompt(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> TokenRow:
-    """The same response tokens after nothing but BOS (without one, EOS). Raises UserError where there is neither."""
+    """The response tokens after BOS alone (or EOS, without BOS). Raises UserError if there is neither."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
-        raise UserError("student: its tokenizer has neither BOS nor EOS, so a response cannot stand without its prompt")
+        raise UserError("student: its tokenizer has neither BOS nor EOS; one is required for losses without the prompt")
     response = [token for token, wanted in zip(row.input_ids, row.response_mask, strict=True) if wanted]
     return TokenRow([int(start), *response], [False, *[True] * len(response)])
 
@@ -93,12 +93,12 @@ def without_prompt(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> TokenRo
 def losses_of(
     role: Role, rows: Sequence[TokenRow], batch_size: int, tick: Callable[[int], None] = lambda _: None
 ) -> list[float]:
-    """Mean of -log p(token) over the response tokens of each row, in nats; kd's chunked loss, no teacher.
+    """Mean of -log p(token) over the response tokens of each row, in nats; batches change it by rounding only.
 
-    The same whatever the batches, but for rounding. tick: told the number of rows of each batch when it is done.
+    tick: called with the number of rows of each finished batch.
 
     Raises:
-        UserError: a row has a token or a position that the model does not have.
+        UserError: a row has a token or a position that the model lacks.
     """
     refuse_unfit(role, rows)
     losses = [0.0] * len(rows)
@@ -121,15 +121,13 @@ def losses_of(
 
 
 def refuse_unfit(role: Role, rows: Sequence[TokenRow]) -> None:
-    """Raise UserError where the model lacks a row's tokens or positions."""
     largest, known = max(max(row.input_ids) for row in rows), vocabulary_rows([role])
     if largest >= known:
         raise UserError(
-            f"student: its tokenizer writes token {largest}, but the model has {known}; they do not belong "
-            "together: pass the tokenizer of the model"
+            f"student: its tokenizer has token {largest}, but the model only {known}; use the model's own tokenizer"
         )
     positions, longest = learned_positions(role.model), max(len(row.input_ids) for row in rows)
     if positions is not None and longest > positions:
         raise UserError(
-            f"student: a row has {longest} tokens, the model has {positions} positions; set max_length={positions}"
+            f"student: a row has {longest} tokens, but the model only {positions} positions; set max_length={positions}"
         )

@@ -1,4 +1,4 @@
-"""A ranking of teachers on a terminal of 80 columns."""
+"""A ranking of teachers as tables of 80 columns."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ BETAS_PER_TABLE = 6  # more do not fit beside a name into 80 columns
 
 
 def show(ranking: Ranking, console: Console) -> None:
-    """Print what the candidates are like, their CAR at every beta, the order at every beta, and where it changes."""
     console.print(f"{ranking.prompts} prompts, {ranking.rows} responses of each candidate")
     console.print("r: reward; L: the student's loss, nats per token; ppl: mean perplexity; ±: 95 %")
     console.print(facts_table(ranking.facts))
     if ranking.shift is not None:
-        console.print(f"In CAR rewards count from the lowest one of all: r + {ranking.shift:.4g} (shift: true)")
+        console.print(f"CAR uses r + {ranking.shift:.4g}: the lowest reward of all is 0 (shift: true)")
     names = [facts.name for facts in ranking.facts]
     for start in range(0, len(ranking.sweep), BETAS_PER_TABLE):
         console.print(car_table(names, ranking.sweep[start : start + BETAS_PER_TABLE]))
-    console.print("Order ([bold]>[/] clearly ahead, [bold]=[/] the interval of the difference holds 0)")
+    console.print("Order ([bold]>[/] clearly ahead, [bold]=[/] the difference's interval contains 0)")
     for at in ranking.sweep:
         console.print(f"  beta {at.beta:<6g} {order_line(at)}")
     for line in verdict(ranking):
@@ -29,7 +28,6 @@ def show(ranking: Ranking, console: Console) -> None:
 
 
 def facts_table(facts: tuple[Facts, ...]) -> Table:
-    """What does not depend on beta."""
     table = Table()
     table.add_column("candidate", overflow="fold", min_width=9)
     for title in ("r", "L", "tokens", "IFD", "ppl"):
@@ -41,7 +39,6 @@ def facts_table(facts: tuple[Facts, ...]) -> Table:
 
 
 def car_table(names: list[str], sweep: tuple[AtBeta, ...]) -> Table:
-    """CAR, a column for each beta."""
     table = Table(title="CAR = r / (1 + beta L)", title_justify="left", padding=(0, 0))
     table.add_column("candidate", overflow="fold", min_width=9)
     for at in sweep:
@@ -58,18 +55,17 @@ def give_or_take(estimate: Estimate, between: str = " ") -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits: what fits beside others."""
     return f"{value:.3g}" if abs(value) < 1e4 else f"{value:.1e}"
 
 
 def order_line(at: AtBeta) -> str:
-    """`a > b = c`: by CAR, with what the intervals can tell apart between neighbours."""
+    """`a > b = c`: by CAR; `=` where the intervals do not separate neighbours."""
     signs = ["", *(" = " if place.tied else " > " for place in at.places[1:])]
     return escape("".join(sign + place.name for sign, place in zip(signs, at.places, strict=True)))
 
 
 def verdict(ranking: Ranking) -> list[str]:
-    """Whether the order holds at every beta; where it does not, which candidates change places, and at which beta."""
+    """Whether the order is the same at every beta; if not, which candidates change places, and at which beta."""
     smallest, largest = (pick(at.beta for at in ranking.sweep) for pick in (min, max))
     orders = {tuple(place.name for place in at.places) for at in ranking.sweep}
     if not ranking.crossings:
@@ -85,5 +81,5 @@ def verdict(ranking: Ranking) -> list[str]:
     if len(leaders) == 1:
         lines.append(f"  {escape(leaders[0])} is first at every beta shown." if len(orders) > 1 else "")
     else:
-        lines.append(f"  First place goes to {escape(', then '.join(leaders))} as beta grows.")
+        lines.append(f"  First place: {escape(', then '.join(leaders))} as beta grows.")
     return [line for line in lines if line]

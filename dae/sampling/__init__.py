@@ -1,1 +1,1 @@
-"""`dae sample`: a model writes general rows itself."""
+"""`dae sample`: a model writes general rows."""

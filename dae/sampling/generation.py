@@ -1,4 +1,4 @@
-"""A model's own continuations, drawn from its full distribution, as text that its tokenizer reads back.
+"""Continuations sampled from a model's full distribution, as text that its tokenizer encodes to the same ids.
 
 Shape legend: B rows, T positions.
 """
@@ -29,10 +29,10 @@ END_TOKEN, SPECIAL_TOKEN, LENGTH = "end token", "other special token", "length"
 class Continuation:
     """What the model wrote.
 
-    tokens: all that it wrote, the one that stopped it too; stop: what stopped it; text, or the fault for which there is
-    none; ids: those of the text; end: the end token, where that stopped it.
+    tokens: number of new tokens, including the one that stopped it; stop: what stopped it; text, or the fault if there
+    is none; ids: those of the text; end: the end token, if that stopped it.
 
-    A text that did not come to its end has no white space and no half of a character there: it is cut before them.
+    Trailing white space and incomplete characters of a truncated text are removed.
     """
 
     tokens: int
@@ -45,9 +45,9 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Writer:
-    """A model that writes.
+    """A model to sample from.
 
-    end_ids: tokens by which a text or turn ends; special_ids: all tokens that are no text (`end_ids` among them).
+    end_ids: tokens that end a text or turn; special_ids: all tokens that are not text, including `end_ids`.
     """
 
     model: Any
@@ -59,7 +59,7 @@ class Writer:
     def continuations(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, seed: int
     ) -> list[Continuation]:
-        """One continuation of each prompt (token ids), all drawn in one batch that depends on `seed` alone.
+        """One continuation per prompt (token ids), sampled in one batch that depends on `seed` alone.
 
         The context caps `max_new_tokens` by the longest prompt of the batch; a prompt that fills it gets a fault.
         """
@@ -80,10 +80,10 @@ class Writer:
     def _generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, seed: int
     ) -> list[list[int]]:
-        """New token ids of each prompt, up to and including the first special token."""
+        """New token ids per prompt, up to and including the first special token."""
         input_ids_BT, attention_mask_BT = left_padded(prompts)
         device = self.model.device
-        # Every truncation of the distribution is named, for what is not named comes from defaults (top_k is 50 there).
+        # Every setting that truncates the distribution is explicit: transformers' defaults differ (top_k is 50).
         config = GenerationConfig(
             do_sample=True,
             temperature=temperature,
@@ -121,7 +121,7 @@ class Writer:
         return Continuation(len(written), stop, text=text, ids=tuple(ids), end=end)
 
     def _text_after(self, prompt: Sequence[int], ids: list[int]) -> str:
-        """The continuation as it stands after its prompt: decoders treat the beginning of a text in their own way."""
+        """The continuation decoded after its prompt: decoders treat the beginning of a text differently."""
         before = self._decode([token for token in prompt if token not in self.special_ids])
         whole = self._decode([token for token in [*prompt, *ids] if token not in self.special_ids])
         return whole[len(before) :] if whole.startswith(before) else self._decode(ids)
@@ -144,7 +144,7 @@ class Writer:
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and attention_mask, both [B, T] int64, with every prompt at the right end."""
+    """input_ids and attention_mask, both [B, T] int64, padded on the left."""
     longest = max(len(prompt) for prompt in prompts)
     input_ids_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
     attention_mask_BT = torch.zeros_like(input_ids_BT)
@@ -155,19 +155,19 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.T
 
 
 def derived_seed(*parts: int) -> int:
-    """A seed of its own for each sequence of numbers, such as (seed, batch): 0 <= seed < 2^63."""
+    """A different seed for each sequence of numbers, such as (seed, batch): 0 <= seed < 2^63."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def open_writer(source: Checkpoint, trust_remote_code: bool) -> Writer:
-    """Open a checkpoint, or an adapter on the base that it names, with its tokenizer: bfloat16 on a GPU, else float32.
+    """Open a checkpoint, or an adapter on its base, with its tokenizer: bfloat16 on a GPU, else float32.
 
     Raises:
-        UserError: model or tokenizer cannot be opened, the adapter does not belong to its base, or the tokenizer has no
-            end token.
+        UserError: model or tokenizer cannot be opened, the adapter does not fit its base, or the tokenizer has no end
+            token.
     """
-    torch.set_flush_denormal(True)  # numbers too small to matter, which slow some CPUs several times over
+    torch.set_flush_denormal(True)  # denormal numbers slow some CPUs down several times
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
     settings = LoadSettings(dtype, None, trust_remote_code, "cuda" if on_gpu else "cpu")
@@ -182,31 +182,28 @@ def open_writer(source: Checkpoint, trust_remote_code: bool) -> Writer:
         }
     if not end_ids:
         raise UserError(
-            f"{source}: has no end token in its tokenizer or generation_config.json, so no text would ever end; "
-            "set eos_token in tokenizer_config.json"
+            f"{source}: has no end token in its tokenizer or generation_config.json; set eos_token in "
+            "tokenizer_config.json"
         )
     control_ids = {*end_ids, *special_ids(tokenizer)}
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    # Its own settings (top_p, repetition_penalty, ...) would fill in whatever a call leaves open.
+    # Its own settings (top_p, repetition_penalty, ...) would apply wherever a call sets none.
     model.generation_config = GenerationConfig()
     return Writer(model, tokenizer, frozenset(end_ids), frozenset(control_ids), context)
 
 
 def open_tokenizer(source: Checkpoint, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, else that of an adapter's base. Raises UserError where neither can be opened."""
+    """The model's own tokenizer, else its base's. Raises UserError if neither can be opened."""
     home = source.tokenizer_home
     if not home.has_tokenizer:
-        where = "" if home is source else f", nor one in its base {home}"
+        where = "" if home is source else f", nor in its base {home}"
         files = ", ".join(TOKENIZER_FILES)
-        raise UserError(
-            f"{source}: no tokenizer that transformers can open{where}: none of {files} is there; copy it to the "
-            "weights"
-        )
+        raise UserError(f"{source}: tokenizer not found{where}: expected one of {files}; copy it next to the weights")
     return home.tokenizer(trust_remote_code)
 
 
 def open_model(source: Checkpoint, settings: LoadSettings) -> Any:
-    """A checkpoint, or an adapter on the base that it names, in eval mode. Raises UserError where it is not whole."""
+    """A checkpoint, or an adapter on its base, in eval mode. Raises UserError if it is incomplete."""
     base = source.base
     if base is None:
         return load_model(source, settings)

@@ -1,4 +1,4 @@
-"""Prompts of `dae sample` and `dae rank-teachers`: read from a file, or begun by the chat template."""
+"""Prompts of `dae sample` and `dae rank-teachers`: from a file, or sampled from the chat template's user turn."""
 
 from __future__ import annotations
 
@@ -13,33 +13,31 @@ from kd.data.record_forms import EXAMPLE, record_of, refuse_conversation_keys
 from kd.data.records import read_raw
 from kd.errors import UserError
 
-_PROBE = "replyprobe"  # stands for the user's words in a template
+_PROBE = "replyprobe"  # placeholder for the user's words in a template
 
 
 def user_opening(fmt: ChatFormat, model: str) -> tuple[str, str]:
-    """What a template writes before the user's first words, and after them up to the answer.
+    """The template's text before the user's first words, and after them up to the answer.
 
     Raises:
-        UserError: the template does not show where the user's words stand.
+        UserError: the template does not show where the user's words begin.
     """
     try:
         text = fmt.render([{"role": "user", "content": _PROBE}], ask=True)
     except UnrenderableError as error:
-        raise UserError(
-            f"{model}: its chat template refuses a lone user turn ({error}); give --prompts FILE"
-        ) from error
+        raise UserError(f"{model}: its chat template refuses a lone user turn ({error}); add --prompts FILE") from error
     before, probe, after = text.rpartition(_PROBE)
     if not probe or not before.strip():
-        raise UserError(f"{model}: its chat template does not show where a user begins to speak; give --prompts FILE")
-    # A space at the end would be a token of its own, which no trained text has there.
+        raise UserError(f"{model}: its chat template does not show where a user turn begins; add --prompts FILE")
+    # A space at the end would be a token of its own, unlike in training.
     return before.rstrip(" "), after
 
 
 def instruction_of(written: Continuation, after: str) -> tuple[str | None, str | None]:
     """The user's words and no fault, or no words and the fault.
 
-    after: what the template writes after the user's words. Some templates end the turn by a special token, at which the
-    model was stopped; others by ordinary text (`[/INST]`, `ASSISTANT:`), which the model writes and goes on.
+    after: the template's text after the user's words. Some templates end the turn with a special token, which stopped
+    the model; others with ordinary text (`[/INST]`, `ASSISTANT:`), which the model writes and continues after.
     """
     if written.text is None:
         return None, written.fault
@@ -50,20 +48,19 @@ def instruction_of(written: Continuation, after: str) -> tuple[str | None, str |
 
 
 def read_prompts(path: str) -> list[Prompt]:
-    """Prompts of a file: {"prompt": text or messages}, or any row that trains; answers that are there are left away.
+    """Prompts of a file: {"prompt": text or messages}, or any training row, whose last answer is ignored.
 
     Raises:
-        UserError: the file cannot be read or is empty, a row holds no prompt, or it has tools.
+        UserError: the file cannot be read or is empty, a row has no prompt, or it has tools.
     """
     prompts = [_prompt_of(row, location, padded) for location, row, padded in read_raw(SourceRecipe(path=path))]
     if not prompts:
-        raise UserError(f"{path}: has no rows; give a file with at least one prompt")
+        raise UserError(f"{path}: has no rows; at least one prompt is required")
     return prompts
 
 
 def _prompt_of(raw: Any, location: str, padded: Collection[str]) -> Prompt:
     if isinstance(raw, Mapping) and raw.get("prompt") is not None:
-        # Whether or not it is answered already.
         raw = {key: raw[key] for key in ("prompt", "system", "tools") if key in raw}
         if not isinstance(raw["prompt"], str):
             raw["messages"] = raw.pop("prompt")
@@ -71,15 +68,15 @@ def _prompt_of(raw: Any, location: str, padded: Collection[str]) -> Prompt:
         refuse_conversation_keys(raw, location, "prompt-completion")
         # As in training, spaces at the end of a prompt belong to the completion.
         if not prompt.strip():
-            raise UserError(f"{location}: prompt: is empty; write it, or remove the row")
+            raise UserError(f"{location}: prompt: must not be empty; remove the row")
         return prompt.rstrip()
     row = record_of(raw, location, padded=padded).row
     if "messages" not in row:
-        raise UserError(f'{location}: has no prompt; a row is {{"prompt": text}}, {{"prompt": messages}} or {EXAMPLE}')
+        raise UserError(f'{location}: has no prompt; expected {{"prompt": text}}, {{"prompt": messages}} or {EXAMPLE}')
     if "tools" in row:
-        raise UserError(f"{location}: tools: answers are sampled without tools; remove them from the row")
+        raise UserError(f"{location}: tools: not supported in sampling; remove them from the row")
     messages: list[dict[str, Any]] = row["messages"]
     last = max((place for place, message in enumerate(messages) if message["role"] != "assistant"), default=-1)
     if last < 0:
-        raise UserError(f"{location}: messages: none is the user's; add the turn that is to be answered")
+        raise UserError(f"{location}: messages: has no user turn to answer; add one, or remove the row")
     return messages[: last + 1]

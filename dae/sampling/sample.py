@@ -1,16 +1,15 @@
-"""`dae sample`: a model writes general rows itself, so that a reference can teach a team that has none.
+"""`dae sample`: a model writes general rows, for teams that have none.
 
-Three ways to begin, by what there is:
-    --prompts FILE      each prompt is answered, in turn, as often as it takes
+There are three modes:
+    --prompts FILE      the model answers each prompt in turn, cycling
     a chat template     the model writes the user's turn, then its answer (as in Magpie, arXiv 2406.08464)
     neither             the model starts from its first token
 
-A row is written only if it encodes, as in training, to the very ids that the model read and wrote (written_rows.py); an
-answer that was cut by `max_new_tokens` says so (`"finish_reason": "length"`) and carries no end token.
+A row is written only if it encodes, as in training, to the ids that the model read and wrote (written_rows.py). An
+answer truncated by `max_new_tokens` is marked (`"finish_reason": "length"`) and has no end token.
 
-Rows are collected batch by batch in OUTPUT.partial, one line for each batch behind a line with the settings (which
-comes with the first batch). A batch follows from (seed, number of the batch) alone, so a stop anywhere costs at most
-one batch and changes no row.
+Rows are collected in OUTPUT.partial: a line with the settings, then one line per batch. A batch depends on (seed, batch
+number) alone, so a stop costs at most one batch and changes no row.
 """
 
 from __future__ import annotations
@@ -43,24 +42,21 @@ from kd.runs.settings import changed_settings, refuse_changes
 
 logger = logging.getLogger("dae")
 
-IDLE_BATCHES = 20  # batches in a row without a row after which nothing more is expected
+IDLE_BATCHES = 20  # successive batches without a row after which we give up
 PROMISE = "promise of rows"
-ROWS_AS = "their ids are those that were read and written"  # what rows promise; files of another promise are not mixed
+ROWS_AS = "their ids are those that were read and written"  # files with another promise are not mixed
 _INSTRUCTION, _ANSWER = 0, 1
 
 
 def sample(recipe: SampleRecipe) -> Path:
-    """Write `recipe.rows` rows. The same recipe goes on with an unfinished file, and leaves a finished one as it is.
+    """Write `recipe.rows` rows; their file. Resumes an unfinished file; leaves a finished one as it is.
 
-    Rows are {"text"}, {"messages"} or {"prompt", "completion"}. Beside the file, OUTPUT.meta.json says who wrote them
-    with which settings, how many ended by an end token, and what gave no row.
-
-    Returns:
-        The file's path.
+    Rows are {"text"}, {"messages"} or {"prompt", "completion"}. OUTPUT.meta.json records the model, the settings, how
+    many rows ended with an end token, and why others were dropped.
 
     Raises:
-        UserError: model, prompts or output cannot be used; the output was started with different settings or is
-            somebody else's; the model gives no rows.
+        UserError: model, prompts or output cannot be used; the output was started with different settings or is not
+            ours; the model gives no rows.
         MachineError: the disk is full. Whole batches are kept.
     """
     prompts = None if recipe.prompts is None else read_prompts(recipe.prompts)
@@ -68,23 +64,26 @@ def sample(recipe: SampleRecipe) -> Path:
     file = SampleFile(Path(recipe.output), settings_of(recipe, model))
     with file.claimed() as batches:
         if batches is None:
-            logger.info("%s: all rows are there; nothing to do", recipe.output)
+            logger.info("%s: already complete; nothing to do", recipe.output)
             return file.path
         writer = open_writer(model, recipe.trust_remote_code)
-        warn_of_losses(model, writer, prompts)
+        warn_of_lossy_tokenizer(model, writer, prompts)
         write_batch = batch_writer(recipe, writer, prompts)
-        with _progress(recipe.rows) as show:
+        with progress("rows", recipe.rows) as advance:
+            advance(sum(len(batch.rows) for batch in batches))
             while sum(len(batch.rows) for batch in batches) < recipe.rows:
-                refuse_to_wait_for_nothing(model, batches)
+                if reasons := idle_reasons(batches):
+                    words = f"the last {IDLE_BATCHES} batches gave no row ({reasons}); add prompts with --prompts FILE"
+                    raise UserError(f"{model}: {words}")
                 batches.append(write_batch(len(batches)))
                 file.append(batches[-1])
-                show(sum(len(batch.rows) for batch in batches))
+                advance(len(batches[-1].rows))
         file.finish(batches, recipe.rows)
     return file.path
 
 
 def settings_of(recipe: SampleRecipe, model: Checkpoint) -> dict[str, Any]:
-    """All that the rows follow from: the recipe but for the file's place, and the content of what it names."""
+    """Everything that determines the rows: the recipe without its output, and fingerprints of model and prompts."""
     settings = recipe.model_dump(mode="json", exclude={"output"})
     settings["content of model"] = model.fingerprint
     if (base := model.base) is not None:
@@ -96,8 +95,8 @@ def settings_of(recipe: SampleRecipe, model: Checkpoint) -> dict[str, Any]:
     return settings
 
 
-def warn_of_losses(model: Checkpoint, writer: Writer, prompts: Sequence[Prompt] | None) -> None:
-    """Warn, in one line, where the tokenizer drops characters: of the prompts, or without them of a few probes."""
+def warn_of_lossy_tokenizer(model: Checkpoint, writer: Writer, prompts: Sequence[Prompt] | None) -> None:
+    """Warn if the tokenizer drops characters of the prompts, or, without prompts, of a few probes."""
     texts = [
         text
         for prompt in prompts or ()
@@ -108,29 +107,29 @@ def warn_of_losses(model: Checkpoint, writer: Writer, prompts: Sequence[Prompt] 
         logger.warning("%s", loss)
 
 
-def refuse_to_wait_for_nothing(model: Checkpoint, batches: Sequence[Batch]) -> None:
-    """Raise UserError where the last `IDLE_BATCHES` batches gave no row."""
+def idle_reasons(batches: Sequence[Batch]) -> str:
+    """Why none of the last `IDLE_BATCHES` batches gave a row, counted; empty if one did."""
     last = batches[-IDLE_BATCHES:]
     if len(last) < IDLE_BATCHES or any(batch.rows for batch in last):
-        return
+        return ""
     reasons = sum((batch.dropped for batch in last), Counter[str]())
-    told = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-    raise UserError(f"{model}: {len(last)} batches in a row gave no row ({told}); give it prompts with --prompts FILE")
+    return ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
 
 
 @contextmanager
-def _progress(rows: int) -> Iterator[Callable[[int], None]]:
+def progress(what: str, rows: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal; the function that advances it by a number of rows."""
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("rows", total=rows)
-        yield lambda done: progress.update(task, completed=done)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=rows)
+        yield lambda done: bar.update(task, advance=done)
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
 class SampleFile:
-    """The output: OUTPUT.partial while it grows, OUTPUT and OUTPUT.meta.json when it is whole."""
+    """The output: OUTPUT.partial while incomplete, OUTPUT and OUTPUT.meta.json when complete."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
@@ -161,12 +160,12 @@ class SampleFile:
                 refuse_changes(self.path, self._changes(before))
             if batches and not self._changes(before):
                 return batches
-            self.partial.unlink()  # not a row is lost
+            self.partial.unlink()  # no row is lost
         elif self.meta.exists():
             written = read_json(self.meta)
             refuse_changes(self.path, self._changes(written["settings"]))
             if not self.path.exists() or file_sha256(self.path) != written["sha256"]:
-                fate = "has changed" if self.path.exists() else "is gone"
+                fate = "changed" if self.path.exists() else "deleted"
                 raise UserError(f"{self.path}: {fate} since it was written; remove {self.meta} to write it again")
             return None
         return []
@@ -175,7 +174,7 @@ class SampleFile:
         return changed_settings({PROMISE: None, **recorded}, self._settings, SampleRecipe)
 
     def append(self, batch: Batch) -> None:
-        """Add one batch, and before the first one the settings."""
+        """Append one batch; the first one after the settings."""
         line = {"rows": batch.rows, "stops": batch.stops, "tokens": batch.tokens, "dropped": batch.dropped}
         is_first = not self.partial.exists()
         lines = [self._settings, line] if is_first else [line]
@@ -184,7 +183,7 @@ class SampleFile:
             fsync_path(self.path.parent)
 
     def finish(self, batches: Sequence[Batch], rows: int) -> None:
-        """Put the first `rows` rows in place, then what is to be said of them."""
+        """Write the first `rows` rows, then their facts."""
         written = [row for batch in batches for row in batch.rows][:rows]
         stops = Counter([stop for batch in batches for stop in batch.stops][:rows])
         tokens = sum([count for batch in batches for count in batch.tokens][:rows])
@@ -201,7 +200,7 @@ class SampleFile:
         write_text_durably(self.meta, json_text(facts))
         self.partial.unlink()
         logger.info(
-            "%s: %d rows of %.0f tokens on average, stopped by %s; %d gave no row%s",
+            "%s: %d rows, %.0f tokens on average, stopped by %s; %d dropped%s",
             self.path,
             rows,
             tokens / rows,
@@ -221,14 +220,8 @@ def _batch_from(line: str) -> Batch:
 
 def batch_writer(recipe: SampleRecipe, writer: Writer, prompts: Sequence[Prompt] | None) -> Callable[[int], Batch]:
     """The function from a batch's number to the batch."""
-    template = writer.tokenizer.get_chat_template() if writer.tokenizer.chat_template else None
-    fmt = None if template is None else chat_format(writer.tokenizer, template)
-    draw = Draw(recipe, writer)
+    fmt, draw = writer_format(recipe, writer, prompts), Draw(recipe, writer)
     if prompts is not None:
-        if fmt is None and not all(isinstance(prompt, str) for prompt in prompts):
-            raise UserError(
-                f"{recipe.prompts}: holds messages, but {recipe.model} has no chat template; give text prompts"
-            )
         return lambda number: answer_in_turn(draw, fmt, prompts, number)
     if fmt is not None:
         opening = user_opening(fmt, recipe.model)
@@ -237,15 +230,22 @@ def batch_writer(recipe: SampleRecipe, writer: Writer, prompts: Sequence[Prompt]
         writer.tokenizer.bos_token_id if writer.tokenizer.bos_token_id is not None else writer.tokenizer.eos_token_id
     )
     if start is None:
-        raise UserError(
-            f"{recipe.model}: its tokenizer has no token to start from; give it prompts with --prompts FILE"
-        )
+        raise UserError(f"{recipe.model}: its tokenizer has neither BOS nor EOS; add prompts with --prompts FILE")
     return lambda number: begin(draw, start, number)
+
+
+def writer_format(recipe: SampleRecipe, writer: Writer, prompts: Sequence[Prompt] | None) -> ChatFormat | None:
+    """The writer's chat format, if it has a template. Raises UserError if the prompts need one and it has none."""
+    if writer.tokenizer.chat_template:
+        return chat_format(writer.tokenizer, writer.tokenizer.get_chat_template())
+    if not all(isinstance(prompt, str) for prompt in prompts or ()):
+        raise UserError(f"{recipe.prompts}: has messages, but {recipe.model} has no chat template; use text prompts")
+    return None
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Continuations of a batch's prompts under the recipe's settings; `phase` tells apart draws of one batch."""
+    """Samples continuations with the recipe's settings; `phase` separates the draws of one batch."""
 
     recipe: SampleRecipe
     writer: Writer
@@ -255,17 +255,17 @@ class Draw:
         return self.writer.continuations(prompts, self.recipe.max_new_tokens, self.recipe.temperature, seed)
 
     def encode(self, text: str) -> list[int]:
-        """Rendered text as token ids; its special tokens are already in it."""
+        """Token ids of rendered text, which has its special tokens already."""
         return list(self.writer.tokenizer(text, add_special_tokens=False).input_ids)
 
     def encode_plain(self, text: str) -> list[int]:
-        """Plain text as token ids with the tokenizer's own beginning, but without an end token."""
+        """Token ids of plain text: with the tokenizer's BOS, without an end token."""
         ids = list(self.writer.tokenizer(text).input_ids)
         return ids[:-1] if len(ids) > 1 and ids[-1] in self.writer.end_ids else ids
 
 
 def begin(draw: Draw, start: int, number: int) -> Batch:
-    """Texts that the model begins by itself: rows {"text"}."""
+    """Texts from the model's first token: rows {"text"}."""
     batch, maker = Batch(), RowMaker(draw.writer.tokenizer, None)
     for written in draw([[start]] * draw.recipe.batch_size, number):
         batch.add(written, maker.row(None, [start], written))
@@ -273,13 +273,13 @@ def begin(draw: Draw, start: int, number: int) -> Batch:
 
 
 def answer_in_turn(draw: Draw, fmt: ChatFormat | None, prompts: Sequence[Prompt], number: int) -> Batch:
-    """Answers to the next prompts, from the first again when all are answered."""
+    """Answers to the next prompts, cycling."""
     size = draw.recipe.batch_size
     return answer(draw, fmt, [prompts[(number * size + place) % len(prompts)] for place in range(size)], number)
 
 
 def converse(draw: Draw, fmt: ChatFormat, opening: tuple[str, str], number: int) -> Batch:
-    """Conversations of one turn, both sides written by the model."""
+    """Conversations of one turn, both sides sampled."""
     before, after = opening
     dropped: Counter[str] = Counter()
     questions: list[Prompt] = []

@@ -1,7 +1,7 @@
-"""What a model wrote -> a row that says the same: encoded as in training it gives the ids that were read and written.
+"""A continuation -> a row that encodes, as in training, to the ids that the model read and wrote.
 
-A continuation for which no such row exists is dropped, and the reason is counted. Tokens that the model chose and its
-tokenizer would not (`hel` + `lo`) are such a reason: a teacher would be asked about another text than its own.
+A continuation without such a row is dropped, and the reason is counted. One reason are tokens that the tokenizer would
+not choose (`hel` + `lo`): training would then use other ids than the model wrote.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ NOT_RENDERED = "the chat template renders the answer otherwise"
 REFUSED = "the answer makes no row"
 
 Prompt = str | list[dict[str, Any]]
-_WHOLE = DataRecipe(max_length=1 << 40)  # nothing is cut
+_WHOLE = DataRecipe(max_length=1 << 40)  # nothing is truncated
 _PROBE = "replyprobe"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one batch gave: rows, why each stops, its new tokens, and how many gave no row, by reason."""
+    """One batch: its rows, why each stopped, their new tokens, and how many were dropped, by reason."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Batch:
     dropped: Counter[str] = field(default_factory=Counter)
 
     def add(self, written: Continuation, row: Mapping[str, Any] | str) -> None:
-        """Add the row that a continuation makes, or count why (a text) it makes none."""
+        """Add a continuation's row, or count why it has none (a text)."""
         if isinstance(row, str):
             self.dropped[row] += 1
             return
@@ -50,15 +50,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class RowMaker:
-    """Rows of a tokenizer's. fmt: its chat format, where it has one."""
+    """Builds rows from continuations. fmt: the tokenizer's chat format, if it has one."""
 
     tokenizer: Any
     fmt: ChatFormat | None
 
     def row(self, prompt: Prompt | None, prompt_ids: Sequence[int], written: Continuation) -> dict[str, Any] | str:
-        """The row whose ids are the prompt's and what was written; or, as text, why there is none.
+        """The row that encodes to the prompt's ids and those written; or, as text, why there is none.
 
-        prompt: None where the model began by itself, from the one token in `prompt_ids`.
+        prompt: None if the model started from the one token in `prompt_ids`.
         """
         if written.fault is not None or written.text is None:
             return written.fault or REFUSED
@@ -74,7 +74,7 @@ class RowMaker:
         return next((reason for reason in (OTHER_END, NOT_RENDERED, OTHER_TOKENS) if reason in reasons), REFUSED)
 
     def _begun(self, prompt_ids: Sequence[int], written: Continuation) -> dict[str, Any] | str:
-        """A row {"text"}: it carries no end token, and a first token only where the tokenizer adds one."""
+        """A row {"text"}: it has no end token, and a first token only if the tokenizer adds one."""
         row = {"text": written.text} if written.stop == END_TOKEN else as_cut({"text": written.text})
         encoded = encode_record(row, self.tokenizer, _WHOLE, "the row")
         if isinstance(encoded, Dropped):
@@ -83,7 +83,7 @@ class RowMaker:
         return row if encoded.input_ids in wanted else OTHER_TOKENS
 
     def _candidates(self, prompt: Prompt, text: str) -> Iterator[dict[str, Any]]:
-        """Rows that may say what was written, the best first: with what the question opened, then the plainest."""
+        """Rows that may fit, the best first: with the template's opening of the answer, then stripped, then as is."""
         if isinstance(prompt, str):
             yield {"prompt": prompt, "completion": text}
             return
@@ -92,9 +92,9 @@ class RowMaker:
             yield {"messages": [*prompt, {"role": "assistant", "content": content}]}
 
     def _openings(self, prompt: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-        """What the template writes for the model at the beginning of its answer, such as `<think>`.
+        """What the template writes at the beginning of the model's answer, such as `<think>`.
 
-        That is what a question has behind the header of an answer, seen in an answer at the end and in an earlier one.
+        It is the part of a generation prompt after the header that a finished answer has, last or earlier in the chat.
         """
         assert self.fmt is not None
         reply = {"role": "assistant", "content": _PROBE}
@@ -109,7 +109,7 @@ class RowMaker:
                 yield opening
 
     def _difference(self, row: Mapping[str, Any], prompt_ids: Sequence[int], written: Continuation) -> str | None:
-        """Why a row does not say what was written; None where it does."""
+        """Why a row does not encode to what was written; None if it does."""
         try:
             encoded = encode_record(dict(row), self.tokenizer, _WHOLE, "the row")
         except UserError:
@@ -121,17 +121,17 @@ class RowMaker:
         ids, mask = encoded.input_ids, encoded.response_mask
         first = len(prompt_ids)
         while first < len(wanted) and is_space(self.tokenizer, wanted[first]) and mask[first : first + 1] == [False]:
-            first += 1  # a space by itself is the header's
-        # What a template writes behind the end token, such as a line break, carries no loss, unless it says so itself.
+            first += 1  # a space by itself belongs to the header
+        # Text after the end token, such as a line break, has no loss, unless the template marks it.
         carries_loss = [first <= t < len(wanted) for t in range(len(ids))]
         marked = self.fmt is not None and marks_responses(self.fmt)
         if ids[: len(wanted)] == wanted and (marked or mask == carries_loss):
             return None
-        said = len(prompt_ids) + len(written.ids)
-        if ids[:said] == wanted[:said]:
-            other = end and said < len(ids) and mask[said] and ids[said] != written.end
+        length = len(prompt_ids) + len(written.ids)
+        if ids[:length] == wanted[:length]:
+            other = end and length < len(ids) and mask[length] and ids[length] != written.end
             return OTHER_END if other else NOT_RENDERED
-        same_text = self._decode(ids).startswith(self._decode(wanted[:said]))
+        same_text = self._decode(ids).startswith(self._decode(wanted[:length]))
         return OTHER_TOKENS if same_text else NOT_RENDERED
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -139,10 +139,9 @@ class RowMaker:
 
 
 def is_space(tokenizer: Any, token: int) -> bool:
-    """Whether a token is nothing but spaces."""
     return not str(tokenizer.decode([token], clean_up_tokenization_spaces=False)).strip(" ")
 
 
 def as_cut(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row of an answer that did not come to its end: it carries no end token."""
+    """The row of a truncated answer: it has no end token."""
     return {**row, "finish_reason": "length"}

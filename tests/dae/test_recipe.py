@@ -122,7 +122,7 @@ def test_lambda_is_written_as_the_paper_has_it() -> None:
         ("weights=token", "weights=token: "),
         ("weights={domain: 2.0}", "weights.general: "),
         ("weights={domain: 2.0, general: 0}", "weights.general = 0: "),
-        ("weights={domain: a, general: 1}", "weights.domain = 'a': "),
+        ("weights={domain: a, general: 1}", "domain = 'a': "),
         ("weights={domain: 1, general: 1, legal: 1}", "weights.legal = 1: "),
         ("lamda=0.5", "did you mean `lambda`?"),
     ],

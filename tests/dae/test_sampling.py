@@ -264,7 +264,7 @@ def test_a_finished_file_is_left_alone_without_opening_the_model(model: Path, mo
     assert sample(recipe_for(model)) == path
     assert path.stat().st_mtime_ns == before
     path.write_text("other rows\n")
-    with pytest.raises(UserError, match=r"rows\.jsonl: has changed since it was written"):
+    with pytest.raises(UserError, match=r"rows\.jsonl: .*rows\.jsonl\.meta\.json"):
         sample(recipe_for(model))
 
 
@@ -285,7 +285,7 @@ def test_a_model_that_writes_nothing_is_told_instead_of_waited_for(
     monkeypatch.setattr(
         "dae.sampling.generation.Writer.continuations", lambda _, prompts, *__: [nothing] * len(prompts)
     )
-    with pytest.raises(UserError, match=r"20 batches in a row gave no row \(no text: 320\)"):
+    with pytest.raises(UserError, match=r"20 batches .*\(no text: 320\).*--prompts FILE"):
         sample(recipe_for(model))
 
 
@@ -377,21 +377,21 @@ def test_the_users_opening_is_read_off_the_template() -> None:
         "<|im_end|>\n<|im_start|>assistant\n",
     )
     for template in ("{{ messages[0]['content'] }}", "{{ raise_exception('no') }}", "nothing of the user's"):
-        with pytest.raises(UserError, match="give --prompts FILE"):
+        with pytest.raises(UserError, match=r"m: .*--prompts FILE"):
             user_opening(chat_format(tokenizer, template), "m")
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"text": "no prompt"}', "has no prompt"),
-        ('{"prompt": "  "}', "prompt: is empty"),
-        ('{"prompt": 3}', "messages: expected a list"),
-        ('{"prompt": "a", "tools": [{"name": "f"}]}', "tools: strings take no chat template"),
-        ('{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}', "tools: answers are sampled"),
-        ('{"messages": [{"role": "assistant", "content": "hello"}]}', "none is the user's"),
-        ('{"messages": [{"role": "wizard", "content": "hello"}]}', "unknown role"),
-        ("{", "not valid JSON"),
+        ('{"text": "no prompt"}', ": has no prompt"),
+        ('{"prompt": "  "}', ": prompt: "),
+        ('{"prompt": 3}', ": messages: "),
+        ('{"prompt": "a", "tools": [{"name": "f"}]}', ": tools: "),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}', ": tools: "),
+        ('{"messages": [{"role": "assistant", "content": "hello"}]}', ": messages: .*user turn"),
+        ('{"messages": [{"role": "wizard", "content": "hello"}]}', ": messages.*wizard"),
+        ("{", ": .*JSON"),
     ],
 )
 def test_bad_prompts_name_their_row(tmp_path: Path, line: str, reason: str) -> None:
@@ -418,7 +418,7 @@ def test_prompts_of_every_shape(tmp_path: Path) -> None:
 def test_messages_for_a_model_without_a_template_are_refused(model: Path) -> None:
     prompts = model.parent / "prompts.jsonl"
     prompts.write_text('{"messages": [{"role": "user", "content": "red?"}]}\n')
-    with pytest.raises(UserError, match=r"prompts\.jsonl: holds messages, but .* has no chat template"):
+    with pytest.raises(UserError, match=r"prompts\.jsonl: .* has no chat template"):
         sample(recipe_for(model, prompts=str(prompts)))
 
 

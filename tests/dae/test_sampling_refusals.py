@@ -43,7 +43,7 @@ def test_a_failure_before_the_first_row_leaves_nothing(base: Path) -> None:
     before = sorted(base.parent.iterdir())
     with pytest.raises(UserError) as caught:
         sample(recipe_for(adapter))
-    told = f"{adapter}: no tokenizer that transformers can open, nor one in its base {bare}: none of tokenizer.json"
+    told = f"{adapter}: tokenizer not found, nor in its base {bare}: "
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
     assert sorted(base.parent.iterdir()) == before
@@ -54,7 +54,7 @@ def test_a_partial_file_without_a_row_is_in_nobodys_way(base: Path, monkeypatch:
     nothing = Continuation(1, END_TOKEN, fault="no text")
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "continuations", lambda _, prompts, *__: [nothing] * len(prompts))
-        with pytest.raises(UserError, match="give it prompts with --prompts FILE"):
+        with pytest.raises(UserError, match="--prompts FILE"):
             sample(recipe_for(base))
     partial = base.parent / "out" / "rows.jsonl.partial"
     assert len(partial.read_text().splitlines()) == 1 + IDLE_BATCHES
@@ -74,7 +74,7 @@ def test_batches_without_a_row_are_not_drawn_again(base: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Writer, "continuations", continuations)
     for _ in range(2):
-        with pytest.raises(UserError, match="20 batches in a row gave no row"):
+        with pytest.raises(UserError, match="20 batches"):
             sample(recipe_for(base))
     assert len(drawn) == IDLE_BATCHES
 

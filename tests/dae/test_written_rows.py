@@ -211,7 +211,7 @@ def test_a_thought_that_was_cut_off_is_no_answer(
     facts = json.loads(Path(f"{path}.meta.json").read_text())
     assert facts["gave no row"] == {NOT_RENDERED: 2}
     assert facts["settings"]["promise of rows"] == ROWS_AS
-    assert f"2 gave no row ({NOT_RENDERED}: 2)" in caplog.text
+    assert f"2 dropped ({NOT_RENDERED}: 2)" in caplog.text
 
 
 def test_a_question_that_ends_in_a_space_leaves_it_to_the_answer(
