@@ -45,9 +45,7 @@ def read_provenance(folder: str | Path) -> dict[str, Any] | None:
     try:
         provenance = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(
-            f"{path}: is not valid JSON ({error}); restore it, or remove it to go without provenance"
-        ) from error
+        raise UserError(f"{path}: is not valid JSON ({error}); restore it, or remove it to go without") from error
     if not isinstance(provenance, dict) or provenance.get("toolkit") != TOOLKIT:
         return None
     return provenance
