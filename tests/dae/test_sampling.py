@@ -376,7 +376,7 @@ def test_the_users_opening_is_read_off_the_template() -> None:
         "<|im_end|>\n<|im_start|>assistant\n",
     )
     for template in ("{{ messages[0]['content'] }}", "{{ raise_exception('no') }}", "nothing of the user's"):
-        with pytest.raises(UserError, match="m: .*--prompts FILE"):
+        with pytest.raises(UserError, match=r"m: .*--prompts FILE"):
             user_opening(chat_format(tokenizer, template), "m")
 
 
