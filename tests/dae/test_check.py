@@ -409,7 +409,7 @@ def test_an_output_that_holds_another_run_or_a_living_one_is_refused(world: Path
     with run.claim(Start("align", recipe, fingerprints(recipe), recipe.base, plan.data.inputs, processes=8)):
         assert "held by a live process" in message(recipe)
         (run.checkpoints.folder / "step-000001").mkdir()
-        before = sorted(path.name for path in run.path.rglob("*"))
+    before = sorted(path.name for path in run.path.rglob("*"))
     plan_of(recipe)  # the same run, however many processes began it
     other = recipe_of(world, tmp_path / "o", temperature=2.0)
     assert "temperature: 1.0 -> 2.0" in message(other)
