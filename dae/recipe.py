@@ -61,7 +61,8 @@ class AlignRecipe(DivergenceRecipe):
 
     @classmethod
     def from_flags(cls, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        flags, names = super().from_flags({**given, "expert": None, "domain_data": None})
+        flags, names = super().from_flags({**given, "expert": None})
+        del flags["data.domain"]  # set below, after data.general: the order of routes is that of these keys
         for name, path in map(split_name, given.get("expert") or ()):
             key = "expert" if name is None else f"expert.{name}"
             if flags.get(key) is not None:

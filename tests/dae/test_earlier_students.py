@@ -68,7 +68,7 @@ def test_what_it_is_not_is_refused_by_name(world: Path, assignment: str, told: s
         with pytest.raises(UserError) as caught:
             refusing(recipe_of(world, assignment))
         assert told.format(first=world / "first") in str(caught.value)
-        assert "leave it out" in str(caught.value)
+        assert "student_from" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_given_again_it_is_finished(world: Path, kind: str) -> None:
     assert first.status == 0, first.err
     assert "Traceback" not in first.err and "it/s" not in first.err  # neither noise nor progress bars of libraries
     again = dae(command, world)
-    assert (again.status, again.err) == (0, "out: this merge is finished; nothing to do\n")
+    assert (again.status, again.err) == (0, "out: already finished; nothing to do\n")
     assert again.out == first.out
 
 
@@ -102,5 +102,5 @@ def test_mergekit_s_way_of_giving_up_is_a_message(
     monkeypatch.chdir(world)
     monkeypatch.setattr("mergekit.scripts.moe.is_bad_config", lambda *_, **__: True)
     assert cli.run([*COMMANDS["moe"], "--output", "out"]) == 2
-    assert "mixture: mergekit refuses it" in capsys.readouterr().err
+    assert "mixture: mergekit failed" in capsys.readouterr().err
     assert not (world / "out").exists()

@@ -189,7 +189,7 @@ def test_a_changed_setting_is_refused_and_redone_on_demand(ran: Path) -> None:
         "dae run: runs: was started with different settings (recorded -> current):",
         "  aligned: lora.rank: 4 -> 2",
         "  aligned: train.max_steps: 4 -> 3",
-        "Give the same command with --redo to move aligned, report aside and run again, or undo the change.",
+        "Add --redo to move aligned, report aside and run again, or undo the change.",
     ]
     assert snapshot(ran / "runs") == before
     killed = run(ran, *change, "--redo", signals=[Signal("os:rename", after=True)])
@@ -207,7 +207,7 @@ def test_a_changed_setting_is_refused_and_redone_on_demand(ran: Path) -> None:
         if name not in ("pipeline.json", "recipes/aligned.yaml"):
             assert after[moved] == entry, name
     assert len((ran / "runs" / "aligned" / "metrics.jsonl").read_text().splitlines()) == 4  # step 0, and three steps
-    assert run(ran, *change).err.count("done before") == 4
+    assert run(ran, *change).err.count("already done") == 4
 
 
 @pytest.mark.parametrize(
@@ -216,9 +216,9 @@ def test_a_changed_setting_is_refused_and_redone_on_demand(ran: Path) -> None:
         (lambda w: make_rows(w / "shop.jsonl", 7, 40), "expert: content of data.train.0.path:"),
         (lambda w: make_checkpoint(w / "base", seed=3), "expert: content of base:"),
         (lambda w: flip(w / "runs/expert/adapter_model.safetensors"), "expert: its output in runs/expert has changed"),
-        (lambda w: (w / "runs/aligned/run.json").unlink(), "aligned: its output is not whole:"),
+        (lambda w: (w / "runs/aligned/run.json").unlink(), "aligned: its output is incomplete:"),
         (lambda w: make_tasks(w / "tasks", new={"output_type": "generate_until"}), "report: content of suite.file:"),
-        (lambda w: (w / "runs/report/report.json").unlink(), "report: its output is not whole: runs/report: has no"),
+        (lambda w: (w / "runs/report/report.json").unlink(), "report: its output is incomplete: runs/report"),
         (lambda w: flip(w / "runs/written.jsonl"), "written: its output in runs/written.jsonl has changed"),
     ],
 )  # fmt: skip
@@ -256,7 +256,7 @@ def test_an_output_that_was_taken_away_is_made_again_and_what_follows_stays(worl
     again = run(world)
     assert again.status == 0, again.err
     assert "expert (sft): done, " in again.err  # the same weights
-    assert again.err.splitlines()[-1] == "aligned (align): done before; nothing to do"
+    assert again.err.splitlines()[-1] == "aligned (align): already done"
     after = snapshot(world / "runs")
     for name, entry in before.items():
         if name.startswith("aligned/"):
@@ -266,7 +266,7 @@ def test_an_output_that_was_taken_away_is_made_again_and_what_follows_stays(worl
 def test_a_moved_pipeline_is_still_done(ran: Path) -> None:
     (ran / "runs").rename(ran / "elsewhere")
     again = run(ran, "output=elsewhere")
-    assert again.err.count("done before") == 4, again.err
+    assert again.err.count("already done") == 4, again.err
 
 
 # -- stops -------------------------------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ def test_killed_at_every_kind_of_moment(world: Path, finished: tuple[Path, Ended
     ended = run(world)
     assert ended.status == 1, ended.err
     assert outcome(world / "runs") == outcome(finished[0] / "runs")
-    assert run(world).err.count("done before") == 4
+    assert run(world).err.count("already done") == 4
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -316,7 +316,7 @@ def test_a_signal_to_the_pipeline_reaches_the_stage_which_leaves_a_checkpoint(
     ended = run(world, forks=Forks(to_pipeline={"sft": Signal(STEP, 3, number)}))
     assert ended.status == status, ended
     assert "dae sft: stopped after step " in ended.err
-    assert ended.err.splitlines()[-1] == "dae run: stopped at stage expert; the same command goes on from there"
+    assert ended.err.splitlines()[-1].startswith("dae run: stopped at stage expert")
     assert list((world / "runs/expert/checkpoints").glob("step-*"))
     assert not (world / "runs/expert/run.json").exists()
     again = run(world)
@@ -339,7 +339,7 @@ def test_a_failing_stage_ends_the_pipeline_with_its_status_and_words(world: Path
 
 def test_launchers_are_refused(world: Path) -> None:
     launched = run(world, environment={"RANK": "0", "WORLD_SIZE": "1"})
-    assert launched.status == 2 and "without torchrun or accelerate" in launched.err
+    assert launched.status == 2 and "torchrun or accelerate" in launched.err
 
 
 @pytest.mark.slow

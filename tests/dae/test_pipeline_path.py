@@ -54,5 +54,5 @@ def test_the_paper_s_path_in_miniature(tmp_path: Path) -> None:
     assert provenance["expert.shop"] == checkpoint(folder / "demo/path/expert/merged").fingerprint
     before = written_at(folder / "demo/path")
     again = dae(command, folder, signals=[Forks()], proof=False)  # type: ignore[list-item]
-    assert (again.status, again.err.count("done before")) == (1, 8)
+    assert (again.status, again.err.count("already done")) == (1, 8)
     assert written_at(folder / "demo/path") == before
