@@ -104,7 +104,7 @@ def _student(shape: Shape, folder: Path) -> Backbone:
     base = load_model(checkpoint(folder / "base"), LoadSettings(torch.float32))
     backbone = Backbone(checkpoint(folder / "base"), base)
     torch.manual_seed(2)
-    add_student_adapter(backbone, LoraRecipe(rank=shape.lora_rank, alpha=2 * shape.lora_rank), None)
+    add_student_adapter(backbone, LoraRecipe(rank=shape.lora_rank, alpha=2 * shape.lora_rank))
     return backbone
 
 

@@ -35,6 +35,7 @@ from kd.models.roles import (
     add_frozen_adapter,
     add_student_adapter,
     load_model,
+    resume_adapter,
     trainable_model,
 )
 from kd.stages.run_stage import RunResult, run_stage
@@ -98,7 +99,8 @@ class Align(Stage[AlignRecipe]):
         shared = Backbone(base, load_model(base, settings)) if needs_base(recipe, inputs) else None
         if recipe.lora is not None:
             assert shared is not None
-            student = Role("student", add_student_adapter(shared, recipe.lora, earlier), STUDENT_ADAPTER)
+            model = resume_adapter(shared, earlier) if earlier else add_student_adapter(shared, recipe.lora)
+            student = Role("student", model, STUDENT_ADAPTER)
         else:
             student = Role("student", trainable_model(earlier or base, settings, student_dtype(recipe)), None)
         teachers = load_teachers(inputs, settings, shared)

@@ -75,7 +75,7 @@ def _layers(adapted: PeftModel) -> tuple[set[str], set[str]]:
 
 def _with_new_adapter(recipe: AlignRecipe, base: Checkpoint, lora: LoraRecipe) -> PeftModel:
     model: Any = base.meta_model(recipe.trust_remote_code)
-    return add_student_adapter(Backbone(base, model), lora, None)
+    return add_student_adapter(Backbone(base, model), lora)
 
 
 def _shown(value: Any) -> str:

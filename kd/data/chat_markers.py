@@ -131,7 +131,6 @@ def blocks_of_turn(fmt: ChatFormat, messages: Messages, turn: int, tools: Any, w
 
 
 def _equal(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many items are equal from the start."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 

@@ -121,5 +121,4 @@ def logits_elements(device_type: str) -> int:
 
 
 def block_elements(device_type: str) -> int:
-    """How many of them are worked on at once."""
     return CPU_BLOCK_ELEMENTS if device_type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS

@@ -71,7 +71,6 @@ class Role:
         return tuple((m, [self.adapter] if self.adapter in m._get_available_adapters() else []) for m in layers)
 
     def same_as(self, other: Role) -> bool:
-        """True when both give the same distribution because they are the same weights."""
         return self.model is other.model and self.adapter == other.adapter
 
 
@@ -141,26 +140,29 @@ def trainable_model(source: Checkpoint, settings: LoadSettings, dtype: torch.dty
     return model
 
 
-def add_student_adapter(backbone: Backbone, lora: LoraRecipe, student_from: Checkpoint | None) -> PeftModel:
-    """Put the trainable adapter on the backbone: new (B = 0: the student starts as the base), or an earlier student's.
+def add_student_adapter(backbone: Backbone, lora: LoraRecipe) -> PeftModel:
+    """Put a new trainable adapter on the backbone (B = 0: the student starts as the base); the wrapped model."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft scales by any number
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
+    )
+    try:
+        return _as_student(backbone, get_peft_model(backbone.model, config, STUDENT_ADAPTER))
+    except ValueError as error:
+        raise UserError(f"lora.target_modules: {lora.target_modules}: {first_line(error)}") from error
 
-    Changes `backbone.model` to the PeftModel and returns it.
-    """
-    if student_from is not None:
-        model = put_adapter(backbone.model, student_from, STUDENT_ADAPTER, trainable=True, shared_with=backbone.base)
-        refuse_bad_weights(model, student_from, STUDENT_ADAPTER)
-    else:
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora.rank,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft scales by any number
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
-        )
-        try:
-            model = get_peft_model(backbone.model, config, STUDENT_ADAPTER)
-        except ValueError as error:
-            raise UserError(f"lora.target_modules: {lora.target_modules}: {first_line(error)}") from error
+
+def resume_adapter(backbone: Backbone, adapter: Checkpoint) -> PeftModel:
+    """Put an earlier student's adapter on the backbone, to train on; the wrapped model."""
+    model = put_adapter(backbone.model, adapter, STUDENT_ADAPTER, trainable=True, shared_with=backbone.base)
+    refuse_bad_weights(model, adapter, STUDENT_ADAPTER)
+    return _as_student(backbone, model)
+
+
+def _as_student(backbone: Backbone, model: PeftModel) -> PeftModel:
     # A relative path would only work from the folder this was run in.
     model.peft_config[STUDENT_ADAPTER].base_model_name_or_path = backbone.base.lasting_path
     backbone.model = model

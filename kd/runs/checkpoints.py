@@ -35,7 +35,6 @@ class Checkpoints:
         return self.folder / ".staging"
 
     def at(self, step: int) -> Path:
-        """Where the checkpoint of `step` lies, if it was sealed and not pruned."""
         return self.folder / f"step-{step:06d}"
 
     def seal(self, staging: Path, step: int) -> Path:

@@ -71,7 +71,6 @@ class ClaimedFolder:
             return check()
 
     def is_ours(self) -> bool:
-        """Whether the mark is there."""
         return self.mark is not None and (self.path / self.mark).is_file()
 
     def refuse_foreign_files(self) -> None:

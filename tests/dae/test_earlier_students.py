@@ -85,7 +85,7 @@ def test_a_student_on_all_linear_layers_is_said_to_be_on_them(
 ) -> None:
     base = make_checkpoint(tmp_path / "base", family)
     backbone = Backbone(checkpoint(base), load_model(checkpoint(base), LoadSettings(torch.float32)))
-    add_student_adapter(backbone, LoraRecipe(rank=3), None).save_pretrained(str(tmp_path / "first"))
+    add_student_adapter(backbone, LoraRecipe(rank=3)).save_pretrained(str(tmp_path / "first"))
     make_rows(tmp_path / "general.jsonl", 0)
     make_rows(tmp_path / "shop.jsonl", 1)
     lora = lora_of_student(recipe_of(tmp_path, *assignments))

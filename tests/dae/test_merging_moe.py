@@ -285,7 +285,7 @@ def test_a_lora_on_the_mixture_reaches_router_and_experts_and_shares_the_backbon
     check_adapter("expert", checkpoint("tuned"), checkpoint("moe"))
     backbone = Backbone(checkpoint("moe"), load_model(checkpoint("moe"), LoadSettings(torch.float32)))
     name = add_frozen_adapter(backbone, checkpoint("tuned"))
-    add_student_adapter(backbone, LoraRecipe(rank=4), None)
+    add_student_adapter(backbone, LoraRecipe(rank=4))
     for adapter, expected in ((name, alone), (None, before), (STUDENT_ADAPTER, before)):
         with activate(Role("one", backbone.model, adapter)) as model:
             torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-5)

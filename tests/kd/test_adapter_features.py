@@ -32,6 +32,7 @@ from kd.models.roles import (
     add_student_adapter,
     check_head,
     load_model,
+    resume_adapter,
     vocabulary_rows,
 )
 
@@ -98,7 +99,7 @@ def test_a_role_says_what_plain_peft_says(kind: str, tied: bool, tmp_path: Path)
     other = make_adapter(base, tmp_path / "other", r=2, **beside)
     check_adapter("expert", checkpoint(expert), checkpoint(base), shares=True)
     backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
-    add_student_adapter(backbone, LoraRecipe(), None)
+    add_student_adapter(backbone, LoraRecipe())
     names = [add_frozen_adapter(backbone, checkpoint(path)) for path in (expert, other)]
     model = backbone.model
     model.train()
@@ -138,7 +139,7 @@ def test_what_roles_cannot_share_is_named_with_what_helps(kind: str, tmp_path: P
     backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
     empty = Backbone(checkpoint(base), checkpoint(base).meta_model())
     for one in (backbone, empty):
-        add_student_adapter(one, LoraRecipe(), None)
+        add_student_adapter(one, LoraRecipe())
         with pytest.raises(UserError, match=told):
             add_frozen_adapter(one, checkpoint(expert))
 
@@ -163,7 +164,7 @@ def test_biases_of_the_base_that_an_adapter_trained_are_refused_by_name(tmp_path
     check_adapter("expert", checkpoint(expert), checkpoint(base))
     backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
     with pytest.raises(UserError, match=r"biases of the base that it trained"):
-        add_student_adapter(backbone, LoraRecipe(), checkpoint(expert))
+        resume_adapter(backbone, checkpoint(expert))
 
 
 UNKNOWN: dict[str, Any] = {"use_newest": True, "newest_config": {"scale": 2.0}, "newest_layers": [1], "newest": 0.5}

@@ -26,7 +26,7 @@ MAPS = "nothing of the student that trains comes before the attention maps of th
 def student_on(model: Any, *targets: str) -> Role:
     lora = LoraRecipe(rank=2, target_modules=targets)
     return Role(
-        "student", add_student_adapter(Backbone(Checkpoint("base", Path("base")), model), lora, None), STUDENT_ADAPTER
+        "student", add_student_adapter(Backbone(Checkpoint("base", Path("base")), model), lora), STUDENT_ADAPTER
     )
 
 

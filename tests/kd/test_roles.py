@@ -29,6 +29,7 @@ from kd.models.roles import (
     check_packing,
     load_model,
     refuse_unmergeable,
+    resume_adapter,
     vocabulary_rows,
 )
 
@@ -68,7 +69,7 @@ def test_three_roles_on_one_backbone_equal_separate_models(family: str, tmp_path
     base = make_checkpoint(tmp_path / "base", family)
     expert = make_adapter(base, tmp_path / "expert")
     backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
-    student = add_student_adapter(backbone, LoraRecipe(), None)
+    student = add_student_adapter(backbone, LoraRecipe())
     name = add_frozen_adapter(backbone, checkpoint(expert))
     student.train()
     roles = [Role("student", student, STUDENT_ADAPTER), Role("expert", student, name), Role("reference", student, None)]
@@ -93,7 +94,7 @@ def test_experts_of_each_kind(config: dict[str, Any], tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base")
     expert = make_adapter(base, tmp_path / "expert", **config)
     backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
-    student = add_student_adapter(backbone, LoraRecipe(), None)
+    student = add_student_adapter(backbone, LoraRecipe())
     name = add_frozen_adapter(backbone, checkpoint(expert))
     for role, adapter in ((Role("expert", student, name), expert), (Role("reference", student, None), None)):
         torch.testing.assert_close(role_logits(role), plain_logits(base, adapter), rtol=1e-5, atol=1e-5)
@@ -105,7 +106,7 @@ def test_dropout_on_the_head_matters_to_the_adapter_that_trains_and_to_no_frozen
     on_head = {"target_modules": ["q_proj", "lm_head"], "lora_dropout": 0.3}
     expert = make_adapter(base, tmp_path / "expert", **on_head)
     backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
-    student = add_student_adapter(backbone, LoraRecipe(), None)
+    student = add_student_adapter(backbone, LoraRecipe())
     role = Role("expert.shop", student, add_frozen_adapter(backbone, checkpoint(expert)))
     student.train()
     check_head(role, 288)
@@ -113,7 +114,7 @@ def test_dropout_on_the_head_matters_to_the_adapter_that_trains_and_to_no_frozen
 
     trained = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
     dropped = LoraRecipe(dropout=0.3, target_modules=("q_proj", "lm_head"))
-    role = Role("student", add_student_adapter(trained, dropped, None), STUDENT_ADAPTER)
+    role = Role("student", add_student_adapter(trained, dropped), STUDENT_ADAPTER)
     with pytest.raises(UserError, match=r"role student: .*set lora\.dropout=0, or leave the output layer out"):
         check_head(role, 288)
 
@@ -133,7 +134,7 @@ def test_switching_roles_leaves_everything_as_it_was(tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base")
     expert = make_adapter(base, tmp_path / "expert", modules_to_save=["lm_head"])
     backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
-    student = add_student_adapter(backbone, LoraRecipe(dropout=0.1), None)
+    student = add_student_adapter(backbone, LoraRecipe(dropout=0.1))
     name = add_frozen_adapter(backbone, checkpoint(expert))
     student.train()
     trainable = {n for n, p in student.named_parameters() if p.requires_grad}
@@ -238,7 +239,7 @@ def test_unknown_target_modules_are_the_users_mistake(tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base")
     backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
     with pytest.raises(UserError, match=r"lora\.target_modules"):
-        add_student_adapter(backbone, LoraRecipe(target_modules=("no_such_layer",)), None)
+        add_student_adapter(backbone, LoraRecipe(target_modules=("no_such_layer",)))
 
 
 def test_a_bias_that_the_base_has_no_place_for_is_not_merged(tmp_path: Path) -> None:
@@ -246,7 +247,7 @@ def test_a_bias_that_the_base_has_no_place_for_is_not_merged(tmp_path: Path) -> 
         base = make_checkpoint(tmp_path / f"base-{has_place}", attention_bias=has_place)
         earlier = make_adapter(base, tmp_path / f"a-{has_place}", target_modules=["q_proj"], lora_bias=True)
         backbone = Backbone(checkpoint(base), load_model(checkpoint(base), SETTINGS))
-        student = add_student_adapter(backbone, LoraRecipe(), checkpoint(earlier))
+        student = resume_adapter(backbone, checkpoint(earlier))
         if has_place:
             refuse_unmergeable(student)
         else:
