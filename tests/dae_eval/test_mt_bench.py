@@ -263,7 +263,7 @@ def test_finished_pairwise_judgments_are_scored_without_a_judge(world: Path, ser
 
 def test_judgments_of_several_models_need_a_name(world: Path) -> None:
     rows = [
-        Judgment(number, model, ("gpt", "single-v1"), turn, 5)
+        Judgment(number, model, ("gpt", "single-v1"), "", "", 5, turn, 0.0)
         for model in ("a", "b")
         for number in (1, 2, 3, 4)
         for turn in (1, 2)

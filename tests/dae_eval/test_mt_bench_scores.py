@@ -68,7 +68,7 @@ def test_published_judgments_give_the_published_scores(tmp_path: Path, strictly:
 
 
 def single(question_id: int, turn: int, score: float, model: str = "m", judge: str = "gpt") -> Judgment:
-    return Judgment(question_id, model, (judge, "single-v1"), turn, score)
+    return Judgment(question_id, model, (judge, "single-v1"), "", "", score, turn, 0.0)
 
 
 MESSY = [
@@ -142,7 +142,7 @@ def test_verdicts_are_read_as_fastchat_reads_them(text: str, winner: str) -> Non
 
 
 def pair(question_id: int, first: str, second: str, turn: int = 1) -> PairJudgment:
-    return PairJudgment(question_id, "m", "n", first, second, ("gpt", "pair-v2"), turn)
+    return PairJudgment(question_id, "m", "n", first, second, ("gpt", "pair-v2"), *[""] * 4, turn, 0.0)
 
 
 def test_a_win_needs_both_orders() -> None:
