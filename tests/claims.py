@@ -148,7 +148,7 @@ CASES: Mapping[str, Case] = {
             "stages.expert.inputs.tokenizer of base",
         ),
         ("expert/provenance.json", "expert/run.json"),
-        finished="expert (sft): done before; nothing to do",
+        finished="expert (sft): already done",
         output="output={}",
         forks=True,
     ),

@@ -133,7 +133,7 @@ def test_a_run_folder_is_proved_in_a_fresh_process_and_holds_what_others_need(
     folder = run("--merge", "train.max_steps=4")
     names = {entry.name for entry in folder.iterdir()}
     assert names == {
-        ".lock", "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoints", "environment.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoints", "environment.json",
         "merged", "metrics.jsonl", "provenance.json", "recipe.yaml", "run.json", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip

@@ -299,9 +299,9 @@ def test_a_lora_on_another_mixture_is_refused(world: Path) -> None:
     mix("--gate", "random")
     make_checkpoint(world / "wide", "mixtral", intermediate_size=48)
     make_checkpoint(world / "many", "mixtral", num_local_experts=3)
-    for other, words in (("wide", "mlp.experts"), ("many", "mlp.gate")):
+    for other in ("wide", "many"):
         make_adapter(world / f"on_{other}", world / other)
-        with pytest.raises(UserError, match=rf"{words}\..*trained on another base"):
+        with pytest.raises(UserError, match=rf"on_{other}: .*mlp\.experts\..*another base"):
             check_adapter("expert", checkpoint(f"on_{other}"), checkpoint("moe"))
 
 

@@ -160,7 +160,7 @@ def test_given_again_it_redoes_nothing_and_says_the_same(ran: Path) -> None:
     again = run(ran)
     assert again.status == 1
     assert again.err.splitlines() == [
-        f"{name}: done before; nothing to do"
+        f"{name}: already done"
         for name in ("expert (sft)", "aligned (align)", "report (report)", "written (sample)")
     ]
     assert again.out.splitlines()[-2].split() == ["report", "report", "done:", "INCONCLUSIVE", "runs/report"]
@@ -199,7 +199,7 @@ def test_a_changed_setting_is_refused_and_redone_on_demand(ran: Path) -> None:
     assert redone.status == 1, redone.err
     assert redone.err.splitlines()[:2] == [
         "runs/aligned: moved to runs/aligned.replaced-2",
-        "expert (sft): done before; nothing to do",
+        "expert (sft): already done",
     ]
     after = snapshot(ran / "runs")
     for name, entry in before.items():  # nothing is lost, and what is upstream has not been touched
