@@ -160,8 +160,7 @@ def test_given_again_it_redoes_nothing_and_says_the_same(ran: Path) -> None:
     again = run(ran)
     assert again.status == 1
     assert again.err.splitlines() == [
-        f"{name}: already done"
-        for name in ("expert (sft)", "aligned (align)", "report (report)", "written (sample)")
+        f"{name}: already done" for name in ("expert (sft)", "aligned (align)", "report (report)", "written (sample)")
     ]
     assert again.out.splitlines()[-2].split() == ["report", "report", "done:", "INCONCLUSIVE", "runs/report"]
     assert snapshot(ran / "runs") == before
