@@ -63,7 +63,7 @@ def put_adapter(
     refuse_unknown_features(adapter)
     if shared_with is not None:
         refuse_unshareable(adapter)
-    words, remedy = "does not fit its base", "Save or download the adapter again."
+    words, remedy = "does not fit its base", _OTHER_BASE
     if isinstance(model, PeftModel):
         words, remedy = "cannot stand beside the other adapters on its base", f"Instead, {merge_command(adapter)}."
     with opening(f"{adapter.folder / ADAPTER_CONFIG}: {words}", remedy):

@@ -148,7 +148,10 @@ def check_adapter(
     refuse_unknown_features(adapter)
     if shares:
         refuse_unshareable(adapter)
-    put_adapter(meta_model, adapter, "checked", shared_with=base if shares else None)
+    try:
+        put_adapter(meta_model, adapter, "checked", shared_with=base if shares else None)
+    except UserError as error:
+        raise UserError(f"{role} {error}") from error
     if recorded is None:
         _warn_of_other_base(role, adapter, str(config.get("base_model_name_or_path") or ""), base)
 

@@ -13,11 +13,11 @@ from stages import plan_of
 
 import kd.losses.attention
 from dae.checking.estimates import held_for_maps, memory
-from kd.losses.attention import attention_loss
+from kd.losses.attention import AttentionLoss, attention_loss
 from kd.losses.layer_pairs import layer_pairs
 from kd.losses.token_loss import TokenLoss
 from kd.models.roles import STUDENT_ADAPTER, Role
-from kd.stages.distill_recipe import AttentionRecipe, DistillRecipe
+from kd.stages.distill_recipe import DistillRecipe
 from kd.training.objective import Objective, Route, route_sums
 
 ROWS, TOKENS = 2, 48
@@ -31,6 +31,10 @@ def roles(checkpointed: bool) -> tuple[Role, Role]:
         student.enable_input_require_grads()
     teacher = make_model(hidden_size=32, num_hidden_layers=4, num_attention_heads=8).requires_grad_(False)
     return Role("student", student, STUDENT_ADAPTER), Role("teacher", teacher, None)
+
+
+def loss_of(student: Role, teacher: Role) -> AttentionLoss:
+    return attention_loss(1.0, student, teacher, layer_pairs("even", 2, 4, ""))
 
 
 def held_bytes(student: Role, teacher: Role, monkeypatch: pytest.MonkeyPatch, *, with_maps: bool) -> int:
@@ -54,7 +58,7 @@ def held_bytes(student: Role, teacher: Role, monkeypatch: pytest.MonkeyPatch, *,
         return real(ours, theirs, rows)
 
     monkeypatch.setattr(kd.losses.attention, "map_kl_sum", noting)
-    terms = (attention_loss(1.0, student, teacher, layer_pairs("even", 2, 4, "")),) if with_maps else ()
+    terms = (loss_of(student, teacher),) if with_maps else ()
     objective = Objective((Route("train", teacher),), TokenLoss(), terms=terms)
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         _sums = route_sums(student.model, batch, objective)
@@ -67,7 +71,7 @@ def held_bytes(student: Role, teacher: Role, monkeypatch: pytest.MonkeyPatch, *,
 def test_what_is_held_for_attention_maps(monkeypatch: pytest.MonkeyPatch, checkpointed: bool) -> None:
     models = roles(checkpointed)
     real = held_bytes(*models, monkeypatch, with_maps=True) - held_bytes(*models, monkeypatch, with_maps=False)
-    estimated = ROWS * TOKENS * held_for_maps(AttentionRecipe(), models, torch.float32, checkpointed)
+    estimated = ROWS * TOKENS * held_for_maps(loss_of(*models), torch.float32, checkpointed)
     assert real == pytest.approx(estimated, rel=0.05)
 
 

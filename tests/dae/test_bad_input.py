@@ -174,7 +174,7 @@ MODELS = {
     "no such expert": Case(nothing, ("gone: no such folder",), ("expert=./gone",)),
     "an adapter of another architecture": Case(
         lambda w: make_adapter(w / "wrong", make_checkpoint(w / "gpt2", "gpt2")),
-        ("expert.domain wrong: has weights for transformer.h.0", "another architecture"),
+        ("expert.domain wrong/adapter_config.json: ", "trained on another base"),
         ("expert=wrong",),
     ),
     "an adapter of another shape": Case(
@@ -204,7 +204,7 @@ MODELS = {
     ),
     "an expert without a tokenizer": Case(
         lambda w: no_tokenizer(w / "wrong"),
-        ("expert.domain wrong: holds no tokenizer", "copy the base's tokenizer files"),
+        ("expert.domain wrong: no tokenizer found", "copy the base's tokenizer files"),
         ("expert=wrong",),
     ),
     "prompt tuning": Case(
