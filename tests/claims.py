@@ -95,7 +95,7 @@ def forget_in_rows(output: Path) -> None:
 
 
 STEP = Signal("kd.training.trainer:RoutedTrainer.training_step", 8)  # two rows' batches to a step: after a checkpoint
-DONE = "this run is finished; nothing to do"
+DONE = "already finished; nothing to do"
 OLD_DATA = ("data.special_tokens", "data.empty_responses", "data.allow_lossy_tokenizer")
 CANDIDATES = tuple(word for name in ("big", "near") for word in ("--candidate", f"{name}={name}.jsonl"))
 
@@ -115,7 +115,7 @@ CASES: Mapping[str, Case] = {
         ("seed=3",),
         "seed: 0 -> 3",
         forget_in_recipe("seed"),
-        finished="this merge is finished; nothing to do",
+        finished="nothing to do",
         held_before_finish=False,
     ),
     "rank-teachers": Case(
@@ -133,7 +133,7 @@ CASES: Mapping[str, Case] = {
         ("seed=3",),
         "seed: 0 -> 3",
         forget_in_rows,
-        finished="all rows are there; nothing to do",
+        finished="nothing to do",
         suffix=".jsonl",
     ),
     "run": Case(
@@ -172,7 +172,7 @@ CASES: Mapping[str, Case] = {
         "judge max tokens: 2048 -> 100",
         forget_in_json("settings.json", "judge max tokens", "judge temperature"),
         ("settings.json", "replies/judgments.jsonl"),
-        finished="all 8 judgments are there; nothing is asked",
+        finished="all 8 judgments",
     ),
     "eval alpaca-eval": Case(
         ("eval", "alpaca-eval", "--outputs", "ours.json", "--baseline", "theirs.json", *JUDGE),

@@ -78,7 +78,7 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT) -> RunResult:
     run = RunFolder(recipe.output)
     with claimed(run, stage.name, recipe, inputs, data) as state:
         if state == "finished":
-            logger.info("%s: this run is finished; nothing to do", recipe.output)
+            logger.info("%s: already finished; nothing to do", recipe.output)
             return RunResult(run.path, run.summary())
         tell_of_rows(data)
         settings = load_settings(recipe)

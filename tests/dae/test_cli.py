@@ -262,7 +262,7 @@ def test_a_seed_is_a_flag_with_the_same_bounds(command: list[str], capsys: pytes
         (MachineError("runs/x: the disk is full"), 4, "dae align: runs/x: the disk is full"),
         (Stopped(2, "stopped after step 3"), 130, "dae align: stopped after step 3"),
         (Stopped(15, "stopped after step 3"), 143, "stopped after step 3"),
-        (KeyboardInterrupt(), 130, "the same command goes on"),
+        (KeyboardInterrupt(), 130, "same command"),
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 4, "runs/x: the disk is full"),
         (OSError(errno.EROFS, "Read-only file system", "runs/x"), 2, "runs/x: read-only file system"),
         (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 2, "runs/x: permission denied"),

@@ -140,7 +140,7 @@ def test_the_path_ends_with_a_table_and_the_report_s_verdict(finished: tuple[Pat
 def test_the_printed_commands_are_the_same_runs(finished: tuple[Path, Ended], world: Path) -> None:
     folder, _ = finished
     again = dae(["sft", "--recipe", "runs/recipes/expert.yaml"], folder, proof=False)
-    assert (again.status, again.err) == (0, "runs/expert: this run is finished; nothing to do\n")
+    assert (again.status, again.err) == (0, "runs/expert: already finished; nothing to do\n")
     train = [f"train.{key}={value}" for key, value in TRAIN.items()]
     by_hand = dae(
         ["sft", "--base", "base", "--data", "shop.jsonl", "--output", "mine", "lora.rank=4", *train], world, proof=False

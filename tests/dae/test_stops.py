@@ -114,7 +114,7 @@ def test_killed_at_every_kind_of_moment(world: Path, calm: dict[str, Any]) -> No
         if (run / "adapter_config.json").exists():  # it opens as a model only when all of it is there
             assert (run / "adapter_model.safetensors").read_bytes() == calm["weights"], moment
     ended = dae(COMMAND, world, proof=False)
-    assert (ended.status, ended.err) == (0, "student: this run is finished; nothing to do\n")
+    assert (ended.status, ended.err) == (0, "student: already finished; nothing to do\n")
     assert_same_end(run, calm)
 
 
