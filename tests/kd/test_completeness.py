@@ -123,7 +123,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "fewer layers by the config": (
         "llama",
         lambda base: edit_config(base / "config.json", num_hidden_layers=1, layer_types=None),
-        r"unknown: model\.layers\.1\.input_layernorm\.weight, .* and 6 more\. Mend config\.json",
+        r"unknown: model\.layers\.1\.input_layernorm\.weight, .* and 6 more\. Correct config\.json",
     ),
     "another width by the config": (
         "llama",
@@ -138,7 +138,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a part of a mixture's expert is missing": (
         "mixtral",
         lambda base: edit(base / "model.safetensors", without("layers.0.block_sparse_moe.experts.1.w1")),
-        r"\(a mixture's experts\) that are stored one by one cannot be put together",
+        r"config\.json: a mixture's experts are stored one by one",
     ),
 }
 
@@ -218,7 +218,7 @@ INCOMPLETE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a config with fewer layers": (
         "lora",
         lambda folder: edit_config(folder / "adapter_config.json", target_modules=["q_proj"]),
-        r"unknown: model\.layers\.0\.mlp\.down_proj\.lora_A\.weight, .*Mend adapter_config\.json",
+        r"unknown: model\.layers\.0\.mlp\.down_proj\.lora_A\.weight, .*Correct adapter_config\.json",
     ),
     "a config with another rank": (
         "lora",

@@ -189,7 +189,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for path, expected in [
         (tmp_path / "none.yaml", "recipe file not found"),
         (tmp_path, "is a folder"),
-        (tmp_path / "latin.yaml", "is not UTF-8"),
+        (tmp_path / "latin.yaml", "not UTF-8"),
     ]:
         with pytest.raises(UserError, match=expected):
             load_recipe(SftRecipe, path, {})
