@@ -81,7 +81,7 @@ def test_sharded_checkpoints_and_adapters_have_fingerprints(tmp_path: Path) -> N
         ({"adapter_config.json": b"{}", "adapter_model.bin": b"x"}, r"pickled \(adapter_model.bin\)"),
         ({"config.json": b"{}"}, r"has config.json but no model.safetensors"),
         ({"config.json": b"{}", "training_args.bin": b"x"}, r"has config.json but no model.safetensors"),
-        ({"readme": b"hello"}, "neither checkpoint nor adapter"),
+        ({"readme": b"hello"}, "neither config"),
         ({"config.json": b"{}", "model.safetensors": b"version https://git-lfs"}, "git-lfs pull|git lfs pull"),
         ({"config.json": b"{}", "model.safetensors": b""}, "truncated or invalid"),
         ({"config.json": b"{}", "model.safetensors": safetensors_bytes(b"abc")[:-1]}, "bytes where its header says"),
@@ -148,7 +148,7 @@ def test_data_fingerprints(tmp_path: Path) -> None:
 def test_a_hub_data_set_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    with pytest.raises(UserError, match=r"nobody/no-such-rows: .*nor can it be had as a hub data set"):
+    with pytest.raises(UserError, match=r"nobody/no-such-rows: .*hub data set"):
         data_sha256("nobody/no-such-rows")
     found = []
     for commit in ("abc", "abd", "abc"):

@@ -143,5 +143,5 @@ def test_hooks_are_gone_afterwards() -> None:
 def test_an_architecture_without_a_list_of_layers_is_refused_by_name() -> None:
     student, _ = pair_of_widths()
     student.model.config.num_hidden_layers = 5
-    with pytest.raises(UserError, match="role student: the layers of LlamaForCausalLM are not known here"):
+    with pytest.raises(UserError, match="role student: the layers of LlamaForCausalLM are unknown"):
         decoder_layers(student)

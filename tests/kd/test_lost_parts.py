@@ -179,7 +179,7 @@ def test_system_beside_messages_is_their_first_turn():
     with pytest.raises(UserError, match=r"rows\.jsonl:7: system: .* keep one of the two"):
         encode({**within, "system": "Be long."}, KEEPS)
     for key, value in (("system", "Be brief."), ("tools", [TOOL])):
-        with pytest.raises(UserError, match=rf"rows\.jsonl:7: {key}: strings take no chat template"):
+        with pytest.raises(UserError, match=rf"rows\.jsonl:7: {key}: plain strings use no chat template"):
             encode({"prompt": "Price?", "completion": " 9", key: value}, KEEPS)
 
 

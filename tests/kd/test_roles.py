@@ -191,7 +191,7 @@ def test_a_head_that_does_something_else_is_refused_by_name() -> None:
         check_head(Role("reference", model, None), 288)
     model.lm_head = head
     model.config.logit_scale = 2.0  # our reading of the config no longer says what the model does
-    with pytest.raises(UserError, match="LlamaForCausalLM changes its logits"):
+    with pytest.raises(UserError, match="LlamaForCausalLM transforms its logits"):
         check_head(Role("reference", model, None), 288)
 
 
