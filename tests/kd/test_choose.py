@@ -429,7 +429,7 @@ def test_other_prompts_are_counted_and_named() -> None:
     with pytest.raises(UserError) as caught:
         same_prompts(expected, "f.jsonl", given)
     told = str(caught.value)
-    assert told.startswith('f.jsonl: 2 of 4 prompts')
+    assert told.startswith("f.jsonl: 2 of 4 prompts")
     assert 'first p:2 "prompt 2"' in told and 'first f:2 "prompt 1"' in told
     as_messages = [Response("f:1", ({"role": "user", "content": "prompt 1"},), "x")]
     with pytest.raises(UserError, match="text prompts, the other messages"):
