@@ -172,7 +172,7 @@ def _task_scores(task: Any, metric: str, samples: Sequence[Mapping[str, Any]]) -
 
 def evaluate(checkpoint: str, shared: Path, tasks: Sequence[str], scores: Path, limit: int | None = None) -> None:
     """Score a checkpoint and write {"fingerprint", "tasks"}; leave scores of the same weights and tasks as they are."""
-    fingerprint = model_fingerprint(checkpoint)
+    fingerprint = model_fingerprint(Path(checkpoint))
     if scores.is_file():
         known = json.loads(scores.read_text(encoding="utf-8"))
         if known["fingerprint"] == fingerprint and set(tasks) <= known["tasks"].keys() and known["limit"] == limit:
