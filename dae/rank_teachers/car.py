@@ -18,6 +18,7 @@ from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
+from dae_eval.comparing.statistics import Estimate
 
 from kd.errors import UserError
 
@@ -41,15 +42,6 @@ class Measured:
     losses: Sequence[float]
     losses_alone: Sequence[float]
     tokens: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its 95 % interval (percentile bootstrap over prompts)."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -198,6 +190,7 @@ def resampled_means(values_XN: Floats, prompt_of_row_N: Ints, prompts: int, seed
 
 
 def estimate(value: float, resampled_R: Floats) -> Estimate:
+    """The value with its 95 % interval: percentiles of its bootstrap over prompts."""
     low, high = np.quantile(resampled_R, [TAIL, 1 - TAIL])
     return Estimate(float(value), float(low), float(high))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dae_eval.comparing.statistics import Estimate
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dae.rank_teachers.car import AtBeta, Estimate, Facts, Ranking
+from dae.rank_teachers.car import AtBeta, Facts, Ranking
 
 BETAS_PER_TABLE = 6  # more do not fit beside a name into 80 columns
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from kd.data.batches import left_padded
 from kd.data.chat import chat_format
 from kd.data.special_text import special_ids
 from kd.errors import UserError
@@ -141,17 +142,6 @@ class Writer:
         if any(token in self.special_ids for token in ids):
             return "spells a special token"
         return None if self._decode(ids).strip() == text.strip() else "does not survive the tokenizer"
-
-
-def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and attention_mask, both [B, T] int64, padded on the left."""
-    longest = max(len(prompt) for prompt in prompts)
-    input_ids_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    attention_mask_BT = torch.zeros_like(input_ids_BT)
-    for row, prompt in enumerate(prompts):
-        input_ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
-        attention_mask_BT[row, longest - len(prompt) :] = 1
-    return input_ids_BT, attention_mask_BT
 
 
 def derived_seed(*parts: int) -> int:

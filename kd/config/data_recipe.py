@@ -129,7 +129,7 @@ def sources_as_written(routes: Mapping[str, Sequence[SourceRecipe]]) -> dict[str
 
 
 def route_name_problems(data: Mapping[str, Any]) -> list[Problem]:
-    """Names that could not be told apart from dotted keys, and routes without a source."""
+    """Route names that dotted keys cannot express, and routes without a source."""
     problems = []
     for name, sources in data["routes"].items():
         if not isinstance(name, str) or not ROUTE_NAME.fullmatch(name):

@@ -108,7 +108,7 @@ class Layers:
         return child
 
     def place_in(self, node: list[Any], part: str | int, key: Key) -> int | None:
-        """The entry of the list that `part` counts, or None, told as a problem, where there is none."""
+        """The entry of the list that `part` counts, or None, after noting a problem, if there is none."""
         if isinstance(part, int) and part < len(node):
             return part
         words = f"`{part}` is no place in a list of {len(node)}; places count from 0"

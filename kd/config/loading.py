@@ -59,12 +59,12 @@ def load_recipe(
     try:
         recipe = schema.model_validate(schema.complete(schema.expand(layers.raw)))
     except ValidationError as error:
-        told = {tuple(str(part) for part in problem.key) for problem in problems}
+        known = {tuple(str(part) for part in problem.key) for problem in problems}
         found = [Problem(line["loc"], line["input"], line["msg"]) for line in error.errors()]
-        problems += [problem for problem in found if tuple(str(part) for part in problem.key) not in told]
+        problems += [problem for problem in found if tuple(str(part) for part in problem.key) not in known]
     if problems:
-        told_how = [with_remedy(problem, flags, names) for problem in problems]
-        raise report(told_how, layers.origins, str(path) if path else "command line")
+        with_remedies = [with_remedy(problem, flags, names) for problem in problems]
+        raise report(with_remedies, layers.origins, str(path) if path else "command line")
     return recipe
 
 

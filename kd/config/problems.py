@@ -123,7 +123,7 @@ def report(problems: Sequence[Problem], origins: Origins, fallback: str) -> User
         name = f"{'.'.join(str(part) for part in key)}{value}: " if key else ""
         origin = problem.origin or origins.of(key) or fallback
         if origin.startswith(f"{'.'.join(str(part) for part in key)}="):
-            name = ""  # key=value has said both
+            name = ""  # `key=value` already shows key and value
         lines.append(f"{origin}: {name}{problem.message}")
     unique = list(dict.fromkeys(lines))
     if len(unique) == 1:

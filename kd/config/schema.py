@@ -1,7 +1,7 @@
 """The recipe: one frozen, fully typed description of a run, and how it is put together.
 
-A recipe comes from a YAML file, overridden by flags, overridden by `key=value`. All that is wrong with it is told in
-one message. Nothing here imports torch; only `train` needs transformers to be checked, when it is not empty.
+A recipe comes from a YAML file; flags override it, and `key=value` overrides both. One error names all mistakes.
+Nothing here imports torch; only `train` needs transformers to be checked, when it is not empty.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Reads = Literal["checkpoint", "full checkpoint", "rows", "evaluation", "suite", 
 
 
 class Frozen(BaseModel):
-    """Base of all recipes: immutable, exact types (no "3" for 3), unknown keys refused, all problems told at once."""
+    """Base of all recipes: immutable, exact types (no "3" for 3), unknown keys refused, all problems in one error."""
 
     model_config = ConfigDict(
         frozen=True, strict=True, extra="forbid", validate_by_name=True, validate_by_alias=True, allow_inf_nan=False

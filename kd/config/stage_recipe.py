@@ -1,4 +1,4 @@
-"""What every training stage is told."""
+"""The keys that all training stages share."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LoraRecipe(Frozen):
 
 
 class StageRecipe(CommandRecipe):
-    """What every training stage is told."""
+    """The keys that all training stages share."""
 
     verbatim: ClassVar[frozenset[str]] = frozenset({"train"})
     has_experts: ClassVar[bool] = False

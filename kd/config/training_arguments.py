@@ -187,7 +187,7 @@ def wrong_type(annotation: Any, value: Any) -> str | None:
     try:
         TypeAdapter(annotation, config=exact).validate_python(value)
     except ValidationError as error:
-        # One message for each type of a union, such as "expected a number": the first word is said once for all.
+        # One message for each type of a union, such as "expected a number": their first word is the same.
         words = [in_plain_words({**line, "input": None}, ()).partition(" ")[2] for line in error.errors()]
         return f"expected {one_of(list(dict.fromkeys(words)))}"
     return None

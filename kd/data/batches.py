@@ -47,3 +47,14 @@ def rows_of_routes(batch: Batch, routes: Sequence[int]) -> dict[str, Tensor]:
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
     return {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+
+
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask, both [B, T] int64, with every prompt at the right end."""
+    longest = max(len(prompt) for prompt in prompts)
+    input_ids_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    attention_mask_BT = torch.zeros_like(input_ids_BT)
+    for row, prompt in enumerate(prompts):
+        input_ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
+        attention_mask_BT[row, longest - len(prompt) :] = 1
+    return input_ids_BT, attention_mask_BT

@@ -74,12 +74,7 @@ def render_marked_chat(
     belongs to the response if it follows a block that has none, with nothing but white space between them. Blocks of
     assistant turns without loss are left out.
 
-    Args:
-        fmt: the tokenizer's format, with a template that has markers.
-        messages: the conversation.
-        turns: places of the assistant turns that carry loss, at least one.
-        tools: as the template wants them.
-        mark: a character before special tokens that are text (see kd.data.special_text); it is left where it is.
+    The arguments are those of kd.data.chat.render_chat; the template has markers.
 
     Returns:
         None where nothing is marked in the turns that carry loss.

@@ -21,7 +21,7 @@ else:
 
 
 class DivergenceRecipe(StageRecipe):
-    """What a stage with teachers is told of its token loss."""
+    """The token loss of a stage with teachers."""
 
     lambda_: float = Field(
         default=1.0, ge=0, le=1, alias="lambda", description="weight of the divergence; the rest is next-token loss"

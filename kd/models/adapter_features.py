@@ -64,11 +64,11 @@ def refuse_unknown_features(adapter: Checkpoint) -> None:
     unknown = {key: value for key, value in config.items() if key not in _KNOWN_KEYS and value not in (None, False)}
     unknown = {key: value for key, value in unknown.items() if value not in ("", [], {})}
     if unknown:
-        told = ", ".join(f"{key}: {value!r}" for key, value in sorted(unknown.items()))
+        shown = ", ".join(f"{key}: {value!r}" for key, value in sorted(unknown.items()))
         written = config.get("peft_version")
         by = f" (it was written by {written})" if written else ""
         raise UserError(
-            f"{adapter.folder / ADAPTER_CONFIG}: {told}: peft {peft.__version__}, which is installed, does not know "
+            f"{adapter.folder / ADAPTER_CONFIG}: {shown}: peft {peft.__version__}, which is installed, does not know "
             f"this{by} and would leave out what it does to the model. Install the peft that wrote it (pip install -U "
             "peft), or merge it there (merge_and_unload), save that and pass the full checkpoint."
         )

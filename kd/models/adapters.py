@@ -178,7 +178,7 @@ def _refuse_own_base_weights(adapted: PeftModel, adapter: Checkpoint, name: str,
                 names = [other for other, tensor in there.items() if tensor is weight]
                 weight = stored_tensor(base.folder, names)
             if weight is None:
-                continue  # nothing of the base's is called so: it is told as unknown when the weights are loaded
+                continue  # no weight of the base: refused as unknown when the weights are loaded
             stored: torch.Tensor = file.get_tensor(key)
             if stored.shape != weight.shape or not torch.equal(stored.to(weight), weight):
                 kind = "biases of the base that it trained (bias)" if key.endswith(".bias") else "weights of its own"

@@ -157,14 +157,14 @@ def check_adapter(
 
 
 def _warn_of_other_base(role: str, adapter: Checkpoint, named: str, base: Checkpoint) -> None:
-    """Warn, once, where the base that an adapter names is another one: by its weights if it lies here, else by name."""
+    """Warn if an adapter names another base: compared by weights if that base is on this machine, else by name."""
     there = Path(named)
     if named and there.is_dir():
         try:
             if there.samefile(base.folder) or checkpoint(named).fingerprint == base.fingerprint:
                 return
         except UserError:
-            pass  # whatever lies there is no model: its name is all that is known
+            pass  # not a model, so only the names can be compared, below
         else:
             logger.warning(
                 "%s %s: its config names the base %s, whose weights differ from those of %s. If this is not intended, "
@@ -187,7 +187,7 @@ def check_complete(source: Checkpoint, trust_remote_code: bool = False) -> None:
     """
     model: Any = source.meta_model(trust_remote_code)
     if getattr(model.config, "quantization_config", None) is not None:
-        return  # its files hold more than its architecture says; opening it tells
+        return  # quantised files hold tensors beyond the architecture; loading checks them
     tensors = meta_tensors(source.folder)
     open_model = partial(type(model).from_pretrained, None, config=model.config, state_dict=tensors, device_map="meta")
     with _no_progress_bar():

@@ -65,12 +65,12 @@ def refuse_other_weights(
     """
     shapes = {f"{name} ({list(stored)}, not {list(wanted)})" for name, stored, wanted in reshaped}
     kinds = {"missing": missing, "unknown": unknown, "of another shape": shapes}
-    told = "; ".join(f"{kind}: {some(names)}" for kind, names in kinds.items() if names)
-    if not told:
+    faults = "; ".join(f"{kind}: {some(names)}" for kind, names in kinds.items() if names)
+    if not faults:
         return
     if not missing and not reshaped:
         remedy = f"Correct {config}; or load it with plain transformers or peft and save it again."
-    raise UserError(f"{source}: its weights do not match its {config}: {told}. {remedy}")
+    raise UserError(f"{source}: its weights do not match its {config}: {faults}. {remedy}")
 
 
 def some(names: Collection[str]) -> str:

@@ -52,7 +52,7 @@ def read_provenance(folder: str | Path) -> dict[str, Any] | None:
 
 
 def base_fingerprint_of(adapter_folder: str | Path) -> str | None:
-    """Fingerprint of the base that an adapter was trained on, where a run folder of ours tells it; else None."""
+    """Fingerprint of the adapter's base as recorded in its run folder; None if it is not a run folder of dae."""
     provenance = read_provenance(adapter_folder)
     base = provenance.get("base") if provenance else None
     fingerprint = base.get("fingerprint") if isinstance(base, dict) else None
@@ -62,8 +62,8 @@ def base_fingerprint_of(adapter_folder: str | Path) -> str | None:
 def changed_inputs(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """One line for each input of a run whose content differs, as far as both records have it.
 
-    The number of processes counts among them: it decides how many rows make an optimizer step. Tokens are told where
-    the rows are the same.
+    The number of processes counts among them: it decides how many rows make an optimizer step. Tokens are
+    compared only if the rows are the same.
     """
     records = (recorded, current)
     before, now = (_sources(record) for record in records)

@@ -1,7 +1,7 @@
 """What a training stage is: which checkpoints it reads, its rows, its roles, and what it minimises.
 
-`run_stage` (run_stage.py) trains by it, and `dae check` looks at it without weights. A new stage is a recipe
-(a StageRecipe) and one class here's protocol describes, plus a line in `dae.stages.STAGES`.
+`run_stage` (run_stage.py) trains by it, and `dae check` looks at it without weights. A new stage is a
+recipe (a StageRecipe), a class with the methods of `Stage`, and a line in `dae.stages.STAGES`.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def load_settings(recipe: StageRecipe) -> LoadSettings:
 
 
 def student_dtype(recipe: StageRecipe) -> torch.dtype:
-    """Of a student whose weights all train: float32 (under bf16 autocast on an accelerator) unless told bfloat16."""
+    """Of a student whose weights all train: float32 (bf16 autocast on an accelerator), unless dtype is bfloat16."""
     return torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
 
 

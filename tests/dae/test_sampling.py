@@ -22,12 +22,12 @@ from dae.sampling.generation import (
     SPECIAL_TOKEN,
     Continuation,
     derived_seed,
-    left_padded,
     open_writer,
 )
 from dae.sampling.prompts import instruction_of, read_prompts, user_opening
 from dae.sampling.recipe import SampleRecipe
 from dae.sampling.sample import SampleFile, sample
+from kd.data.batches import left_padded
 from kd.data.chat import chat_format
 from kd.errors import UserError
 from kd.models.checkpoint import checkpoint

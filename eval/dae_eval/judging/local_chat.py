@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from dae_eval.judging.asking import LENGTH, NO_ROOM, Reply, Request
 from dae_eval.judging.endpoints import NO_SYSTEM, without_system
 from dae_eval.models import Model, load_settings, own_chat_template, warn_of_losses
+from kd.data.batches import left_padded
 from kd.data.chat import PLAIN_TEMPLATE, ChatFormat, UnrenderableError, chat_format
 from kd.data.chat_fitting import LostPartError
 from kd.data.examples import conversation_ids
@@ -146,17 +147,6 @@ class LocalChat:
 def room_behind(context: int | None, prompt: Sequence[int]) -> int:
     """The number of tokens that fit after a prompt."""
     return 1 << 30 if context is None else context - len(prompt)
-
-
-def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask, both [B, T] int64, with every prompt at the right end."""
-    longest = max(len(prompt) for prompt in prompts)
-    input_ids_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    attention_mask_BT = torch.zeros_like(input_ids_BT)
-    for row, prompt in enumerate(prompts):
-        input_ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
-        attention_mask_BT[row, longest - len(prompt) :] = 1
-    return input_ids_BT, attention_mask_BT
 
 
 def read_chat_format(model: Model, given: str | None) -> ChatFormat:
