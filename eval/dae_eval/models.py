@@ -55,7 +55,7 @@ class Model:
         return self.source if any((self.source.folder / name).is_file() for name in _VOCABULARIES) else self.backbone
 
     def facts(self) -> ModelFacts:
-        """What a report says of the model."""
+        """The model's facts, as reports show them."""
         inputs = dict((read_provenance(self.source.folder) or {}).get("inputs", {}))
         fingerprint, of_base = self.identity
         return ModelFacts(self.path, fingerprint, None if self.base is None else str(self.base), of_base, inputs)

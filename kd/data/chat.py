@@ -214,7 +214,7 @@ def render_chat(
         fmt: the tokenizer's format.
         messages: the conversation.
         turns: places of the assistant turns that carry loss, at least one.
-        tools: as the template wants them.
+        tools: in the form that the template expects.
         mark: a character before special tokens that are text (see kd.data.special_text); it is left where it is.
 
     Returns:

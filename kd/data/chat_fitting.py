@@ -48,7 +48,7 @@ def as_the_template_wants(
 
 
 def in_form(call: Mapping[str, Any], wanted: str | None, where: str) -> dict[str, Any]:
-    """A tool call with its arguments as the template wants them: an object, JSON text, or as they are.
+    """A tool call with its arguments in the form that the template expects: an object, JSON text, or unchanged.
 
     No arguments (null, or text without a character, as servers write it) are an empty object. Raises UserError where
     text is no JSON object.

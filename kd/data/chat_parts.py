@@ -1,4 +1,4 @@
-"""What a chat template does with the parts of a conversation: which it leaves out, and how it wants tool arguments.
+"""The parts of a conversation that a chat template leaves out, and the form of tool arguments that it expects.
 
 Templates do not declare it. A part is rendered if changing it changes the text: so a conversation of the same shape
 (roles, calls, keys) with words of our own is rendered with one part changed at a time. Shapes are few, so this is done

@@ -61,9 +61,9 @@ def content_of(content: Any, where: str) -> str:
             kind = part.get("type", "text") if isinstance(part, Mapping) else None
             text = part.get("text") if isinstance(part, Mapping) else None
             if kind != "text" or not isinstance(text, str):
-                told = f"type {kind!r}" if isinstance(kind, str) and kind != "text" else kind_of(part)
+                found = f"type {kind!r}" if isinstance(kind, str) and kind != "text" else kind_of(part)
                 raise UserError(
-                    f"{where}[{place}]: expected {{type: text, text: ...}}, not {told}; these models read text only"
+                    f"{where}[{place}]: expected {{type: text, text: ...}}, not {found}; these models read text only"
                 )
             if unknown := [key for key in part if part[key] is not None and key not in _OF_A_TEXT_PART]:
                 raise UserError(f"{where}[{place}].{unknown[0]}: unknown key of a text part; remove it")

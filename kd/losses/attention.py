@@ -219,15 +219,15 @@ def attention_layers(role: Role) -> dict[int, tuple[nn.Module, AttentionInputs]]
             f"here{''.join(f' ({name})' for name in sorted(unknown))}; remove `attention`."
         )
     for layer, (_, inputs) in sorted(layers.items()):
-        refuse_untold_window(role.name, base, layer, inputs.window)
+        refuse_hidden_window(role.name, base, layer, inputs.window)
     return layers
 
 
-def refuse_untold_window(role: str, model: PreTrainedModel, layer: int, told: int | None) -> None:
-    """Raise UserError where a layer has a sliding window in its mask alone, which the few tokens of a probe all fit in.
+def refuse_hidden_window(role: str, model: PreTrainedModel, layer: int, passed: int | None) -> None:
+    """Raise UserError if a layer's sliding window is only in its mask, where the few tokens of a probe do not reach it.
 
-    told: the window that the layer tells its attention. A window as long as the longest row that the model is for hides
-    nothing.
+    passed: the window that the layer passes to its attention function. A window as long as the model's longest row
+    masks nothing.
     """
     config = model.config.get_text_config()
     window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
@@ -235,7 +235,7 @@ def refuse_untold_window(role: str, model: PreTrainedModel, layer: int, told: in
         return
     if window >= (getattr(config, "max_position_embeddings", None) or math.inf):
         return
-    if window != told and (types is None or types[layer] == "sliding_attention"):
+    if window != passed and (types is None or types[layer] == "sliding_attention"):
         raise UserError(
             f"attention: role {role}: {type(model).__name__} has a sliding window (sliding_window: {window}) in layer "
             f"{layer} without telling its attention function, so its attention maps are not known here; "

@@ -58,7 +58,7 @@ class TokenLoss:
 class LossSums:
     """Sums over response tokens, in nats. Only `loss` carries a gradient.
 
-    loss: what TokenLoss says; kl: KL(teacher || student) at temperature 1, NaN without a teacher;
+    loss: as TokenLoss defines it; kl: KL(teacher || student) at temperature 1, NaN without a teacher;
     ntp: -log p_student(label). All 0-dimensional, fp32 (fp64 for fp64 inputs).
     """
 

@@ -1,7 +1,7 @@
-"""What an adapter's config asks of peft beyond a low-rank update, and whether it can be had here.
+"""What an adapter's config requires beyond a low-rank update, and whether it is supported.
 
-Whatever changes the forward pass and is not carried out is refused by its name in the config: an expert without it
-still gives distributions, and they are not the expert's.
+A feature that changes the forward pass and is not supported is refused by its key: without it the model would give
+other distributions than the expert, without an error.
 """
 
 from __future__ import annotations

@@ -49,14 +49,14 @@ def put_adapter(
 ) -> PeftModel:
     """Put a LoRA adapter on a model, under a name; the model may lie on the meta device.
 
-    shared_with: the base, where other roles speak through the model's weights, too.
+    shared_with: the base, if other roles use the model's weights, too.
 
     Returns:
         The model wrapped, or the same one where it is wrapped already.
 
     Raises:
         UserError: the adapter's files do not hold the weights that its config describes, all of them and no others, its
-            config does not fit the model or is not all carried out, it stands on a changed copy of the base's weights,
+            config does not fit the model or is not fully supported, it was trained on changed base weights,
             or it would change weights that others share.
     """
     refuse_changed_base(adapter)
@@ -93,9 +93,9 @@ def _with_layers(model: nn.Module, adapter: Checkpoint, name: str, *, trainable:
 
 
 def _refuse_nested(adapted: PeftModel, adapter: Checkpoint) -> None:
-    """Raise UserError where a module or token rows that an adapter keeps whole hold further layers.
+    """Raise UserError if a module or token rows that an adapter saves as a whole contain further adapted layers.
 
-    peft copies these with what is on them, and says something else than either adapter then.
+    peft copies these with the adapters on them, and then computes neither adapter.
     """
     for name, module in adapted.get_base_model().named_modules():
         inner: list[nn.Module] = []

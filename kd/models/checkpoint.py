@@ -78,12 +78,12 @@ class Checkpoint:
 
     @property
     def base(self) -> Checkpoint | None:
-        """What an adapter names as its base; None for a full checkpoint. Raises UserError where it cannot be had."""
+        """The base in an adapter's config; None for a full checkpoint. Raises UserError if it is not found."""
         return checkpoint(self.base_path) if self.is_adapter else None
 
     @cached_property
     def has_tokenizer(self) -> bool:
-        """Whether a tokenizer lies beside the weights."""
+        """Whether a tokenizer is in the same folder."""
         return any((self.folder / name).is_file() for name in TOKENIZER_FILES)
 
     @property

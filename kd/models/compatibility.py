@@ -39,9 +39,9 @@ _OTHER_TOKENS = (
 
 
 def check_tokenizers(base: Checkpoint, others: Mapping[str, Checkpoint], trust_remote_code: bool = False) -> None:
-    """Every role must speak the base's tokens: same vocabulary and same encoding (padding of the weights may differ).
+    """Every role must use the base's tokens: same vocabulary and same encoding (padding of the weights may differ).
 
-    Tokens that were added behind the base's are no hindrance: rows are written in the base's.
+    Tokens added after the base's vocabulary are allowed: rows use the base's tokens.
     others: by role. Adapters that bring no tokenizer use the base's. Raises UserError naming role and difference.
     """
     ours = _tokenizer(base, trust_remote_code)

@@ -19,11 +19,11 @@ from kd.models.tensor_files import stored_tensor
 
 
 def merged(model: PeftModel, adapter: str, path: str) -> PreTrainedModel:
-    """The base with one of its adapters merged into it; the others are taken off. Uses `model` up.
+    """The base with one of its adapters merged into it; the others are removed. `model` cannot be used afterwards.
 
     Layers that share their weights (tied embeddings, replicated layers) get copies of their own first: peft merges in
-    place, so that one layer's update would be the other's, too. Where the two embeddings come out different, the config
-    says so.
+    place, so that one layer's update would be the other's, too. If the two embeddings differ afterwards, the config is
+    changed to untied.
 
     path: of the adapter, for messages. Raises UserError where peft cannot merge it.
     """

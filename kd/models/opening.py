@@ -1,7 +1,7 @@
-"""The border to the libraries that open a user's files: whatever they raise there is a fault of the files.
+"""Calls into libraries that open a user's files: whatever these raise is an error in the files.
 
-transformers, tokenizers and peft answer a config or tokenizer that makes no sense with whichever exception the
-nonsense leads to (ZeroDivisionError, AssertionError, a panic of Rust), after their own checks and in place of them.
+transformers, tokenizers and peft raise arbitrary exceptions for an invalid config or tokenizer (ZeroDivisionError,
+AssertionError, a Rust panic).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def opening(what: str, remedy: str = "Save or download it again.") -> Iterator[N
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line without its full stop; its class too, where the words alone say little."""
+    """The error's message in one line, without its full stop; with its class if the message alone is unclear."""
     words = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
     if len(words) > LONGEST_REASON:
         words = f"{words[:LONGEST_REASON]}..."

@@ -125,7 +125,7 @@ def refuse_bad_weights(model: nn.Module, source: Checkpoint, adapter: str | None
 
 
 def refuse_unknown_forward(model: PreTrainedModel, source: Checkpoint) -> None:
-    """Raise UserError for architectures whose final hidden states cannot be had through an ordinary forward pass."""
+    """Raise UserError for architectures that do not expose their final hidden states in an ordinary forward pass."""
     if "logits_to_keep" not in inspect.signature(model.forward).parameters or decoder_of(model) is model:
         raise UserError(
             f"{source}: architecture {type(model).__name__} does not expose its final hidden states "

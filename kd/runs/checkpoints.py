@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written aside, sealed with a manifest, and read only where they are what it says.
+"""The checkpoints of a run: staged, sealed with a manifest, and read only if they match it.
 
 CHECKPOINTS/
   .staging/          where the trainer writes the next one

@@ -29,11 +29,11 @@ _LEFTOVER = re.compile(r"\.(tmp|drop)-.*|\.staging|\.publishing")
 
 @dataclass(frozen=True)
 class ClaimedFolder:
-    """A folder of ours, or one that is yet to be made.
+    """The output folder of a command, existing or not yet made.
 
-    mark: the file that says so: with it the folder may hold further files, without it none but `own`; None: never.
-    own: names that this command writes without the mark.
-    inside: folders below it that are swept, too.
+    mark: the file that identifies it. Without it only the files in `own` are accepted; None: there is no such file.
+    own: names that the command may write before the mark.
+    inside: subfolders that are swept, too.
     """
 
     path: Path

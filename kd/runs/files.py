@@ -29,7 +29,7 @@ _NEARLY_NOTHING = 1 << 20  # bytes free below which torch's writer is taken to h
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Say in the user's terms what the file system says while something is written at `path`.
+    """Turn errors of the file system while `path` is written into MachineError or UserError.
 
     Raises:
         MachineError: the disk or the quota is full, also where safetensors or torch report it in their own way.

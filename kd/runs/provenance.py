@@ -31,13 +31,13 @@ class DataInput:
 
 
 def read_provenance(folder: str | Path) -> dict[str, Any] | None:
-    """What a run folder of ours says it was made from, or None where `folder` is not one.
+    """The recorded provenance of a run folder; None if `folder` is not a run folder of dae.
 
     Keys: `stage`; `processes`: how many; `base`: {path, fingerprint}; `data`: {route: [{path, sha256, share}]};
     `inputs`: {role: fingerprint}.
 
     Raises:
-        UserError: provenance.json is there and cannot be read.
+        UserError: provenance.json is not valid JSON.
     """
     path = Path(folder) / PROVENANCE
     if not path.is_file():

@@ -84,7 +84,7 @@ class Start:
     processes: int = 1
 
     def provenance(self) -> dict[str, Any]:
-        """What provenance.json says of it."""
+        """The content of provenance.json."""
         return {
             "toolkit": TOOLKIT,
             "stage": self.stage,

@@ -1,4 +1,4 @@
-"""What an output was started with, compared with what the same command is given now.
+"""Compares the settings that an output was started with to the current ones.
 
 A recipe is recorded with every key resolved. Earlier releases had fewer keys, so both sides are compared as today's
 schema reads them: a key that came later has its default. Facts (fingerprints of models, rows, tokenizers) are compared

@@ -41,7 +41,7 @@ INITIAL_KL_ROWS = 64
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its folder and what run.json says of it."""
+    """A finished run: its folder and the summary in run.json."""
 
     path: Path
     summary: Mapping[str, Any]
