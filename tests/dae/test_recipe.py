@@ -137,8 +137,8 @@ def test_weights_as_factors() -> None:
 
 def test_missing_rows_name_the_flag_to_add() -> None:
     told = message({"base": "b", "expert": "e"})
-    assert "no training rows for `general`: add --general-data PATH" in told
-    assert "no training rows for `domain`: add --domain-data PATH; e is no run folder of dae, which would tell" in told
+    assert "data.general: " in told and "add --general-data PATH" in told
+    assert "data.domain: " in told and "add --domain-data PATH; e is not a run folder" in told
 
 
 def test_rows_are_taken_from_the_run_folders_of_expert_and_reference(tmp_path: Path) -> None:
@@ -163,10 +163,8 @@ def test_settings_go_over_the_rows_that_run_folders_tell(tmp_path: Path) -> None
     assert [(s.path, s.share, s.repeat) for s in recipe.data.routes["domain"]] == [(str(domain), 0.2, False)]
     assert [(s.path, s.share, s.repeat) for s in recipe.data.routes["general"]] == [(str(general), 0.8, True)]
     told = message(flags, "data.domain.1.share=0.2")
-    assert told == f"data.domain.1: {tmp_path / 'e'} was trained on no such source for it: only 0"
-    assert "no training rows for `domain`: add --domain-data PATH" in message(
-        {**flags, "expert": "x"}, "data.domain.0.share=0.2"
-    )
+    assert told.startswith("data.domain.1: ") and str(tmp_path / "e") in told
+    assert "add --domain-data PATH" in message({**flags, "expert": "x"}, "data.domain.0.share=0.2")
 
 
 def test_the_reference_tells_general_rows_before_the_base(tmp_path: Path) -> None:
@@ -187,6 +185,6 @@ def test_rows_that_changed_or_went_are_not_taken(tmp_path: Path) -> None:
     rows.write_text("1")
     expert = run_folder(tmp_path / "expert", rows)
     rows.write_text("2")
-    assert f"{rows}, which has changed since" in message({"base": "b", "expert": str(expert), "data.general": "g"})
+    assert f"{rows}, which has changed" in message({"base": "b", "expert": str(expert), "data.general": "g"})
     rows.unlink()
-    assert f"{rows}, which is not there" in message({"base": "b", "expert": str(expert), "data.general": "g"})
+    assert f"{rows}, which is not found" in message({"base": "b", "expert": str(expert), "data.general": "g"})
