@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from dae.checking.plan import Plan
-from kd.config.stage_recipe import StageRecipe
 from kd.data.stage_data import StageData
 from kd.losses.attention import AttentionLoss
 from kd.losses.chunked import (
@@ -63,13 +62,9 @@ def weights(plan: Plan) -> list[Item]:
     items += adapters.values()
     if count := sum(w.numel() for name, w in roles.student.model.named_parameters() if is_training_only(name)):
         items.append(Item("projections, their gradients and AdamW", count * (4 + GRADIENT_BYTES + ADAMW_BYTES)))
-    trained, count = ("student adapter", ADAPTER_BYTES) if recipe.lora else ("student, all weights", full_bytes(recipe))
-    return [*items, Item(trained, trainable(roles.student) * count)]
-
-
-def full_bytes(recipe: StageRecipe) -> int:
-    """Bytes per weight of a student whose weights all train."""
-    return student_dtype(recipe).itemsize
+    size = ADAPTER_BYTES if recipe.lora else student_dtype(recipe).itemsize
+    name = "student adapter" if recipe.lora else "student, all weights"
+    return [*items, Item(name, trainable(roles.student) * size)]
 
 
 def is_training_only(name: str) -> bool:
@@ -159,7 +154,7 @@ def query_and_key_width(model: nn.Module) -> int:
 def disk(plan: Plan) -> list[Item]:
     """Maximum size of the run folder: checkpoints (weights and optimizer), the result, a merged copy."""
     recipe, args, count = plan.recipe, plan.args, trainable(plan.roles.student)
-    result = count * (ADAPTER_BYTES if recipe.lora is not None else full_bytes(recipe))
+    result = count * (ADAPTER_BYTES if recipe.lora is not None else student_dtype(recipe).itemsize)
     checkpoint = result + count * ADAMW_BYTES
     # One more than are kept, as the next is complete before the oldest is deleted; and the best one, if chosen.
     kept = 0 if args.save_strategy == "no" else (args.save_total_limit or 2) + 1 + bool(recipe.data.eval)

@@ -100,12 +100,8 @@ def make_plan(stage: AnyStage, recipe: StageRecipe) -> Plan:
     if data is not None and inputs is not None:
         found.of(lambda: look_at_output(stage, recipe, inputs, data))
     found.raise_all()
-    assert data is not None
-    assert args is not None
-    assert mixture is not None
-    assert steps is not None
-    assert roles is not None
-    assert objective is not None
+    assert data is not None and args is not None and mixture is not None
+    assert steps is not None and roles is not None and objective is not None
     return Plan(recipe, data, args, settings, mixture, steps, roles, objective)
 
 

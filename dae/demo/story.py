@@ -71,6 +71,9 @@ def commands(output: Path, recipes: Path, seed: int) -> list[tuple[str, list[str
     aligning = ["--base", base, "--expert", f"{EXPERT}={expert}", "--reference", base]
     aligning += ["--domain-data", f"{EXPERT}={data / 'shop_align.jsonl'}"]
     aligning += ["--general-data", str(data / "general_align.jsonl")]
+    report = ["dae", "report", "--base", base, "--expert", expert, "--student", str(output / "student")]
+    report += ["--compare", f"next-token={output / 'next-token'}", "--suite", str(recipes / "eval.yaml")]
+    report += [f"metadata.world={data}", "--output", str(output / "report")]
     shares = [f"data.{EXPERT}.0.share=0.7", "data.general.0.share=0.3"]
     return [
         (
@@ -89,12 +92,5 @@ def commands(output: Path, recipes: Path, seed: int) -> list[tuple[str, list[str
             "4. For comparison: next-token loss on the same mixed rows, without teachers",
             dae("align", "align", *aligning, "--output", str(output / "next-token"), *shares, "lambda=0"),
         ),
-        ("5. The report: gains and losses on held-out documents", report_command(output, recipes)),
+        ("5. The report: gains and losses on held-out documents", report),
     ]
-
-
-def report_command(output: Path, recipes: Path) -> list[str]:
-    models = ["--base", str(output / "base"), "--expert", str(output / "expert"), "--student", str(output / "student")]
-    models += ["--compare", f"next-token={output / 'next-token'}"]
-    suite = ["--suite", str(recipes / "eval.yaml"), f"metadata.world={output / 'world'}"]
-    return ["dae", "report", *models, *suite, "--output", str(output / "report")]

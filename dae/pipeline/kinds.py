@@ -34,7 +34,15 @@ class SuiteChoice(Frozen):
         return [f"{key}={in_one_line(value)}" for key, value in dotted(self.set)]
 
 
-class EvalStage(Frozen):
+class SuiteStage(Frozen):
+    """A stage that may name its suite by a bare path."""
+
+    @classmethod
+    def expand(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        return {**raw, "suite": {"file": raw["suite"]}} if isinstance(raw.get("suite"), str) else raw
+
+
+class EvalStage(SuiteStage):
     """`dae eval tasks`: one model scored on the tasks of a suite."""
 
     reads: ClassVar[Mapping[str, Reads]] = {
@@ -48,12 +56,8 @@ class EvalStage(Frozen):
     suite: SuiteChoice = Field(description="a file, or {file, set: {key: value}}")
     output: str = Field(min_length=1, description="folder for the answers")
 
-    @classmethod
-    def expand(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        return with_suite_written_out(raw)
 
-
-class ReportStage(Frozen):
+class ReportStage(SuiteStage):
     """`dae report`: base, expert, reference and student compared, from models or finished evaluations."""
 
     reads: ClassVar[Mapping[str, Reads]] = {
@@ -78,10 +82,6 @@ class ReportStage(Frozen):
     output: str = Field(min_length=1, description="folder for the report")
 
     @classmethod
-    def expand(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        return with_suite_written_out(raw)
-
-    @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> list[Problem]:
         if raw.get("from"):
             words = "cannot be combined with `from`: use models or finished evaluations"
@@ -99,10 +99,6 @@ class ReportStage(Frozen):
                 words = f"invalid name: {NAME_RULE}, and is no role ({', '.join(ROLES)})"
                 problems.append(Problem(("compare", str(name)), NO_VALUE, words))
         return problems
-
-
-def with_suite_written_out(raw: dict[str, Any]) -> dict[str, Any]:
-    return {**raw, "suite": {"file": raw["suite"]}} if isinstance(raw.get("suite"), str) else raw
 
 
 def dotted(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

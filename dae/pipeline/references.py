@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from dae.pipeline.kinds import kinds
 from dae.stages import STAGES
@@ -17,8 +17,7 @@ EVALUATIONS = "evaluations"
 _GIVEN = {"checkpoint": "a checkpoint", "rows": "rows", "evaluation": "an evaluation", "report": "a report"}
 
 
-@dataclass(frozen=True)
-class Reference:
+class Reference(NamedTuple):
     """`@STAGE` or `@STAGE/PART`."""
 
     stage: str
@@ -63,8 +62,7 @@ class Draft:
 
 
 def parse(text: str) -> Reference:
-    stage, _, part = text.removeprefix("@").partition("/")
-    return Reference(stage, part)
+    return Reference(*text.removeprefix("@").partition("/")[::2])
 
 
 def misfits(kind: str, inputs: Sequence[Input], earlier: Mapping[str, Draft]) -> Iterator[tuple[Key, str, str]]:

@@ -107,11 +107,12 @@ def measure_and_rank(
     conversations, rows = encoded(recipe, models, answered)
     measure_rewards(recipe, models, answered, conversations, folder)
     if not recipe.shift:
-        refuse_negative({name: mean_reward(folder, name) for name in answered})
+        rewards = {name: kept(folder, "rewards", name)["rewards"] for name in answered}
+        refuse_negative({name: float(sum(values) / len(values)) for name, values in rewards.items()})
     measure_losses(recipe, models, answered, rows, folder)
     keys = [response.key for response in next(iter(answered.values()))]
     number = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-    measured = {name: measured_of(folder, name) for name in answered}
+    measured = {name: Measured(**kept(folder, "rewards", name), **kept(folder, "losses", name)) for name in answered}
     ranking = rank(measured, [number[key] for key in keys], recipe.betas, shift=recipe.shift, seed=recipe.seed)
     if ranking.prompts < FEW_PROMPTS:
         logger.warning("only %d prompts: the intervals are too narrow", ranking.prompts)
@@ -140,10 +141,7 @@ def encoded(
         conversations[name] = encode_conversations(responses, judge, config, models.reward_model)
         rows[name], cut = encode_responses(responses, pupil, recipe.max_length, models.student)
         if cut:
-            logger.warning(
-                "%s: %d of %d rows truncated to max_length (%d)",
-                *(name, cut, len(responses), recipe.max_length),
-            )
+            logger.warning("%s: %d of %d rows truncated to max_length", name, cut, len(responses))
     return conversations, rows
 
 
@@ -190,16 +188,10 @@ def measure_losses(
         logger.info("%s: the student's loss on %d responses", name, len(losses))
 
 
-def mean_reward(folder: RankFolder, name: str) -> float:
-    kept = folder.computed("rewards", name)
-    assert kept is not None, name
-    return float(sum(kept["rewards"]) / len(kept["rewards"]))
-
-
-def measured_of(folder: RankFolder, name: str) -> Measured:
-    rewards, losses = folder.computed("rewards", name), folder.computed("losses", name)
-    assert rewards is not None and losses is not None, name
-    return Measured(rewards["rewards"], losses["losses"], losses["losses_alone"], losses["tokens"])
+def kept(folder: RankFolder, what: str, name: str) -> dict[str, Any]:
+    values = folder.computed(what, name)
+    assert values is not None, (what, name)
+    return values
 
 
 def refuse_not_finite(who: str, values: Sequence[float], responses: Sequence[Response]) -> None:

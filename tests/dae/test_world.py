@@ -167,7 +167,7 @@ def test_general_answers_are_right(folder: Path) -> None:
 def test_tokenizer_restores_every_text(folder: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from dae.demo.tokenizer import CONTEXT, build_tokenizer
+    from dae.demo.model import CONTEXT, build_tokenizer
 
     build_tokenizer().save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)

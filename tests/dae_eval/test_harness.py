@@ -30,7 +30,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from benchmarks.real_pair_scores import score_tasks
 from dae.demo import world
-from dae.demo.tokenizer import build_tokenizer
+from dae.demo.model import build_tokenizer
 from kd.errors import UserError
 
 
