@@ -91,10 +91,13 @@ def token_loss_sums(
     if teacher_head is not None:
         rows = min(head.weight_VD.shape[0], teacher_head.weight_VD.shape[0])
         head, teacher_head = head.first_rows(rows), teacher_head.first_rows(rows)
+    weight_VD, bias_V = head.weight_VD, head.bias_V
+    if not torch.is_grad_enabled():  # a weight that trains would ask for its gradient even so
+        weight_VD, bias_V = weight_VD.detach(), None if bias_V is None else bias_V.detach()
     loss, kl, ntp = ChunkedLoss.apply(
         hidden_ND,
-        head.weight_VD,
-        head.bias_V,
+        weight_VD,
+        bias_V,
         head,
         labels_N,
         None if teacher_hidden_NE is None else teacher_hidden_NE.detach(),

@@ -133,6 +133,17 @@ def test_value_and_gradients_equal_the_definition(
         torch.testing.assert_close(sums_of(case, case["hidden"], frozen, loss).loss, sums.loss, rtol=1e-12, atol=1e-12)
 
 
+def test_evaluation_forms_no_gradient_of_a_head_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, wanted = random_case(), []
+    real = token_loss.block_sums
+    monkeypatch.setattr(token_loss, "block_sums", lambda *a: (wanted.append(a[-1]), real(*a))[1])
+    head = Head(case["weight"].requires_grad_(True), case["bias"].requires_grad_(True))
+    for mode in (torch.no_grad(), torch.enable_grad()):
+        with mode:
+            sums_of(case, case["hidden"], head, TokenLoss())
+    assert set(wanted[: len(wanted) // 2]) == {False} and set(wanted[len(wanted) // 2 :]) == {True}
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
