@@ -26,6 +26,7 @@ from dae.sampling.recipe import SampleRecipe
 from dae.sampling.sample import sample
 from kd.data.chat import chat_format
 from kd.errors import UserError
+from kd.models.checkpoint import checkpoint
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -110,7 +111,7 @@ def test_a_chat_model_writes_question_and_answer(chat_model: Path, monkeypatch: 
 
 
 def test_a_real_chat_model_end_to_end(chat_model: Path) -> None:
-    writer = open_writer(str(chat_model), trust_remote_code=False)
+    writer = open_writer(checkpoint(chat_model), trust_remote_code=False)
     assert writer.tokenizer.convert_tokens_to_ids("<|im_end|>") in writer.end_ids
     rows = rows_of(sample(recipe_for(chat_model, rows=2, batch_size=256, max_new_tokens=12)))
     for row in rows:
@@ -199,7 +200,7 @@ def test_an_adapter_writes_on_its_base(model: Path, tmp_path: Path) -> None:
     )
     adapted.save_pretrained(str(tmp_path / "adapter"))
     make_tokenizer().save_pretrained(tmp_path / "adapter")
-    writer = open_writer(str(tmp_path / "adapter"), trust_remote_code=False)
+    writer = open_writer(checkpoint(str)(tmp_path / "adapter"), trust_remote_code=False)
     ids = torch.tensor([[1, 60, 61]])
     with torch.no_grad():
         torch.testing.assert_close(writer.model(ids).logits, adapted.eval()(ids).logits)
