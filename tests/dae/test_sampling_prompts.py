@@ -200,7 +200,7 @@ def test_an_adapter_writes_on_its_base(model: Path, tmp_path: Path) -> None:
     )
     adapted.save_pretrained(str(tmp_path / "adapter"))
     make_tokenizer().save_pretrained(tmp_path / "adapter")
-    writer = open_writer(checkpoint(str)(tmp_path / "adapter"), trust_remote_code=False)
+    writer = open_writer(checkpoint(tmp_path / "adapter"), trust_remote_code=False)
     ids = torch.tensor([[1, 60, 61]])
     with torch.no_grad():
         torch.testing.assert_close(writer.model(ids).logits, adapted.eval()(ids).logits)
