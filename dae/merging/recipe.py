@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,6 +21,19 @@ LEAST_ENERGY = 0.9  # of the squared difference: with less, an adapter is no lon
 # TIES keeps the top 20 % in its paper; DARE's papers sweep the drop rate and name no default.
 DEFAULT_DENSITY: Mapping[str, float] = {"ties": 0.2, "dare_ties": 0.5}
 
+_METHODS = {
+    "linear": "linear interpolation from reference to expert at {weight:g} "
+    "([arXiv 2203.05482](https://arxiv.org/abs/2203.05482))",
+    "slerp": "spherical interpolation from reference to expert, per tensor, at {weight:g} "
+    "([Shoemake 1985](https://dl.acm.org/doi/10.1145/325165.325242))",
+    "task_arithmetic": "the base plus {weight:g} times the sum of task vectors "
+    "([arXiv 2212.04089](https://arxiv.org/abs/2212.04089))",
+    "ties": "the base plus {weight:g} times the TIES merge of task vectors, each trimmed to its largest {density:g} "
+    "([arXiv 2306.01708](https://arxiv.org/abs/2306.01708))",
+    "dare_ties": "the base plus {weight:g} times the TIES merge of task vectors, each dropped at random to {density:g} "
+    "and rescaled ([arXiv 2311.03099](https://arxiv.org/abs/2311.03099))",
+}
+
 
 class MoeExpert(Frozen):
     """One expert of a mixture, and texts that should be routed to it."""
@@ -31,7 +45,23 @@ class MoeExpert(Frozen):
     negative_prompts: tuple[str, ...] = Field(default=(), description="texts that are not for it")
 
 
-class MoeRecipe(CommandRecipe):
+class MergeRecipe(CommandRecipe):
+    """A recipe of `dae merge`."""
+
+    if TYPE_CHECKING:
+        output: str
+
+    @property
+    def base_of_adapter(self) -> str | None:
+        """The model that the result is an adapter on; None: the result is a checkpoint of its own."""
+        return None
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What the result is, for its model card."""
+
+
+class MoeRecipe(MergeRecipe):
     """`dae merge moe`: the MLPs of several dense checkpoints as the experts of one mixture."""
 
     summary: ClassVar[str] = "Build a mixture of experts, such as a 2x7B, from dense checkpoints."
@@ -86,6 +116,14 @@ class MoeRecipe(CommandRecipe):
             problems.append(Problem(("experts_per_token",), each, f"must be at most the {len(experts)} experts"))
         return problems + prompt_problems(experts, raw.get("gate", "hidden"))
 
+    def describe(self) -> str:
+        names = ", ".join(f"`{expert.path}`" for expert in self.experts.values())
+        return (
+            f"A mixture of experts: `{self.base}` with the MLPs of {names} as its experts, "
+            f"{self.experts_per_token} of them for each token. Attention, norms and embeddings are the base's; the "
+            f"router is initialised by the gate `{self.gate}`. Made with mergekit, without training."
+        )
+
 
 def expert_name_problems(experts: Mapping[str, Any]) -> list[Problem]:
     numbered = [name for name in experts if str(name).isdigit()]
@@ -122,7 +160,7 @@ def prompt_problems(experts: Mapping[str, Any], gate: Any) -> list[Problem]:
     return problems
 
 
-class WeightsRecipe(CommandRecipe):
+class WeightsRecipe(MergeRecipe):
     """`dae merge weights`: reference and expert merged by arithmetic on their weights."""
 
     summary: ClassVar[str] = "Merge the weights of reference and expert. Also weight=, density=, seed=."
@@ -176,8 +214,12 @@ class WeightsRecipe(CommandRecipe):
             problems.append(Problem(("density",), raw["density"], "is only read by ties and dare_ties: remove it"))
         return problems
 
+    def describe(self) -> str:
+        how = _METHODS[self.method].format(weight=self.weight, density=self.density or 1.0)
+        return f"A merge: {how}. Made with mergekit, without training."
 
-class ToLoraRecipe(CommandRecipe):
+
+class ToLoraRecipe(MergeRecipe):
     """`dae merge to-lora`: the difference of a fully fine-tuned expert to the reference, as a LoRA adapter."""
 
     summary: ClassVar[str] = "Convert a fully fine-tuned expert to a LoRA adapter that shares the backbone."
@@ -215,6 +257,16 @@ class ToLoraRecipe(CommandRecipe):
             return [Problem(("energy",), energy, "cannot be combined with rank: remove one")]
         return energy_problems(raw)
 
+    @property
+    def base_of_adapter(self) -> str:
+        return self.reference
+
+    def describe(self) -> str:
+        return (
+            f"A LoRA adapter on `{self.reference}` made from `{self.expert}`, a full fine-tune of it: the singular "
+            "value decomposition of each matrix's difference, truncated to a rank. Made without training."
+        )
+
 
 def energy_problems(raw: Mapping[str, Any]) -> list[Problem]:
     """`energy` below the default min_energy: the result would be refused."""
@@ -222,6 +274,3 @@ def energy_problems(raw: Mapping[str, Any]) -> list[Problem]:
     if "min_energy" in raw or not isinstance(energy, (int, float)) or not 0 < energy < least:
         return []
     return [Problem(("energy",), energy, f"is below min_energy ({least:g}): raise it, or add min_energy={energy:g}")]
-
-
-MergeRecipe = MoeRecipe | WeightsRecipe | ToLoraRecipe

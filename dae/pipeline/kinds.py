@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -56,6 +56,9 @@ class EvalStage(SuiteStage):
     suite: SuiteChoice = Field(description="a file, or {file, set: {key: value}}")
     output: str = Field(min_length=1, description="folder for the answers")
 
+    def command_line(self) -> list[str]:
+        return [*words([("model", self.model), ("base", self.base)]), *suite_words(self.suite, self.output)]
+
 
 class ReportStage(SuiteStage):
     """`dae report`: base, expert, reference and student compared, from models or finished evaluations."""
@@ -80,6 +83,15 @@ class ReportStage(SuiteStage):
     min_gap: float = Field(default=0.0, ge=0, le=1, description="least share of the expert's gain that passes")
     retention_only: bool = Field(default=False, description="report retention only; no expert")
     output: str = Field(min_length=1, description="folder for the report")
+
+    def command_line(self) -> list[str]:
+        flags: list[tuple[str, str | None]] = [(role, getattr(self, role)) for role in ROLES]
+        flags += [("compare", f"{name}={path}") for name, path in self.compare.items()]
+        flags += [("from", f"{role}={folder}") for role, folder in self.from_.items()]
+        flags += [("margin", f"{self.margin!r}" if self.margin != 1.0 else None)]
+        flags += [("min-gap", f"{self.min_gap!r}" if self.min_gap else None)]
+        switch = ["--retention-only"] if self.retention_only else []
+        return [*words(flags), *switch, *suite_words(self.suite, self.output)]
 
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> list[Problem]:
@@ -114,11 +126,24 @@ def in_one_line(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
+def words(flags: Iterable[tuple[str, str | None]]) -> list[str]:
+    """The flags that have a value, as a command line."""
+    return [word for flag, value in flags if value is not None for word in (f"--{flag}", value)]
+
+
+def suite_words(suite: SuiteChoice | None, output: str) -> list[str]:
+    chosen = [] if suite is None else ["--suite", suite.file, *suite.assignments()]
+    return [*chosen, "--output", output]
+
+
 @dataclass(frozen=True)
 class Kind:
+    """command_line: what follows the command's words; None if the command reads a recipe."""
+
     command: tuple[str, ...]
     schema: type[Frozen]
     gives: Gives = "checkpoint"
+    command_line: Callable[[Any], list[str]] | None = None
 
 
 def kinds() -> dict[str, Kind]:
@@ -130,8 +155,8 @@ def kinds() -> dict[str, Kind]:
         "merge moe": Kind(("merge", "moe"), MoeRecipe),
         "merge weights": Kind(("merge", "weights"), WeightsRecipe),
         "merge to-lora": Kind(("merge", "to-lora"), ToLoraRecipe),
-        "eval": Kind(("eval", "tasks"), EvalStage, "evaluation"),
-        "report": Kind(("report",), ReportStage, "report"),
+        "eval": Kind(("eval", "tasks"), EvalStage, "evaluation", EvalStage.command_line),
+        "report": Kind(("report",), ReportStage, "report", ReportStage.command_line),
     }
 
 
@@ -149,21 +174,3 @@ def found_at(raw: Any, pattern: str) -> Iterator[tuple[Key, str]]:
             yield from (((part, *below), text) for below, text in found_at(value, rest))
         elif isinstance(value, str) and value:
             yield (part,), value
-
-
-def flags_of(recipe: EvalStage | ReportStage) -> list[str]:
-    """The arguments of `dae eval tasks` or `dae report`, which have no recipe."""
-    if isinstance(recipe, EvalStage):
-        given = [("model", recipe.model), ("base", recipe.base)]
-    else:
-        given = [(role, getattr(recipe, role)) for role in ROLES]
-        given += [("compare", f"{name}={path}") for name, path in recipe.compare.items()]
-        given += [("from", f"{role}={folder}") for role, folder in recipe.from_.items()]
-        given += [("margin", f"{recipe.margin!r}" if recipe.margin != 1.0 else None)]
-        given += [("min-gap", f"{recipe.min_gap!r}" if recipe.min_gap else None)]
-    flags = [word for flag, value in given if value is not None for word in (f"--{flag}", value)]
-    if isinstance(recipe, ReportStage) and recipe.retention_only:
-        flags.append("--retention-only")
-    if recipe.suite is not None:
-        flags += ["--suite", recipe.suite.file, *recipe.suite.assignments()]
-    return [*flags, "--output", recipe.output]

@@ -12,7 +12,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dae.pipeline.kinds import EvalStage, ReportStage, flags_of, kinds
+from dae.pipeline.kinds import kinds
 from dae.pipeline.recipe import Loaded, Stage, read_pipeline
 from dae.pipeline.stage_process import Signals, run_command
 from dae.pipeline.state import Fingerprints, PipelineFolder, Standing, read_state
@@ -141,8 +141,8 @@ def stopped(stage: str, number: int) -> Stopped:
 
 
 def write_recipe(folder: PipelineFolder, stage: Stage) -> None:
-    """Write the resolved recipe that the stage's command reads."""
-    if isinstance(stage.recipe, (EvalStage, ReportStage)):
+    """Write the resolved recipe, if the stage's command reads one."""
+    if kinds()[stage.kind].command_line is not None:
         return
     path, text = folder.recipe_path(stage), resolved_yaml(stage.recipe)
     with disk_errors(path):
@@ -153,7 +153,7 @@ def write_recipe(folder: PipelineFolder, stage: Stage) -> None:
 
 def command_of(folder: PipelineFolder, stage: Stage) -> list[str]:
     """The stage's own command, without the word `dae`."""
-    words = [*kinds()[stage.kind].command]
-    if isinstance(stage.recipe, (EvalStage, ReportStage)):
-        return [*words, *flags_of(stage.recipe)]
-    return [*words, "--recipe", str(folder.recipe_path(stage))]
+    kind = kinds()[stage.kind]
+    if kind.command_line is not None:
+        return [*kind.command, *kind.command_line(stage.recipe)]
+    return [*kind.command, "--recipe", str(folder.recipe_path(stage))]
