@@ -15,11 +15,12 @@ import typer
 
 import dae
 from dae.commands.checking import check_command
-from dae.commands.evaluation import eval_app, report
+from dae.commands.evaluation import eval_app
 from dae.commands.keys import keys
 from dae.commands.merge import merge_app
 from dae.commands.pipeline import run_recipe
 from dae.commands.recipe_command import recipe_command
+from dae.commands.report import report
 from dae.commands.sources import rank_teachers, sample
 from dae.commands.stages import is_first_rank, stage_command
 from dae.exit_status import BROKEN_PIPE, INTERRUPTED, MACHINE, OURS, USER, status_of, traceback_log

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ HELD_OUT = "held_out"
 FORMAT = "dae-align evaluation"
 VERSION = 1
 KEY_DIGITS = 32  # 128 bits
+_ADDED = ("weight", "unit", "total", "benchmark", "share")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
@@ -95,8 +96,18 @@ def write_evaluation(folder: Path, evaluation: Evaluation, keys: Mapping[str, st
 
 
 def _facts_of(result: TaskResult, name: str, packed: bytes) -> dict[str, Any]:
-    facts = {name: getattr(result, name) for name in TaskResult.__dataclass_fields__ if name != "documents"}
+    facts = _without_defaults(result)
+    del facts["documents"]
     return {**facts, "n": len(result.documents), "file": name, "sha256": hashlib.sha256(packed).hexdigest()}
+
+
+def _without_defaults(value: Document | TaskResult) -> dict[str, Any]:
+    """The fields of a document or task; those that release 0.1.0 did not have only if they are not the default."""
+    return {
+        field.name: getattr(value, field.name)
+        for field in fields(value)
+        if field.name not in _ADDED or getattr(value, field.name) != field.default
+    }
 
 
 def _is(path: Path, content: bytes) -> bool:
@@ -121,7 +132,7 @@ def documents_name(task: str, key: str) -> str:
 
 def pack_documents(documents: Iterable[Document]) -> bytes:
     """One line of JSON per document, compressed; the same documents give the same bytes."""
-    lines = "".join(json.dumps(asdict(document), ensure_ascii=False) + "\n" for document in documents)
+    lines = "".join(json.dumps(_without_defaults(document), ensure_ascii=False) + "\n" for document in documents)
     return gzip.compress(lines.encode("utf-8", "surrogatepass"), mtime=0)
 
 

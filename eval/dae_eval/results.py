@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["domain", "general", "shown"]
+Unit = Literal["points", "rating", "bits per byte", "byte perplexity", "word perplexity", "Brier score"]
+SCORES: tuple[Unit, ...] = ("points", "rating")  # on 0..1, higher is better; the other units are losses
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,11 @@ class Document:
     """One scored document.
 
     id, hash: the index in the task and SHA-256 of the document; answers of two models are joined on both.
-    score: on 0..1, higher is better. prompt, target, answer: text for readers (target may be empty).
+    score: on 0..1, higher is better; of a loss (see `TaskResult.unit`): at least 0, lower is better.
+    prompt, target, answer: text for readers (target may be empty).
     cluster: documents with the same cluster share a source and are resampled together.
     seen: contamination: it occurs in the rows that this model (or a teacher of its run) was trained on.
-    category: its axis in a radar plot, or empty.
+    category: its axis in a radar plot, or empty. weight: in the task's mean (bytes or words of a rolling loss).
     """
 
     id: int
@@ -36,6 +39,7 @@ class Document:
     cluster: str
     seen: bool = False
     category: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,12 @@ class TaskResult:
     kind: `domain` counts in gap closed, `general` in retention, `shown` in neither. settings: must be equal for two
     models to be compared (shots, limit, template hash, generation settings, judge, ...); JSON values. chance, majority:
     scores of guessing and of always giving the most frequent answer, if known.
+
+    unit: what a reader is shown. "points" is 100 x score, "rating" 10 x score (a judge's scale from 1 to 10). The
+    others are losses, which only a task of kind `shown` can have: documents have bits per byte, nats per byte ("byte
+    perplexity") or per word ("word perplexity"; the exponential is shown), or a Brier score. total: documents that the
+    benchmark has, if no limit were set; None: unknown. benchmark: the group of lm-eval that the task is a member of,
+    which counts as one score; share: the task's weight in that score, 1 over all members.
     """
 
     task: str
@@ -56,10 +66,19 @@ class TaskResult:
     documents: tuple[Document, ...]
     chance: float | None = None
     majority: float | None = None
+    unit: Unit = "points"
+    total: int | None = None
+    benchmark: str = ""
+    share: float = 1.0
+
+    @property
+    def is_loss(self) -> bool:
+        return self.unit not in SCORES
 
     @property
     def mean(self) -> float:
-        return sum(document.score for document in self.documents) / len(self.documents)
+        weights = [document.weight for document in self.documents]
+        return sum(d.weight * d.score for d in self.documents) / sum(weights)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,161 @@
+"""`dae report`: parse, call, print."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dae.commands.evaluation import Assignments, SuiteFile, typed_command
+from dae.commands.stopping import going_on
+from kd.config.data_recipe import ROUTE_NAME
+from kd.errors import UserError
+
+if TYPE_CHECKING:
+    from dae_eval.results import Evaluation
+
+ROLES = ("base", "expert", "reference", "student")
+PASSED, NOT_PASSED = 0, 1
+
+
+def report(
+    assignments: Assignments = None,
+    base: Annotated[str | None, typer.Option(metavar="CKPT", help="the model that the expert started from")] = None,
+    expert: Annotated[str | None, typer.Option(metavar="CKPT", help="the model trained on the domain")] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="CKPT", help="the model whose general skills must be kept (default: the base)")
+    ] = None,
+    student: Annotated[str | None, typer.Option(metavar="CKPT", help="the model to judge")] = None,
+    compare: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=CKPT", help="another student, shown beside it; repeats")
+    ] = None,
+    finished: Annotated[
+        list[str] | None,
+        typer.Option("--from", metavar="[ROLE=]DIR", help="a finished evaluation, instead of models; repeats"),
+    ] = None,
+    suite: SuiteFile = None,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="folder for the report")] = None,
+    margin: Annotated[float, typer.Option(help="largest accepted loss on general tasks, in points")] = 1.0,
+    min_gap: Annotated[float, typer.Option(help="smallest accepted part of the expert's gain, 0 to 1")] = 0.0,
+    retention_only: Annotated[bool, typer.Option("--retention-only", help="compare without an expert")] = False,
+) -> int:
+    """Compare base, expert, reference and student. Exit status 0 for PASS, 1 for FAIL and INCONCLUSIVE."""
+    roles = {"base": base, "expert": expert, "reference": reference, "student": student}
+    given = {role: path for role, path in roles.items() if path is not None}
+    refuse_mixed_usage(given, compare or [], finished or [], suite, output, assignments or [], retention_only)
+    if not margin > 0:
+        raise UserError(f"--margin {margin:g}: must be above 0, in points")
+    assert output is not None
+    if finished:
+        evaluations = read_finished(finished)
+    else:
+        assert suite is not None
+        evaluations = ask_models(with_defaults(given, compare or []), suite, assignments or [], output)
+
+    from dae_eval.comparing.comparison import compare as compare_evaluations
+    from dae_eval.rendering import terminal, write_report
+    from rich.console import Console
+
+    from kd.runs.environment import masked
+
+    others = [name for name in evaluations if name not in ROLES]
+    result = compare_evaluations(
+        evaluations,
+        margin=margin,
+        min_gap=min_gap,
+        retention_only=retention_only,
+        others=others,
+        command=shlex.join(masked(typed_command())),
+    )
+    write_report(result, output)
+    terminal.show(result, Console(highlight=False))
+    typer.echo(f"The report is in {output / 'report.html'}")
+    return PASSED if result.word == "PASS" else NOT_PASSED
+
+
+def refuse_mixed_usage(
+    given: Mapping[str, str],
+    compare: Sequence[str],
+    finished: Sequence[str],
+    suite: Path | None,
+    output: Path | None,
+    assignments: Sequence[str],
+    retention_only: bool,
+) -> None:
+    """Raise UserError, with all problems, if the flags do not belong together."""
+    problems = [] if output else ["--output: is required"]
+    if finished:
+        flags = [f"--{role}" for role in given]
+        flags += [name for name, value in (("--compare", compare), ("--suite", suite)) if value]
+        flags += [*assignments[:1]]
+        if flags:
+            problems.append(
+                f"{', '.join(flags)}: cannot be combined with --from; give models (with --suite) or finished "
+                "evaluations (--from [ROLE=]DIR)"
+            )
+    else:
+        needed = ["student", *([] if retention_only else ["base", "expert"])]
+        missing = [f"--{role}" for role in needed if role not in given]
+        if retention_only and not {"base", "reference"} & given.keys():
+            missing.append("--reference")
+        if suite is None:
+            missing.append("--suite")
+        if missing:
+            problems.append(
+                f"{', '.join(missing)}: required to evaluate models; without an expert give --retention-only; for "
+                "finished evaluations give --from [ROLE=]DIR"
+            )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def with_defaults(given: Mapping[str, str], compare: Sequence[str]) -> dict[str, str]:
+    """Model by role, and by name for others; without a reference, the base is the reference."""
+    models = dict(given)
+    if "base" in models:
+        models.setdefault("reference", models["base"])
+    for text in compare:
+        name, path = named(text)
+        if name is None or name in ROLES:
+            raise UserError(f"--compare {text}: expected NAME=CKPT with a name other than {', '.join(ROLES)}")
+        if name in models:
+            raise UserError(f"--compare {text}: duplicate name {name}")
+        models[name] = path
+    return models
+
+
+def named(text: str) -> tuple[str | None, str]:
+    """NAME=PATH -> (NAME, PATH); a text whose first part cannot be a name is a path."""
+    name, equals, path = text.partition("=")
+    return (name, path) if equals and ROUTE_NAME.fullmatch(name) else (None, text)
+
+
+def ask_models(
+    paths: Mapping[str, str], suite: Path, assignments: Sequence[str], output: Path
+) -> dict[str, Evaluation]:
+    """Evaluate every model into OUTPUT/evaluations/ROLE."""
+    from dae_eval.suites import load_suite
+
+    loaded = load_suite(suite, assignments)
+
+    from dae_eval.evaluation import evaluate
+    from dae_eval.models import locate
+
+    from kd.models.checkpoint import checkpoint
+
+    base = paths.get("base", paths.get("reference"))
+    shared = base if base is not None and not checkpoint(base).is_adapter else None
+    with going_on(output, "finished tasks are kept"):
+        models = {role: locate(f"--{role}", path, shared) for role, path in paths.items()}
+        return evaluate(models, loaded, {role: output / "evaluations" / role for role in models}, typed_command())
+
+
+def read_finished(finished: Sequence[str]) -> dict[str, Evaluation]:
+    """The evaluations of `--from`, by role."""
+    from dae_eval.comparing.comparison import assign_roles
+    from dae_eval.folders import read_evaluation
+
+    return assign_roles([(role, read_evaluation(Path(path))) for role, path in map(named, finished)])
