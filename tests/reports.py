@@ -5,18 +5,23 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from dae_eval.comparing.statistics import Estimate
+from dae_eval.comparing.statistics import Estimate, Word
 from dae_eval.report import (
+    BenchmarkLine,
     Curve,
     Flip,
+    FloorLine,
     GapLine,
     HeldOutLine,
+    LossLine,
     ModelLine,
     Radar,
     Report,
     RetentionLine,
+    StudentDifference,
     StudentSummary,
     TaskLine,
+    TaskLoss,
 )
 from dae_eval.results import Kind
 
@@ -65,6 +70,7 @@ def task_line(
         detectable=half * 1.43,
         wins=int(n * max(0.02, value)),
         losses=int(n * max(0.02, -value)),
+        unchanged=0.9,
         unpaired=3 if task.endswith("arithmetic") else 0,
         seen=seen,
         unseen_scores={name: score - 0.01 for name, score in scores.items()} if seen else None,
@@ -122,6 +128,34 @@ def curves() -> tuple[Curve, ...]:
     )  # fmt: skip
 
 
+def floor(word: Word) -> FloorLine:
+    """The line of the worst task; FAIL: it lost 30 points."""
+    worst = TaskLoss("world_arithmetic", "reference", 240, Estimate(-0.8, -2.9, 1.3), 0.4, None)
+    if word == "PASS":
+        return FloorLine("PASS", 5.0, worst, (), ())
+    lost = replace(worst, difference=Estimate(-30.0, -36.2, -23.8), p=1e-9)
+    unsure = TaskLoss("world_sorting", "reference", 240, Estimate(-3.0, -6.2, 0.2), 0.1, 480)
+    return FloorLine(word, 5.0, lost, (lost,), (unsure,))
+
+
+def full_report() -> Report:
+    """Everything that a report can have besides the demo's: a lost task, a benchmark, losses, ratings."""
+    report = demo_report()
+    lost = replace(report.tasks[7], p_holm=0.0001, difference=Estimate(-0.3, -0.362, -0.238))
+    rated = replace(report.tasks[8], task="mt_bench", metric="rating / 10", unit="rating")
+    tasks = (*report.tasks[:7], lost, rated, *report.tasks[9:])
+    scores = {"base": 0.61, "expert": 0.55, "reference": 0.61, "student": 0.6, "next-token": 0.58}
+    benchmark = BenchmarkLine(
+        "mmlu", "general, aligned", "general", 57, 14_042, scores, "reference", Estimate(-0.01, -0.02, 0.001)
+    )
+    values = {"base": 2.31, "reference": 2.31, "student": 2.33, "expert": 2.9, "next-token": 2.4}
+    loss = LossLine("wikitext", "shown", "word_perplexity", "word perplexity", 62, 62, values, "reference",
+                    Estimate(0.02, 0.01, 0.03), 0.0004)  # fmt: skip
+    other = replace(loss, task="pile_arxiv", metric="bits_per_byte", unit="bits per byte")
+    student = replace(report.student, floor=floor("FAIL"))
+    return replace(report, word="FAIL", student=student, tasks=tasks, benchmarks=(benchmark,), losses=(loss, other))
+
+
 def demo_report(n_flips: int = 60) -> Report:
     """Four models on 17 tasks in four groups; the student passes both lines."""
     rng = random.Random(3)
@@ -144,16 +178,20 @@ def demo_report(n_flips: int = 60) -> Report:
     axes = tuple(name for _, names in GROUPS.values() for name in names)[:8]
     return Report(
         word="PASS",
+        date="2026-11-03",
         student=StudentSummary(
             "student",
             GapLine("PASS", Estimate(3.3, 3.19, 3.41), Estimate(0.924, 0.881, 0.953), 0.0, None),
             RetentionLine("PASS", Estimate(-0.2, -0.8, 0.4), 1.0, None, Estimate(99.8, 99.2, 100.4)),
+            floor("PASS"),
         ),
+        compared=(StudentDifference("next-token", Estimate(0.023, 0.004, 0.042), Estimate(0.4, -0.2, 1.0)),),
         others=(
             StudentSummary(
                 "next-token",
                 GapLine("PASS", Estimate(3.3, 3.19, 3.41), Estimate(0.901, 0.862, 0.934), 0.0, None),
                 RetentionLine("INCONCLUSIVE", Estimate(-0.6, -1.3, 0.1), 1.0, 5400, Estimate(99.4, 98.7, 100.1)),
+                floor("PASS"),
             ),
         ),
         models=(
@@ -164,6 +202,8 @@ def demo_report(n_flips: int = 60) -> Report:
             ModelLine("next-token", "demo/next-token", "c4e2905df1ab7386" * 4, ""),
         ),
         tasks=lines,
+        benchmarks=(),
+        losses=(),
         flips=flips(n_flips),
         held_out=held_out,
         radars=(
@@ -194,15 +234,19 @@ def bare_report() -> Report:
     scores = {"reference": 0.7012, "student": 0.6988}
     return Report(
         word="INCONCLUSIVE",
+        date="2026-11-03",
         student=StudentSummary(
-            "student", None, RetentionLine("INCONCLUSIVE", Estimate(-0.24, -1.9, 1.4), 1.0, 12_400, None)
+            "student", None, RetentionLine("INCONCLUSIVE", Estimate(-0.24, -1.9, 1.4), 1.0, 12_400, None), None
         ),
         others=(),
+        compared=(),
         models=(
             ModelLine("reference", "hub/general-7b", "0123456789abcdef" * 4, ""),
             ModelLine("student", "runs/student", "fedcba9876543210" * 4, ""),
         ),
         tasks=(replace(line, scores=scores, difference=Estimate(-0.0024, -0.019, 0.014)),),
+        benchmarks=(),
+        losses=(),
         flips=(),
         held_out=(),
         radars=(),
@@ -222,6 +266,7 @@ def failing_report() -> Report:
             "student",
             GapLine("FAIL", Estimate(0.004, -0.021, 0.03), None, 0.0, None),
             RetentionLine("FAIL", Estimate(-3.1, -4.0, -2.2), 1.0, None, Estimate(96.6, 95.7, 97.5)),
+            floor("FAIL"),
         ),
     )
 

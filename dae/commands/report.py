@@ -15,6 +15,7 @@ from kd.config.data_recipe import ROUTE_NAME
 from kd.errors import UserError
 
 if TYPE_CHECKING:
+    from dae_eval.report import Report
     from dae_eval.results import Evaluation
 
 ROLES = ("base", "expert", "reference", "student")
@@ -40,14 +41,24 @@ def report(
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="folder for the report")] = None,
     margin: Annotated[float, typer.Option(help="largest accepted loss on general tasks, in points")] = 1.0,
     min_gap: Annotated[float, typer.Option(help="smallest accepted part of the expert's gain, 0 to 1")] = 0.0,
+    max_task_loss: Annotated[float, typer.Option(help="largest accepted loss of a single task, in points")] = 5.0,
+    allow_missing: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="pass although models, or documents of them, lack this task; repeats"),
+    ] = None,
     retention_only: Annotated[bool, typer.Option("--retention-only", help="compare without an expert")] = False,
+    card: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="the student's README.md, to write the result into it")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="a JUnit XML file to write, for CI")] = None,
 ) -> int:
     """Compare base, expert, reference and student. Exit status 0 for PASS, 1 for FAIL and INCONCLUSIVE."""
     roles = {"base": base, "expert": expert, "reference": reference, "student": student}
     given = {role: path for role, path in roles.items() if path is not None}
     refuse_mixed_usage(given, compare or [], finished or [], suite, output, assignments or [], retention_only)
-    if not margin > 0:
-        raise UserError(f"--margin {margin:g}: must be above 0, in points")
+    for flag, points in (("--margin", margin), ("--max-task-loss", max_task_loss)):
+        if not 0 < points <= 100:
+            raise UserError(f"{flag} {points:g}: must be above 0 and at most 100, in points")
     assert output is not None
     if finished:
         evaluations = read_finished(finished)
@@ -66,6 +77,8 @@ def report(
         evaluations,
         margin=margin,
         min_gap=min_gap,
+        max_task_loss=max_task_loss,
+        allow_missing=allow_missing or [],
         retention_only=retention_only,
         others=others,
         command=shlex.join(masked(typed_command())),
@@ -73,7 +86,24 @@ def report(
     write_report(result, output)
     terminal.show(result, Console(highlight=False))
     typer.echo(f"The report is in {output / 'report.html'}")
+    write_elsewhere(result, card, junit)
     return PASSED if result.word == "PASS" else NOT_PASSED
+
+
+def write_elsewhere(result: Report, card: Path | None, junit: Path | None) -> None:
+    """Write the verdict into the student's model card and a JUnit file, where asked for."""
+    if junit is not None:
+        from dae_eval.rendering.junit import render
+
+        from kd.runs.files import write_text_durably
+
+        write_text_durably(junit, render(result))
+        typer.echo(f"The JUnit file is {junit}")
+    if card is not None:
+        from dae_eval.rendering.card import upload_command, write_card
+
+        write_card(result, card)
+        typer.echo(f"The result is in {card}; to upload its folder: {upload_command(card)}")
 
 
 def refuse_mixed_usage(
@@ -154,8 +184,9 @@ def ask_models(
 
 
 def read_finished(finished: Sequence[str]) -> dict[str, Evaluation]:
-    """The evaluations of `--from`, by role."""
-    from dae_eval.comparing.comparison import assign_roles
+    """The evaluations of `--from`, by role; without a reference, the base is the reference."""
+    from dae_eval.comparing.roles import assign_roles
     from dae_eval.folders import read_evaluation
 
-    return assign_roles([(role, read_evaluation(Path(path))) for role, path in map(named, finished)])
+    roles = assign_roles([(role, read_evaluation(Path(path))) for role, path in map(named, finished)])
+    return roles if "base" not in roles else {"reference": roles["base"], **roles}

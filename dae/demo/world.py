@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import random
+import re
 import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from dae.demo import vocabulary as words
 SEED = 2406
 PRODUCTS = 200
 TOWNS = 120
-DOCUMENTS = 240  # held-out documents of each general skill
+DOCUMENTS = 240  # held-out documents of each general skill that training rows avoid
+MORE = 720  # further ones of each drill, so that a margin of one point can be decided
 GENERAL_TRAIN_ROWS = 110_000
 GENERAL_ALIGN_ROWS = 20_000
 
@@ -38,7 +40,7 @@ SHOP_KINDS = ALIGNED_KINDS + UNALIGNED_KINDS
 PARTS = {"arithmetic": 3}  # how much of each skill in a mixture, others 1
 
 # Of all files of the default seed. Fixed before `align` first ran on them; CHANGELOG.md lists every change.
-SHA256 = "d571c284bfc2b39021ee3df4e15be84e1d6d0112fcf2f07aa81fb4ebf42dbdb2"
+SHA256 = "ca06ea08fcbd9eedd6346a89333bc6634e1d55bea653c118866e377b5d9bf26d"
 
 
 def _stream(seed: int, purpose: str) -> random.Random:
@@ -260,11 +262,11 @@ DRILLS: dict[str, Drill] = {
 }
 
 
-def _drill_documents(drill: Drill, rng: random.Random) -> list[Quartet]:
-    """Held-out quartets of a skill, without duplicate instances."""
+def _drill_documents(drill: Drill, rng: random.Random, n: int, taken: set[str]) -> list[Quartet]:
+    """Held-out quartets of a skill with `n` questions, without duplicates and instances in `taken`."""
     quartets: list[Quartet] = []
-    seen: set[str] = set()
-    while len(quartets) < DOCUMENTS // 4:
+    seen = set(taken)
+    while len(quartets) < n // 4:
         quartet = drill(rng)
         keys = {question.key for question in quartet}
         if len(keys) == 4 and not keys & seen:
@@ -287,14 +289,47 @@ def _fact_rows(facts: Facts, rng: random.Random) -> Iterator[Question]:
 
 
 def documents(seed: int = SEED) -> dict[str, list[Quartet]]:
-    """All held-out quartets, by skill and kind of shop question."""
-    quartets = {name: _drill_documents(drill, _stream(seed, f"documents/{name}")) for name, drill in DRILLS.items()}
+    """The held-out quartets that training rows avoid, by skill and kind of shop question."""
+    quartets = {
+        name: _drill_documents(drill, _stream(seed, f"documents/{name}"), DOCUMENTS, set())
+        for name, drill in DRILLS.items()
+    }
     for name, facts in atlas(seed).items():
         rng = _stream(seed, f"documents/{name}")
         quartets[name] = [q for phrasing in words.UNSEEN[facts.kind] for q in facts.quartets(rng, (phrasing,))]
     for kind, facts in catalogue(seed).items():
         quartets[kind] = facts.quartets(_stream(seed, f"documents/{kind}"), words.UNSEEN[kind])
     return {name: quartets[name] for name in GENERAL_SKILLS + SHOP_KINDS}
+
+
+def more_documents(trained: set[str], seed: int = SEED) -> dict[str, list[Quartet]]:
+    """Further quartets of each drill: new instances, which are neither in `trained` nor among `documents`.
+
+    Arithmetic has too few instances for that: its held-out ones are asked a second time, in other words.
+    """
+    held_out, found = documents(seed), {}
+    for name, drill in DRILLS.items():
+        first, rng = held_out[name], _stream(seed, f"documents/more/{name}")
+        if name == "arithmetic":
+            found[name] = [_in_other_words(quartet) for quartet in first]
+        else:
+            taken = trained | {question.key for quartet in first for question in quartet}
+            found[name] = _drill_documents(drill, rng, MORE, taken)
+    return found
+
+
+def _in_other_words(quartet: Quartet) -> Quartet:
+    """The same sums and differences in the other phrasing, sums with their numbers in the other order."""
+    questions = []
+    for question in quartet:
+        form = "sum" if "+" in question.key else "difference"
+        a, b = re.findall(r"\d+", question.prompt)
+        shown = {"a": b, "b": a} if form == "sum" else {"a": a, "b": b}
+        (other,) = (
+            phrasing for phrasing in words.GENERAL_PHRASINGS[form] if phrasing.format(a=a, b=b) != question.prompt
+        )
+        questions.append(Question(other.format(**shown), question.answer, question.key))
+    return _quartet(questions)
 
 
 def general_rows(purpose: str, skills: Sequence[str], n: int, seed: int = SEED) -> list[Question]:
@@ -338,8 +373,9 @@ def files(seed: int = SEED) -> Iterator[tuple[str, list[dict[str, object]]]]:
     }
     for name, rows in training.items():
         yield name, [{"prompt": row.prompt, "completion": f" {row.answer}"} for row in rows]
+    more = more_documents({row.key for rows in training.values() for row in rows}, seed)
     for name, quartets in documents(seed).items():
-        yield f"heldout/{name}.jsonl", list(_records(quartets))
+        yield f"heldout/{name}.jsonl", list(_records([*quartets, *more.get(name, ())]))
 
 
 def _records(quartets: Sequence[Quartet]) -> Iterator[dict[str, object]]:

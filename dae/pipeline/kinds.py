@@ -81,6 +81,8 @@ class ReportStage(SuiteStage):
     suite: SuiteChoice | None = Field(default=None, description="a file, or {file, set: {key: value}}")
     margin: float = Field(default=1.0, gt=0, description="largest loss on general tasks that passes, in points")
     min_gap: float = Field(default=0.0, ge=0, le=1, description="least share of the expert's gain that passes")
+    max_task_loss: float = Field(default=5.0, gt=0, description="largest loss of a single task that passes, in points")
+    allow_missing: tuple[str, ...] = Field(default=(), description="tasks that may be missing, by name")
     retention_only: bool = Field(default=False, description="report retention only; no expert")
     output: str = Field(min_length=1, description="folder for the report")
 
@@ -90,6 +92,8 @@ class ReportStage(SuiteStage):
         flags += [("from", f"{role}={folder}") for role, folder in self.from_.items()]
         flags += [("margin", f"{self.margin!r}" if self.margin != 1.0 else None)]
         flags += [("min-gap", f"{self.min_gap!r}" if self.min_gap else None)]
+        flags += [("max-task-loss", f"{self.max_task_loss!r}" if self.max_task_loss != 5.0 else None)]
+        flags += [("allow-missing", task) for task in self.allow_missing]
         switch = ["--retention-only"] if self.retention_only else []
         return [*words(flags), *switch, *suite_words(self.suite, self.output)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
@@ -56,7 +57,27 @@ def read_evaluation(folder: Path) -> Evaluation:
 
 def _task_result(folder: Path, facts: Mapping[str, Any]) -> TaskResult:
     known = {name: value for name, value in facts.items() if name not in ("file", "sha256", "n")}
-    return TaskResult(**known, documents=read_documents(folder / facts["file"], facts["sha256"]))
+    path = folder / facts["file"]
+    result = TaskResult(**known, documents=read_documents(path, facts["sha256"]))
+    refuse_invalid_scores(result, path)
+    return result
+
+
+def refuse_invalid_scores(result: TaskResult, path: Path) -> None:
+    """Raise UserError if a score is not finite or outside of its range (0 to 1; of losses, from 0 on)."""
+    if not result.documents:
+        raise UserError(f"{path}: task {result.task}: has no documents; run the `dae eval` command again")
+    for document in result.documents:
+        where = f"{path}: task {result.task}, document {document.id}"
+        if not is_number(document.score) or document.score < 0 or (document.score > 1 and not result.is_loss):
+            expected = "a number from 0 on" if result.is_loss else "a number from 0 to 1"
+            raise UserError(f"{where}: score: {document.score!r}: expected {expected}; evaluate the model again")
+        if not is_number(document.weight) or document.weight <= 0:
+            raise UserError(f"{where}: weight: {document.weight!r}: expected a number above 0")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation, keys: Mapping[str, str] | None = None) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dae_eval.comparing.statistics import Estimate, Word
-from dae_eval.results import Kind
+from dae_eval.results import Kind, Unit
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class GapLine:
 
     gain: expert - base, summed over domain tasks. closed is None if gain is not clearly above 0 ("undefined").
     documents_needed: documents per task that would decide, if the word is INCONCLUSIVE and more would help.
+    documents_exist: the most that a task has, if known for all. same_weights: base and expert are one model.
+    reasons: why the line cannot pass whatever its figures (missing tasks, too few documents).
     """
 
     word: Word
@@ -24,13 +26,18 @@ class GapLine:
     closed: Estimate | None
     minimum: float
     documents_needed: int | None
+    documents_exist: int | None = None
+    same_weights: bool = False
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class RetentionLine:
     """The loss on general tasks: macro-mean of student - reference, in points (100 x score).
 
-    ratio: 100 x macro-mean of student / reference, None if the reference scores 0 on a task.
+    ratio: 100 x macro-mean of student / reference, None if the reference scores 0 on a task or the interval has no
+    upper bound. unit: "rating" if all tasks are ratings, which are shown as 1 rating = 10 points. documents_needed,
+    documents_exist, reasons: as for `GapLine`.
     """
 
     word: Word
@@ -38,26 +45,74 @@ class RetentionLine:
     margin: float
     documents_needed: int | None
     ratio: Estimate | None
+    documents_exist: int | None = None
+    unit: Unit = "points"
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TaskLoss:
+    """A task's difference to the model that the student is compared with, in points.
+
+    documents: independent ones. p: of a loss beyond the limit. documents_needed: as for `GapLine`.
+    """
+
+    task: str
+    against: str
+    documents: int
+    difference: Estimate
+    p: float
+    documents_needed: int | None
+
+
+@dataclass(frozen=True)
+class FloorLine:
+    """No general task may lose more than `limit` points against the reference, no domain task against the base.
+
+    worst: the largest loss. lost: tasks whose loss is significantly larger than the limit (Holm over all tasks and
+    members of benchmarks). undecided: tasks (benchmarks as a whole) for which a larger loss cannot be ruled out.
+    """
+
+    word: Word
+    limit: float
+    worst: TaskLoss
+    lost: tuple[TaskLoss, ...]
+    undecided: tuple[TaskLoss, ...]
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class StudentSummary:
-    """The two lines of a student: the one of the verdict, or another one shown beside it."""
+    """The lines of a student: the one of the verdict, or another one shown beside it."""
 
     name: str
     gap: GapLine | None
     retention: RetentionLine | None
+    floor: FloorLine | None
+
+
+@dataclass(frozen=True)
+class StudentDifference:
+    """The student against another student on the same documents: student - other.
+
+    gap: of the gap closed, on 0..1; None if undefined or without an expert. retention: in points.
+    """
+
+    other: str
+    gap: Estimate | None
+    retention: Estimate | None
 
 
 @dataclass(frozen=True)
 class TaskLine:
-    """One task. Scores and differences are on 0..1, over the documents that all models answered.
+    """One task. Scores and differences are on 0..1, over the documents that the models it needs answered.
 
     against: the model that the student is compared with (`base` on domain tasks, `reference` on general ones).
     n documents in `clusters` clusters; unpaired: documents that only some models answered; seen: documents that occur
     in training rows. p of `test`, p_holm corrected over all tasks. detectable: the smallest true difference that this n
     would have found with 80 % power at 5 %. wins and losses: documents on which the student is better or worse.
-    unseen_*: the same without the seen documents, None if there are none (or nothing is left).
+    unchanged: part of the documents with the same score. unseen_*: the same without the seen documents, None if there
+    are none (or nothing is left). unit: as in `TaskResult`. benchmark: the line it is a member of, or empty.
     """
 
     task: str
@@ -77,10 +132,46 @@ class TaskLine:
     detectable: float | None
     wins: int
     losses: int
+    unchanged: float
     unpaired: int
     seen: int
     unseen_scores: Mapping[str, float] | None
     unseen_difference: Estimate | None
+    unit: Unit = "points"
+    benchmark: str = ""
+
+
+@dataclass(frozen=True)
+class BenchmarkLine:
+    """A group of lm-eval: the score that its members give together, weighted as lm-eval does. Figures as of a task."""
+
+    benchmark: str
+    group: str
+    kind: Kind
+    members: int
+    n: int
+    scores: Mapping[str, float]
+    against: str
+    difference: Estimate
+
+
+@dataclass(frozen=True)
+class LossLine:
+    """A task that is a loss: lower is better. values and difference (student - other) are means in `unit`.
+
+    Perplexities are given as the logarithm that is averaged: nats per byte or word. p: two-sided, of no difference.
+    """
+
+    task: str
+    group: str
+    metric: str
+    unit: Unit
+    n: int
+    clusters: int
+    values: Mapping[str, float]
+    against: str
+    difference: Estimate
+    p: float
 
 
 @dataclass(frozen=True)
@@ -134,28 +225,33 @@ class HeldOutLine:
 class ModelLine:
     """A model of the report. role: base, expert, reference, student, or the name of another student.
 
-    same_as: the role with the same weights that answered for it, or empty.
+    same_as: the role with the same weights that answered for it, or empty. base: of an adapter, else empty.
     """
 
     role: str
     path: str
     fingerprint: str
     same_as: str
+    base: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
     """A whole report. word: PASS only if every line of the verdict passes.
 
-    notes: limits of the numbers (unpaired documents, training rows that could not be compared, ...). provenance: (what,
-    value), in order. flips: worst regressions first.
+    date: of the report, as YYYY-MM-DD. notes: significant losses, then the limits of the numbers (unpaired documents,
+    training rows that could not be compared, ...). provenance: (what, value), in order. flips: worst regressions first.
     """
 
     word: Word
+    date: str
     student: StudentSummary
     others: tuple[StudentSummary, ...]
+    compared: tuple[StudentDifference, ...]
     models: tuple[ModelLine, ...]
     tasks: tuple[TaskLine, ...]
+    benchmarks: tuple[BenchmarkLine, ...]
+    losses: tuple[LossLine, ...]
     flips: tuple[Flip, ...]
     held_out: tuple[HeldOutLine, ...]
     radars: tuple[Radar, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from dae_eval.comparing.comparison import assign_roles, merge
+from dae_eval.comparing.roles import assign_roles, merge
 from dae_eval.results import Evaluation
 from evaluations import evaluation, right, task
 

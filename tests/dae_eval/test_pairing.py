@@ -13,12 +13,12 @@ from evaluations import N, line, models, right, task, without
 from kd.errors import UserError
 
 
-def test_a_task_that_only_some_have_is_left_out_and_told() -> None:
+def test_a_task_that_a_needed_model_lacks_is_left_out_and_told() -> None:
     found = models()
-    found["expert"] = without({"expert": found["expert"]}, "copying")["expert"]
+    found["student"] = without({"student": found["student"]}, "copying")["student"]
     report = compare(found)
     assert "copying" not in {each.task for each in report.tasks}
-    assert any("copying" in note and "expert" in note for note in report.notes)
+    assert any("copying" in note and "student" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from pathlib import Path
 import matplotlib as mpl
 import pytest
 from dae_eval.comparing.statistics import Estimate
-from dae_eval.rendering import html, markdown, plots, terminal, wording, write_report
+from dae_eval.rendering import headlines, html, markdown, plots, terminal, wording, write_report
 from dae_eval.report import Report
 from markdown_it import MarkdownIt
-from reports import HOSTILE, bare_report, demo_report, failing_report, hostile_report, wide_report
+from reports import HOSTILE, bare_report, demo_report, failing_report, full_report, hostile_report, wide_report
 from rich.console import Console
 
 from kd.errors import UserError
@@ -24,6 +24,7 @@ from kd.runs.files import TEMPORARY_PREFIX
 
 REPORTS: dict[str, Callable[[], Report]] = {
     "demo": demo_report, "bare": bare_report, "failing": failing_report, "wide": wide_report, "hostile": hostile_report,
+    "full": full_report,
 }  # fmt: skip
 
 
@@ -49,15 +50,16 @@ def printed(report: Report, width: int) -> str:
 def test_an_interval_is_not_rounded_onto_the_bound_that_decides() -> None:
     assert demo_report().student.retention is not None
     line = replace(demo_report().student.retention, difference=Estimate(-0.2, -0.996, 0.4))
-    assert wording.retention_headline(line).interval == "-0.996 to +0.400"
-    assert wording.retention_headline(replace(line, difference=Estimate(-0.2, -0.8, 0.4))).interval == "-0.8 to +0.4"
+    assert headlines.retention_headline(line).interval == "-0.996 to +0.400"
+    assert headlines.retention_headline(replace(line, difference=Estimate(-0.2, -0.8, 0.4))).interval == "-0.8 to +0.4"
 
 
 def test_headlines_of_the_demo() -> None:
-    gap, retention = wording.headlines(demo_report().student)
+    gap, retention, floor = headlines.headlines(demo_report().student)
     assert gap.sentence == "gap closed 92.4 % (88.1 to 95.3), minimum 0 %"
     assert retention.sentence == "retention -0.2 points (-0.8 to +0.4), margin 1"
-    (undefined, _) = wording.headlines(failing_report().student)
+    assert floor.sentence == "worst task -0.8 points (-2.9 to +1.3), limit 5 per task"
+    (undefined, _, _) = headlines.headlines(failing_report().student)
     assert undefined.sentence == "gap closed undefined, minimum 0 %"
     assert "+0.4 (-2.1 to +3.0) points" in undefined.remark
 
@@ -94,13 +96,13 @@ def test_terminal_keeps_within_its_width_and_says_everything(report: Report, wid
     text = printed(report, width)
     assert max(map(len, text.splitlines())) <= width
     together = " ".join(text.split())
-    for line in wording.headlines(report.student):
+    for line in headlines.headlines(report.student):
         assert line.sentence in together
     assert text.index(report.word) < 60 + width
     squeezed = "".join(text.split())
     start = wording.common_start([wording.one_line(task.task) for task in report.tasks])
     for task in report.tasks:
-        assert wording.signed(100 * task.difference.value) in text
+        assert wording.change(task.difference.value, task.unit) in text
         assert "".join(wording.one_line(task.group).split()) in squeezed
         folded = wording.one_line(task.task).removeprefix(start)
         assert folded in text or len(folded) > 14  # a longer name goes over several lines
@@ -163,9 +165,13 @@ def test_markdown_reads_as_what_was_meant(report: Report) -> None:
     rows = {row[0]: row for table in tables for row in table}
     for task in report.tasks:
         row = rows[wording.one_line(task.task)]
-        assert row[1] == wording.documents(task) and f"{100 * task.scores['student']:.1f}" in row
+        assert row[1] == wording.documents(task) and wording.score(task.scores["student"], task.unit) in row
         assert row[2:4] == [wording.score(task.chance), wording.score(task.majority)]
-        assert {wording.p_value(task.p), f"{task.wins} / {task.losses}", wording.score(task.detectable)} <= set(row)
+        assert {
+            wording.p_value(task.p),
+            f"{task.wins} / {task.losses}",
+            wording.score(task.detectable, task.unit),
+        } <= set(row)
     for line in report.models:
         assert wording.one_line(line.path) in rows[line.role]
     for what, value in report.provenance:

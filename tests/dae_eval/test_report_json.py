@@ -15,9 +15,11 @@ import pytest
 from dae_eval.rendering import as_json
 from dae_eval.report import Report
 from pydantic import TypeAdapter
-from reports import bare_report, demo_report, failing_report, hostile_report, wide_report
+from reports import bare_report, demo_report, failing_report, full_report, hostile_report, wide_report
 
-REPORTS: tuple[Callable[[], Report], ...] = (demo_report, bare_report, failing_report, wide_report, hostile_report)
+REPORTS: tuple[Callable[[], Report], ...] = (
+    demo_report, bare_report, failing_report, wide_report, hostile_report, full_report,
+)  # fmt: skip
 SCHEMA = Path(__file__).parents[2] / "docs" / "report-schema.md"
 
 
@@ -66,7 +68,7 @@ def visit(value: Any, kind: str, sections: dict[str, dict[str, str]], visited: s
     elif base.startswith("map from role to "):
         for part in value.values():
             visit(part, base.removeprefix("map from role to "), sections, visited)
-    elif found := re.fullmatch(r"\[([\w-]+)\]\(#\1\)", base):
+    elif found := re.fullmatch(r"\[([\w -]+)\]\(#[\w-]+\)", base):
         keys = sections[found[1]]
         assert value.keys() == keys.keys(), found[1]
         for key, part in value.items():

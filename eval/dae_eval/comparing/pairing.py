@@ -1,8 +1,8 @@
-"""Pair the documents that all models answered under the same conditions; only these are compared."""
+"""Pair the documents that the models of a comparison answered under the same conditions; only these are compared."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,27 +10,58 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dae_eval.comparing.statistics import Floats, Ints
-from dae_eval.results import Document, Evaluation, TaskResult
+from dae_eval.results import Document, Evaluation, Kind, TaskResult
 from kd.errors import UserError
 
+MOST_UNPAIRED = 0.01  # part of a task's documents that only some models answered: with more, the task is incomplete
 _ABSENT = object()
 
 
 @dataclass(frozen=True)
 class PairedTask:
-    """One task on the D documents that all models answered, in the same order for all.
+    """One task on the D documents that the `needed` models answered, in the same order for all.
 
-    result: of the first model. same: by role, the first role with the same weights, whose answers count for both.
-    unpaired: documents that only some models answered. seen_D: documents that occur in any model's training rows.
+    result: of the first model. needed: the roles whose documents were paired. same: by role, the first role with the
+    same weights, whose answers count for both. documents, scores: of the needed models and of others that answered all
+    D documents. weights_D: of the documents in the task's mean. unpaired: documents that only some of the needed models
+    answered. seen_D: documents that occur in any model's training rows.
     """
 
     result: TaskResult
+    needed: tuple[str, ...]
     same: Mapping[str, str]
     documents: Mapping[str, tuple[Document, ...]]
     scores: Mapping[str, Floats]
+    weights_D: Floats
     clusters_D: Ints
     seen_D: NDArray[np.bool_]
     unpaired: int
+
+    @property
+    def too_few(self) -> bool:
+        """Whether more documents are unpaired than a verdict allows."""
+        return self.unpaired > MOST_UNPAIRED * (len(self.clusters_D) + self.unpaired)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A task of which a needed model has no evaluation. roles: those models."""
+
+    task: str
+    kind: Kind
+    roles: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The tasks of one comparison, those that could not be compared, and notes on what was left out."""
+
+    tasks: tuple[PairedTask, ...]
+    missing: tuple[Missing, ...]
+    notes: tuple[str, ...]
+
+    def of(self, kind: Kind) -> tuple[PairedTask, ...]:
+        return tuple(task for task in self.tasks if task.result.kind == kind and not task.result.is_loss)
 
 
 def same_weights(evaluations: Mapping[str, Evaluation]) -> dict[str, str]:
@@ -39,25 +70,39 @@ def same_weights(evaluations: Mapping[str, Evaluation]) -> dict[str, str]:
     return {role: first.setdefault(one.model.fingerprint, role) for role, one in evaluations.items()}
 
 
-def pair_tasks(evaluations: Mapping[str, Evaluation]) -> tuple[list[PairedTask], list[str]]:
-    """The tasks that all models answered, paired by document, and notes on what was left out.
+def needed_for(kind: Kind, student: str, roles: Collection[str], *, with_expert: bool) -> tuple[str, ...]:
+    """The models whose answers a task of this kind needs."""
+    if kind != "domain":
+        return ("reference", student)
+    other = "base" if "base" in roles else "reference"
+    return (other, "expert", student) if with_expert else (other, student)
+
+
+def pair_tasks(
+    evaluations: Mapping[str, Evaluation], student: str, *, with_expert: bool = False, also: Sequence[str] = ()
+) -> Paired:
+    """The tasks of any model, each paired over the models that it needs: the student, and what it is compared with.
+
+    with_expert: domain tasks also need the expert, as the gap closed does. also: other models that each task needs.
 
     Raises:
-        UserError: models answered a task with different settings, or no document is common to all.
+        UserError: models answered a task with different settings, or no document is common to the needed ones.
     """
     names = list(dict.fromkeys(task for one in evaluations.values() for task in one.tasks))
-    paired, notes = [], []
+    same, paired, missing, notes = same_weights(evaluations), [], [], []
     for name in names:
         results = {role: one.tasks[name] for role, one in evaluations.items() if name in one.tasks}
-        if missing := [role for role in evaluations if role not in results]:
-            notes.append(f"Task {name} is left out: {_listed(missing)} did not answer it.")
-            continue
+        kind = next(iter(results.values())).kind
+        needed = (*needed_for(kind, student, evaluations, with_expert=with_expert), *also)
         _check_conditions(name, results)
-        same = same_weights(evaluations)
-        task = _pair(results, same)
+        if absent := tuple(role for role in needed if role not in results):
+            missing.append(Missing(name, kind, absent))
+            notes.append(f"Task {name} is left out: {_listed(absent)} did not answer it.")
+            continue
+        task = _pair(results, needed, same)
         paired.append(task)
         notes += _notes_on(task, results)
-    return paired, notes
+    return Paired(tuple(paired), tuple(missing), tuple(notes))
 
 
 def _check_conditions(name: str, results: Mapping[str, TaskResult]) -> None:
@@ -88,23 +133,30 @@ def _shown(value: Any) -> str:
     return "nothing" if value is _ABSENT else repr(value)
 
 
-def _pair(results: Mapping[str, TaskResult], same: Mapping[str, str]) -> PairedTask:
-    first = next(iter(results.values()))
-    by_key = {role: _by_key(results[role], role) for role in dict.fromkeys(same.values())}
-    everywhere = [key for key in by_key[same[next(iter(results))]] if all(key in found for found in by_key.values())]
+def _pair(results: Mapping[str, TaskResult], needed: Sequence[str], same: Mapping[str, str]) -> PairedTask:
+    first = results[needed[0]]
+    owners = {role: same[role] if same[role] in results else role for role in results}
+    by_key = {role: _by_key(results[role], role) for role in dict.fromkeys(owners.values())}
+    asked = [by_key[owners[role]] for role in needed]
+    everywhere = [key for key in asked[0] if all(key in found for found in asked)]
     if not everywhere:
-        raise UserError(f"task {first.task}: no document was answered by all models; evaluate them on the same files.")
-    documents = {role: tuple(by_key[same[role]][key] for key in everywhere) for role in results}
+        raise UserError(
+            f"task {first.task}: no document was answered by {_listed(needed)}; evaluate them on the same files."
+        )
+    complete = [role for role in results if role in needed or all(key in by_key[owners[role]] for key in everywhere)]
+    documents = {role: tuple(by_key[owners[role]][key] for key in everywhere) for role in complete}
     seen = {(d.id, d.hash) for result in results.values() for d in result.documents if d.seen}
-    clusters = [document.cluster for document in documents[next(iter(results))]]
+    clusters = [document.cluster for document in documents[needed[0]]]
     return PairedTask(
         result=first,
-        same=same,
+        needed=tuple(needed),
+        same=owners,
         documents=documents,
         scores={role: np.array([d.score for d in found], dtype=np.float64) for role, found in documents.items()},
+        weights_D=np.array([d.weight for d in documents[needed[0]]], dtype=np.float64),
         clusters_D=np.unique(clusters, return_inverse=True)[1].astype(np.int64),
         seen_D=np.array([key in seen for key in everywhere], dtype=np.bool_),
-        unpaired=len({key for found in by_key.values() for key in found}) - len(everywhere),
+        unpaired=len({key for found in asked for key in found}) - len(everywhere),
     )
 
 
@@ -119,7 +171,11 @@ def _notes_on(task: PairedTask, results: Mapping[str, TaskResult]) -> list[str]:
     name = task.result.task
     notes = []
     if task.unpaired:
-        notes.append(f"Task {name}: {_documents(task.unpaired)} left out, answered by only some of the models.")
+        notes.append(
+            f"Task {name}: {_documents(task.unpaired)} left out, answered by only some of {_listed(task.needed)}."
+        )
+    if partial := [role for role in results if role not in task.documents]:
+        notes.append(f"Task {name}: {_listed(partial)} did not answer all documents, so no score of it is shown.")
     if seen := int(task.seen_D.sum()):
         notes.append(
             f"Task {name}: {seen} of {_documents(len(task.seen_D))} also in training rows; "
@@ -128,7 +184,7 @@ def _notes_on(task: PairedTask, results: Mapping[str, TaskResult]) -> list[str]:
     if task.clusters_D.max() == 0:
         notes.append(f"Task {name}: all documents share one source, so the variance is unknown.")
     for role, other in task.same.items():
-        if other != role and (differing := _differing(results[role], results[other])):
+        if other != role and role in task.documents and (differing := _differing(results[role], results[other])):
             notes.append(
                 f"Task {name}: {role} and {other} have the same weights, but their scores differ on "
                 f"{_documents(differing)}; those of {other} count for both."

@@ -1,179 +1,228 @@
-"""The two lines of a verdict and the line of each task, from paired documents."""
+"""The lines of a verdict, from paired documents: gap closed, retention, and the largest loss of a single task."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from dae_eval.comparing.pairing import PairedTask
-from dae_eval.comparing.resampling import Answers, gain, gap_closed, gap_documents_needed, gap_word, retention_ratio
+from dae_eval.comparing.pairing import Missing, Paired, PairedTask
+from dae_eval.comparing.resampling import (
+    Answers,
+    gain,
+    gap_closed,
+    gap_difference,
+    gap_documents_needed,
+    gap_word,
+    retention_ratio,
+)
 from dae_eval.comparing.statistics import (
+    ALPHA,
     Estimate,
-    Floats,
+    Spread,
     Word,
-    detectable_difference,
     documents_needed,
     holm,
+    loss_p,
     macro_difference,
     non_inferiority,
-    paired_difference,
-    paired_test,
     spread,
 )
-from dae_eval.report import Flip, GapLine, RetentionLine, StudentSummary, TaskLine
+from dae_eval.comparing.task_lines import NOTHING
+from dae_eval.report import FloorLine, GapLine, RetentionLine, StudentDifference, StudentSummary, TaskLoss
+from dae_eval.results import Unit
 
-NOTHING = Estimate(0.0, 0.0, 0.0)  # between a model and itself
-_KINDS = ("general", "domain", "shown")
+LEAST_DOCUMENTS = 30  # independent ones over the tasks of a line: on fewer, no verdict rests
 
 
-def summarise(
-    tasks: Sequence[PairedTask], name: str, *, margin: float, min_gap: float, retention_only: bool, seed: int
-) -> StudentSummary:
-    """Both lines for the student called `name`. margin: in points."""
-    domain = [task for task in tasks if task.result.kind == "domain"]
-    general = [task for task in tasks if task.result.kind == "general"]
-    gap = None if retention_only else _gap_line(domain, name, min_gap, seed)
-    return StudentSummary(name, gap, _retention_line(general, name, margin, seed))
+@dataclass(frozen=True)
+class Asked:
+    """What a verdict is about. margin, max_task_loss: in points; allowed: tasks that may be missing."""
+
+    margin: float
+    min_gap: float
+    max_task_loss: float
+    retention_only: bool
+    allowed: Collection[str]
+    seed: int
+
+
+def summarise(answered: Paired, with_expert: Paired | None, name: str, asked: Asked) -> StudentSummary:
+    """The lines for the student called `name`. with_expert: the domain tasks as the gap closed needs them."""
+    gap = None if with_expert is None else _gap_line(with_expert, name, asked)
+    return StudentSummary(name, gap, _retention_line(answered, name, asked), _floor_line(answered, name, asked))
 
 
 def overall(summary: StudentSummary) -> Word:
     """FAIL if a line fails, PASS if all pass."""
-    words = [line.word for line in (summary.gap, summary.retention) if line is not None]
+    words = [line.word for line in (summary.gap, summary.retention, summary.floor) if line is not None]
     if "FAIL" in words:
         return "FAIL"
     return "PASS" if all(word == "PASS" for word in words) else "INCONCLUSIVE"
 
 
-def _gap_line(tasks: Sequence[PairedTask], student: str, minimum: float, seed: int) -> GapLine:
-    answers, (base, expert, row) = _answers(tasks, ("base", "expert", student))
-    gained = gain(answers, base, expert, seed=seed)
-    closed = gap_closed(answers, base, expert, row, seed=seed)
-    word = gap_word(closed, minimum)
-    needed = None
+def _gap_line(paired: Paired, student: str, asked: Asked) -> GapLine:
+    tasks = paired.of("domain")
+    answers, (base, expert, row) = _answers(tasks, (tasks[0].needed[0], "expert", student))
+    closed = gap_closed(answers, base, expert, row, seed=asked.seed)
+    word, needed, reasons = gap_word(closed, asked.min_gap), None, _reasons(tasks, paired.missing, "domain", asked)
     if word == "INCONCLUSIVE":
-        needed = gap_documents_needed(answers, base, expert, row, minimum, defined=closed is not None)
-    return GapLine(word, gained, closed, minimum, needed)
+        needed = gap_documents_needed(answers, base, expert, row, asked.min_gap, defined=closed is not None)
+    return GapLine(
+        word=_unless(reasons, word, tasks),
+        gain=gain(answers, base, expert, seed=asked.seed),
+        closed=closed,
+        minimum=asked.min_gap,
+        documents_needed=needed,
+        documents_exist=_existing(tasks),
+        same_weights=base == expert,
+        reasons=reasons,
+    )
 
 
-def _retention_line(tasks: Sequence[PairedTask], student: str, margin: float, seed: int) -> RetentionLine:
+def _retention_line(paired: Paired, student: str, asked: Asked) -> RetentionLine:
+    tasks = paired.of("general")
     answers, (reference, kept) = _answers(tasks, ("reference", student))
-    ratio = retention_ratio(answers, reference, kept, seed=seed)
-    if reference == kept:
-        return RetentionLine("PASS", NOTHING, margin, None, ratio)
-    spreads = [spread(task.scores[student] - task.scores["reference"], task.clusters_D) for task in tasks]
-    difference = macro_difference(spreads)
-    word = non_inferiority(difference, margin / 100)
-    needed = documents_needed(spreads, margin / 100) if word == "INCONCLUSIVE" else None
-    points = Estimate(100 * difference.value, 100 * difference.low, 100 * difference.high)
-    return RetentionLine(word, points, margin, needed, ratio)
+    reasons, margin = _reasons(tasks, paired.missing, "general", asked), asked.margin / 100
+    spreads, shares = [_spread(task, student) for task in tasks], _shares(tasks)
+    difference = NOTHING if reference == kept else macro_difference(spreads, shares)
+    word = non_inferiority(difference, margin)
+    needed = documents_needed(spreads, margin, shares) if word == "INCONCLUSIVE" else None
+    return RetentionLine(
+        word=_unless(reasons, word, tasks),
+        difference=_in_points(difference),
+        margin=asked.margin,
+        documents_needed=needed,
+        ratio=retention_ratio(answers, reference, kept, seed=asked.seed),
+        documents_exist=_existing(tasks),
+        unit=_unit(tasks),
+        reasons=reasons,
+    )
+
+
+def _floor_line(paired: Paired, student: str, asked: Asked) -> FloorLine:
+    """Each task alone, the members of benchmarks, and benchmarks as a whole; losses are Holm's over all of them."""
+    limit = asked.max_task_loss / 100
+    tasks = [*paired.of("general"), *paired.of("domain")]
+    alone = [task for task in tasks if not task.result.benchmark]
+    benchmarks: dict[tuple[str, str], list[PairedTask]] = {}
+    for task in (task for task in tasks if task.result.benchmark):
+        benchmarks.setdefault((task.result.group, task.result.benchmark), []).append(task)
+    whole = [([task], task.result.task) for task in alone]
+    whole += [(members, name) for (_, name), members in benchmarks.items()]
+    members = [([task], task.result.task) for of in benchmarks.values() for task in of]
+    losses = [_loss(of, name, student, limit) for of, name in (*whole, *members)]
+    corrected = holm([loss.p for loss in losses])
+    lost = [one for one, p in zip(losses, corrected, strict=True) if p < ALPHA and one.documents >= LEAST_DOCUMENTS]
+    undecided = [one for one in losses[: len(whole)] if one not in lost and not _is_ruled_out(one, asked)]
+    # With a gap line, it has the reasons of the domain tasks.
+    reasons = _incomplete(paired.of("domain"), paired.missing, "domain", asked) if asked.retention_only else ()
+    word: Word = "FAIL" if lost else "INCONCLUSIVE" if undecided or reasons else "PASS"
+    worst = min(losses, key=lambda loss: loss.difference.value)
+    return FloorLine(word, asked.max_task_loss, worst, tuple(lost), tuple(undecided), reasons)
+
+
+def _is_ruled_out(loss: TaskLoss, asked: Asked) -> bool:
+    """Whether a loss beyond the limit is ruled out."""
+    same = loss.difference == NOTHING
+    return same or (loss.difference.low > -asked.max_task_loss and loss.documents >= LEAST_DOCUMENTS)
+
+
+def _loss(tasks: Sequence[PairedTask], name: str, student: str, limit: float) -> TaskLoss:
+    other, n = tasks[0].needed[0], _independent(tasks)
+    if tasks[0].same[other] == tasks[0].same[student]:
+        return TaskLoss(name, other, n, NOTHING, 1.0, None)
+    spreads, shares = [_spread(task, student) for task in tasks], _shares(tasks)
+    difference, needed = macro_difference(spreads, shares), None
+    if non_inferiority(difference, limit) == "INCONCLUSIVE":
+        needed = documents_needed(spreads, limit, shares)
+    return TaskLoss(name, other, n, _in_points(difference), loss_p(spreads, limit, shares), needed)
+
+
+def student_difference(answered: Paired, with_expert: Paired | None, other: str, *, seed: int) -> StudentDifference:
+    """The student against another one. answered, with_expert: paired over both students."""
+    general, domain = answered.of("general"), () if with_expert is None else with_expert.of("domain")
+    gap, retention = None, None
+    if domain:
+        roles = (domain[0].needed[0], "expert", other, "student")
+        answers, (base, expert, its, mine) = _answers(domain, roles)
+        gap = gap_difference(answers, base, expert, its, mine, seed=seed)
+        gap = NOTHING if its == mine and gap is not None else gap
+    if general:
+        same = general[0].same["student"] == general[0].same[other]
+        spreads = [spread(task.scores["student"] - task.scores[other], task.clusters_D) for task in general]
+        retention = NOTHING if same else _in_points(macro_difference(spreads, _shares(general)))
+    return StudentDifference(other, gap, retention)
 
 
 def _answers(tasks: Sequence[PairedTask], roles: tuple[str, ...]) -> tuple[list[Answers], list[int]]:
     """One row for each different set of weights, and the rows of `roles`."""
     owners = [tasks[0].same[role] for role in roles]
     distinct = list(dict.fromkeys(owners))
-    answers = [Answers(np.stack([task.scores[role] for role in distinct]), task.clusters_D) for task in tasks]
+    answers = [
+        Answers(
+            np.stack([task.scores[roles[owners.index(owner)]] for owner in distinct]),
+            task.clusters_D,
+            task.result.benchmark,
+            task.result.share,
+        )
+        for task in tasks
+    ]
     return answers, [distinct.index(owner) for owner in owners]
 
 
-def task_lines(tasks: Sequence[PairedTask], *, seed: int) -> list[TaskLine]:
-    """A line for each task: general tasks first, then the largest losses by group and task."""
-    tested = [_test(task, seed) for task in tasks]
-    corrected = holm([p for p, _ in tested])
-    lines = [_task_line(*each) for each in zip(tasks, tested, corrected, strict=True)]
-    worst: dict[tuple[str, str], float] = {}
-    for line in lines:
-        key = (line.kind, line.group)
-        worst[key] = min(line.difference.value, worst.get(key, 1.0))
-    return sorted(
-        lines,
-        key=lambda t: (_KINDS.index(t.kind), worst[(t.kind, t.group)], t.group, t.difference.value, t.task),
-    )
+def _spread(task: PairedTask, student: str) -> Spread:
+    return spread(task.scores[student] - task.scores[task.needed[0]], task.clusters_D)
 
 
-def against(task: PairedTask) -> str:
-    """The model that the student is compared with: `base` on domain tasks (if there is one), else `reference`."""
-    return "base" if task.result.kind == "domain" and "base" in task.scores else "reference"
+def _shares(tasks: Sequence[PairedTask]) -> list[float]:
+    return [task.result.share for task in tasks]
 
 
-def _test(task: PairedTask, seed: int) -> tuple[float, str]:
-    other = against(task)
-    if task.same[other] == task.same["student"]:
-        return 1.0, "same weights"
-    differences_D = task.scores["student"] - task.scores[other]
-    return paired_test(differences_D, task.clusters_D, binary=_binary(task), seed=seed)
+def _in_points(difference: Estimate) -> Estimate:
+    return Estimate(100 * difference.value, 100 * difference.low, 100 * difference.high)
 
 
-def _binary(task: PairedTask) -> bool:
-    return all(bool(np.isin(scores_D, (0.0, 1.0)).all()) for scores_D in task.scores.values())
+def _unit(tasks: Sequence[PairedTask]) -> Unit:
+    units = {task.result.unit for task in tasks}
+    return units.pop() if len(units) == 1 else "points"
 
 
-def _task_line(task: PairedTask, tested: tuple[float, str], p_holm: float) -> TaskLine:
-    result, other = task.result, against(task)
-    differences_D = task.scores["student"] - task.scores[other]
-    one_model = task.same[other] == task.same["student"]
-    unseen, everything = ~task.seen_D, np.ones_like(task.seen_D)
-    some_seen = bool(task.seen_D.any() and unseen.any())
-
-    def difference(chosen: np.typing.NDArray[np.bool_]) -> Estimate:
-        return NOTHING if one_model else paired_difference(differences_D[chosen], task.clusters_D[chosen])
-
-    detectable = (
-        None if one_model else detectable_difference(spread(differences_D, task.clusters_D), binary=_binary(task))
-    )
-    return TaskLine(
-        task=result.task,
-        group=result.group,
-        kind=result.kind,
-        metric=result.metric,
-        n=len(differences_D),
-        clusters=int(task.clusters_D.max()) + 1,
-        chance=result.chance,
-        majority=result.majority,
-        scores=_means(task.scores, everything),
-        against=other,
-        difference=difference(everything),
-        p=tested[0],
-        p_holm=p_holm,
-        test=tested[1],
-        detectable=detectable,
-        wins=int((differences_D > 0).sum()),
-        losses=int((differences_D < 0).sum()),
-        unpaired=task.unpaired,
-        seen=int(task.seen_D.sum()),
-        unseen_scores=_means(task.scores, unseen) if some_seen else None,
-        unseen_difference=difference(unseen) if some_seen else None,
-    )
+def _existing(tasks: Sequence[PairedTask]) -> int | None:
+    """The documents of the largest task; None if a task's are unknown."""
+    totals = [task.result.total for task in tasks]
+    return None if None in totals else max(total for total in totals if total is not None)
 
 
-def _means(scores: Mapping[str, Floats], chosen: np.typing.NDArray[np.bool_]) -> dict[str, float]:
-    return {role: float(scores_D[chosen].mean()) for role, scores_D in scores.items()}
+def _reasons(tasks: Sequence[PairedTask], missing: Sequence[Missing], kind: str, asked: Asked) -> tuple[str, ...]:
+    """Why a line cannot pass: missing tasks or documents that were not allowed by name, too few documents."""
+    n, found = _independent(tasks), _incomplete(tasks, missing, kind, asked)
+    few = f"{n} independent documents are too few for a verdict: it needs {LEAST_DOCUMENTS}"
+    return (*found, few) if n < LEAST_DOCUMENTS else found
 
 
-def flips(tasks: Sequence[PairedTask]) -> list[Flip]:
-    """Documents on which the student and the model it is compared with differ: worst regressions first.
+def _incomplete(tasks: Sequence[PairedTask], missing: Sequence[Missing], kind: str, asked: Asked) -> tuple[str, ...]:
+    """Missing tasks and documents that were not allowed by name."""
+    found = [
+        f"task {one.task} was not answered by {' and '.join(one.roles)}; to pass without it, --allow-missing {one.task}"
+        for one in missing
+        if one.kind == kind and one.task not in asked.allowed
+    ]
+    found += [
+        f"task {name}: {task.unpaired} of {task.unpaired + len(task.clusters_D)} documents were answered by only some "
+        f"of {', '.join(task.needed)}; to pass without them, --allow-missing {name}"
+        for task, name in ((task, task.result.task) for task in tasks)
+        if task.too_few and name not in asked.allowed
+    ]
+    return tuple(found)
 
-    Ties: general tasks before domain tasks, then the task with the largest loss.
-    """
-    found = []
-    for task in tasks:
-        other = against(task)
-        lost = float((task.scores["student"] - task.scores[other]).mean())
-        for index, (mine, its) in enumerate(zip(task.documents["student"], task.documents[other], strict=True)):
-            if mine.score != its.score:
-                change = mine.score - its.score
-                flip = Flip(
-                    task=task.result.task,
-                    group=task.result.group,
-                    id=mine.id,
-                    prompt=mine.prompt,
-                    target=mine.target,
-                    answers={other: its.answer, "student": mine.answer},
-                    scores={other: its.score, "student": mine.score},
-                    against=other,
-                    change=change,
-                    seen=bool(task.seen_D[index]),
-                )
-                found.append(((change, _KINDS.index(task.result.kind), lost, flip.task, flip.id), flip))
-    return [flip for _, flip in sorted(found, key=lambda pair: pair[0])]
+
+def _independent(tasks: Sequence[PairedTask]) -> int:
+    return sum(int(task.clusters_D.max()) + 1 for task in tasks)
+
+
+def _unless(reasons: Sequence[str], word: Word, tasks: Sequence[PairedTask]) -> Word:
+    """A line with reasons cannot pass, and cannot fail on too few documents."""
+    too_few = _independent(tasks) < LEAST_DOCUMENTS
+    return "INCONCLUSIVE" if reasons and (word == "PASS" or too_few) else word

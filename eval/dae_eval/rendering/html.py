@@ -15,19 +15,22 @@ from markupsafe import Markup, escape
 
 from dae_eval.comparing.statistics import Estimate
 from dae_eval.rendering import wording
-from dae_eval.report import Flip, GapLine, Report, RetentionLine
+from dae_eval.rendering.headlines import compared_sentence, headlines
+from dae_eval.report import Flip, Report, StudentSummary
 
 if TYPE_CHECKING:
     from dae_eval.rendering.plots import Plot
 
 HERE = Path(__file__).parent
 FLIPS = 400  # documents in the page; report.json has all
+ROOM = 12.0  # per cent of a card's width that a number below its line takes
 PROMPT, ANSWER = 2000, 1000  # characters of a prompt (its end) and of an answer (its start)
 
 # Names of the plots' colours; page.css gives each a value for light and for dark.
 _PLOT_COLOURS = {
     "#1b1f24": "ink", "#8a929c": "faint", "#ffffff": "paper", "#6e7781": "grey", "#0072b2": "blue",
     "#d55e00": "vermillion", "#009e73": "green", "#b5558f": "purple", "#b07a00": "orange", "#6b4c2a": "brown",
+    "#b3261e": "lost",
 }  # fmt: skip
 
 
@@ -44,7 +47,9 @@ def render(report: Report, plots: Sequence[Plot]) -> str:
             plotted={plot.name.split("-")[0] for plot in plots},
             flips=[view(flip, report) for flip in shown],
             flip_groups=_tasks_by_group(shown),
-            scales=_scales(report.student.gap, report.student.retention),
+            scales=_scales(report.student),
+            headlines=headlines,
+            compared_sentence=compared_sentence,
             style=Markup((HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704 - our own file
             script=Markup(script),  # noqa: S704 - our own file
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -80,29 +85,54 @@ def _themed(svg: str) -> Markup:
 
 
 @dataclass(frozen=True)
+class Tick:
+    place: float
+    label: str
+
+
+@dataclass(frozen=True)
 class Scale:
-    """Positions of a headline's figures on a line, in per cent of its width."""
+    """Positions of a headline's figures on a line, in per cent of its width, and the numbers below it."""
 
     low: float
     value: float
     high: float
     zero: float
     bound: float
+    ticks: tuple[Tick, ...]
 
 
-def _scales(gap: GapLine | None, retention: RetentionLine | None) -> dict[str, Scale | None]:
-    closed, kept = gap and gap.closed, retention and retention.difference
-    return {
-        "gap closed": _scale(closed, gap.minimum, 1.0) if gap and closed else None,
-        "retention": _scale(kept, -retention.margin, retention.margin) if retention and kept else None,
-    }
+def _scales(student: StudentSummary) -> dict[str, Scale | None]:
+    gap, retention, floor = student.gap, student.retention, student.floor
+    scales: dict[str, Scale | None] = {"gap closed": None, "retention": None, "worst task": None}
+    if gap and gap.closed:
+        figure = Estimate(100 * gap.closed.value, 100 * gap.closed.low, 100 * gap.closed.high)
+        scales["gap closed"] = _scale(figure, 100 * gap.minimum, 100, 1, " %")
+    if retention:
+        factor = wording.FULL_SCALE[retention.unit] / 100
+        scales["retention"] = _scale(retention.difference, -retention.margin, retention.margin, factor, "")
+    if floor:
+        scales["worst task"] = _scale(floor.worst.difference, -floor.limit, 0, 1, "")
+    return scales
 
 
-def _scale(figure: Estimate, bound: float, also: float) -> Scale:
-    """A line through all values and `also`, with a margin of a twelfth of its length at both ends."""
+def _scale(figure: Estimate, bound: float, also: float, factor: float, unit: str) -> Scale:
+    """A line through all values and `also`, with a margin of a twelfth of its length at both ends.
+
+    Below it the bound, 0 and `also`, as far as there is room. factor: from values to what is shown.
+    """
     shown = (figure.low, figure.value, figure.high, 0.0, bound)
     start, length = min(*shown, also), (max(*shown, also) - min(*shown, also)) or 1.0
-    return Scale(*(round(100 * (1 / 12 + (x - start) / length * 10 / 12), 2) for x in shown))
+
+    def place(value: float) -> float:
+        return round(100 * (1 / 12 + (value - start) / length * 10 / 12), 2)
+
+    ticks: list[Tick] = []
+    for value in (bound, 0.0, also):
+        if all(abs(place(value) - tick.place) > ROOM for tick in ticks):
+            ticks.append(Tick(place(value), f"{factor * value:g}{unit}"))
+    low, middle, high, zero, at_bound = map(place, shown)
+    return Scale(low, middle, high, zero, at_bound, tuple(ticks))
 
 
 def embedded(flips: Sequence[Flip], limit: int = FLIPS) -> list[Flip]:

@@ -5,19 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+from dae_eval.rendering.headlines import compared_sentence, headlines
 from dae_eval.rendering.wording import (
+    LOSS_MARK,
     MARK,
     Column,
     against,
+    benchmarks,
     clipped,
     clipped_start,
     columns,
     count,
+    distances,
     documents,
     groups,
-    headlines,
-    is_significant,
     kinds,
+    loss_change,
+    loss_value,
+    mark,
+    metrics,
     one_line,
     p_value,
     points,
@@ -26,7 +32,7 @@ from dae_eval.rendering.wording import (
     tests_used,
     without_seen,
 )
-from dae_eval.report import Flip, Report, TaskLine
+from dae_eval.report import BenchmarkLine, Flip, Report, TaskLine
 
 REGRESSIONS = 10  # shown, at most two of a task; report.json has all
 
@@ -48,6 +54,7 @@ def render(report: Report) -> str:
         f"Evaluation: {report.word}": _verdict(report),
         "Models": _models(report),
         "Tasks": _tasks(report),
+        "Losses": _losses(report),
         "Held-out responses": _held_out(report),
         "Regressions": _regressions(report),
         "Notes": "\n".join(f"- {escape(clipped(note, 600))}" for note in report.notes),
@@ -60,55 +67,90 @@ def render(report: Report) -> str:
     )
 
 
+def section(report: Report) -> str:
+    """The verdict and the tasks, as a section of a model card."""
+    return f"## Evaluation: {report.word}\n\n{_verdict(report)}\n\n{_tasks(report)}"
+
+
 def _verdict(report: Report) -> str:
     rows = [
         (name, line.measure, f"**{line.figure}**", line.interval, line.condition, line.word, line.remark)
         for name, summary in ((escape(one.name), one) for one in (report.student, *report.others))
         for line in headlines(summary)
     ]
-    return _table(("student", "measure", "value", "95 % interval", "condition", "verdict", "remark"), rows)
+    parts = [_table(("student", "measure", "value", "95 % interval", "condition", "verdict", "remark"), rows)]
+    compared = (f"- Student minus {escape(one.other)}: {escape(compared_sentence(one))}" for one in report.compared)
+    parts.append("\n".join(compared))
+    if found := distances(report):
+        parts.append(f"KL(reference \\|\\| student) in nats per response token: {escape(found)}.")
+    return "\n\n".join([*filter(None, parts), f"Date: {report.date}."])
 
 
 def _models(report: Report) -> str:
     rows = []
     for line in report.models:
         same = f"same weights as {escape(line.same_as)}" if line.same_as else ""
-        rows.append((escape(line.role), escape(line.path), escape(line.fingerprint[:16]), same))
-    return _table(("role", "checkpoint", "fingerprint", ""), rows)
+        rows.append((escape(line.role), escape(line.path), escape(line.fingerprint), same))
+    return _table(("role", "checkpoint", "SHA-256", ""), rows)
 
 
 def _tasks(report: Report) -> str:
     shown = columns(report)
     models = [escape(column.label) for column in shown]
-    tested = ("difference (95 %)", "p", "p (Holm)", "won / lost", "detectable")
+    tested = ("difference (95 %)", "p", "p (Holm)", "won / lost", "same %", "detectable")
     head = ("task", "n", "chance", "majority", *models, *tested)
     parts = []
     for group, tasks in groups(report).items():
-        rows = [
+        rows = [_benchmark(line, shown) for line in benchmarks(report, group)]
+        rows += [
             (
                 escape(task.task),
                 documents(task),
                 score(task.chance),
                 score(task.majority),
-                *(score(column.value(task.scores)) for column in shown),
-                points(task.difference) + (f" \\{MARK}" if is_significant(task) else ""),
+                *(score(column.value(task.scores), task.unit) for column in shown),
+                f"{points(task.difference, unit=task.unit)} {escape(mark(task))}".rstrip(),
                 p_value(task.p),
                 p_value(task.p_holm),
                 f"{count(task.wins)} / {count(task.losses)}",
-                score(task.detectable),
+                f"{100 * task.unchanged:.0f}",
+                score(task.detectable, task.unit),
             )
             for task in tasks
         ]
-        title = f"**{escape(group)}** ({kinds(tasks, report)}; student - {escape(against(tasks))})"
+        about = f"{kinds(tasks, report)}; student - {escape(against(tasks))}; {escape(metrics(tasks))}"
+        title = f"**{escape(group)}** ({about})"
         remarks = "".join(f"\n- {remark}" for remark in _remarks(tasks, shown))
         parts.append(f"{title}\n\n{_table(head, rows, left=1)}" + (f"\n{remarks}" if remarks else ""))
     if parts:
         parts.append(
             "Scores in per cent, differences in points with 95 % intervals. n: documents, and their sources if they "
-            f"share some. p: {escape(tests_used(report))}. \\{MARK}: p < 0.05 after Holm's correction over all "
-            "tasks. detectable: the smallest true difference that n would have found with 80 % power."
+            f"share some. p: {escape(tests_used(report))}. {LOSS_MARK} loss, \\{MARK} gain: p < 0.05 after Holm's "
+            "correction over all tasks. same: documents with the same score. detectable: the smallest true difference "
+            "that n would have found with 80 % power."
         )
     return "\n\n".join(parts)
+
+
+def _benchmark(line: BenchmarkLine, shown: Sequence[Column]) -> tuple[str, ...]:
+    scores = (score(column.value(line.scores)) for column in shown)
+    empty = ("",) * 5
+    name = f"{escape(line.benchmark)} ({line.members} tasks)"
+    return (name, count(line.n), "", "", *scores, points(line.difference), *empty)
+
+
+def _losses(report: Report) -> str:
+    """Tasks that are losses: lower is better."""
+    shown = columns(report)
+    head = ("task", "unit", "n", *(escape(column.label) for column in shown), "student - other (95 %)", "p")
+    rows = []
+    for line in report.losses:
+        values = [column.value(line.values) for column in shown]
+        cells = ("" if value is None else loss_value(line, value) for value in values)
+        change = f"{loss_change(line)}, against {escape(line.against)}"
+        rows.append((escape(line.task), line.unit, count(line.n), *cells, change, p_value(line.p)))
+    table = _table(head, rows, left=2)
+    return f"Lower is better; they count in no line of the verdict.\n\n{table}" if rows else ""
 
 
 def _remarks(tasks: Sequence[TaskLine], shown: Sequence[Column]) -> Iterator[str]:

@@ -22,7 +22,16 @@ from matplotlib.projections.polar import PolarAxes
 from matplotlib.ticker import MaxNLocator
 
 from dae_eval.comparing.statistics import Estimate
-from dae_eval.rendering.wording import against, clipped, columns, common_start, groups, is_significant, one_line
+from dae_eval.rendering.wording import (
+    against,
+    clipped,
+    columns,
+    common_start,
+    groups,
+    is_loss,
+    is_significant,
+    one_line,
+)
 from dae_eval.report import Curve, Radar, Report, TaskLine
 from dae_eval.results import Kind
 
@@ -30,10 +39,11 @@ INK, FAINT, PAPER, GREY = "#1b1f24", "#8a929c", "#ffffff", "#6e7781"
 # After Okabe and Ito, for colour-blind readers; pale colours are darker for the contrast of thin lines. Each model also
 # has its own marker and line style.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, BROWN = "#0072b2", "#d55e00", "#009e73", "#b5558f", "#b07a00", "#6b4c2a"
-WIDTH = 4.8  # inches: readable at the full width of a phone
-ROW, LABELS = 0.25, 2.0  # inches per task in the forest plot, and at most for its name
+LOST = "#b3261e"  # a significant loss
+WIDTH = 3.9  # inches: text of 9 points is readable at the full width of a phone
+ROW, LABELS = 0.25, 1.6  # inches per task in the forest plot, and at most for its name
 FEW_SPOKES = 14  # up to this number the labels of a radar are horizontal
-LABEL_ACROSS, LABEL_ALONG = 0.4, 1.0  # inches
+LABEL_ACROSS, LABEL_ALONG, LABEL_BESIDE = 0.4, 0.85, 0.8  # inches
 PANELS: Mapping[Kind, str] = {"domain": "Domain tasks", "general": "General tasks", "shown": "Tasks in neither line"}
 
 _SETTINGS: dict[Any, Any] = {  # on matplotlib's own defaults; a user's matplotlibrc is ignored
@@ -194,11 +204,13 @@ def _fitted(figure: Figure, label: str, start: str | None) -> str:
 
 
 def _draw_rows(axes: Axes, rows: Sequence[tuple[str, TaskLine | Estimate | None]], kind: Kind) -> None:
-    colour, marker = {"domain": (BLUE, "o"), "general": (VERMILLION, "s"), "shown": (GREEN, "D")}[kind]
     for y, (_, row) in enumerate(rows):
+        colour, marker = {"domain": (BLUE, "o"), "general": (BLUE, "s"), "shown": (GREEN, "D")}[kind]
         if isinstance(row, TaskLine):
             ends = [100 * end for end in (row.difference.low, row.difference.high)]
             face = colour if is_significant(row) else PAPER
+            if is_loss(row):
+                colour, marker, face = LOST, "v", LOST
             axes.plot(ends, [y, y], color=colour, linewidth=1.6, solid_capstyle="butt", zorder=3)
             axes.plot(
                 100 * row.difference.value, y, marker, color=colour, markerfacecolor=face, markersize=5.5, zorder=4
@@ -221,7 +233,7 @@ def _draw_rows(axes: Axes, rows: Sequence[tuple[str, TaskLine | Estimate | None]
 def radar_plot(radar: Radar, report: Report, styles: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Scores by category on absolute axes from 0 to 100 %. Models with the same weights are one line."""
     room = LABEL_ALONG if len(radar.axes) > FEW_SPOKES else LABEL_ACROSS  # inches around the circle, for its labels
-    circle, title, legend = WIDTH - 2 * max(room, 1.0), 0.35, 0.65
+    circle, title, legend = WIDTH - 2 * max(room, LABEL_BESIDE), 0.35, 0.65
     height = title + 2 * room + circle + legend
     figure = _figure(height)
     place = ((1 - circle / WIDTH) / 2, (legend + room) / height, circle / WIDTH, circle / height)
@@ -235,7 +247,7 @@ def radar_plot(radar: Radar, report: Report, styles: Mapping[str, Mapping[str, A
         axes.plot([*angles, angles[0]], closed, label=clipped(label, 24), **styles[model])
     axes.set_ylim(0, 100)
     outermost = "" if len(radar.axes) > FEW_SPOKES else "100 %"
-    axes.set_yticks([25, 50, 75, 100], ["25", "50", "75", outermost], fontsize=7, color=INK)
+    axes.set_yticks([25, 50, 75, 100], ["25", "50", "75", outermost], fontsize=8, color=INK)
     axes.set_rlabel_position(180 / len(radar.axes))
     axes.set_xticks(angles, [""] * len(angles))
     names = [one_line(axis) for axis in radar.axes]
@@ -273,7 +285,7 @@ def _label_spokes(axes: Axes, labels: Sequence[str], angles: Sequence[float]) ->
         vertical = "center" if along or abs(math.cos(angle)) < 0.9 else ("bottom" if math.cos(angle) > 0 else "top")
         axes.text(
             angle, 106, text, ha=side, va=vertical, rotation=turn if along else 0, rotation_mode="anchor",
-            fontsize=7 if along else 8.5, linespacing=1.0,
+            fontsize=8 if along else 8.5, linespacing=1.0,
         )  # fmt: skip
 
 

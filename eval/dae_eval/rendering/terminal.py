@@ -14,28 +14,35 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from dae_eval.rendering.headlines import Headline, compared_sentence, headlines
 from dae_eval.rendering.wording import (
+    LOSS_MARK,
     MARK,
     Column,
-    Headline,
     against,
+    benchmarks,
+    change,
     clipped,
     clipped_start,
     columns,
     common_start,
     count,
+    distances,
     groups,
-    headlines,
     is_significant,
     kinds,
+    loss_change,
+    loss_value,
+    mark,
+    metrics,
     one_line,
     p_value,
+    points,
     score,
-    signed,
     teachers,
     without_seen,
 )
-from dae_eval.report import Flip, Report, TaskLine
+from dae_eval.report import BenchmarkLine, Flip, Report, TaskLine
 
 STYLES = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
 REGRESSIONS = 4  # shown, of different tasks; the files hold all
@@ -50,6 +57,7 @@ def show(report: Report, console: Console) -> None:
         other_students(report),
         models(report),
         task_table(report, console.width),
+        losses(report),
         held_out(report),
         regressions(report, console.width),
         notes(report),
@@ -67,12 +75,17 @@ def verdict(report: Report, console: Console) -> RenderableType:
     )
     beside = console.width - len(report.word) - 8
     found = headlines(report.student)
-    lines = Group(*(_headline(line, with_word=len(found) > 1) for line in found))
+    lines = Group(*(_headline(line, with_word=len(found) > 1) for line in found), *_distance(report))
     if beside < max((len(line.sentence) + 2 + len(line.word) for line in found), default=0):
         return Group(word, lines)
     grid = Table.grid(padding=(0, 2))
-    grid.add_row(word, Group("", lines) if sum(bool(line.remark) for line in found) < 2 else lines)
+    grid.add_row(word, lines)
     return grid
+
+
+def _distance(report: Report) -> Iterator[Text]:
+    if found := distances(report):
+        yield Text(f"KL(reference || student) in nats per response token: {found}", style="dim")
 
 
 def _headline(line: Headline, *, with_word: bool) -> Text:
@@ -92,6 +105,8 @@ def other_students(report: Report) -> RenderableType | None:
         for line in headlines(summary):
             text.append(f"\n  {line.sentence}  ", style="not bold")
             text.append(line.word, style=f"not bold {STYLES[line.word]}")
+        for compared in (one for one in report.compared if one.other == summary.name):
+            text.append(f"\n  student minus {one_line(summary.name)}: {compared_sentence(compared)}", style="not bold")
         texts.append(text)
     return Group(Text("Other students", style="underline"), *texts) if texts else None
 
@@ -108,6 +123,7 @@ def models(report: Report) -> RenderableType:
             Text(one_line(line.path)),
             Text(clipped(one_line(line.fingerprint), 13).rstrip("…"), style="dim"),
         )
+    grid.add_row(Text("date", style="bold"), Text(report.date))
     return grid
 
 
@@ -134,8 +150,9 @@ def task_table(report: Report, width: int) -> RenderableType | None:
     lines: list[RenderableType] = list(_head(fields, widths, name_width))
     for group, tasks in groups(report).items():
         title = Text(one_line(group), style="bold")
-        title.append(f"  {kinds(tasks, report)}, against {against(tasks)}", style="not bold dim")
-        lines += [Text(), title]
+        about = f"  {kinds(tasks, report)}, against {against(tasks)}; {metrics(tasks)}"
+        title.append(about, style="not bold dim")
+        lines += [Text(), title, *(_benchmark(line, columns(report)) for line in benchmarks(report, group))]
         for task in tasks:
             lines += _row(task, one_line(task.task).removeprefix(start), fields, widths, name_width)
         remarks = _remarks(tasks, start, columns(report))
@@ -150,11 +167,12 @@ def _fields(report: Report) -> list[Field]:
         Field("n", ("n",), 30, lambda task: count(task.n)),
         Field("chance", ("chance",), 31, lambda task: score(task.chance)),
         *scores,
-        Field("difference", ("diff.",), 0, lambda task: signed(100 * task.difference.value)),
+        Field("difference", ("diff.",), 0, lambda task: change(task.difference.value, task.unit)),
         Field("interval", ("95 % interval ",), 10, _interval),
         Field("p", ("p",), 44, lambda task: p_value(task.p)),
         Field("p after Holm", ("p", "(Holm)"), 40, lambda task: p_value(task.p_holm)),
         Field("wins and losses", ("won/", "lost"), 41, lambda task: f"{task.wins}/{task.losses}"),
+        Field("documents without a change", ("same", "%"), 45, lambda task: f"{100 * task.unchanged:.0f}"),
         Field("detectable difference", ("detect-", "able"), 42, _detectable),
         Field("majority", ("major-", "ity"), 43, lambda task: score(task.majority)),
     ]
@@ -164,7 +182,7 @@ def _score_field(column: Column, number: int, compared: set[str]) -> Field:
     first, *same = (_broken(one_line(role)) for role in column.roles)
     lines = [*first, *(line for name in same for line in (f"= {name[0]}", *name[1:]))]
     rank = 1 if compared & set(column.roles) else 20 + number
-    return Field(column.label, tuple(lines), rank, lambda task: score(column.value(task.scores)))
+    return Field(column.label, tuple(lines), rank, lambda task: score(column.value(task.scores), task.unit))
 
 
 def _broken(role: str, width: int = 7) -> list[str]:
@@ -174,12 +192,12 @@ def _broken(role: str, width: int = 7) -> list[str]:
 
 
 def _interval(task: TaskLine) -> str:
-    low, high = (signed(100 * end) for end in (task.difference.low, task.difference.high))
-    return f"[{low:>5} {high:>5}]{MARK if is_significant(task) else ' '}"
+    low, high = (change(end, task.unit) for end in (task.difference.low, task.difference.high))
+    return f"[{low:>5} {high:>5}]{mark(task) or ' '}"
 
 
 def _detectable(task: TaskLine) -> str:
-    return "" if task.detectable is None else f"{100 * task.detectable:.1f}"
+    return score(task.detectable, task.unit)
 
 
 def _width(field: Field, tasks: Sequence[TaskLine]) -> int:
@@ -245,6 +263,17 @@ def _folded(name: str, width: int) -> list[str]:
     return [*lines, rest]
 
 
+def _benchmark(line: BenchmarkLine, shown: Sequence[Column]) -> Text:
+    """The score that the members of a benchmark give together."""
+    scores = ", ".join(
+        f"{column.label} {score(value)}" for column in shown if (value := column.value(line.scores)) is not None
+    )
+    text = (
+        f"  {one_line(line.benchmark)} ({line.members} tasks, n {count(line.n)}): {scores}; {points(line.difference)}"
+    )
+    return Text(text)
+
+
 def _remarks(tasks: Sequence[TaskLine], start: str, shown: Sequence[Column]) -> Iterator[str]:
     unpaired = [f"{one_line(t.task).removeprefix(start)} {count(t.unpaired)}" for t in tasks if t.unpaired]
     if unpaired:
@@ -256,11 +285,29 @@ def _remarks(tasks: Sequence[TaskLine], start: str, shown: Sequence[Column]) -> 
 
 def _legend(start: str, left_out: Sequence[str]) -> Iterator[str]:
     yield "Scores in per cent; differences student - other in points with 95 % intervals;"
-    yield f"{MARK}: p < 0.05 after Holm's correction over all tasks."
+    yield f"{LOSS_MARK} loss, {MARK} gain: p < 0.05 after Holm's correction over all tasks."
     if start:
         yield f"Task names without their common start {start}."
     if left_out:
         yield f"No room for: {', '.join(left_out)}."
+
+
+def losses(report: Report) -> RenderableType | None:
+    """Tasks that are losses: lower is better."""
+    if not report.losses:
+        return None
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), collapse_padding=True)
+    table.add_column("task", overflow="fold")
+    table.add_column("n", justify="right")
+    for column in columns(report):
+        table.add_column(Text(column.label), justify="right")
+    table.add_column("student - other (95 %)", justify="right")
+    for line in report.losses:
+        values = [column.value(line.values) for column in columns(report)]
+        shown = ("" if value is None else loss_value(line, value) for value in values)
+        name = Text(f"{one_line(line.task)}\n{line.unit}, against {line.against}")
+        table.add_row(name, count(line.n), *shown, f"{loss_change(line)}\np {p_value(line.p)}")
+    return Group(Text("Losses: lower is better; they count in no line of the verdict", style="bold"), table)
 
 
 def held_out(report: Report) -> RenderableType | None:

@@ -1,20 +1,23 @@
 """Numbers, names and sentences of a report, the same in every format.
 
-Scores are on 0..1 in the report and shown in per cent; differences in points (100 x difference).
+Scores are on 0..1 in the report and shown in per cent, ratings from 1 to 10; differences in points (100 x difference)
+or ratings.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dae_eval.comparing.statistics import Estimate
-from dae_eval.report import GapLine, Report, RetentionLine, StudentSummary, TaskLine
-from dae_eval.results import Kind
+from dae_eval.report import BenchmarkLine, LossLine, Report, TaskLine
+from dae_eval.results import Kind, Unit
 
 SIGNIFICANT = 0.05  # p_holm below which a difference gets a mark
-MARK = "*"
+MARK, LOSS_MARK = "*", "▼"
+FULL_SCALE: Mapping[Unit, float] = {"points": 100, "rating": 10}  # what a score of 1 is shown as
 
 COUNTS_IN: Mapping[Kind, str] = {
     "domain": "counts in gap closed",
@@ -103,9 +106,18 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
-def score(value: float | None, digits: int = 1) -> str:
-    """A score on 0..1 in per cent; empty for None."""
-    return "" if value is None else f"{100 * value:z.{digits}f}"
+def score(value: float | None, unit: Unit = "points") -> str:
+    """A score on 0..1 in per cent, or as a rating; empty for None."""
+    return "" if value is None else f"{FULL_SCALE[unit] * value:z.{digits_of(unit)}f}"
+
+
+def digits_of(unit: Unit) -> int:
+    return 2 if unit == "rating" else 1
+
+
+def change(value: float, unit: Unit = "points") -> str:
+    """A difference on -1..1 as `-0.4` points, or as `-0.04` ratings."""
+    return signed(FULL_SCALE[unit] * value, digits_of(unit))
 
 
 def signed(value: float, digits: int = 1) -> str:
@@ -114,9 +126,10 @@ def signed(value: float, digits: int = 1) -> str:
     return text[1:] if float(text) == 0 else text
 
 
-def points(difference: Estimate, digits: int = 1) -> str:
-    """A difference on -1..1 as `-0.2 (-0.8 to +0.4)` points."""
-    value, low, high = (signed(100 * part, digits) for part in (difference.value, difference.low, difference.high))
+def points(difference: Estimate, digits: int = 1, unit: Unit = "points") -> str:
+    """A difference on -1..1 as `-0.2 (-0.8 to +0.4)` points, or ratings."""
+    parts, digits = (difference.value, difference.low, difference.high), max(digits, digits_of(unit))
+    value, low, high = (signed(FULL_SCALE[unit] * part, digits) for part in parts)
     return f"{value} ({low} to {high})"
 
 
@@ -134,8 +147,8 @@ def without_seen(task: TaskLine, shown: Sequence[Column]) -> str:
     """Every model's score, and the difference, on the documents that do not occur in training rows."""
     if task.unseen_scores is None or task.unseen_difference is None:
         return "no documents are left without them"
-    scores = ", ".join(f"{column.label} {score(column.value(task.unseen_scores))}" for column in shown)
-    return f"without them {scores}; difference {points(task.unseen_difference)}"
+    scores = ", ".join(f"{column.label} {score(column.value(task.unseen_scores), task.unit)}" for column in shown)
+    return f"without them {scores}; difference {points(task.unseen_difference, unit=task.unit)}"
 
 
 def tests_used(report: Report) -> str:
@@ -147,77 +160,61 @@ def is_significant(task: TaskLine) -> bool:
     return task.p_holm < SIGNIFICANT
 
 
-@dataclass(frozen=True)
-class Headline:
-    """One line of the verdict in words. remark: may be empty."""
-
-    measure: str
-    figure: str
-    interval: str
-    condition: str
-    word: str
-    remark: str
-
-    @property
-    def sentence(self) -> str:
-        """`gap closed 92.4 % (88.1 to 95.3), minimum 0 %`."""
-        interval = f" ({self.interval})" if self.interval else ""
-        return f"{self.measure} {self.figure}{interval}, {self.condition}"
+def is_loss(task: TaskLine) -> bool:
+    """Whether the task lost significantly."""
+    return is_significant(task) and task.difference.value < 0
 
 
-def headlines(summary: StudentSummary) -> tuple[Headline, ...]:
-    """The one or two lines of a verdict."""
-    lines = []
-    if summary.gap is not None:
-        lines.append(gap_headline(summary.gap))
-    if summary.retention is not None:
-        lines.append(retention_headline(summary.retention))
-    return tuple(lines)
+def mark(task: TaskLine) -> str:
+    """The mark of a significant loss or gain, or empty."""
+    return LOSS_MARK if is_loss(task) else MARK if is_significant(task) else ""
 
 
-def gap_headline(line: GapLine) -> Headline:
-    """The gap closed, in per cent of the expert's gain."""
-    minimum = f"minimum {100 * line.minimum:g} %"
-    if line.closed is None:
-        digits = telling_digits((100 * line.gain.low,), 0.0)
-        remark = (
-            f"the expert's gain over the base, {points(line.gain, digits)} points summed over the domain tasks, "
-            "is not clearly above 0"
-        )
-        return Headline("gap closed", "undefined", "", minimum, line.word, _with_need(remark, line.documents_needed))
-    closed = [100 * part for part in (line.closed.value, line.closed.low, line.closed.high)]
-    digits = telling_digits(closed[1:], 100 * line.minimum)
-    value, low, high = (f"{part:z.{digits}f}" for part in closed)
-    remark = _with_need("", line.documents_needed)
-    return Headline("gap closed", f"{value} %", f"{low} to {high}", minimum, line.word, remark)
+def metrics(tasks: Sequence[TaskLine]) -> str:
+    """`metric acc`; where a group has several, the tasks of all but the most frequent one are named."""
+    by_metric: dict[str, list[str]] = {}
+    for task in tasks:
+        by_metric.setdefault(one_line(task.metric), []).append(one_line(task.task))
+    most = max(by_metric, key=lambda metric: len(by_metric[metric]))
+    rest = [f"{metric} for {', '.join(names)}" for metric, names in by_metric.items() if metric != most]
+    return ", ".join([f"metric {most}", *rest])
 
 
-def retention_headline(line: RetentionLine) -> Headline:
-    """The loss on general tasks in points, and as a share of the reference if known."""
-    digits = telling_digits((line.difference.low, line.difference.high), -line.margin)
-    value, low, high = (signed(x, digits) for x in (line.difference.value, line.difference.low, line.difference.high))
-    remark = ""
-    if line.ratio is not None:
-        remark = f"{line.ratio.value:.1f} % of the reference ({line.ratio.low:.1f} to {line.ratio.high:.1f})"
-    need = _with_need(remark, line.documents_needed)
-    return Headline("retention", f"{value} points", f"{low} to {high}", f"margin {line.margin:g}", line.word, need)
+def benchmarks(report: Report, group: str) -> tuple[BenchmarkLine, ...]:
+    return tuple(line for line in report.benchmarks if line.group == group)
 
 
-def _with_need(remark: str, documents: int | None) -> str:
-    need = "" if documents is None else f"about {count(documents)} documents per task would decide"
-    return "; ".join(part for part in (remark, need) if part)
+def loss_value(line: LossLine, value: float) -> str:
+    """A mean loss in the unit that a reader knows; of a perplexity the exponential."""
+    return f"{math.exp(min(value, 700.0)) if 'perplexity' in line.unit else value:.4g}"
 
 
-def telling_digits(ends: Sequence[float], bound: float) -> int:
-    """Digits after the point, 1 to 4, so that no end of the interval is rounded to the deciding bound."""
-    return next(
-        (
-            digits
-            for digits in (1, 2, 3)
-            if all(round(end, digits) != round(bound, digits) or end == bound for end in ends)
-        ),
-        4,
-    )
+def loss_change(line: LossLine) -> str:
+    """Student - other, with its interval; of a perplexity the ratio of both."""
+    parts = (line.difference.value, line.difference.low, line.difference.high)
+    if "perplexity" in line.unit:
+        value, low, high = (f"{math.exp(min(part, 700.0)):.3f}" for part in parts)
+        return f"x{value} ({low} to {high})"
+    value, low, high = (f"{part:+.4f}" for part in parts)
+    return f"{value} ({low} to {high})"
+
+
+def distances(report: Report) -> str:
+    """`general 0.0107, domain 1.9023`: KL(reference || student) by route, in nats per response token; or empty.
+
+    From the eval set, else where training ended. On domain prompts it predicts forgetting (arXiv 2509.04259).
+    """
+    found = {
+        one.route: one.kl["reference"] for one in report.held_out if one.model == "student" and "reference" in one.kl
+    }
+    if not found:
+        start, end = "KL(reference || student), ", " rows"
+        found = {
+            curve.name.removeprefix(start).removesuffix(end): curve.values[-1]
+            for curve in report.curves
+            if curve.model == "student" and curve.name.startswith(start) and curve.values
+        }
+    return ", ".join(f"{one_line(route)} {value:.4f}" for route, value in found.items())
 
 
 def common_start(names: Sequence[str]) -> str:
