@@ -261,3 +261,9 @@ def test_the_share_of_documents_without_a_change() -> None:
     crafts = line(compare(models()), "crafts")
     assert (crafts.unchanged, crafts.losses) == (0.9, 40)
     assert set(KINDS) == {one.task for one in compare(models()).tasks}
+
+
+def test_a_model_against_itself_needs_no_documents() -> None:
+    found = cut(models(), 3)
+    report = compare({"reference": found["base"], "student": found["base"]}, retention_only=True)
+    assert report.word == "PASS"

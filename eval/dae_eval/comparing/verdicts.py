@@ -85,6 +85,8 @@ def _retention_line(paired: Paired, student: str, asked: Asked) -> RetentionLine
     tasks = paired.of("general")
     answers, (reference, kept) = _answers(tasks, ("reference", student))
     reasons, margin = _reasons(tasks, paired.missing, "general", asked), asked.margin / 100
+    if reference == kept:  # known without any document
+        reasons = _incomplete(tasks, paired.missing, "general", asked)
     spreads, shares = [_spread(task, student) for task in tasks], _shares(tasks)
     difference = NOTHING if reference == kept else macro_difference(spreads, shares)
     word = non_inferiority(difference, margin)
