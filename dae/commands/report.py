@@ -60,6 +60,7 @@ def report(
         if not 0 < points <= 100:
             raise UserError(f"{flag} {points:g}: must be above 0 and at most 100, in points")
     assert output is not None
+    refuse_unfit_places(card, junit)
     if finished:
         evaluations = read_finished(finished)
     else:
@@ -88,6 +89,17 @@ def report(
     typer.echo(f"The report is in {output / 'report.html'}")
     write_elsewhere(result, card, junit)
     return PASSED if result.word == "PASS" else NOT_PASSED
+
+
+def refuse_unfit_places(card: Path | None, junit: Path | None) -> None:
+    """Raise UserError before anything is evaluated if a report could not be written there."""
+    if card is not None:
+        from dae_eval.rendering.card import read_card
+
+        read_card(card)
+    if junit is not None and (junit.is_dir() or not junit.parent.is_dir()):
+        why = "is a folder" if junit.is_dir() else f"folder {junit.parent} not found"
+        raise UserError(f"--junit {junit}: {why}; give the path of a file")
 
 
 def write_elsewhere(result: Report, card: Path | None, junit: Path | None) -> None:

@@ -77,9 +77,14 @@ def test_ctrl_c_keeps_finished_tasks(world: Path) -> None:
 
 def test_the_same_weights_pass_and_nothing_is_asked_twice(world: Path) -> None:
     command = ["report", "--reference", "base", "--student", "base", "--suite", "suite.yaml", "--output", "same"]
-    ended = dae([*command, "--retention-only"], world)
+    (world / "card").mkdir()
+    elsewhere = ["--card", "card/README.md", "--junit", "verdict.xml"]
+    ended = dae([*command, *elsewhere, "--retention-only"], world)
     assert ended.status == 0, ended.err
     assert "PASS" in ended.out and "same/report.html" in ended.out
+    assert "hf upload YOUR-NAME/card card" in ended.out
+    assert "Evaluation: PASS" in (world / "card" / "README.md").read_text()
+    assert 'failures="0"' in (world / "verdict.xml").read_text()
     assert len(ended.err.splitlines()) == 5
     assert [path.name for path in (world / "same" / "evaluations").iterdir()] == ["reference"]
     again = dae([*command, "--retention-only"], world)
@@ -91,7 +96,7 @@ def test_a_report_of_models_and_one_of_their_evaluations_say_the_same(world: Pat
     ended = dae(["report", *models, "--compare", "idle=base", "--suite", "suite.yaml", "--output", "models"], world)
     assert ended.status == 1, ended.err  # nobody gains anything on random documents
     found = [f"--from={role}=models/evaluations/{name}" for role, name in (("base", "base"), ("expert", "expert"))]
-    found += ["--from", "student=models/evaluations/expert", "--from", "reference=models/evaluations/base"]
+    found += ["--from", "student=models/evaluations/expert"]  # the base stands in for the reference, as with models
     found += ["--from", "idle=models/evaluations/base"]
     other = dae(["report", *found, "--output", "folders"], world)
     assert other.status == 1, other.err
@@ -111,6 +116,9 @@ MISTAKES = [
     (["report", "--base", "base", "--expert", "expert", "--student", "base", "--suite", "suite.yaml", "--output", "r",
       "--compare", "base=base"], "--compare base=base: "),
     (["report", "--from", "a", "--output", "r", "--margin", "0"], "--margin 0: "),
+    (["report", "--from", "a", "--output", "r", "--max-task-loss", "-1"], "--max-task-loss -1: "),
+    (["report", "--from", "a", "--output", "r", "--card", "nowhere/README.md"], "--card nowhere/README.md: "),
+    (["report", "--from", "a", "--output", "r", "--junit", "nowhere/x.xml"], "--junit nowhere/x.xml: "),
     (ask("r", "batchsize=3"), "batchsize=3: "),
     (ask("r", model="nowhere"), "nowhere: "),
     (ask("r", "groups.domain.tasks.0.metric=bleu"), "metric: 'bleu'"),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
 import yaml
 from dae_eval.rendering import junit
-from dae_eval.rendering.card import BEGIN, END, upload_command, with_report, write_card
+from dae_eval.rendering.card import BEGIN, END, upload_command, write_card
 from huggingface_hub import ModelCard
 from reports import bare_report, demo_report, failing_report, full_report, hostile_report
 
@@ -70,10 +69,13 @@ def test_a_card_gets_the_report_and_nothing_else_changes(tmp_path: Path) -> None
 
 def test_text_after_the_report_stays(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
-    once = with_report(CARD, demo_report(), path) + "\nMy own words.\n"
-    twice = with_report(once, full_report(), path)
-    assert twice.endswith(f"{END}\n\nMy own words.\n")
-    assert twice.index("Text of the   author.") < twice.index(BEGIN)
+    path.write_text(CARD)
+    write_card(demo_report(), path)
+    path.write_text(path.read_text() + "\nMy own words.\n")
+    write_card(full_report(), path)
+    text = path.read_text()
+    assert text.endswith(f"{END}\n\nMy own words.\n")
+    assert text.index("Text of the   author.") < text.index(BEGIN)
 
 
 def test_a_folder_without_a_card_gets_one(tmp_path: Path) -> None:
@@ -141,5 +143,5 @@ def test_junit_fails_a_task_that_lost_or_is_undecided() -> None:
 
 def test_metadata_is_yaml_with_hostile_names(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
-    text = with_report("", replace(hostile_report(), date="2026-11-03"), path)
-    assert isinstance(yaml.safe_load(text.split("---\n")[1]), dict)
+    write_card(hostile_report(), path)
+    assert isinstance(yaml.safe_load(path.read_text().split("---\n")[1]), dict)

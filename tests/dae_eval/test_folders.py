@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dae_eval import folders
@@ -118,6 +120,21 @@ def test_what_is_no_finished_evaluation_is_refused(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text(json.dumps({"format": "dae-align evaluation", "version": 1, "model": {}}))
     with pytest.raises(UserError, match=r"evaluation\.json: incomplete"):
         read_evaluation(tmp_path)
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, 5.0, -0.1, None, "1", True])
+def test_scores_off_their_range_are_refused_by_document(tmp_path: Path, score: Any) -> None:
+    documents = (DOCUMENTS[0], replace(DOCUMENTS[1], score=score))
+    write_evaluation(tmp_path, replace(EVALUATION, tasks={TASK.task: replace(TASK, documents=documents)}))
+    with pytest.raises(UserError, match=f"task {TASK.task}, document {DOCUMENTS[1].id}: score: "):
+        read_evaluation(tmp_path)
+
+
+def test_a_loss_may_be_above_one(tmp_path: Path) -> None:
+    loss = replace(TASK, unit="bits per byte", kind="shown", documents=(replace(DOCUMENTS[0], score=3.2, weight=40.0),))
+    found = replace(EVALUATION, tasks={TASK.task: loss})
+    write_evaluation(tmp_path, found)
+    assert read_evaluation(tmp_path) == found
 
 
 def test_another_model_s_folder_is_refused(tmp_path: Path) -> None:

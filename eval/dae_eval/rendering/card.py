@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dae_eval.rendering import markdown
 from dae_eval.rendering.wording import FULL_SCALE
 from dae_eval.report import Report, TaskLine
 from kd.errors import UserError
-from kd.runs.files import disk_errors, write_bytes_durably
+from kd.runs.files import write_bytes_durably
 
 BEGIN, END = "<!-- dae report: begin -->", "<!-- dae report: end -->"
 SOURCE = "dae-align"
@@ -26,57 +27,79 @@ _METADATA = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.
 _MODEL_INDEX = re.compile(r"^model-index:.*?(?=^[^\s#-]|\Z)", re.DOTALL | re.MULTILINE)
 
 
-def write_card(report: Report, path: Path) -> None:
-    """Write the report into a model card, which is made if the folder has none.
+@dataclass(frozen=True)
+class Card:
+    """A model card without an earlier report.
+
+    metadata: the YAML without its `model-index`; name, others: of that index, the model and results from elsewhere.
+    before, after: the text around the report. ending: of a line.
+    """
+
+    metadata: str
+    name: str
+    others: tuple[Any, ...]
+    before: str
+    after: str
+    ending: str
+
+
+def read_card(path: Path) -> Card:
+    """The card at `path`; where there is none, a new one.
 
     Raises:
-        UserError: the folder does not exist, the metadata is not YAML, or the marks of an earlier report are damaged.
-        MachineError: the disk is full.
+        UserError: its folder does not exist, its metadata cannot be read, or an earlier report is damaged.
     """
     if not path.parent.is_dir():
         raise UserError(f"--card {path}: folder {path.parent} not found; give the README.md of the student's folder")
-    with disk_errors(path):
-        raw = path.read_bytes().decode("utf-8") if path.is_file() else f"# {path.absolute().parent.name}\n"
-    ending = "\r\n" if "\r\n" in raw else "\n"
-    text = with_report(raw.replace("\r\n", "\n"), report, path)
-    write_bytes_durably(path, text.replace("\n", ending).encode())
+    title = path.absolute().parent.name
+    try:
+        raw = path.read_bytes().decode("utf-8") if path.exists() else f"\n# {title}\n"
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--card {path}: cannot be read: {error}") from error
+    text = raw.replace("\r\n", "\n")
+    found = _METADATA.match(text)
+    metadata, text = (found[1], text[found.end() :]) if found else ("", text)
+    if text.count(BEGIN) != text.count(END) or text.count(BEGIN) > 1 or text.find(END) < text.find(BEGIN):
+        raise UserError(f"--card {path}: the marks of an earlier report are damaged; remove `{BEGIN}` and `{END}`")
+    before, begin, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2].removeprefix("\n")
+    name, others = _other_results(_stated(metadata, path).get("model-index"), path)
+    without = _MODEL_INDEX.sub("", metadata)
+    return Card(
+        metadata=without if not without or without.endswith("\n") else f"{without}\n",
+        name=name or title,
+        others=tuple(others),
+        before=before if begin else f"{before.rstrip()}\n\n",
+        after=after,
+        ending="\r\n" if "\r\n" in raw else "\n",
+    )
+
+
+def write_card(report: Report, path: Path) -> None:
+    """Write the report into the card at `path`. Raises UserError as `read_card`, MachineError if the disk is full."""
+    card = read_card(path)
+    index = eval_results_to_model_index(card.name, [_result(task) for task in report.tasks])
+    index[0]["results"] = [*card.others, *index[0]["results"]]
+    stated = yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True)
+    section = f"{BEGIN}\n{markdown.section(report)}\n{END}\n"
+    text = f"---\n{card.metadata}{stated}---\n{card.before}{section}{card.after}"
+    write_bytes_durably(path, text.replace("\n", card.ending).encode())
 
 
 def upload_command(path: Path) -> str:
     """The command that uploads the card's folder with the hub's own client."""
-    folder = path.absolute().parent
-    return f"hf upload {shlex.quote(f'YOUR-NAME/{folder.name}')} {shlex.quote(str(path.parent))}"
+    name = path.absolute().parent.name
+    return f"hf upload {shlex.quote(f'YOUR-NAME/{name}')} {shlex.quote(str(path.parent))}"
 
 
-def with_report(card: str, report: Report, path: Path) -> str:
-    """A card's text with the report's section and metadata."""
-    found = _METADATA.match(card)
-    metadata, text = (found[1], card[found.end() :]) if found else ("", f"\n{card}")
-    section = f"{BEGIN}\n{markdown.section(report)}\n{END}\n"
-    if text.count(BEGIN) != text.count(END) or text.count(BEGIN) > 1 or text.find(END) < text.find(BEGIN):
-        raise UserError(f"{path}: the marks of an earlier report are damaged; remove `{BEGIN}` and `{END}`")
-    if BEGIN in text:
-        before, _, rest = text.partition(BEGIN)
-        text = before + section + rest.partition(END)[2].removeprefix("\n")
-    else:
-        text = f"{text.rstrip()}\n\n{section}"
-    return f"---\n{_with_index(metadata, report, path)}---\n{text}"
-
-
-def _with_index(metadata: str, report: Report, path: Path) -> str:
-    """The metadata with our results in `model-index`; results from elsewhere are kept."""
+def _stated(metadata: str, path: Path) -> dict[str, Any]:
     try:
         stated = yaml.safe_load(metadata) or {}
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: the metadata between the `---` lines is not valid YAML: {error}") from error
+        raise UserError(f"--card {path}: the metadata between the `---` lines is not valid YAML: {error}") from error
     if not isinstance(stated, dict):
-        raise UserError(f"{path}: the metadata between the `---` lines is not a mapping of keys and values")
-    name, others = _other_results(stated.get("model-index"), path)
-    index = eval_results_to_model_index(name or path.absolute().parent.name, [_result(task) for task in report.tasks])
-    index[0]["results"] = [*others, *index[0]["results"]]
-    rest = _MODEL_INDEX.sub("", metadata)
-    rest = rest if not rest or rest.endswith("\n") else f"{rest}\n"
-    return rest + str(yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True))
+        raise UserError(f"--card {path}: the metadata between the `---` lines is not a mapping of keys and values")
+    return stated
 
 
 def _other_results(index: Any, path: Path) -> tuple[str, list[Any]]:
@@ -89,7 +112,7 @@ def _other_results(index: Any, path: Path) -> tuple[str, list[Any]]:
         return str(only["name"]), results
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{path}: model-index: expected a list of one model with `name` and `results`; correct or remove it"
+            f"--card {path}: model-index: expected a list of one model with `name` and `results`; correct or remove it"
         ) from error
 
 
