@@ -9,7 +9,8 @@ from typing import Literal
 from dae_eval.judging.asking import Reply, Request
 from dae_eval.judging.fastchat_files import Answers, JudgePrompt, Judgment, PairJudgment, Question
 from dae_eval.judging.judges import JudgeChoice, chosen_prompt, judge_request
-from dae_eval.judging.mt_bench_scores import rating_in, verdict_in
+from dae_eval.judging.mt_bench_scores import Place
+from dae_eval.judging.readings import rating_of, verdict_of
 
 NEED_REFERENCE = ("math", "reasoning", "coding")  # categories whose judge prompts show a reference answer
 
@@ -83,25 +84,28 @@ def single_judgments(
     repeat: int,
     requests: Sequence[Request],
     replies: Mapping[str, Reply],
-) -> list[Judgment]:
-    """The judge's ratings, in FastChat's terms."""
+    strictly: bool,
+) -> tuple[list[Judgment], dict[Place, str]]:
+    """The judge's ratings, in FastChat's terms, and why turns are unrated. strictly: as in `readings`."""
     prompts = {request.key: request.messages[-1]["content"] for request in requests}
-    judgments = []
+    judgments, problems = [], {}
     for question, turn in places(material.questions):
         key = f"{repeat}/{question.id}/{turn}"
+        score, problem = rating_of(replies[key], strictly)
+        problems[question.id, turn] = problem
         judgments.append(
             Judgment(
                 question_id=question.id,
                 model=answers.model_id,
                 judge=(judge.name, prompt_for(question, turn, "single", material).name),
                 turn=turn,
-                score=rating_in(replies[key].text),
+                score=score,
                 user_prompt=prompts[key],
                 judgment=replies[key].text,
                 tstamp=replies[key].tstamp,
             )
         )
-    return judgments
+    return judgments, {place: problem for place, problem in problems.items() if problem}
 
 
 def pair_judgments(
@@ -112,19 +116,23 @@ def pair_judgments(
     repeat: int,
     requests: Sequence[Request],
     replies: Mapping[str, Reply],
-) -> list[PairJudgment]:
-    """The judge's verdicts, in FastChat's terms: `answers` are those of model_1."""
+    strictly: bool,
+) -> tuple[list[PairJudgment], dict[Place, str]]:
+    """The judge's verdicts, in FastChat's terms, and why turns are unrated; `answers` are those of model_1."""
     prompts = {request.key: request.messages[-1]["content"] for request in requests}
-    judgments = []
+    judgments, problems = [], {}
     for question, turn in places(material.questions):
         first, second = (f"{repeat}/{question.id}/{turn}/{game}" for game in (1, 2))
+        winner_1, problem_1 = verdict_of(replies[first], "model_1", "model_2", strictly)
+        winner_2, problem_2 = verdict_of(replies[second], "model_2", "model_1", strictly)
+        problems[question.id, turn] = problem_1 or problem_2
         judgments.append(
             PairJudgment(
                 question_id=question.id,
                 model_1=answers.model_id,
                 model_2=against.model_id,
-                g1_winner=verdict_in(replies[first].text, "model_1", "model_2"),
-                g2_winner=verdict_in(replies[second].text, "model_2", "model_1"),
+                g1_winner=winner_1,
+                g2_winner=winner_2,
                 judge=(judge.name, prompt_for(question, turn, "pairwise", material).name),
                 turn=turn,
                 g1_user_prompt=prompts[first],
@@ -134,4 +142,4 @@ def pair_judgments(
                 tstamp=replies[second].tstamp,
             )
         )
-    return judgments
+    return judgments, {place: problem for place, problem in problems.items() if problem}
