@@ -79,7 +79,13 @@ def test_compatible_counts_what_was_rated_and_tells_the_rest(world: Path, server
     result = run(job_of(world, server, strict=False))
     assert [line[:8] for line in result.repeats[0].dropped] == ["2 withou", "1 trunca"]
     assert f"  {LONGER}" in result_lines(result)
-    assert result.repeats[0].judgments == 5
+    assert (result.repeats[0].judgments, result.repeats[0].notes) == (5, ())
+    server.behave(always={"A2: ours 3 two": "truncated"})
+    result = run(job_of(world, server, strict=False))
+    (note,) = result.repeats[0].notes
+    assert note.startswith(f"1 {TRUNCATED}") and note.endswith(": 3 turn 2")
+    assert f"  {LONGER}" in result_lines(result)
+    assert (result.repeats[0].judgments, result.repeats[0].dropped) == (8, ())
 
 
 def test_a_reasoning_judge_is_read_after_its_reasoning(world: Path, server: JudgeServer) -> None:

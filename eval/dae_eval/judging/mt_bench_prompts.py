@@ -86,13 +86,16 @@ def single_judgments(
     replies: Mapping[str, Reply],
     strictly: bool,
 ) -> tuple[list[Judgment], dict[Place, str]]:
-    """The judge's ratings, in FastChat's terms, and why turns are unrated. strictly: as in `readings`."""
+    """The judge's ratings, in FastChat's terms, and why turns are unrated in the strict reading.
+
+    strictly: whether the ratings are read so (see `readings`).
+    """
     prompts = {request.key: request.messages[-1]["content"] for request in requests}
     judgments, problems = [], {}
     for question, turn in places(material.questions):
         key = f"{repeat}/{question.id}/{turn}"
-        score, problem = rating_of(replies[key], strictly)
-        problems[question.id, turn] = problem
+        score, _ = rating_of(replies[key], strictly)
+        problems[question.id, turn] = rating_of(replies[key], strictly=True)[1]
         judgments.append(
             Judgment(
                 question_id=question.id,
@@ -118,21 +121,20 @@ def pair_judgments(
     replies: Mapping[str, Reply],
     strictly: bool,
 ) -> tuple[list[PairJudgment], dict[Place, str]]:
-    """The judge's verdicts, in FastChat's terms, and why turns are unrated; `answers` are those of model_1."""
+    """The judge's verdicts and why turns are unrated, as `single_judgments`; `answers` are those of model_1."""
     prompts = {request.key: request.messages[-1]["content"] for request in requests}
     judgments, problems = [], {}
     for question, turn in places(material.questions):
         first, second = (f"{repeat}/{question.id}/{turn}/{game}" for game in (1, 2))
-        winner_1, problem_1 = verdict_of(replies[first], "model_1", "model_2", strictly)
-        winner_2, problem_2 = verdict_of(replies[second], "model_2", "model_1", strictly)
-        problems[question.id, turn] = problem_1 or problem_2
+        unrated = [verdict_of(replies[key], "model_1", "model_2", strictly=True)[1] for key in (first, second)]
+        problems[question.id, turn] = unrated[0] or unrated[1]
         judgments.append(
             PairJudgment(
                 question_id=question.id,
                 model_1=answers.model_id,
                 model_2=against.model_id,
-                g1_winner=winner_1,
-                g2_winner=winner_2,
+                g1_winner=verdict_of(replies[first], "model_1", "model_2", strictly)[0],
+                g2_winner=verdict_of(replies[second], "model_2", "model_1", strictly)[0],
                 judge=(judge.name, prompt_for(question, turn, "pairwise", material).name),
                 turn=turn,
                 g1_user_prompt=prompts[first],

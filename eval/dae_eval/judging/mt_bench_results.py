@@ -103,11 +103,13 @@ def finish(output: Path, asked: Asked, judged: Judged, *, strictly: bool, kind: 
         for source, repeat, problems in zip(judged.sources, judged.repeats, known, strict=True)
     ]
     scores: list[Scores | PairScores] = []
-    for kept, dropped in counted:
+    for (kept, dropped), problems in zip(counted, known, strict=True):
         if asked.against is None:
-            scores.append(scores_of([j for j in kept if isinstance(j, Judgment)], categories, dropped))
+            singles = [one for one in kept if isinstance(one, Judgment)]
+            scores.append(scores_of(singles, categories, dropped, problems))
         else:
-            scores.append(pair_scores_of([j for j in kept if isinstance(j, PairJudgment)], categories, dropped))
+            pairs = [one for one in kept if isinstance(one, PairJudgment)]
+            scores.append(pair_scores_of(pairs, categories, dropped, problems))
     result = Result(output, tuple(scores))
     write_text_durably(output / SCORES, json_text(scores_file(result, strictly)))
     write_evaluation(output, evaluation_of(asked, values_of([kept for kept, _ in counted]), strictly, kind))
@@ -286,7 +288,7 @@ def result_lines(result: Result) -> list[str]:
         lines += _single_lines(one) if isinstance(one, Scores) else _pair_lines(one)
         lines += [f"  left out: {dropped}" for dropped in one.dropped]
         lines += [f"  note: {note}" for note in one.notes]
-        if any(TRUNCATED in dropped for dropped in one.dropped):
+        if any(TRUNCATED in line for line in (*one.dropped, *one.notes)):
             lines.append(f"  {LONGER}")
     measured = spread(result.totals)
     if measured is not None:

@@ -137,7 +137,7 @@ def strict(
         reasons = counted(known.get(place, "not in the file") for place in missing)
         raise UserError(
             f"{source}: {len(missing)} of {len(places)} turns are unrated ({reasons}): {_list(missing)}; {remedy}, or "
-            "leave them out as FastChat does with --compatible"
+            "count as FastChat does with --compatible"
         )
     found = Counter(map(place_of, usable))
     dropped = _reasons(
@@ -156,8 +156,10 @@ def problem_of(judgment: Judgment | PairJudgment, problems: Mapping[Place, str])
     return problems.get(place_of(judgment), written)
 
 
-def notes_on(judgments: Sequence[Judgment | PairJudgment]) -> tuple[str, ...]:
-    """What is to be known of judgments that count: ratings off the scale, and replies that hold several."""
+def notes_on(
+    judgments: Sequence[Judgment | PairJudgment], problems: Mapping[Place, str] = NO_PROBLEMS
+) -> tuple[str, ...]:
+    """What is to be known of judgments that count: of unfinished replies, off the scale, or with several ratings."""
     singles = [one for one in judgments if isinstance(one, Judgment)]
     pairs = [one for one in judgments if isinstance(one, PairJudgment)]
     off = [place_of(one) for one in singles if not is_usable(one)]
@@ -165,14 +167,22 @@ def notes_on(judgments: Sequence[Judgment | PairJudgment]) -> tuple[str, ...]:
     verdicts = [
         place_of(one) for one in pairs for text in (one.g1_judgment, one.g2_judgment) if has_several(text, verdicts_in)
     ]
+    shown = (OFF_SCALE, *SEVERAL.values())
+    unfinished = [one for one in judgments if problems.get(place_of(one), OFF_SCALE) not in shown]
     return _reasons(
-        (f"{OFF_SCALE}, which count here as in FastChat and not in reports", off),
+        *((f"{problem}, counted as FastChat does", places) for problem, places in _by_problem(unfinished, problems)),
+        (f"{OFF_SCALE}, counted as FastChat does but not in reports", off),
         (f"{SEVERAL['rating']}, of which one counts", ratings),
         (f"{SEVERAL['verdict']}, of which one counts", verdicts),
     )
 
 
-def scores_of(judgments: Sequence[Judgment], categories: Mapping[int, str], dropped: tuple[str, ...]) -> Scores:
+def scores_of(
+    judgments: Sequence[Judgment],
+    categories: Mapping[int, str],
+    dropped: tuple[str, ...],
+    problems: Mapping[Place, str] = NO_PROBLEMS,
+) -> Scores:
     """Means by turn and category, and over all judgments pooled (FastChat's average; not the mean of turn means)."""
     if not judgments:
         raise UserError(f"no judgment has a rating{_why(dropped)}; check the judge's replies in the judgments file")
@@ -182,12 +192,15 @@ def scores_of(judgments: Sequence[Judgment], categories: Mapping[int, str], drop
         average=mean([judgment.score for judgment in judgments]),
         judgments=len(judgments),
         dropped=dropped,
-        notes=notes_on(judgments),
+        notes=notes_on(judgments, problems),
     )
 
 
 def pair_scores_of(
-    judgments: Sequence[PairJudgment], categories: Mapping[int, str], dropped: tuple[str, ...]
+    judgments: Sequence[PairJudgment],
+    categories: Mapping[int, str],
+    dropped: tuple[str, ...],
+    problems: Mapping[Place, str] = NO_PROBLEMS,
 ) -> PairScores:
     """Wins, losses and ties, and the adjusted win rate by category."""
     if not judgments:
@@ -196,7 +209,7 @@ def pair_scores_of(
         )
     counts = Counter(map(outcome, judgments))
     means = _means((categories.get(j.question_id, "(unknown)"), outcome(j)) for j in judgments)
-    return PairScores(counts[1.0], counts[0.0], counts[0.5], means, dropped, notes_on(judgments))
+    return PairScores(counts[1.0], counts[0.0], counts[0.5], means, dropped, notes_on(judgments, problems))
 
 
 def mean(values: Sequence[float]) -> float:
