@@ -5,11 +5,14 @@
         ...
         server.requests()                              # what came in
 
-Steps of a script: good, malformed (no rating), empty (no choices), html, 429 (with Retry-After), 500, 401, 404,
-400 (for no known reason), cut (in the middle of the body), hold (answered after `release`).
+Steps of a script: good, malformed (no rating), html, 429 (with Retry-After), 500, 401, 404, 400 (for no known reason),
+cut (in the middle of the body), hold (answered after `release`). Without a text: empty (no choices), upstream (an error
+instead of choices), null (no content), reasoning (no content beside its reasoning), filtered (as finish_reason),
+blocked (400 of a content filter), crowded (400, the prompt is too long). truncated: at the length limit; parts: the
+content is a list of parts.
 Standing behaviour: `needs_key` (401 without it), `echo_key` (replies repeat the key), `max_tokens: false` and
 `system: false` (400 with the usual words), `malformed: TEXT` (no rating where the prompt holds TEXT), `fixed` (always
-the same reply).
+the same reply), `always: {TEXT: STEP}` (that step where the prompt holds TEXT).
 """
 
 from __future__ import annotations
@@ -25,7 +28,10 @@ from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
-STANDING = {"needs_key": None, "echo_key": False, "max_tokens": True, "system": True, "malformed": None, "fixed": None}
+STANDING = {
+    "needs_key": None, "echo_key": False, "max_tokens": True, "system": True, "malformed": None, "fixed": None,
+    "always": {},
+}  # fmt: skip
 
 
 def rating_of(prompt: str) -> int:
@@ -109,10 +115,14 @@ class State:
 
     def next_step(self, headers: dict[str, str], body: dict[str, Any]) -> str:
         with self.lock:
-            step = self.refusal(headers, body) or (self.script.pop(0) if self.script else "good")
+            step = self.refusal(headers, body) or (self.script.pop(0) if self.script else self.usual(body))
             self.active += 1
             self.seen.append({"headers": headers, "body": body, "step": step, "at_once": self.active})
         return step
+
+    def usual(self, body: dict[str, Any]) -> str:
+        prompt, always = body["messages"][-1]["content"], self.standing["always"]
+        return next((step for text, step in always.items() if text in prompt), "good")
 
     def ended(self) -> None:
         with self.lock:
@@ -137,6 +147,15 @@ ERRORS = {
     "500": (500, "The server had an error"),
     "no max_tokens": (400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."),
     "no system": (400, "System role not supported"),
+    "blocked": (400, "The response was filtered due to the prompt triggering the content management policy."),
+    "crowded": (400, "This model's maximum context length is 512 tokens; max_completion_tokens is too large"),
+}
+# Choices without a whole text: content, finish_reason.
+UNFINISHED: dict[str, tuple[str | None, str]] = {
+    "null": (None, "stop"),
+    "reasoning": (None, "length"),
+    "filtered": ("I would say", "content_filter"),
+    "truncated": ("For example [[3]] would be", "length"),
 }
 
 
@@ -183,6 +202,15 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(page)
         elif step == "empty":
             self.answer(200, {**completion(""), "choices": []})
+        elif step == "upstream":
+            self.answer(200, {"error": {"message": "the provider is gone", "code": 502}})
+        elif step in UNFINISHED:
+            whole = completion(*UNFINISHED[step])
+            whole["choices"][0]["message"]["reasoning_content"] = "Perhaps [[3]]."
+            self.answer(200, whole)
+        elif step == "parts":
+            thought = {"type": "thinking", "thinking": [{"type": "text", "text": "[[3]]"}]}
+            self.answer(200, completion([thought, {"type": "text", "text": self.text(step, body, key)}]))
         else:
             if step == "hold":
                 STATE.released.wait(60)
@@ -219,9 +247,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def completion(text: str) -> dict[str, Any]:
-    message = {"role": "assistant", "content": text}
-    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+def completion(content: Any, finish_reason: str = "stop") -> dict[str, Any]:
+    message = {"role": "assistant", "content": content}
+    choice = {"index": 0, "message": message, "finish_reason": finish_reason}
     return {"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]}
 
 

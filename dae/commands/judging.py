@@ -162,7 +162,9 @@ Answers = Annotated[
 Judgments = Annotated[
     list[str] | None, typer.Option(metavar="FILE", help="existing judgments in FastChat's format, only scored; repeats")
 ]
-ModelId = Annotated[str | None, typer.Option(metavar="NAME", help="the model to score, if --judgments has several")]
+ModelId = Annotated[
+    str | None, typer.Option(metavar="NAME", help="the model of --judgments to score; either of a pair")
+]
 Questions = Annotated[
     str | None, typer.Option(metavar="FILE", help="FastChat's question.jsonl, or hub:OWNER/NAME/FILE")
 ]
@@ -250,7 +252,11 @@ def refuse_misfits(side: Side | None, model_id: str | None, pairwise: bool, agai
 def alpaca_eval(
     options: Options,
     instructions: Annotated[
-        str | None, typer.Option(metavar="FILE", help="AlpacaEval's instructions, or hub:OWNER/NAME/FILE")
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="AlpacaEval's instructions, or hub:OWNER/NAME/FILE; for --gamed-file their order",
+        ),
     ] = None,
     outputs: Annotated[
         str | None,
@@ -264,7 +270,10 @@ def alpaca_eval(
     ] = None,
     gamed_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="df_gamed.csv, for the length-controlled rate (needs dae-align[alpaca])"),
+        typer.Option(
+            metavar="FILE",  # Rich would read an unescaped [alpaca] as markup.
+            help=r"df_gamed.csv, for the length-controlled rate (needs: pip install 'dae-align\[alpaca]')",
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest output in tokens")] = 2048,
 ) -> None:

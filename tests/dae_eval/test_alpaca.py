@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import os
-import random
 import statistics
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,17 +14,15 @@ import pytest
 from benchmark_files import make_alpaca, make_mt_bench
 from dae_eval.folders import read_evaluation
 from dae_eval.judging.alpaca import AlpacaEval, AlpacaResult, Annotating, result_lines, run_alpaca_eval, shown_first
-from dae_eval.judging.alpaca_scores import length_controlled, read_annotations, win_rate
+from dae_eval.judging.alpaca_scores import read_annotations, win_rate
 from dae_eval.judging.endpoints import EndpointChoice
 from dae_eval.judging.judges import JudgeChoice
+from dae_eval.judging.readings import LONGER, TRUNCATED
 from judge_server import JudgeServer, verdict_of
 
 from kd.errors import UserError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "alpaca-eval" / "annotations_alpaca-7b.json"
-needs_extra = pytest.mark.skipif(
-    importlib.util.find_spec("alpaca_eval") is None, reason="the extra dae-align[alpaca] is not installed"
-)
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +158,36 @@ def test_the_order_is_drawn_by_the_seed_and_recorded(world: Path, server: JudgeS
         run_alpaca_eval(job_of(world, server, seed=1))
 
 
-def test_unreadable_verdicts_are_missing_preferences(world: Path, server: JudgeServer) -> None:
+def test_unreadable_verdicts_are_missing_preferences_and_asked_again(world: Path, server: JudgeServer) -> None:
     server.behave(malformed="number 3")
     rate = run(job_of(world, server)).rate
-    assert (rate.preferences, rate.dropped) == (5, 1)
+    assert (rate.preferences, rate.dropped, rate.unrated) == (5, 1, {"without a verdict": 1})
     assert json.loads((world / "out" / "annotations.json").read_text())[3]["preference"] is None
+    server.behave()
+    rate = run(job_of(world, server)).rate
+    assert (rate.preferences, rate.dropped, rate.unrated) == (6, 0, {})
+    assert len(server.requests()) == 1
+
+
+def test_what_the_judge_did_not_say_is_told_by_reason(world: Path, server: JudgeServer) -> None:
+    server.behave(always={"number 1.": "empty", "number 2.": "reasoning", "number 4.": "blocked"})
+    result = run(job_of(world, server))
+    reasons = {"without choices in the reply": 1, TRUNCATED: 1, "stopped by a content filter": 1}
+    assert (result.rate.preferences, result.rate.unrated) == (3, reasons)
+    lines = result_lines(result)
+    assert f"    1 {TRUNCATED}" in lines and f"  {LONGER}" in lines
+    assert max(map(len, lines)) <= 80
+    scores = json.loads((world / "out" / "scores.json").read_text())
+    assert (scores["dropped"], scores["unrated"]) == (3, reasons)
+    server.behave(fixed="<think>[[A]] or [[B]]</think> [[C]]")
+    assert run(job_of(world, server)).rate.preferences == 6
+    assert len(server.requests()) == 3
+
+
+def test_contradicting_verdicts_are_no_preference(world: Path, server: JudgeServer) -> None:
+    server.behave(fixed="[[A]] at first sight, then [[B]]")
+    with pytest.raises(UserError, match="6 with several different verdicts"):
+        run_alpaca_eval(job_of(world, server))
 
 
 def test_a_baseline_for_other_instructions_is_refused(world: Path, server: JudgeServer) -> None:
@@ -190,88 +209,58 @@ def test_two_models_outputs_in_one_file_are_refused(world: Path, server: JudgeSe
         run_alpaca_eval(job_of(world, server))
 
 
-# -- length control ----------------------------------------------------------------------------------------------------
+# -- pairing -----------------------------------------------------------------------------------------------------------
 
 
-def make_gamed(path: Path, instructions: int) -> Path:
-    """A file like the package's df_gamed.csv: two gamed baselines' preferences, with made-up numbers."""
-    pick = random.Random(1)
-    lines = ["model,index,instruction_difficulty,std_delta_len,preference,not_gamed_baseline"]
-    for model in ("concise", "verbose"):
-        for index in range(instructions):
-            difficulty = random.Random(index).gauss(0, 1)
-            lines.append(f"{model},{index},{difficulty},{pick.gauss(0, 1)},{pick.random()},False")
-    path.write_text("\n".join(lines) + "\n")
-    return path
+def annotated(path: Path, *instructions: tuple[str, str]) -> dict[tuple[int, str], float]:
+    """Scores of annotations of these (data set, instruction) by the key on which reports join two models."""
+    rows = [
+        {
+            "instruction": text,
+            "dataset": dataset,
+            "generator_1": "base",
+            "generator_2": "ours",
+            "preference": 1 + n / 10,
+        }
+        for n, (dataset, text) in enumerate(instructions)
+    ]
+    path.write_text(json.dumps(rows))
+    out = path.with_suffix("")
+    result = run(AlpacaEval(out, annotations=str(path)))
+    (duplicates,) = [line for line in result_lines(result) if "duplicate" in line] or [""]
+    assert duplicates.split()[:1] == ([str(result.duplicates)] if result.duplicates else [])
+    return {(d.id, d.hash): d.score for d in read_evaluation(out).tasks["alpaca_eval"].documents}
 
 
-def make_texts(path: Path, rows: int = 60) -> Path:
-    pick = random.Random(2)
-    annotations = []
-    for index in range(rows):
-        long = pick.randint(1, 60)
-        preference = min(2.0, max(1.0, 1.2 + long / 100 + pick.gauss(0, 0.2)))
-        annotations.append(
-            {"instruction": str(index), "output_1": "x" * pick.randint(10, 50), "output_2": "y" * long, "dataset": "d",
-             "generator_1": "base", "generator_2": "ours", "annotator": "someone",
-             "preference": None if index == 7 else preference}
-        )  # fmt: skip
-    path.write_text(json.dumps(annotations))
-    return path
+def test_two_models_are_joined_by_instruction_and_not_by_place(tmp_path: Path) -> None:
+    rows = [(f"set{n % 2}", f"Say {n}.") for n in range(6)]
+    whole = annotated(tmp_path / "whole.json", *rows)
+    assert len(whole) == 6
+    turned = annotated(tmp_path / "turned.json", *reversed(rows))
+    assert turned == {key: pytest.approx(0.5 - score) for key, score in whole.items()}
+    assert set(annotated(tmp_path / "short.json", *rows[1:])) == set(list(whole)[1:])
+    other = annotated(tmp_path / "other.json", ("set9", rows[0][1]))
+    assert not set(other) & set(whole), "the same words in another data set"
 
 
-@needs_extra
-def test_the_length_controlled_rate_is_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gamed, texts = make_gamed(tmp_path / "gamed.csv", 60), make_texts(tmp_path / "texts.json")
-    (tmp_path / ".env").write_text("FROM_A_DOT_ENV=1\n")
-    monkeypatch.setattr("dotenv.main.find_dotenv", lambda *_, **__: str(tmp_path / ".env"))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "alpaca_eval"]:
-        monkeypatch.delitem(sys.modules, name)
-    before = dict(os.environ)
-    found = length_controlled(read_annotations(texts), gamed)
-    assert dict(os.environ) == before
-
-    # Its own function, which finds the file in a cache of the hub.
-    from alpaca_eval import constants
-    from alpaca_eval.metrics import get_length_controlled_winrate
-
-    snapshot = tmp_path / "cache" / "datasets--tatsu-lab--alpaca_eval" / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (snapshot / "df_gamed.csv").write_bytes(gamed.read_bytes())
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
-    monkeypatch.setattr(constants, "DEFAULT_CACHE_DIR", str(tmp_path / "cache"))
-    own = get_length_controlled_winrate(json.loads(texts.read_text()), save_weights_dir=None)
-    assert found.win_rate == own["length_controlled_winrate"]
-    assert found.standard_error == own["lc_standard_error"]
-    rate = win_rate(read_annotations(texts))
-    assert rate.win_rate == pytest.approx(own["win_rate"], abs=1e-9)
-    assert rate.standard_error == pytest.approx(own["standard_error"], abs=1e-9)
-    assert (rate.wins, rate.losses, rate.ties) == (own["n_wins"], own["n_wins_base"], own["n_draws"])
-    assert found.win_rate != pytest.approx(rate.win_rate, abs=0.5), "length matters here"
+def test_duplicates_are_told_and_joined_in_their_order(tmp_path: Path) -> None:
+    rows = [("d", "again"), ("d", "once"), ("d", "again")]
+    first = annotated(tmp_path / "first.json", *rows)
+    second = annotated(tmp_path / "second.json", rows[1], rows[0], rows[2])
+    assert set(first) == set(second)
+    again = [key for key in first if first[key] != pytest.approx(0.1)]
+    assert [first[key] for key in again] == pytest.approx([0, 0.2])
+    assert [second[key] for key in again] == pytest.approx([0.1, 0.2])
+    clusters = {document.cluster for document in read_evaluation(tmp_path / "first").tasks["alpaca_eval"].documents}
+    assert len(clusters) == 2, "duplicates are resampled together"
 
 
-@needs_extra
-def test_a_file_that_does_not_fit_is_named(tmp_path: Path) -> None:
-    texts = read_annotations(make_texts(tmp_path / "texts.json"))
-    with pytest.raises(UserError, match=r"gamed\.csv: "):
-        length_controlled(texts, make_gamed(tmp_path / "gamed.csv", 20))
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match=r"other\.csv"):
-        length_controlled(texts, tmp_path / "other.csv")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("alpaca_eval") is not None, reason="the extra is installed")
-def test_without_the_extra_it_is_named(tmp_path: Path) -> None:
-    texts = read_annotations(make_texts(tmp_path / "texts.json"))
-    with pytest.raises(UserError, match=r"pip install 'dae-align\[alpaca\]'"):
-        length_controlled(texts, make_gamed(tmp_path / "gamed.csv", 60))
-
-
-def test_without_texts_or_file_there_is_no_number(tmp_path: Path) -> None:
-    bare = read_annotations(write_annotations(tmp_path / "a.json", [1, 2]))
-    assert length_controlled(bare, None).win_rate is None
-    gamed = make_gamed(tmp_path / "gamed.csv", 2)
-    assert "output_1, output_2" in length_controlled(bare, gamed).missing
-    with pytest.raises(UserError, match=r"--gamed-file .*nowhere\.csv: "):
-        length_controlled(bare, tmp_path / "nowhere.csv")
+def test_the_nth_duplicate_is_compared_with_the_baselines_nth(world: Path, server: JudgeServer) -> None:
+    for name in ("ours", "theirs"):
+        rows = json.loads((world / f"{name}.json").read_text())
+        more = {**rows[0], "output": f"{name}, the second time"}
+        (world / f"{name}.json").write_text(json.dumps([*rows, more] if name == "ours" else [more, *rows]))
+    server.behave()
+    assert run(job_of(world, server)).duplicates == 1
+    rows = json.loads((world / "out" / "annotations.json").read_text())
+    assert [rows[n]["output_1"] for n in (0, -1)] == ["theirs, the second time", "theirs says 0!!"]

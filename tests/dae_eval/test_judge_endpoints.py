@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from dae_eval.judging.asking import Request
+from dae_eval.judging.asking import FILTERED, LENGTH, NO_CHOICES, NO_CONTENT, NO_ROOM, Request
 from dae_eval.judging.endpoints import Dialect, Endpoint, EndpointChoice, Pace, plain_url
 from judge_server import JudgeServer, rating_of
 
@@ -98,6 +98,42 @@ def test_a_final_refusal_is_a_user_error_and_asked_once(server: JudgeServer, ste
     with pytest.raises(UserError, match=f"{server.url}: .*{cause}"):
         answers_of(Endpoint(choice(server)), request("1"))
     assert len(server.requests()) == 1
+
+
+@pytest.mark.parametrize("step", ["empty", "upstream", "null", "filtered", "blocked"])
+def test_a_reply_without_a_text_is_asked_for_again(server: JudgeServer, step: str) -> None:
+    server.behave(script=[step, step, "good"])
+    assert answers_of(Endpoint(choice(server)), request("1"))["1"].endswith(f"[[{rating_of('prompt 1')}]]")
+    assert [one["step"] for one in server.requests()] == [step, step, "good"]
+
+
+@pytest.mark.parametrize(
+    ("step", "stop", "asked"),
+    [
+        ("empty", NO_CHOICES, 3),
+        ("upstream", NO_CHOICES, 3),
+        ("null", NO_CONTENT, 3),
+        ("filtered", FILTERED, 3),
+        ("blocked", FILTERED, 3),
+        ("reasoning", LENGTH, 1),
+        ("truncated", LENGTH, 1),
+        ("crowded", NO_ROOM, 1),
+    ],
+)
+def test_one_request_without_a_reply_stops_no_other(server: JudgeServer, step: str, stop: str, asked: int) -> None:
+    server.behave(always={"prompt 1": step})
+    requests = [request(key) for key in "012"]
+    replies = dict(Endpoint(choice(server)).replies(requests, {"0", "1", "2"}))
+    assert [replies[key].stop for key in "012"] == ["stop", stop, "stop"]
+    assert [one["step"] for one in server.requests()] == ["good", *[step] * asked, "good"]
+    assert replies["1"].how == "", "no other dialect is tried"
+
+
+def test_of_content_in_parts_the_text_is_read_and_not_the_reasoning(server: JudgeServer) -> None:
+    server.behave(script=["parts"])
+    assert (
+        answers_of(Endpoint(choice(server)), request("1"))["1"] == f"A fair answer. Rating: [[{rating_of('prompt 1')}]]"
+    )
 
 
 @pytest.mark.parametrize("standing", [{"system": False}, {"max_tokens": False, "system": False}])

@@ -92,6 +92,7 @@ def test_the_evaluation_is_what_reports_read(world: Path, server: JudgeServer) -
     evaluation = read_evaluation(world / "out")
     task = evaluation.tasks["mt_bench"]
     assert (task.group, task.kind, task.metric) == ("mt-bench", "domain", "rating / 10")
+    assert (task.unit, task.total) == ("rating", 8)
     assert [document.id for document in task.documents] == [11, 12, 21, 22, 31, 32, 41, 42]
     fourth = task.documents[3]
     assert (fourth.prompt, fourth.target) == ("How much are two and two cups?\n\nAnd twice that?", "eight cups")
@@ -150,7 +151,7 @@ def test_malformed_ratings_stop_strict_mode_and_are_asked_for_again(world: Path,
     result = run(job_of(world, server, strict=False))
     (scores,) = result.repeats
     assert [line.partition(": ")[2] for line in scores.dropped] == ["3 turn 1, 3 turn 2"]
-    assert len(server.requests()) == 8
+    assert len(server.requests()) == 10, "each run asks again"
     assert len(read_evaluation(world / "out").tasks["mt_bench"].documents) == 6
     assert [j.score for j in read_judgments(world / "out" / "judgments-1.jsonl")].count(NO_RATING) == 2
     server.behave()

@@ -26,15 +26,16 @@ from dae_eval.judging.fastchat_files import (
     read_questions,
 )
 from dae_eval.judging.mt_bench import FinishedJudgments, score_judgments
-from dae_eval.judging.mt_bench_results import result_lines
+from dae_eval.judging.mt_bench_prompts import Mode
+from dae_eval.judging.mt_bench_results import exchanged, pair_judgments_of, result_lines, smallest_margin
 from dae_eval.judging.mt_bench_scores import (
+    PairScores,
     Scores,
     compatible,
+    notes_on,
     pair_scores_of,
-    rating_in,
     scores_of,
     strict,
-    verdict_in,
 )
 
 from kd.errors import UserError
@@ -106,7 +107,10 @@ def test_strict_scores_need_every_turn_and_list_what_they_leave_out() -> None:
         (1, 1, 7.5), (1, 2, 3), (2, 1, 4), (2, 2, 5), (3, 1, 10), (3, 2, 6)
     ]  # fmt: skip
     lines = [(line[0], line.partition(": ")[2]) for line in dropped]
-    assert lines == [("3", "2 turn 2, 1 turn 2, 1 turn 1"), ("2", "2 turn 1, 3 turn 2"), ("1", "99 turn 1")]
+    assert lines == [
+        ("2", "2 turn 2, 1 turn 2"), ("1", "1 turn 1"), ("2", "2 turn 1, 3 turn 2"), ("1", "99 turn 1")
+    ]  # fmt: skip
+    assert "off the scale" in dropped[1]
     with pytest.raises(UserError, match="gpt, other"):
         strict([*whole, single(1, 1, 5, judge="other")], THREE, "here")
 
@@ -118,27 +122,46 @@ def test_nothing_rated_is_an_error_not_a_division_by_zero() -> None:
         pair_scores_of([], {}, ())
 
 
-@pytest.mark.parametrize(
-    ("text", "rating"),
-    [
-        ("Rating: [[8]]", 8),
-        ("[[7.5]] and then [[9]]", 7.5),
-        ("only [4]", 4),
-        ("Rating: 8", -1),
-        ("[[8/10]]", -1),
-        ("", -1),
-    ],
-)
-def test_ratings_are_read_as_fastchat_reads_them(text: str, rating: float) -> None:
-    assert rating_in(text) == rating
+@pytest.mark.parametrize("score", [11, 0])
+def test_ratings_off_the_scale_are_told(tmp_path: Path, score: float) -> None:
+    judgments = [single(n, turn, 5) for n in (1, 2, 3) for turn in (1, 2)]
+    judgments[3] = single(2, 2, score)
+    path = tmp_path / "judgments.jsonl"
+    path.write_text(judgment_lines(judgments))
+    kept, dropped = compatible(judgments)
+    scores = scores_of(kept, {}, dropped)
+    assert (scores.average, dropped) == (pytest.approx(show_result(path)[1]), ())
+    (note,) = scores.notes
+    assert note.startswith("1 rated off the scale of 1 to 10") and note.endswith(": 2 turn 2")
+    with pytest.raises(UserError, match=r"1 of 6 .*1 rated off the scale.*: 2 turn 2;"):
+        strict(judgments, THREE, "here")
 
 
-@pytest.mark.parametrize(
-    ("text", "winner"),
-    [("[[A]]", "us"), ("[[C]]", "tie"), ("[[B]] or [[A]]", "us"), ("[A]", "error")],
-)
-def test_verdicts_are_read_as_fastchat_reads_them(text: str, winner: str) -> None:
-    assert verdict_in(text, "us", "them") == winner  # type: ignore[arg-type]
+def test_several_ratings_in_a_finished_judgment_are_told() -> None:
+    texts = ["<think>[[3]]</think> [[8]]", "e.g. [[5]], so [[8]]", "[[8]] ... [[8]]"]
+    judgments = [replace(single(number, 1, 8), judgment=text) for number, text in enumerate(texts)]
+    (note,) = notes_on(judgments)
+    assert note.startswith("1 with several different ratings") and note.endswith(": 1 turn 1")
+    (note,) = notes_on([replace(pair(4, "tie", "tie"), g2_judgment="[[A]] or [[B]]")])
+    assert note.startswith("1 with several different verdicts") and note.endswith(": 4 turn 1")
+
+
+@pytest.mark.parametrize("strictly", [True, False])
+def test_advice_for_finished_judgments_with_gaps_can_be_followed(tmp_path: Path, strictly: bool) -> None:
+    path = tmp_path / "judgments.jsonl"
+    path.write_text(judgment_lines([single(1, 1, 8), single(1, 2, NO_RATING), single(2, 1, 6)]))
+    rows = [{"question_id": n, "category": "stem", "turns": ["a", "b"]} for n in (1, 2)]
+    questions = write_lines(tmp_path / "question.jsonl", rows)
+    job = FinishedJudgments((str(path),), str(questions), tmp_path / "out", strict=strictly)
+    if strictly:
+        with pytest.raises(UserError, match=r"2 of 4 .*1 without a rating, 1 not in the file.*--compatible") as refusal:
+            score_judgments(job)
+        assert "same command" not in str(refusal.value), "no judge can be asked again"
+        return
+    result = score_judgments(job)
+    assert result.totals == (7,)
+    task = read_evaluation(tmp_path / "out").tasks["mt_bench"]
+    assert (len(task.documents), task.total, task.unit) == (2, 4, "rating")
 
 
 def pair(question_id: int, first: str, second: str, turn: int = 1) -> PairJudgment:
@@ -159,6 +182,49 @@ def test_a_win_needs_both_orders() -> None:
     assert [line.partition(": ")[2] for line in dropped] == ["6 turn 1"]
     with pytest.raises(UserError, match="6 turn 1"):
         strict(pairs, [Question(number, "stem", ("a",)) for number in range(1, 8)], "here")
+
+
+@pytest.mark.parametrize(("model_id", "ours", "theirs", "counts"), [
+    ("m", "m", "n", (2, 1, 1)), ("n", "n", "m", (1, 2, 1)), (None, "m", "n", (2, 1, 1)),
+])  # fmt: skip
+def test_either_model_of_a_pairwise_file_can_be_scored(
+    tmp_path: Path, model_id: str | None, ours: str, theirs: str, counts: tuple[int, int, int]
+) -> None:
+    winners = [("model_1", "model_1"), ("model_1", "model_1"), ("model_2", "model_2"), ("model_1", "tie")]
+    path, turns = tmp_path / "pairs.jsonl", [(1, 1), (1, 2), (2, 1), (2, 2)]
+    pairs = [pair(n, *won, turn=turn) for won, (n, turn) in zip(winners, turns, strict=True)]
+    path.write_text(judgment_lines(pairs))
+    rows = [{"question_id": n, "category": "stem", "turns": ["a", "b"]} for n in (1, 2)]
+    questions = write_lines(tmp_path / "question.jsonl", rows)
+    result = score_judgments(FinishedJudgments((str(path),), str(questions), tmp_path / "out", "pairwise", model_id))
+    (scores,) = result.repeats
+    assert isinstance(scores, PairScores)
+    assert (scores.wins, scores.losses, scores.ties) == counts
+    evaluation = read_evaluation(tmp_path / "out")
+    task = evaluation.tasks["mt_bench_pairwise"]
+    assert (evaluation.model.path, task.metric) == (ours, f"win rate against {theirs}")
+    assert (task.unit, task.total) == ("points", 4)
+    with pytest.raises(UserError, match=r"no judgments of x; models in the file: m, n"):
+        pair_judgments_of(path, "x")
+
+
+def test_a_pair_seen_from_the_other_side_has_its_games_exchanged() -> None:
+    one = replace(
+        pair(1, "model_1", "tie"), g1_judgment="one", g2_judgment="two", g1_user_prompt="p", g2_user_prompt="q"
+    )
+    other = exchanged(one)
+    assert (other.model_1, other.g1_winner, other.g1_judgment, other.g1_user_prompt) == ("n", "tie", "two", "q")
+    assert (other.model_2, other.g2_winner, other.g2_judgment, other.g2_user_prompt) == ("m", "model_2", "one", "p")
+    assert exchanged(other) == one
+
+
+@pytest.mark.parametrize(
+    ("questions", "mode", "number"),
+    # 1.96 x 2 / sqrt(80) = 0.44 ratings, 196 x 0.5 / sqrt(80) = 11 points.
+    [(80, "single", "about 0.4 "), (4, "single", "about 2.0 "), (80, "pairwise", "about 11 points")],
+)
+def test_the_margin_that_so_many_questions_decide(questions: int, mode: Mode, number: str) -> None:
+    assert number in smallest_margin(questions, mode)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 from dae_eval.folders import write_evaluation
 from dae_eval.judging.alpaca_scores import (
     NOT_IN_FILE,
+    UNRATED,
     Annotation,
     LengthControlled,
     WinRate,
     length_controlled,
+    occurrences,
     read_annotations,
     read_rows,
     text_of,
@@ -24,10 +27,10 @@ from dae_eval.judging.alpaca_scores import (
 )
 from dae_eval.judging.asking import Reply, ReplyLog, Request
 from dae_eval.judging.authors import Author, answer_instructions, notes_of, seed_of
-from dae_eval.judging.fastchat_files import local_file, read_judge_prompts
+from dae_eval.judging.fastchat_files import Winner, local_file, read_judge_prompts
 from dae_eval.judging.judged_folder import REPLIES, claimed, software
 from dae_eval.judging.judges import JudgeChoice, ask_judge, chosen_prompt, judge_request
-from dae_eval.judging.mt_bench_scores import verdict_in
+from dae_eval.judging.readings import LONGER, TRUNCATED, verdict_of
 from dae_eval.results import Document, Evaluation, Kind, ModelFacts, TaskResult
 from kd.errors import UserError
 from kd.runs.files import file_sha256, json_text, write_text_durably
@@ -37,6 +40,8 @@ logger = logging.getLogger("dae")
 PROMPT = "pair-v2"  # of the judge prompts: two answers to one question
 OUTPUTS, ANNOTATIONS, SCORES = "outputs.json", "annotations.json", "scores.json"
 GROUP = "alpaca-eval"
+# The winner where A or B is, by whether the model's output (2) is shown as A.
+_SHOWN: Mapping[bool, tuple[Winner, Winner]] = {True: ("model_2", "model_1"), False: ("model_1", "model_2")}
 _PREFERENCES = {"model_1": 1.0, "model_2": 2.0, "tie": 1.5, "error": None}
 
 
@@ -59,7 +64,8 @@ class Annotating:
 class AlpacaEval:
     """One run. outputs: a file of existing outputs; without it the author answers `instructions`.
 
-    annotations: a file of finished annotations, which needs neither outputs nor a judge.
+    annotations: a file of finished annotations, which needs neither outputs nor a judge. gamed_file numbers the
+    `instructions`.
     """
 
     output: Path
@@ -78,6 +84,7 @@ class AlpacaResult:
     rate: WinRate
     length_controlled: LengthControlled
     annotator: str
+    duplicates: int
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,7 @@ def _annotate(how: Annotating, outputs: Outputs, folder: Path) -> tuple[list[dic
     baseline = _matched(read_outputs(local_file(how.baseline, "--baseline"), "--baseline"), outputs, how.baseline)
     requests = annotation_requests(how, outputs, baseline)
     log = ReplyLog(folder / REPLIES / "annotations.jsonl")
-    replies = ask_judge(how.judge, requests, log, "annotations", how.price, how.only_estimate)
+    replies = ask_judge(how.judge, requests, log, "annotations", how.price, how.only_estimate, _has_verdict)
     if replies is None:
         return None
     annotated = [
@@ -185,16 +192,31 @@ def _annotate(how: Annotating, outputs: Outputs, folder: Path) -> tuple[list[dic
     return annotated, notes_of(how.judge.name, replies)
 
 
+def _has_verdict(reply: Reply) -> bool:
+    return not verdict_of(reply, "model_1", "model_2", strictly=True)[1]
+
+
 def _matched(baseline: Outputs, outputs: Outputs, source: str) -> Outputs:
-    """The baseline's outputs in the order of the model's, joined by instruction. Raises UserError."""
-    by_instruction = {row["instruction"]: row for row in baseline.rows}
+    """The baseline's outputs in the order of the model's, joined by instruction; of duplicates the n-th to the n-th.
+
+    Raises:
+        UserError: the baseline has no output for an instruction.
+    """
+    by_instruction: dict[str, list[Mapping[str, Any]]] = {}
+    for row in baseline.rows:
+        by_instruction.setdefault(row["instruction"], []).append(row)
     missing = [index for index, row in enumerate(outputs.rows) if row["instruction"] not in by_instruction]
     if missing:
         raise UserError(
             f"--baseline {source}: outputs are missing for {len(missing)} of {len(outputs.rows)} instructions (first: "
             f"row {missing[0]}); give the baseline's outputs for the same instructions"
         )
-    return Outputs(baseline.generator, tuple(by_instruction[row["instruction"]] for row in outputs.rows))
+    matched, seen = [], Counter[str]()
+    for row in outputs.rows:
+        same = by_instruction[row["instruction"]]
+        matched.append(same[min(seen[row["instruction"]], len(same) - 1)])
+        seen[row["instruction"]] += 1
+    return Outputs(baseline.generator, tuple(matched))
 
 
 def shown_first(seed: int, index: int) -> bool:
@@ -217,10 +239,11 @@ def _annotation_row(
     how: Annotating, index: int, row: Mapping[str, Any], other: Mapping[str, Any], baseline: str, reply: Reply
 ) -> dict[str, Any]:
     ours_first = shown_first(how.seed, index)
-    winner = verdict_in(reply.text, *(("model_2", "model_1") if ours_first else ("model_1", "model_2")))
-    return {
+    first, second = _SHOWN[ours_first]
+    winner, problem = verdict_of(reply, first, second, strictly=True)
+    annotated = {
         "instruction": row["instruction"],
-        "dataset": row.get("dataset", ""),
+        "dataset": row.get("dataset") or other.get("dataset", ""),
         "output_1": other["output"],
         "generator_1": baseline,
         "output_2": row["output"],
@@ -230,6 +253,7 @@ def _annotation_row(
         "shown_first": row["generator"] if ours_first else baseline,
         "raw_completion": reply.text,
     }
+    return {**annotated, UNRATED: problem} if problem else annotated
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -244,13 +268,24 @@ def _finish(
 ) -> AlpacaResult:
     annotators = sorted({annotation.annotator for annotation in annotations})
     rate = win_rate(annotations)
-    result = AlpacaResult(job.output, rate, length_controlled(annotations, job.gamed_file), ", ".join(annotators))
-    scores = {**asdict(rate), "length_controlled": asdict(result.length_controlled), "annotator": annotators}
+    controlled = length_controlled(annotations, job.gamed_file, _order(job))
+    duplicates = sum(occurrence > 0 for occurrence in occurrences(annotations))
+    result = AlpacaResult(job.output, rate, controlled, ", ".join(annotators), duplicates)
+    scores = {**asdict(rate), "length_controlled": asdict(controlled), "annotator": annotators}
     write_text_durably(job.output / SCORES, json_text(scores))
     facts = ModelFacts(str(path), file_sha256(path)) if job.author is None else job.author.facts()
     settings = {"annotator": annotators, "baseline's name": annotations[0].baseline, **judged_by}
     write_evaluation(job.output, evaluation_of(annotations, facts, settings, conditions, job.kind))
     return result
+
+
+def _order(job: AlpacaEval) -> list[str] | None:
+    """The instructions in the order of --instructions, if given."""
+    if job.instructions is None:
+        return None
+    path = local_file(job.instructions, "--instructions")
+    rows = enumerate(read_rows(path, "--instructions"))
+    return [text_of(row, "instruction", f"{path}: row {index}") for index, row in rows]
 
 
 def evaluation_of(
@@ -260,32 +295,44 @@ def evaluation_of(
     conditions: Mapping[str, Any],
     kind: Kind,
 ) -> Evaluation:
-    """One document for each preference, scored preference - 1."""
+    """One document for each preference, scored preference - 1.
+
+    Its identity is its data set and instruction, not its place: the files of two models may differ in their order. Of
+    duplicates the n-th is the same document in both.
+    """
     task = TaskResult(
         task="alpaca_eval",
         group=GROUP,
         kind=kind,
         metric="preference - 1",
-        version="1",
+        version="2",  # 1: documents were identified by their place
         settings=settings,
-        documents=tuple(_document(a, a.preference - 1) for a in annotations if a.preference is not None),
+        documents=tuple(
+            _document(annotation, occurrence, annotation.preference - 1)
+            for annotation, occurrence in zip(annotations, occurrences(annotations), strict=True)
+            if annotation.preference is not None
+        ),
     )
     return Evaluation(facts, {task.task: task}, {**conditions, **software()})
 
 
-def _document(annotation: Annotation, score: float) -> Document:
+def _document(annotation: Annotation, occurrence: int, score: float) -> Document:
     shown = annotation.instruction
-    # An instruction without its text is identified by its index.
-    identity = f"{annotation.dataset} {annotation.index}" if shown is None else shown
-    digest = hashlib.sha256(identity.encode()).hexdigest()
+    if shown is None:  # identified by its place
+        number, identity = annotation.index, f"{annotation.dataset} {annotation.index}"
+        digest = cluster = hashlib.sha256(identity.encode()).hexdigest()
+    else:
+        identity = json.dumps([annotation.dataset, shown, occurrence])
+        digest, cluster = (hashlib.sha256(text.encode()).hexdigest() for text in (identity, shown))
+        number = int(digest[:8], 16)
     return Document(
-        id=annotation.index,
+        id=number,
         hash=digest,
         score=score,
         prompt=f"({NOT_IN_FILE})" if shown is None else shown,
         target="",
         answer=f"({NOT_IN_FILE})" if annotation.output is None else annotation.output,
-        cluster=digest,
+        cluster=cluster,
         category=annotation.dataset,
     )
 
@@ -308,4 +355,9 @@ def result_lines(result: AlpacaResult) -> list[str]:
         f"  {rate.preferences} preferences: {rate.wins} wins, {rate.losses} losses, {rate.ties} ties",
         f"  annotator          {result.annotator}",
     ]
-    return [*lines, f"  left out: {rate.dropped} without a preference"] if rate.dropped else lines
+    if result.duplicates:
+        lines.append(f"  {result.duplicates} duplicate instructions, paired in the order of the file")
+    if rate.dropped:
+        lines.append(f"  left out: {rate.dropped} without a preference")
+        lines += [f"    {count} {problem}" for problem, count in rate.unrated.items()]
+    return [*lines, f"  {LONGER}"] if TRUNCATED in rate.unrated else lines

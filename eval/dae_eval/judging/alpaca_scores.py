@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,13 +15,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from dae_eval.judging.readings import counted
 from kd.data.messages import kind_of
 from kd.errors import UserError
 
 NOT_IN_FILE = "not in file"
+UNRATED = "unrated"  # key of an annotation of ours: why it has no preference
 GAMED_FILE = "df_gamed.csv of the data set tatsu-lab/alpaca_eval"
 EXTRA = "pip install 'dae-align[alpaca]'"
 _TIE = 1.5
+# SHA-256 of AlpacaEval's 805 instructions as a JSON list, in the order of its evaluation set and published annotations.
+PUBLISHED_ORDER = "c5770d532bf3f697768ed9a57a05d8b58b2617321ca65070620f059676e7c99a"
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class Annotation:
 class WinRate:
     """Percent. standard_error: None for a single preference. dropped: annotations without a preference.
 
-    Mean lengths in characters, None if the texts are not in the file.
+    unrated: how many of them for which reason, if the file says it. Mean lengths in characters, None if the texts are
+    not in the file.
     """
 
     win_rate: float
@@ -56,6 +63,7 @@ class WinRate:
     losses: int
     ties: int
     dropped: int
+    unrated: Mapping[str, int]
     mean_length: float | None
     baseline_mean_length: float | None
 
@@ -136,6 +144,16 @@ def _text_or_none(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def occurrences(annotations: Sequence[Annotation]) -> list[int]:
+    """For each annotation: how often its instruction of its data set was there before."""
+    seen, found = Counter[tuple[str, str | int]](), []
+    for annotation in annotations:
+        key = (annotation.dataset, annotation.index if annotation.instruction is None else annotation.instruction)
+        found.append(seen[key])
+        seen[key] += 1
+    return found
+
+
 def win_rate(annotations: Sequence[Annotation]) -> WinRate:
     """100 x mean(preference - 1) and 100 x its standard error (n - 1 in the variance), as the package computes them.
 
@@ -143,8 +161,11 @@ def win_rate(annotations: Sequence[Annotation]) -> WinRate:
         UserError: no annotation has a preference.
     """
     shares = [annotation.preference - 1 for annotation in annotations if annotation.preference is not None]
+    problems = [annotation.row.get(UNRATED) for annotation in annotations if annotation.preference is None]
+    unrated = [problem for problem in problems if isinstance(problem, str)]
     if not shares:
-        raise UserError("no annotation has a preference; check the judge's replies")
+        why = f" ({counted(unrated)})" if unrated else ""
+        raise UserError(f"no annotation has a preference{why}; check the judge's replies")
     standard_error = 100 * statistics.stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else None
     return WinRate(
         win_rate=100 * math.fsum(shares) / len(shares),
@@ -154,6 +175,7 @@ def win_rate(annotations: Sequence[Annotation]) -> WinRate:
         losses=sum(share < 0.5 for share in shares),
         ties=sum(share == 0.5 for share in shares),
         dropped=len(annotations) - len(shares),
+        unrated=dict(Counter(unrated).most_common()),
         mean_length=_mean_length([annotation.output for annotation in annotations]),
         baseline_mean_length=_mean_length([annotation.baseline_output for annotation in annotations]),
     )
@@ -164,13 +186,17 @@ def _mean_length(texts: Sequence[str | None]) -> float | None:
     return math.fsum(lengths) / len(lengths) if len(lengths) == len(texts) else None
 
 
-def length_controlled(annotations: Sequence[Annotation], gamed_file: Path | None) -> LengthControlled:
+def length_controlled(
+    annotations: Sequence[Annotation], gamed_file: Path | None, order: Sequence[str] | None = None
+) -> LengthControlled:
     """The length-controlled win rate by the package's own model (arXiv 2404.04475), or the reason why there is none.
 
-    gamed_file: the package's df_gamed.csv, which it would download from the hub; annotations must be in its order.
+    gamed_file: the package's df_gamed.csv, which it would download from the hub. It numbers the instructions of the
+    evaluation set, while the package takes a row's place for its number. order: the instructions in the evaluation
+    set's order; without it the annotations must be AlpacaEval's own, in their order.
 
     Raises:
-        UserError: the file is invalid, or the package is not installed.
+        UserError: the file is invalid, an instruction is not in the list, or the package is not installed.
     """
     if gamed_file is None:
         return LengthControlled(None, None, "needs the package's df_gamed.csv (--gamed-file)")
@@ -178,21 +204,49 @@ def length_controlled(annotations: Sequence[Annotation], gamed_file: Path | None
         raise UserError(f"--gamed-file {gamed_file}: not found; expected {GAMED_FILE}")
     if any(annotation.output is None or annotation.baseline_output is None for annotation in annotations):
         return LengthControlled(None, None, f"the outputs (output_1, output_2) are {NOT_IN_FILE}")
+    own = [annotation.instruction for annotation in annotations]
+    if order is None and hashlib.sha256(json.dumps(own).encode()).hexdigest() != PUBLISHED_ORDER:
+        return LengthControlled(None, None, "not AlpacaEval's 805 in order: give --instructions")
+    rows = [{**annotation.row, "preference": annotation.preference} for annotation in annotations]
+    if order is not None:
+        rows = [{**rows[place], "index": number} for number, place in numbered(annotations, order).items()]
     with _package() as package:
         # The package has no argument for the file's path, so its download function returns it.
         fetch, package.hf_hub_download = package.hf_hub_download, lambda **_: str(gamed_file)
-        rows = [{**annotation.row, "preference": annotation.preference} for annotation in annotations]
         try:
             # Without save_weights_dir=None it writes into its own installation.
             found = package.get_length_controlled_winrate(rows, save_weights_dir=None)
         except (KeyError, ValueError, IndexError, TypeError) as error:
             raise UserError(
                 f"--gamed-file {gamed_file}: the length-controlled rate cannot be computed ({error!r}); it needs "
-                f"{GAMED_FILE} and annotations of its instructions, in its order"
+                f"{GAMED_FILE} and annotations of its instructions"
             ) from error
         finally:
             package.hf_hub_download = fetch
     return LengthControlled(float(found["length_controlled_winrate"]), float(found["lc_standard_error"]))
+
+
+def numbered(annotations: Sequence[Annotation], order: Sequence[str]) -> dict[int, int]:
+    """The place of each annotation by its instruction's number in `order`, ascending.
+
+    So neither the order of the file nor a missing row changes the number of an instruction.
+
+    Raises:
+        UserError: an instruction is not in `order`, or more often than there.
+    """
+    numbers: dict[str | None, list[int]] = {}
+    for number, instruction in enumerate(order):
+        numbers.setdefault(instruction, []).append(number)
+    found = {}
+    for place, annotation in enumerate(annotations):
+        left = numbers.get(annotation.instruction)
+        if not left:
+            raise UserError(
+                f"--instructions: the instruction of annotation {annotation.index} is missing, or duplicated in the "
+                "annotations; give the instructions that were annotated"
+            )
+        found[left.pop(0)] = place
+    return dict(sorted(found.items()))
 
 
 @contextmanager

@@ -21,6 +21,8 @@ logger = logging.getLogger("dae")
 
 LENGTH = "length"  # stop reason of a reply truncated at max_tokens, as in the chat-completions protocol
 NO_ROOM = "no room"  # the prompt alone fills the model's context
+# Stop reasons of requests that the endpoint answered without a whole text.
+FILTERED, NO_CHOICES, NO_CONTENT = "content_filter", "no choices", "no content"
 
 Message = Mapping[str, str]
 
@@ -101,8 +103,9 @@ class ReplyLog:
         self._replies[request.key, request.digest] = reply
 
 
-def any_reply(_: Reply) -> bool:
-    return True
+def was_answered(reply: Reply) -> bool:
+    """Whether the model wrote the reply to its end or to its limit."""
+    return reply.stop not in (FILTERED, NO_CHOICES, NO_CONTENT)
 
 
 def unanswered(requests: Sequence[Request], log: ReplyLog, usable: Callable[[Reply], bool]) -> list[Request]:
@@ -115,7 +118,7 @@ def ask_all(
     requests: Sequence[Request],
     log: ReplyLog,
     what: str,
-    usable: Callable[[Reply], bool] = any_reply,
+    usable: Callable[[Reply], bool] = was_answered,
 ) -> dict[str, Reply]:
     """The reply to every request, by its key: logged ones from the log, the others from the model.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dae_eval.judging.asking import NO_ROOM, ChatModel, Reply, ReplyLog, Request, ask_all
+from dae_eval.judging.asking import NO_ROOM, ChatModel, Reply, ReplyLog, Request, ask_all, was_answered
 from dae_eval.judging.endpoints import Endpoint, EndpointChoice
 from dae_eval.judging.fastchat_files import Answers, Question
 from dae_eval.results import ModelFacts
@@ -106,7 +106,7 @@ def answer_questions(
         requests = [_turn_request(author, q, turn, replies) for q in questions if len(q.turns) >= turn]
         if requests:
             replies |= ask_all(open_once, requests, log, f"answers, turn {turn}")
-    _warn_of_empty(author.model, replies)
+    _warn_of_unanswered(author.model, replies)
     texts = {q.id: tuple(replies[_key(q, turn)].text for turn in range(1, len(q.turns) + 1)) for q in questions}
     tstamps = {q.id: replies[_key(q, len(q.turns))].tstamp for q in questions}
     return Answers(author.model_id, texts), tstamps, notes_of(author.model_id, replies)
@@ -146,15 +146,20 @@ def answer_instructions(
         for index, instruction in enumerate(instructions)
     ]
     replies = ask_all(author.open, requests, log, "answers")
-    _warn_of_empty(author.model, replies)
+    _warn_of_unanswered(author.model, replies)
     return [replies[request.key].text for request in requests], notes_of(author.model_id, replies)
 
 
-def _warn_of_empty(model: str, replies: Mapping[str, Reply]) -> None:
+def _warn_of_unanswered(model: str, replies: Mapping[str, Reply]) -> None:
     crowded = [key for key, reply in replies.items() if reply.stop == NO_ROOM]
     if crowded:
         words = "%s: %d answers are empty because the conversation fills the model's context: %s"
         logger.warning(words, model, len(crowded), first_of(crowded))
+    failed = [key for key, reply in replies.items() if not was_answered(reply)]
+    if failed:
+        words = "%s: the endpoint gave no whole answer to %d requests (%s): %s; the same command asks them again"
+        stops = ", ".join(sorted({replies[key].stop for key in failed}))
+        logger.warning(words, model, len(failed), stops, first_of(failed))
 
 
 def first_of(items: Sequence[object], most: int = 10) -> str:

@@ -16,7 +16,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from dae_eval.judging.asking import Message, Reply, Request
+from dae_eval.judging.asking import (
+    FILTERED,
+    LENGTH,
+    NO_CHOICES,
+    NO_CONTENT,
+    NO_ROOM,
+    Message,
+    Reply,
+    Request,
+    was_answered,
+)
 from kd.errors import MachineError, UserError
 
 if TYPE_CHECKING:
@@ -25,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dae")
 
 TRIES_AGAIN = 10  # retries of the client: 0.5 s, 1 s, 2 s, ... 8 s with jitter, or what Retry-After says
+TRIES_FOR_TEXT = 3  # requests to an endpoint that answers without choices or content, or filters the reply
 TIMEOUT = 600.0  # seconds for one reply
 NO_SYSTEM = "asked without a system message: its text is put before the user's"
 # Headers by which the client would describe the machine it runs on.
@@ -78,6 +89,22 @@ def without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
         return messages
     first = messages[1]
     return [{**first, "content": f"{messages[0]['content']}\n\n{first['content']}"}, *messages[2:]]
+
+
+def stop_of_refusal(refusal: str) -> str | None:
+    """The stop reason if an error 400 concerns the text of this one request; None if any request would be refused."""
+    text = refusal.lower()
+    if "content_filter" in text or "content management policy" in text:
+        return FILTERED
+    return NO_ROOM if "context_length_exceeded" in text or "maximum context length" in text else None
+
+
+def text_of(content: Any) -> str | None:
+    """The text of a message's content, which some servers send in parts, with the reasoning in parts of its own."""
+    if not isinstance(content, list):
+        return None if content is None else str(content)
+    parts = [part for part in content if isinstance(part, dict) and part.get("type") in ("text", "output_text")]
+    return "".join(str(part.get("text", "")) for part in parts) if parts else None
 
 
 class Pace:
@@ -188,7 +215,14 @@ class Endpoint:
         outcomes.put(None)
 
     def reply(self, request: Request) -> Reply:
-        """The reply to one request. Raises as `replies` does."""
+        """The reply to one request; `stop` says why, if the endpoint gives none. Raises as `replies` does."""
+        for _ in range(TRIES_FOR_TEXT):
+            reply = self._ask(request)
+            if was_answered(reply):
+                break
+        return reply
+
+    def _ask(self, request: Request) -> Reply:
         import openai
 
         while True:
@@ -204,6 +238,9 @@ class Endpoint:
                     **length,
                 )
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                stop = stop_of_refusal(f"{error.code} {error}")
+                if stop is not None:
+                    return Reply("", stop, dialect.how)
                 self._adapt(dialect, error)
             except (openai.OpenAIError, ValueError) as error:
                 raise self._described(error) from error
@@ -224,14 +261,21 @@ class Endpoint:
             logger.info("%s: %s", self._choice.model, changed.how)
 
     def _read(self, completion: Any, how: str) -> Reply:
-        try:
-            choice = completion.choices[0]
-            text, stop = choice.message.content, choice.finish_reason
-        except (AttributeError, IndexError, TypeError) as error:
-            raise UserError(
-                f"{self.url}: not a chat-completions endpoint; check {self._choice.flag} (it often ends in /v1)"
-            ) from error
-        return Reply(self._without_key(str(text or "").strip()), str(stop), how)
+        choices = getattr(completion, "choices", None)
+        if not choices:
+            if "choices" not in getattr(completion, "model_fields_set", ()) and not hasattr(completion, "error"):
+                raise UserError(
+                    f"{self.url}: not a chat-completions endpoint; check {self._choice.flag} (it often ends in /v1)"
+                )
+            return Reply("", NO_CHOICES, how)
+        stop = str(getattr(choices[0], "finish_reason", None))
+        # A filtered choice may have no message at all. `reasoning_content` beside the content is not read.
+        text = text_of(getattr(getattr(choices[0], "message", None), "content", None))
+        if stop.startswith(FILTERED):
+            stop = FILTERED
+        elif text is None and stop != LENGTH:
+            stop = NO_CONTENT
+        return Reply(self._without_key((text or "").strip()), stop, how)
 
     def _refuse_unreachable(self) -> None:
         """Connect once, so that a server that is down is reported at once and not after all retries."""

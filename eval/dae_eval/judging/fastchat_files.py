@@ -183,7 +183,9 @@ def read_judgments(path: Path) -> list[Judgment]:
     judgments = []
     for location, row in read_jsonl(str(path)):
         model, score = _field(row, "model", str, location), float(_field(row, "score", (int, float), location))
-        texts = {key: row.get(key, "") for key in ("user_prompt", "judgment")}
+        texts: dict[str, Any] = {
+            key: text if isinstance(text := row.get(key), str) else "" for key in ("user_prompt", "judgment")
+        }
         judgments.append(Judgment(model=model, score=score, **texts, **_of_any_judgment(row, location)))
     if not judgments:
         raise UserError(f"{path}: has no judgments")

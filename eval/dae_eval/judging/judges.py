@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dae_eval.judging.asking import NO_ROOM, ChatModel, Reply, ReplyLog, Request, any_reply, ask_all, unanswered
+from dae_eval.judging.asking import NO_ROOM, ChatModel, Reply, ReplyLog, Request, ask_all, unanswered
 from dae_eval.judging.endpoints import Endpoint, EndpointChoice
 from dae_eval.judging.fastchat_files import JudgePrompt
 from kd.errors import UserError
@@ -101,17 +101,19 @@ def ask_judge(
     what: str,
     price: tuple[float, float] | None,
     only_estimate: bool,
-    usable: Callable[[Reply], bool] = any_reply,
+    usable: Callable[[Reply], bool],
+    decides: str = "",
 ) -> dict[str, Reply] | None:
     """Log the cost of the calls that are left, then make them; None if only the estimate is wanted.
 
-    what, usable: as for `ask_all`. price: per million tokens (in, out).
+    what, usable: as for `ask_all`. price: per million tokens (in, out). decides: what the judgments can show.
 
     Raises:
         UserError, MachineError: a prompt does not fit into the judge's context, or the model raises it.
     """
     left = unanswered(requests, log, usable)
-    logger.info(describe_cost(judge.name, left, len(requests) - len(left), price))
+    cost = describe_cost(judge.name, left, len(requests) - len(left), price)
+    logger.info("%s", f"{cost}; {decides}" if decides else cost)
     if only_estimate:
         return None
     replies = ask_all(judge.open, requests, log, what, usable)
@@ -124,8 +126,8 @@ def refuse_crowded(judge: JudgeChoice, replies: Mapping[str, Reply]) -> None:
     crowded = [key for key, reply in replies.items() if reply.stop == NO_ROOM]
     if crowded:
         raise UserError(
-            f"{judge.name}: {len(crowded)} of {len(replies)} prompts are longer than the judge's context; choose a "
-            "judge with a longer context, or shorter answers"
+            f"{judge.name}: {len(crowded)} of {len(replies)} prompts leave no room for a judgment in the judge's "
+            "context; choose a judge with a longer context, a smaller --judge-max-tokens or shorter answers"
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dae_eval.folders import digest
-from dae_eval.judging.asking import Reply, ReplyLog, Request, any_reply
+from dae_eval.judging.asking import Reply, ReplyLog, Request
 from dae_eval.judging.authors import Author, answer_questions, first_of, notes_of, refuse_missing
 from dae_eval.judging.fastchat_files import (
     Answers,
@@ -36,8 +36,17 @@ from dae_eval.judging.mt_bench_prompts import (
     single_judgments,
     single_requests,
 )
-from dae_eval.judging.mt_bench_results import Asked, Judged, Result, finish, judgments_of, pair_judgments_of
-from dae_eval.judging.mt_bench_scores import HIGHEST, LOWEST, rating_in, verdict_in
+from dae_eval.judging.mt_bench_results import (
+    Asked,
+    Judged,
+    Result,
+    finish,
+    judgments_of,
+    pair_judgments_of,
+    smallest_margin,
+)
+from dae_eval.judging.mt_bench_scores import Place
+from dae_eval.judging.readings import LONGER, TRUNCATED, rating_of, verdict_of
 from dae_eval.results import Kind, ModelFacts
 from kd.errors import UserError
 from kd.runs.files import file_sha256, write_text_durably
@@ -254,8 +263,9 @@ def _ask_judge(job: MtBench, material: Material, answers: Answers, against: Answ
     repeats = range(1, job.repeat + 1)
     requests = [request for repeat in repeats for request in _requests(job, material, answers, against, repeat)]
     log = ReplyLog(job.output / REPLIES / "judgments.jsonl")
-    usable = _has_judgment(job.mode) if job.strict else any_reply
-    return ask_judge(job.judge, requests, log, "judgments", job.price, job.only_estimate, usable)
+    margin = smallest_margin(len(material.questions), job.mode)
+    is_rated = _is_rated(job.mode, job.strict)
+    return ask_judge(job.judge, requests, log, "judgments", job.price, job.only_estimate, is_rated, margin)
 
 
 def _requests(
@@ -270,24 +280,28 @@ def _judged(
     job: MtBench, material: Material, answers: Answers, against: Answers | None, replies: Mapping[str, Reply]
 ) -> Judged:
     """The judgments of each repeat, also written as files of FastChat's format."""
-    files, repeats = [], list[Sequence[Judgment | PairJudgment]]()
+    files, repeats, problems = [], list[Sequence[Judgment | PairJudgment]](), list[Mapping[Place, str]]()
     for repeat in range(1, job.repeat + 1):
         requests = _requests(job, material, answers, against, repeat)
         found: Sequence[Judgment | PairJudgment]
         if against is None:
-            found = single_judgments(job.judge, material, answers, repeat, requests, replies)
+            found, why = single_judgments(job.judge, material, answers, repeat, requests, replies, job.strict)
         else:
-            found = pair_judgments(job.judge, material, answers, against, repeat, requests, replies)
+            found, why = pair_judgments(job.judge, material, answers, against, repeat, requests, replies, job.strict)
         files.append(job.output / f"judgments-{repeat}.jsonl")
         write_text_durably(files[-1], judgment_lines(found))
         repeats.append(found)
-    return Judged(tuple(map(str, files)), tuple(repeats))
+        problems.append(why)
+    remedy = "run the same command to ask the judge again"
+    if any(problem == TRUNCATED for why in problems for problem in why.values()):
+        remedy += f" ({LONGER})"
+    return Judged(tuple(map(str, files)), tuple(repeats), tuple(problems), remedy)
 
 
-def _has_judgment(mode: Mode) -> Callable[[Reply], bool]:
+def _is_rated(mode: Mode, strictly: bool) -> Callable[[Reply], bool]:
     if mode == "single":
-        return lambda reply: LOWEST <= rating_in(reply.text) <= HIGHEST
-    return lambda reply: verdict_in(reply.text, "model_1", "model_2") != "error"
+        return lambda reply: not rating_of(reply, strictly)[1]
+    return lambda reply: not verdict_of(reply, "model_1", "model_2", strictly)[1]
 
 
 def _reference_note(job: MtBench, material: Material) -> list[str]:

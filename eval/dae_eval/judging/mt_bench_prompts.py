@@ -9,7 +9,8 @@ from typing import Literal
 from dae_eval.judging.asking import Reply, Request
 from dae_eval.judging.fastchat_files import Answers, JudgePrompt, Judgment, PairJudgment, Question
 from dae_eval.judging.judges import JudgeChoice, chosen_prompt, judge_request
-from dae_eval.judging.mt_bench_scores import rating_in, verdict_in
+from dae_eval.judging.mt_bench_scores import Place
+from dae_eval.judging.readings import rating_of, verdict_of
 
 NEED_REFERENCE = ("math", "reasoning", "coding")  # categories whose judge prompts show a reference answer
 
@@ -83,25 +84,31 @@ def single_judgments(
     repeat: int,
     requests: Sequence[Request],
     replies: Mapping[str, Reply],
-) -> list[Judgment]:
-    """The judge's ratings, in FastChat's terms."""
+    strictly: bool,
+) -> tuple[list[Judgment], dict[Place, str]]:
+    """The judge's ratings, in FastChat's terms, and why turns are unrated in the strict reading.
+
+    strictly: whether the ratings are read so (see `readings`).
+    """
     prompts = {request.key: request.messages[-1]["content"] for request in requests}
-    judgments = []
+    judgments, problems = [], {}
     for question, turn in places(material.questions):
         key = f"{repeat}/{question.id}/{turn}"
+        score, _ = rating_of(replies[key], strictly)
+        problems[question.id, turn] = rating_of(replies[key], strictly=True)[1]
         judgments.append(
             Judgment(
                 question_id=question.id,
                 model=answers.model_id,
                 judge=(judge.name, prompt_for(question, turn, "single", material).name),
                 turn=turn,
-                score=rating_in(replies[key].text),
+                score=score,
                 user_prompt=prompts[key],
                 judgment=replies[key].text,
                 tstamp=replies[key].tstamp,
             )
         )
-    return judgments
+    return judgments, {place: problem for place, problem in problems.items() if problem}
 
 
 def pair_judgments(
@@ -112,19 +119,22 @@ def pair_judgments(
     repeat: int,
     requests: Sequence[Request],
     replies: Mapping[str, Reply],
-) -> list[PairJudgment]:
-    """The judge's verdicts, in FastChat's terms: `answers` are those of model_1."""
+    strictly: bool,
+) -> tuple[list[PairJudgment], dict[Place, str]]:
+    """The judge's verdicts and why turns are unrated, as `single_judgments`; `answers` are those of model_1."""
     prompts = {request.key: request.messages[-1]["content"] for request in requests}
-    judgments = []
+    judgments, problems = [], {}
     for question, turn in places(material.questions):
         first, second = (f"{repeat}/{question.id}/{turn}/{game}" for game in (1, 2))
+        unrated = [verdict_of(replies[key], "model_1", "model_2", strictly=True)[1] for key in (first, second)]
+        problems[question.id, turn] = unrated[0] or unrated[1]
         judgments.append(
             PairJudgment(
                 question_id=question.id,
                 model_1=answers.model_id,
                 model_2=against.model_id,
-                g1_winner=verdict_in(replies[first].text, "model_1", "model_2"),
-                g2_winner=verdict_in(replies[second].text, "model_2", "model_1"),
+                g1_winner=verdict_of(replies[first], "model_1", "model_2", strictly)[0],
+                g2_winner=verdict_of(replies[second], "model_2", "model_1", strictly)[0],
                 judge=(judge.name, prompt_for(question, turn, "pairwise", material).name),
                 turn=turn,
                 g1_user_prompt=prompts[first],
@@ -134,4 +144,4 @@ def pair_judgments(
                 tstamp=replies[second].tstamp,
             )
         )
-    return judgments
+    return judgments, {place: problem for place, problem in problems.items() if problem}
