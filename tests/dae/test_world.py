@@ -62,6 +62,22 @@ def test_no_held_out_instance_stands_in_training_rows_in_other_words() -> None:
             assert not keys & {question.key for quartet in quartets[name] for question in quartet}
 
 
+def test_further_documents_are_new_instances_and_follow_the_first_ones(folder: Path) -> None:
+    trained = {row["prompt"] for name in ("train", "align") for row in read(folder / f"general_{name}.jsonl")}
+    first, more = world.documents(), world.more_documents(set())
+    assert set(more) == set(world.DRILLS)
+    for name in world.DRILLS:
+        documents = held_out(folder, name)
+        keys = [question.key for quartet in first[name] for question in quartet]
+        assert [document["key"] for document in documents[: world.DOCUMENTS]] == keys
+        new = {document["key"] for document in documents[world.DOCUMENTS :]}
+        if name == "arithmetic":
+            assert new == set(keys)
+        else:
+            assert len(documents) == world.DOCUMENTS + world.MORE == len({document["key"] for document in documents})
+            assert not {document["context"] for document in documents} & trained
+
+
 def test_a_sum_has_one_key_in_both_orders() -> None:
     assert not [q.key for row in world.documents()["arithmetic"] for q in row if "+" in q.key and _descends(q.key)]
 
