@@ -12,18 +12,13 @@ import numpy as np
 import pytest
 import torch
 from dae_eval.answers import Asked, ask, documents_of, task_settings
-from dae_eval.harness import (
-    Harness,
-    chat_renderer,
-    generation_settings,
-    load_tasks,
-    refuse_unfit_length,
-    run_task,
-    set_shots,
-)
-from dae_eval.results import Document
+from dae_eval.benchmarks import load_tasks, set_shots
+from dae_eval.harness import Harness, chat_renderer, generation_settings, refuse_unfit_length, run_task
+from dae_eval.metrics import choose_metric
+from dae_eval.results import Document, Kind
 from dae_eval.suites import TASKS as SHIPPED
 from dae_eval.suites import TaskEntry
+from lm_eval.api.instance import Instance
 from pico import make_model, make_tokenizer
 from pico_tasks import TASKS, make_tasks
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -153,7 +148,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         costly={**TASKS["go_on"], "process_results": "!function surprise", "metric_list": nats},
         endings=ENDINGS,
         alone={**TASKS["choose"], **shots},
-        both={"group": "both", "task": ["shop_say", "shop_choose"]},
     )
 
 
@@ -169,10 +163,10 @@ ENDINGS = {  # the choices are the beginnings of one ending, as in winogrande
 }
 
 
-def asked(tasks: Path, name: str, chat: Any = None, **entry: Any) -> Asked:
+def asked(tasks: Path, name: str, chat: Any = None, kind: Kind = "domain", **entry: Any) -> Asked:
     task = load_tasks([name], tasks, {})[name]
     set_shots(task, entry.get("shots"))
-    return ask(task, TaskEntry(task=name, **entry), chat)
+    return ask(task, TaskEntry(task=name, **entry), choose_metric(task, entry.get("metric"), kind), chat)
 
 
 def answers(asked: Asked, model: Any, batch_size: int = 4, chat: bool = False, **settings: Any) -> tuple[Document, ...]:
@@ -233,6 +227,103 @@ def test_requests_that_are_too_long_are_counted_and_not_talked_about(
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_rolling_likelihoods_are_those_of_all_tokens_each_in_its_window(tasks: Path, batch_size: int) -> None:
+    rolling = asked(tasks, "rolling", kind="shown")
+    model, tokenizer, room = make_model(), make_tokenizer(), 5
+    progress: list[tuple[int, int]] = []
+    harness = Harness(
+        model, tokenizer, batch_size=batch_size, max_length=room, progress=lambda *counts: progress.append(counts)
+    )
+    samples = run_task(harness, rolling.task, None, False)
+    windows = 0
+    for sample in samples:
+        ids = tokenizer(sample["doc"]["answer"]).input_ids
+        starts = range(0, len(ids), room)
+        windows += len(starts)
+        expected = 0.0
+        for start in starts:  # the window ends with its last token, and is as long as the context allows
+            end = min(start + room, len(ids))
+            before = ids[max(0, end - room - 1) : end - 1] if start else [tokenizer.bos_token_id, *ids[: end - 1]]
+            with torch.no_grad():
+                logs = torch.log_softmax(model(torch.tensor([before])).logits[0].double(), dim=-1)
+            expected += sum(float(logs[place - end, ids[place]]) for place in range(start, end))
+        assert sample["resps"][0][0] == pytest.approx(expected, rel=1e-4)
+    assert windows > len(samples) and harness.truncated == 0
+    assert progress[-1] == (windows, windows) and [done for done, _ in progress] == sorted({d for d, _ in progress})
+
+
+def test_one_text_cut_in_two_ways_has_two_likelihoods(tasks: Path) -> None:
+    cuts = [("red green", " blue one two"), ("red green blue", " one two"), ("red green blue one", " two")]
+    harness = Harness(make_model(), make_tokenizer(), batch_size=4)
+    requests = [Instance("loglikelihood", {}, cut, 0) for cut in cuts]
+    alone = [harness.loglikelihood([request])[0][0] for request in requests]
+    assert [value for value, _ in harness.loglikelihood(requests)] == pytest.approx(alone, rel=1e-5)
+    assert len({round(value, 3) for value in alone}) == 3
+
+
+# -- models whose weights are finite and whose logits are not ----------------------------------------------------------
+
+
+def broken(value: float) -> Any:
+    """A model whose logits overflow to infinities of both signs, or (of a smaller weight) do not."""
+    model: Any = make_model()
+    with torch.no_grad():
+        model.lm_head.weight.copy_(value * model.lm_head.weight.sign())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("shop_choose", {}),
+        ("shop_go_on", {}),
+        ("rolling", {"kind": "shown"}),
+        ("shop_say", {}),
+        ("sampled", {}),
+        ("shop_choose", {"shots": 1}),
+    ],
+)
+def test_a_model_whose_likelihoods_are_not_numbers_is_refused(tasks: Path, name: str, settings: dict[str, Any]) -> None:
+    one = asked(tasks, name, **settings)
+    with pytest.raises(UserError, match=rf"^runs/broken: task {name}: document \d+: .*NaN.*float32.*checkpoint"):
+        answers(one, broken(3e38), name="runs/broken")
+    assert answers(one, broken(1.0))  # and the same task with another model is asked as ever
+
+
+@pytest.mark.parametrize("name", ["shop_choose", "shop_go_on", "rolling", "shop_say"])
+def test_the_document_that_has_no_number_is_named(tasks: Path, name: str) -> None:
+    one = asked(tasks, name, kind="shown")
+    model: Any = make_model()
+    tokenizer = make_tokenizer()
+    (special,) = [q for q in one.questions if q.id == 7]
+    text = special.leak.strip() if name == "rolling" else special.text
+    start = tokenizer(text).input_ids
+
+    def spoil(_module: Any, _inputs: Any, named: Any, output: Any) -> Any:
+        for row, ids in enumerate(named["input_ids"].tolist() if "input_ids" in named else _inputs[0].tolist()):
+            if any(ids[place : place + len(start) - 1] == start[:-1] for place in range(len(ids))):
+                output.logits[row] = float("nan")
+        return output
+
+    model.register_forward_hook(spoil, with_kwargs=True)
+    with pytest.raises(UserError, match=rf"task {name}: document 7: "):
+        answers(one, model, batch_size=4)
+
+
+def test_a_token_that_is_ruled_out_is_no_failure(tasks: Path) -> None:
+    model: Any = make_model()
+    (space, *_) = make_tokenizer()(" ").input_ids
+
+    def rule_out(_module: Any, _inputs: Any, output: Any) -> Any:
+        output.logits[..., space] = -float("inf")
+        return output
+
+    model.register_forward_hook(rule_out)
+    assert all(document.score == 0 for document in answers(asked(tasks, "shop_go_on"), model))
+    assert answers(asked(tasks, "shop_say"), model)
+
+
 def test_progress_is_reported_by_requests(tasks: Path) -> None:
     found: list[tuple[int, int]] = []
     choose = asked(tasks, "shop_choose", limit=3)
@@ -272,9 +363,9 @@ def test_a_continuation_says_whether_it_would_be_said(tasks: Path) -> None:
 
 
 def test_the_metric_is_the_first_score_or_the_one_that_is_named(tasks: Path) -> None:
-    assert asked(tasks, "shop_choose").metric == "acc"
-    assert asked(tasks, "shop_go_on").metric == "acc"
-    assert asked(tasks, "filtered").metric == "exact_match,first"
+    assert asked(tasks, "shop_choose").metric.key == "acc"
+    assert asked(tasks, "shop_go_on").metric.key == "acc"
+    assert asked(tasks, "filtered").metric.key == "exact_match,first"
     first, whole = (
         answers(asked(tasks, "filtered", metric=f"exact_match,{name}"), make_model()) for name in ("first", "all")
     )
@@ -285,9 +376,10 @@ def test_the_metric_is_the_first_score_or_the_one_that_is_named(tasks: Path) -> 
 @pytest.mark.parametrize(
     ("name", "metric", "what"),
     [
-        ("rolling", None, "held_out"),
-        ("shop_go_on", "perplexity", "metric: perplexity: .*held_out"),
+        ("rolling", None, "bits_per_byte: .*kind: shown"),
+        ("shop_go_on", "perplexity", "metric: perplexity: .*use acc$"),
         ("shop_choose", "f1", "acc, acc_norm.*metric: 'f1'"),
+        ("shop_choose", "acc_bytes", "acc, acc_norm.*metric: 'acc_bytes'"),
         ("filtered", "exact_match,last", "first, all; metric: 'exact_match,last'"),
     ],
 )
@@ -317,22 +409,6 @@ def test_shots_are_those_of_lm_eval_s_seed_and_never_the_document_itself(tasks: 
     assert [q.cluster for q in plain.questions] == [q.cluster for q in asked(tasks, "shop_choose", shots=2).questions]
     with pytest.raises(UserError, match=r"^task alone: shots: 2:"):
         asked(tasks, "alone")
-
-
-@pytest.mark.slow  # lm-eval looks through thousands of files for a task that the folder does not have
-def test_groups_and_unknown_tasks_are_reported_together(tasks: Path) -> None:
-    with pytest.raises(UserError) as caught:
-        load_tasks(["both", "shop_sai"], tasks, {})
-    first, second = str(caught.value).splitlines()
-    assert first.startswith("both: ") and "(shop_choose, shop_say)" in first
-    assert second.startswith("shop_sai: ") and "`shop_say`?" in second
-
-
-def test_groups_and_missing_folders_are_reported(tasks: Path) -> None:
-    with pytest.raises(UserError, match=r"both: .*2 tasks"):
-        load_tasks(["both"], tasks, {})
-    with pytest.raises(UserError, match=f"include: {tasks / 'nowhere'}: "):
-        load_tasks(["shop_say"], tasks / "nowhere", {})
 
 
 def test_documents_that_cannot_be_loaded_are_reported(tmp_path: Path) -> None:
