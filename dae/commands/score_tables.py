@@ -15,12 +15,10 @@ if TYPE_CHECKING:
 
     T = TypeVar("T", Member, TaskResult)
 
-MOST_NAMES = 10  # of a benchmark's members
-FEW_NAMES = 3
-
 
 def show_plan(plan: Plan) -> None:
     """Print a line for each task or benchmark, and the members of each benchmark."""
+    from dae_eval.benchmarks import some
     from rich.text import Text
 
     table = _table("metric", "documents", "shots")
@@ -36,7 +34,8 @@ def show_plan(plan: Plan) -> None:
                 _joined(str(member.task.get_config("num_fewshot")) for member in members),
             )
             if members[0].benchmark:
-                told.append(f"{name}: {_some([member.entry.task for member in members])}")
+                tasks = [member.entry.task for member in members]
+                told.append(f"{name}: {len(tasks)} task{'s' * (len(tasks) > 1)}: {some(tasks)}")
     console = _console()
     console.print(table)
     for line in told:
@@ -88,11 +87,6 @@ def _chance(results: Sequence[TaskResult]) -> str:
 
 def _joined(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = names if len(names) <= MOST_NAMES else [*names[:FEW_NAMES], "...", names[-1]]
-    return f"{len(names)} task{'s' if len(names) > 1 else ''}: {', '.join(shown)}"
 
 
 def _table(*titles: str) -> Table:

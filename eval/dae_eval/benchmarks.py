@@ -19,6 +19,9 @@ from dae_eval.suites import Suite, TaskEntry
 from kd.config.problems import suggestion
 from kd.errors import UserError
 
+MOST_NAMES = 10  # of a benchmark's tasks, in messages
+FEW_NAMES = 3
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -189,16 +192,16 @@ def load_members(suite: Suite) -> dict[str, Member]:
 def _members(benchmark: Benchmark, group: str, kind: Kind, entry: TaskEntry) -> tuple[dict[str, Member], list[str]]:
     """The tasks that an entry stands for, each with the entry's keys; and what is wrong with them."""
     preferred = [score.metric for score in benchmark.scores]
-    metrics, problems = dict[str, Metric](), list[str]()
+    metrics, problems = dict[str, Metric](), dict[str, list[str]]()
     for name, task in benchmark.tasks.items():
         try:
             refuse_unfit(task)
             set_shots(task, entry.shots)
             metrics[name] = choose_metric(task, entry.metric, kind, preferred)
         except UserError as error:
-            problems.append(str(error))
+            problems.setdefault(str(error).removeprefix(f"task {name}: "), []).append(name)
     if problems:
-        return {}, problems
+        return {}, _told(benchmark, problems, others=list(metrics))
     totals = {name: documents_in(task) for name, task in benchmark.tasks.items()}
     sizes = {name: min(total, entry.limit or total) for name, total in totals.items()}
     shares = benchmark.shares(metrics, sizes)
@@ -216,6 +219,20 @@ def _members(benchmark: Benchmark, group: str, kind: Kind, entry: TaskEntry) -> 
         )
         for name, task in benchmark.tasks.items()
     }, []
+
+
+def _told(benchmark: Benchmark, problems: Mapping[str, Sequence[str]], others: Sequence[str]) -> list[str]:
+    """One line for each problem, and for a group a remedy. others: its tasks that have no problem."""
+    whose = f" of `{benchmark.name}`" if benchmark.is_group else ""
+    lines = [f"task{'s' * (len(names) > 1)} {', '.join(names)}{whose}: {what}" for what, names in problems.items()]
+    if others:
+        lines.append(f"{benchmark.name}: to have its other tasks, name them in its place: {some(others)}")
+    return lines
+
+
+def some(names: Sequence[str]) -> str:
+    """A list of names, shortened."""
+    return ", ".join(names if len(names) <= MOST_NAMES else [*names[:FEW_NAMES], "...", names[-1]])
 
 
 def _duplicates(benchmarks: Iterable[Benchmark]) -> list[str]:

@@ -123,7 +123,7 @@ def _reasons(obstacles: Mapping[str, str]) -> str:
 
 
 def _remedy(task: Any, usable: Sequence[str], kind: Kind, named: str = "") -> str:
-    losses = [name for name in task.higher_is_better() if _loss_unit(task, name) is not None]
+    losses = [name for name in sorted(task.higher_is_better(), key=partial(_rank, task, ())) if _loss_unit(task, name)]
     ways = [f"use {' or '.join(usable)}"] if usable else []
     if kind != "shown" and (named in losses if named else losses):
         ways.append(f"put the task in a group of `kind: shown`{'' if named else f', which shows {losses[0]}'}")

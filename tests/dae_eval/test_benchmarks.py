@@ -186,13 +186,23 @@ def test_everything_that_is_wrong_with_the_names_is_told_at_once(tasks: Path) ->
         ("two: duplicate task, ", "`by_size` and alone and `nested`"),
         ("three: duplicate task, ", "`by_size` and `nested`"),
         ("one: duplicate task, ", "`by_size` and `nested` and `mixed`"),
-        ("task translate: ", "ter: "),
-        ("task code: ", "runs code"),
-        ("task picture: ", "images"),
+        ("task translate of `mixed`: ", "ter: "),
+        ("task code of `mixed`: ", "runs code"),
+        ("task picture of `mixed`: ", "images"),
+        ("mixed: ", "in its place: one"),
         ("task shop_say: ", "'bleu'"),
     ):
         assert len([line for line in lines if line.startswith(start) and words in line]) == 1
-    assert len(lines) == 9
+    assert len(lines) == 10
+
+
+def test_what_is_wrong_with_all_members_is_told_once(tasks: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        members_of(tasks, {"domain": [{"task": "by_size", "metric": "f1"}, "texts"]})
+    f1, losses = str(caught.value).splitlines()
+    assert f1.startswith("tasks one, two, three of `by_size`: ") and "'f1'" in f1
+    assert losses.startswith("tasks text_one, text_two of `texts`: ")
+    assert "`kind: shown`, which shows bits_per_byte" in losses
 
 
 @pytest.mark.slow  # as above
