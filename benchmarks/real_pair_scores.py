@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from dae_eval.harness import Harness, load_tasks, name_of, run_task, version_of
+from dae_eval.benchmarks import load_tasks
+from dae_eval.harness import Harness, name_of, run_task, version_of
 from numpy.typing import NDArray
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase

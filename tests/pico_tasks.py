@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ def load(rows, **_):
 def surprise(_document, results):
     """-log p, no score."""
     return {"nats": -results[0][0]}
+
+
+def average(values):
+    return sum(values) / len(values)
+
+
+def best(values):
+    return max(values)
 '''
 COMMON = {"custom_dataset": "!function", "test_split": "test", "fewshot_split": "shots", "metadata": {"version": 3}}
 TASKS: dict[str, dict[str, Any]] = {
@@ -86,12 +95,20 @@ def make_tasks(folder: Path, **more: dict[str, Any]) -> Path:
 
 
 def write_task(folder: Path, name: str, rows: Path, task: dict[str, Any]) -> None:
-    """One task YAML; a value "!function" stands for the reader, "!function surprise" for that function of it."""
-    content = {"task": name, "dataset_kwargs": {"rows": str(rows)}, **COMMON, **task}
-    text = yaml.safe_dump(content, sort_keys=False)
-    for word, function in (("'!function'", "load"), ("'!function surprise'", "surprise")):
-        text = text.replace(word, f"!function reader.{function}")
+    """One task YAML; a value "!function" stands for the reader, "!function surprise" for that function of it.
+
+    A task with `group` is a group, and has no documents.
+    """
+    own = {"task": name, "dataset_kwargs": {"rows": str(rows)}, **COMMON}
+    text = yaml.safe_dump({**({} if "group" in task else own), **task}, sort_keys=False)
+    text = re.sub(r"'!function ?(\w*)'", lambda found: f"!function reader.{found[1] or 'load'}", text)
     (folder / f"{name}.yaml").write_text(text)
+
+
+def metrics(*listed: tuple[str, str, bool]) -> list[dict[str, Any]]:
+    """A task's metric_list of (metric, aggregation, higher is better)."""
+    keys = ("metric", "aggregation", "higher_is_better")
+    return [dict(zip(keys, one, strict=True)) for one in listed]
 
 
 def make_suite(path: Path, tasks: Path, **changes: Any) -> Path:

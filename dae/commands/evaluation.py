@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dae.commands.judging import register as register_judging
+from dae.commands.score_tables import print_scores, show_plan
 from dae.commands.stopping import going_on
 from kd.errors import UserError
 
@@ -55,7 +56,8 @@ def tasks(
     from dae_eval.models import locate
 
     with going_on(output, "finished tasks are kept"):
-        found = evaluate({"model": locate("--model", model, base)}, loaded, {"model": output}, typed_command())
+        models = {"model": locate("--model", model, base)}
+        found = evaluate(models, loaded, {"model": output}, typed_command(), show_plan)
     show_scores(found["model"], output)
 
 
@@ -65,24 +67,12 @@ def typed_command() -> list[str]:
 
 
 def show_scores(evaluation: Evaluation, output: Path) -> None:
-    """A small table: task, documents, score in per cent."""
+    """The scores, and notes on them."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for title in ("n", "score", "chance"):
-        table.add_column(title, justify="right")
-    group = None
-    for task in evaluation.tasks.values():
-        if task.group != group:
-            group = task.group
-            table.add_row(Text(group, style="bold"))
-        chance = "" if task.chance is None else f"{100 * task.chance:.1f}"
-        table.add_row(Text(f"  {task.task}"), str(len(task.documents)), f"{100 * task.mean:.1f}", chance)
+    print_scores(evaluation)
     console = Console(highlight=False)
-    console.print(table)
     for line in notes(evaluation):
         console.print(Text(line), soft_wrap=True)
     console.print(Text(f"All answers are in {output}"), soft_wrap=True)

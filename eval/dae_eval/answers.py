@@ -15,14 +15,13 @@ import numpy as np
 from lm_eval.utils import handle_non_serializable
 
 from dae_eval.harness import build_requests, generation_settings, name_of
+from dae_eval.metrics import Metric, value_of
 from dae_eval.results import Document
 from dae_eval.suites import TaskEntry
 from kd.errors import UserError
 
-ON_0_TO_1 = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")
 _WHEREABOUTS = ("metadata", "dataset_path", "dataset_name", "dataset_kwargs", "num_fewshot")
 _CHOOSING = ("acc", "acc_norm", "acc_bytes")
-LOSS_REMEDY = "losses are measured by `held_out`"
 
 
 @dataclass(frozen=True)
@@ -49,63 +48,38 @@ class Asked:
 
     task: Any
     entry: TaskEntry
-    metric: str
+    metric: Metric
     questions: tuple[Question, ...]
     requests: str
 
     @property
     def chance(self) -> float | None:
         """The score of guessing among the choices, over all documents; None without choices."""
-        if self.metric.partition(",")[0] not in _CHOOSING or not all(question.choices for question in self.questions):
+        if self.metric.name not in _CHOOSING or not all(question.choices for question in self.questions):
             return None
         return sum(len(q.right) / len(q.choices) for q in self.questions) / len(self.questions)
 
     @property
     def majority(self) -> float | None:
-        """The score of always giving the most frequent right answer; None if no answer is right twice."""
+        """The score of always giving the most frequent right answer; None for a loss, and if none is right twice."""
+        if self.metric.unit != "points":
+            return None
         most = Counter(question.target for question in self.questions).most_common(1)[0][1]
         return most / len(self.questions) if most > 1 else None
 
 
-def ask(task: Any, entry: TaskEntry, chat: Callable[..., str] | None) -> Asked:
+def ask(task: Any, entry: TaskEntry, metric: Metric, chat: Callable[..., str] | None) -> Asked:
     """Read a task's documents and render its requests.
 
     Raises:
-        UserError: the task has no metric on 0..1, or not the metric or field that the suite names.
+        UserError: the documents do not have the field that the suite names.
     """
-    metric = metric_of(task, entry.metric)
     requests = build_requests(task, entry.limit, chat)
     first = {instance.doc_id: instance for instance in reversed(requests)}
     questions = tuple(_question(task, entry, number, first[number]) for number in sorted(first))
     sent = [[instance.request_type, instance.doc_id, instance.idx, instance.arguments] for instance in requests]
     hashes = [question.hash for question in questions]
     return Asked(task, entry, metric, questions, _sha256(_json([sent, hashes])))
-
-
-def metric_of(task: Any, wanted: str | None) -> str:
-    """`NAME`, or `NAME,FILTER` if the task has several filters, of the metric that a suite names.
-
-    Raises:
-        UserError: the metric or filter is unknown, or the metric is a loss.
-    """
-    better = dict(task.higher_is_better())
-    filters = [ensemble.name for ensemble in task._filters]
-    name, _, filter_name = (wanted or "").partition(",")
-    listed = f"task {name_of(task)}: its metrics are {', '.join(better)}"
-    if len(filters) > 1:
-        listed += f" and its filters {', '.join(filters)}"
-    if not name:
-        usable = [metric for metric, higher in better.items() if higher is not False]
-        name = next((metric for metric in usable if metric in ON_0_TO_1), usable[0] if usable else "")
-    if not name or task.get_config("output_type") == "loglikelihood_rolling":
-        raise UserError(f"{listed}: none is a score on 0..1; {LOSS_REMEDY}")
-    if wanted and name not in better and name not in ON_0_TO_1 and not callable(task.get_config("process_results")):
-        raise UserError(f"{listed}; metric: {wanted!r}: unknown metric")
-    if better.get(name) is False:
-        raise UserError(f"task {name_of(task)}: metric: {name}: lower is better, so it is not a score; {LOSS_REMEDY}")
-    if filter_name and filter_name not in filters:
-        raise UserError(f"{listed}; metric: {wanted!r}: unknown filter")
-    return f"{name},{filter_name or filters[0]}" if len(filters) > 1 else name
 
 
 def _question(task: Any, entry: TaskEntry, number: int, instance: Any) -> Question:
@@ -123,7 +97,8 @@ def _question(task: Any, entry: TaskEntry, number: int, instance: Any) -> Questi
         own_text.strip() or shown if entry.cluster_by is None else _field(task, doc, "cluster_by", entry.cluster_by)
     )
     leak = own_text + delimiter + shown if entry.leak_by is None else _field(task, doc, "leak_by", entry.leak_by)
-    return Question(number, _sha256(_json(doc, indent=2)), own_text, shown, choices, right, cluster, leak)
+    answer = "" if task.get_config("output_type") == "loglikelihood_rolling" else shown  # there it is the prompt
+    return Question(number, _sha256(_json(doc, indent=2)), own_text, answer, choices, right, cluster, leak)
 
 
 def _right(target: Any, choices: Sequence[str]) -> tuple[int, ...]:
@@ -153,41 +128,34 @@ def documents_of(asked: Asked, samples: Sequence[Mapping[str, Any]], seen: froze
     """One `Document` for each question, from lm-eval's samples. seen: ids of documents that occur in training rows.
 
     Raises:
-        UserError: the metric is not a number on 0..1 for every document.
+        UserError: a document has no score or loss, or none has a weight.
     """
-    name, _, wanted_filter = asked.metric.partition(",")
-    chosen = {int(s["doc_id"]): s for s in samples if not wanted_filter or s["filter"] == wanted_filter}
+    chosen = {int(s["doc_id"]): s for s in samples if s["filter"] == asked.metric.filter}
     documents = []
     for question in asked.questions:
         sample = chosen[question.id]
         assert sample["doc_hash"] == question.hash, (name_of(asked.task), question.id)
+        score, weight = value_of(asked.metric, asked.task, sample)
         documents.append(
             Document(
                 id=question.id,
                 hash=question.hash,
-                score=_score(asked, name, sample),
+                score=score,
                 prompt=_prompt(asked.task, sample),
                 target=question.target,
-                answer=_answer(asked.task, question, name, sample),
+                answer=_answer(asked.task, question, asked.metric.name, sample),
                 cluster=cluster_id(question),
                 seen=question.id in seen,
+                weight=weight,
             )
         )
+    if not any(document.weight for document in documents):
+        raise UserError(f"task {name_of(asked.task)}: all its documents are empty; remove it, or add texts")
     return tuple(documents)
 
 
 def cluster_id(question: Question) -> str:
     return _sha256(question.cluster)[:16]
-
-
-def _score(asked: Asked, name: str, sample: Mapping[str, Any]) -> float:
-    where = f"task {name_of(asked.task)}: metric: {name}"
-    if name not in sample["metrics"]:
-        raise UserError(f"{where}: document {sample['doc_id']} has {', '.join(sample['metrics'])}; name one of them")
-    value = sample[name]
-    if not isinstance(value, (bool, int, float, np.number)) or not 0 <= float(value) <= 1:
-        raise UserError(f"{where}: {value!r} for document {sample['doc_id']} is not a score on 0..1; {LOSS_REMEDY}")
-    return float(value)
 
 
 def _prompt(task: Any, sample: Mapping[str, Any]) -> str:
@@ -210,6 +178,8 @@ def _answer(task: Any, question: Question, metric: str, sample: Mapping[str, Any
             texts = question.choices if metric == "acc_norm" else [choice.encode() for choice in question.choices]
             likelihoods = likelihoods[:n] / np.array([float(len(text)) for text in texts])
         return question.choices[int(np.argmax(likelihoods[:n]))]
+    if kind == "loglikelihood_rolling":
+        return f"(log-likelihood {float(answers[0]):.2f})"
     if kind == "loglikelihood":
         likelihood, is_greedy = answers[0]
         return question.target if is_greedy else f"(something else is likelier; log-likelihood {float(likelihood):.2f})"

@@ -6,7 +6,7 @@ all that its scores depend on. So the same command resumes a run, and two models
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dae_eval.answers import cluster_id, documents_of
+from dae_eval.benchmarks import Member
 from dae_eval.folders import (
     DOCUMENTS,
     evaluation_folder,
@@ -30,6 +31,7 @@ from dae_eval.planning import Plan, Planner
 from dae_eval.progress import Display
 from dae_eval.results import Document, Evaluation, HeldOutLoss, TaskResult
 from dae_eval.suites import Suite
+from dae_eval.units import as_text, in_unit
 from kd.errors import MachineError
 from kd.models.checkpoint import Checkpoint
 from kd.runs.files import disk_errors, json_text, plain, read_json, write_bytes_durably, write_text_durably
@@ -40,7 +42,11 @@ _NO_MEMORY = ("out of memory", "allocate memory")
 
 
 def evaluate(
-    models: Mapping[str, Model], suite: Suite, folders: Mapping[str, Path], command: Sequence[str] | None = None
+    models: Mapping[str, Model],
+    suite: Suite,
+    folders: Mapping[str, Path],
+    command: Sequence[str] | None = None,
+    announce: Callable[[Plan], None] = lambda _plan: None,
 ) -> dict[str, Evaluation]:
     """Evaluate every model and write each evaluation into its folder; roles with equal weights are evaluated once.
 
@@ -49,6 +55,7 @@ def evaluate(
         suite: from `dae_eval.suites.load_suite`.
         folders: by role; roles with equal weights use the folder of the first one.
         command: as typed, for the conditions; None: that of this process.
+        announce: called with the plan of the first model, before any model is loaded.
 
     Returns:
         The evaluation of every role.
@@ -66,6 +73,7 @@ def evaluate(
         refuse_other_model(folders[role], models[role].facts())
     planner = Planner(suite, load_settings(), command)
     plans = [planner.plan(role, models[role], folders[role]) for role in distinct.values()]
+    announce(plans[0])
     backbones = [plan.model.backbone.fingerprint for plan in plans]  # one after the other: only one is in memory
     plans = sorted(plans, key=lambda plan: backbones.index(plan.model.backbone.fingerprint))
     memory = Memory(planner.load_settings)
@@ -95,13 +103,18 @@ def run(plan: Plan, suite: Suite, models: Mapping[str, Model], memory: Memory, d
     if waiting:
         with memory.activated(plan.model) as model:
             harness = Harness(
-                model, plan.tokenizer, batch_size=suite.batch_size, max_length=suite.max_length, progress=display.update
+                model,
+                plan.tokenizer,
+                batch_size=suite.batch_size,
+                max_length=suite.max_length,
+                progress=display.update,
+                name=plan.model.path,
             )
             for task in waiting:
                 display.begin(plan.role, task)
-                documents = answer(plan, task, harness)
-                score = sum(document.score for document in documents) / len(documents)
-                display.finished(f"{plan.role}  {task}  {len(documents)} documents  {score:.3f}")
+                found = result(plan.members[task], plan, answer(plan, task, harness))
+                score = f"{as_text(in_unit(found), found.unit)} {found.unit}"
+                display.finished(f"{plan.role}  {task}  {len(found.documents)} documents  {score}")
     losses: tuple[HeldOutLoss, ...] = ()
     if plan.held_out:
         display.begin(plan.role, "eval set")
@@ -109,7 +122,7 @@ def run(plan: Plan, suite: Suite, models: Mapping[str, Model], memory: Memory, d
             teachers = teachers_of(plan.model, models)
             losses = measured(plan.model, plan.held_out, teachers, plan.shared, plan.folder, memory)
         display.finished()
-    evaluation = replace(finished_evaluation(plan, suite), held_out=losses)
+    evaluation = replace(finished_evaluation(plan), held_out=losses)
     write_evaluation(plan.folder, evaluation, plan.keys)
     return evaluation
 
@@ -127,27 +140,16 @@ def answer(plan: Plan, task: str, harness: Harness) -> tuple[Document, ...]:
     return documents
 
 
-def finished_evaluation(plan: Plan, suite: Suite) -> Evaluation:
+def finished_evaluation(plan: Plan) -> Evaluation:
     """The evaluation of a plan whose tasks are all finished."""
     tasks, truncated = {}, {}
-    for group, kind, entry in suite.entries():
-        asked, task = plan.asked[entry.task], entry.task
-        clusters = {question.id: cluster_id(question) for question in asked.questions}
+    for task, member in plan.members.items():
+        clusters = {question.id: cluster_id(question) for question in plan.asked[task].questions}
         documents = tuple(
             replace(document, cluster=clusters[document.id], seen=document.id in plan.seen[task])
             for document in read_documents(plan.path(task))
         )
-        tasks[task] = TaskResult(
-            task=task,
-            group=group,
-            kind=kind,
-            metric=asked.metric,
-            version=version_of(asked.task),
-            settings=plan.settings[task],
-            documents=documents,
-            chance=asked.chance,
-            majority=asked.majority,
-        )
+        tasks[task] = result(member, plan, documents)
         truncated[task] = int(read_json(plan.notes_path(task))["truncated"])
     conditions = {**plan.conditions, "truncated": {task: n for task, n in truncated.items() if n}}
     return Evaluation(
@@ -156,6 +158,26 @@ def finished_evaluation(plan: Plan, suite: Suite) -> Evaluation:
         conditions=conditions,
         training_rows=plan.rows,
         training=training_metrics(plan.model.source),
+    )
+
+
+def result(member: Member, plan: Plan, documents: tuple[Document, ...]) -> TaskResult:
+    """The result of one task of a plan."""
+    asked = plan.asked[member.entry.task]
+    return TaskResult(
+        task=member.entry.task,
+        group=member.group,
+        kind=member.kind,
+        metric=member.metric.key,
+        version=version_of(member.task),
+        settings=plan.settings[member.entry.task],
+        documents=documents,
+        chance=asked.chance,
+        majority=asked.majority,
+        unit=member.metric.unit,
+        total=member.total,
+        benchmark=member.benchmark,
+        share=member.share,
     )
 
 

@@ -7,12 +7,13 @@ the seeding of the global random states, the cache (which ignores the model), an
 from __future__ import annotations
 
 import logging
+import math
 import random
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,12 +23,11 @@ import lm_eval.models.huggingface
 import numpy as np
 import torch
 from lm_eval import evaluate
+from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import resolve_max_length
-from lm_eval.tasks import TaskManager
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from kd.config.problems import suggestion
 from kd.errors import UserError
 
 # lm-eval's own defaults, so that shots and sampled answers are those of its command line.
@@ -41,10 +41,30 @@ _TOO_LONG = re.compile("Combined length of context|Left truncation applied")
 Progress = Callable[[int, int], None]  # answered requests, all requests
 
 
+def cut_in_two_ways(requests: Sequence[tuple[Any, list[int], list[int]]]) -> bool:
+    """Whether the same tokens stand as context and answer in two ways, such as "a | b c" and "a b | c".
+
+    lm-eval asks the model once for both, and then reads the likelihoods of the shorter answer at the wrong places.
+    """
+    cuts: dict[tuple[int, ...], int] = {}
+    return any(cuts.setdefault((*context, *ids[:-1]), len(context)) != len(context) for _, context, ids in requests)
+
+
+class NotANumber(Exception):  # noqa: N818 - the error of a user is made of it, with the document's name
+    """A likelihood or logit is NaN or +infinity (-infinity is a token that the model rules out).
+
+    request: its texts, or the first ones, as lm-eval gives them to the model.
+    """
+
+    def __init__(self, *request: str) -> None:
+        super().__init__(*request)
+        self.request = request
+
+
 class Harness(HFLM):
     """A model in memory for lm-eval; `truncated` counts requests that were longer than the model's context.
 
-    model: a transformers model, also with adapters; max_length: tokens, None for the model's own.
+    model: a transformers model, also with adapters; max_length: tokens, None for the model's own; name: in messages.
     """
 
     def __init__(
@@ -55,14 +75,36 @@ class Harness(HFLM):
         batch_size: int,
         max_length: int | None = None,
         progress: Progress = lambda _done, _total: None,
+        name: str = "the model",
     ) -> None:
         wrapped: Any = {"pretrained": model, "tokenizer": tokenizer}  # the declared types are too narrow
-        with _no_advice(), as_it_was(model):
+        with no_advice(), as_it_was(model):
             super().__init__(**wrapped, batch_size=batch_size, max_length=max_length)
         self.truncated = 0
         self.progress = progress
+        self.name = name
+        self._windows: list[str] = []  # of rolling requests: for each, the text that it is a part of
+        self._done = 0
+        self._batch: list[str] = []  # prompts that are being continued
+        self.set_cache_hook(_Watch())
+
+    def loglikelihood_rolling(self, requests: Any, *arguments: Any, **named: Any) -> Any:
+        texts = [request.args[0] for request in requests]
+        windows = [math.ceil(len(self.tok_encode(text)) / self.max_length) for text in texts]
+        self._windows = [text for text, n in zip(texts, windows, strict=True) for _ in range(n)]
+        self._done = 0
+        return super().loglikelihood_rolling(requests, *arguments, **named)
 
     def _loglikelihood_tokens(self, requests: Any, *arguments: Any, **named: Any) -> Any:
+        self.logits_cache = not cut_in_two_ways(requests)
+        if requests and requests[0][0] is None:  # windows of rolling requests, one batch at a time, never too long
+            found = super()._loglikelihood_tokens(requests, *arguments, **{**named, "disable_tqdm": True})
+            asked = self._windows[self._done : self._done + len(found)]
+            for (value, _), text in zip(found, asked, strict=True):
+                refuse_not_a_number(value, text)
+            self._done += len(found)
+            self.progress(self._done, len(self._windows))
+            return found
         for (context, _), context_ids, ids in requests:
             if len(ids) > self.max_length:
                 raise UserError(
@@ -73,87 +115,45 @@ class Harness(HFLM):
         return super()._loglikelihood_tokens(requests, *arguments, **named)
 
     def tok_batch_encode(self, strings: Any, *arguments: Any, **named: Any) -> Any:
+        self._batch = list(strings)
         room = named.get("left_truncate_len")
         if room:
             self.truncated += sum(len(self.tok_encode(string)) > room for string in strings)
         return super().tok_batch_encode(strings, *arguments, **named)
 
-
-def load_tasks(names: Sequence[str], folder: Path | None, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """lm-eval's task objects by name, from the task YAMLs in `folder`, else from lm-eval's own.
-
-    Raises:
-        UserError: a task is unknown or stands for several, or its documents cannot be loaded.
-    """
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"include: {folder}: folder not found; give the folder of your task YAMLs, or remove the key")
-    with _no_advice():
-        places: dict[str, Any] = {"include_path": None if folder is None else str(folder), "metadata": dict(metadata)}
-        manager = TaskManager(include_defaults=folder is None, **places)
-        if folder is not None and not set(names) <= set(manager.all_tasks):
-            manager = TaskManager(**places)  # reads thousands of files
-        refuse_unknown_tasks(names, manager, folder)
-        return {name: _load_task(name, manager) for name in names}
+    def _model_generate(self, *arguments: Any, **named: Any) -> Any:
+        watched = LogitsProcessorList([_WatchedLogits(self._batch)])
+        return super()._model_generate(*arguments, **named, logits_processor=watched)
 
 
-def refuse_unknown_tasks(names: Sequence[str], manager: TaskManager, folder: Path | None) -> None:
-    """Raise UserError for unknown tasks and for names of several tasks."""
-    problems = []
-    for name in names:
-        if name in manager.all_subtasks:
-            continue
-        if name in manager.all_tasks:
-            members = sorted(_members(name, manager))
-            shown = ", ".join(members[:4]) + (", ..." if len(members) > 4 else "")
-            problems.append(f"{name}: a group of {len(members)} tasks; name single tasks ({shown})")
-        else:
-            where = "lm-eval's own tasks" if folder is None else f"{folder} and lm-eval's own tasks"
-            problems.append(f"{name}: unknown task in {where}{suggestion(name, manager.all_subtasks)}")
-    if problems:
-        raise UserError("\n".join(problems))
+def refuse_not_a_number(value: float, *request: str) -> None:
+    if math.isnan(value) or value == math.inf:
+        raise NotANumber(*request)
 
 
-def _members(name: str, manager: TaskManager) -> set[str]:
-    """The members of a group or tag of lm-eval that its file names."""
-    entry = manager.task_index[name]
-    listed = (entry.cfg or {}).get("task", ())
-    named = {str(item.get("task", item.get("group")) if isinstance(item, Mapping) else item) for item in listed}
-    return named | set(entry.tags) if not listed else named
+class _Watch(CacheHook):
+    """Stands for lm-eval's cache, which is given each answer at once: a broken model is refused at the first one."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        if kind == "loglikelihood":
+            refuse_not_a_number(answer[0], *request)
 
 
-def _load_task(name: str, manager: TaskManager) -> Any:
-    try:
-        with seeded():  # some tasks shuffle their choices when they are loaded
-            task = manager.load([name])["tasks"][name]
-    except Exception as error:  # the task's own code and the hub's clients raise what they like
-        cause = error.__cause__ or error
-        first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise UserError(
-            f"task {name}: documents cannot be loaded: {type(cause).__name__}: {first}; check `metadata` in the suite, "
-            "the task's YAML, and, for a hub data set, your network"
-        ) from error
-    if getattr(task, "MULTIMODAL", False):
-        raise UserError(f"task {name}: has images or sound, which text models cannot read; remove it")
-    if getattr(task, "UNSAFE_CODE", False):
-        raise UserError(f"task {name}: runs code that the model writes, which is not supported; remove it")
-    if task.get_config("num_fewshot") is None:
-        task.set_config("num_fewshot", 0)
-    return task
+class _WatchedLogits(LogitsProcessor):
+    """Leaves logits as they are. prompts: those of the batch; each may have several rows (beams)."""
 
+    def __init__(self, prompts: list[str]) -> None:
+        self.prompts = prompts
 
-def set_shots(task: Any, shots: int | None) -> None:
-    """Set the number of solved examples in a task's prompts (None: its own). Raises UserError if it has no examples."""
-    if shots is not None:
-        task.set_config("num_fewshot", shots)
-    pool = task.get_config("fewshot_split") or task.get_config("training_split") or task.get_config("validation_split")
-    given = getattr(task.get_config("fewshot_config"), "samples", None) or getattr(
-        task.get_config("fewshot_config"), "split", None
-    )
-    if task.get_config("num_fewshot") and not pool and not given:
-        raise UserError(
-            f"task {name_of(task)}: shots: {task.get_config('num_fewshot')}: the task has no split for examples, so a "
-            "document could be its own example; set shots: 0, or add a fewshot_split to the task"
-        )
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        wrong = (scores.isnan() | scores.isposinf()).any(dim=-1)
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise NotANumber(self.prompts[row * len(self.prompts) // len(wrong)])
+        return scores
 
 
 def chat_renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[..., str]:
@@ -165,7 +165,7 @@ def chat_renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[..., str]:
 def build_requests(task: Any, limit: int | None, chat: Callable[..., str] | None) -> list[Any]:
     """The requests of `run_task`, in the same order and with the same shots."""
     task.set_fewshot_seed(SHOTS_SEED)
-    with seeded(), _no_advice(), _bars(lambda _done, _total: None):
+    with seeded(), no_advice(), _bars(lambda _done, _total: None):
         task.build_all_requests(
             limit=limit, apply_chat_template=chat is not None, fewshot_as_multiturn=chat is not None, chat_template=chat
         )
@@ -175,23 +175,47 @@ def build_requests(task: Any, limit: int | None, chat: Callable[..., str] | None
 def run_task(harness: Harness, task: Any, limit: int | None, with_chat: bool) -> list[dict[str, Any]]:
     """lm-eval's samples of one task, as `--log_samples` writes them, in the order of the documents."""
     task.set_fewshot_seed(SHOTS_SEED)
-    with as_it_was(harness.model), neutral_generation(harness.model), _no_long_texts(), _bars(harness.progress):
-        # Not simple_evaluate, which calls git, pip and the hub and prints their output.
-        results = evaluate(
-            lm=harness,
-            task_dict={"tasks": {name_of(task): task}},
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=True,
-            apply_chat_template=with_chat,
-            fewshot_as_multiturn=with_chat,
-        )
+    with (
+        as_it_was(harness.model),
+        neutral_generation(harness.model),
+        _no_aggregates(task),
+        _no_long_texts(),
+        _bars(harness.progress),
+    ):
+        try:
+            # Not simple_evaluate, which calls git, pip and the hub and prints their output.
+            results = evaluate(
+                lm=harness,
+                task_dict={"tasks": {name_of(task): task}},
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                apply_chat_template=with_chat,
+                fewshot_as_multiturn=with_chat,
+            )
+        except NotANumber as error:
+            raise UserError(_not_a_number(harness, task, error.request)) from error
     return sorted(results["samples"][name_of(task)], key=lambda sample: int(sample["doc_id"]))
+
+
+def _not_a_number(harness: Harness, task: Any, request: tuple[str, ...]) -> str:
+    document = next(one.doc_id for one in task.instances if one.args[: len(request)] == request)
+    dtype = str(getattr(harness.model, "dtype", "")).removeprefix("torch.")
+    return (
+        f"{harness.name}: task {name_of(task)}: document {document}: the model's likelihoods are not numbers (NaN or "
+        f"infinity, in {dtype}); its weights are damaged or overflow: check the checkpoint, or evaluate an earlier one"
+    )
 
 
 def name_of(task: Any) -> str:
     """A task's name; lm-eval's `task_name` draws a random number at every access."""
     return str(task.get_config("task"))
+
+
+def documents_in(task: Any) -> int:
+    """The number of documents that a task has without a limit."""
+    loaded = getattr(task, "task_docs", None)  # of tasks from YAML; `eval_docs` processes all documents again
+    return len(task.eval_docs if loaded is None else loaded)
 
 
 def version_of(task: Any) -> str:
@@ -270,7 +294,7 @@ def as_it_was(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _no_advice() -> Iterator[None]:
+def no_advice() -> Iterator[None]:
     """Hide lm-eval's advice on its command line while it loads; warnings while scoring are kept."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
@@ -279,6 +303,16 @@ def _no_advice() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _no_aggregates(task: Any) -> Iterator[None]:
+    """Leave out lm-eval's scores of the whole task, which we do not use and which some tasks cannot have."""
+    task.aggregation = lambda: defaultdict(lambda: lambda _values: None)
+    try:
+        yield
+    finally:
+        del task.aggregation
 
 
 @contextmanager
@@ -304,7 +338,7 @@ def _bars(progress: Progress) -> Iterator[None]:
 
     class Bar(tqdm):  # type: ignore[misc, valid-type]
         def __init__(self, *arguments: Any, **options: Any) -> None:
-            self.counts = str(options.get("desc", "")).startswith("Running")
+            self.counts = str(options.get("desc", "")).startswith("Running") and not options.get("disable")
             self.done = 0
             super().__init__(*arguments, **{**options, "disable": True})
 

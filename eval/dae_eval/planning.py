@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from dae_eval.answers import Asked, ask, task_settings
+from dae_eval.benchmarks import Member, load_members
 from dae_eval.contamination import ContaminatedTexts, contaminated_texts, training_rows
 from dae_eval.drift import HeldOutRows
 from dae_eval.folders import digest, documents_name
@@ -21,10 +22,8 @@ from dae_eval.harness import (
     SHOTS_SEED,
     TORCH_SEED,
     chat_renderer,
-    load_tasks,
     name_of,
     refuse_unfit_length,
-    set_shots,
     version_of,
 )
 from dae_eval.held_out import rows_of
@@ -43,6 +42,7 @@ _LIBRARIES = ("lm-eval", "transformers", "peft", "torch")
 class Plan:
     """The evaluation of one model before the model is loaded.
 
+    members: the suite's tasks by name, in its order; asked: the same with questions and requests.
     facts: by task, all that its scores depend on; shared: the facts that all tasks have in common; keys: digests of
     facts; rows: the training rows of the model's run; seen: by task, ids of documents that occur in them.
     """
@@ -52,6 +52,7 @@ class Plan:
     folder: Path
     tokenizer: PreTrainedTokenizerBase
     template: str | None
+    members: Mapping[str, Member]
     asked: Mapping[str, Asked]
     settings: Mapping[str, Mapping[str, Any]]
     shared: Mapping[str, Any]
@@ -78,10 +79,7 @@ class Planner:
         self.suite = suite
         self.load_settings = settings
         self.environment = environment(command)
-        self.entries = suite.entries()
-        self.tasks = load_tasks([e.task for _, _, e in self.entries], suite.task_folder, suite.metadata)
-        for _, _, entry in self.entries:
-            set_shots(self.tasks[entry.task], entry.shots)
+        self.members = load_members(suite)
         self._asked: dict[str, dict[str, Asked]] = {}
         self._contaminated: dict[tuple[str, str], ContaminatedTexts] = {}
 
@@ -91,7 +89,9 @@ class Planner:
         own_template = _sha256(tokenizer.chat_template)
         template = chat_template_of(model, tokenizer, suite.chat_template)
         config: Any = AutoConfig.from_pretrained(str(model.backbone.folder))
-        context = refuse_unfit_length(self.tasks, config, tokenizer, suite.max_length, model.path)
+        context = refuse_unfit_length(
+            {name: one.task for name, one in self.members.items()}, config, tokenizer, suite.max_length, model.path
+        )
         shared = self._shared_facts(model, context)
         asked = self._questions(shared["tokenizer"], tokenizer, template)
         warn_of_losses(model, tokenizer, [question.leak for one in asked.values() for question in one.questions])
@@ -104,6 +104,7 @@ class Planner:
             folder=folder,
             tokenizer=tokenizer,
             template=template,
+            members=self.members,
             asked=asked,
             settings=settings,
             shared=shared,
@@ -146,7 +147,7 @@ class Planner:
         key = "" if template is None else f"{sha} {_sha256(template)}"
         if key not in self._asked:
             chat = None if template is None else chat_renderer(tokenizer)
-            self._asked[key] = {e.task: ask(self.tasks[e.task], e, chat) for _, _, e in self.entries}
+            self._asked[key] = {name: ask(one.task, one.entry, one.metric, chat) for name, one in self.members.items()}
         return self._asked[key]
 
     def _seen_in(self, sources: Sequence[SourceRecipe], asked: Mapping[str, Asked]) -> dict[str, frozenset[int]]:
@@ -166,7 +167,7 @@ def _task_facts(asked: Asked) -> dict[str, Any]:
     return {
         "task": name_of(task),
         "version": version_of(task),
-        "metric": asked.metric,
+        "metric": asked.metric.key,
         "requests": asked.requests,
     }
 

@@ -5,8 +5,8 @@
     chat_template: false            # false | true (the tokenizer's own) | FILE.jinja
     groups:
       domain: [world_price, {task: world_size, shots: 0, limit: 100}]
-      general: [world_sorting]
-      "only shown": {kind: shown, tasks: [world_colour]}
+      general: [world_sorting, mmlu]                        # mmlu: all its tasks, as one benchmark
+      "only shown": {kind: shown, tasks: [world_colour]}    # losses (bits per byte, ...) too
 
 This module does not import lm-eval; unknown tasks are reported when they are loaded.
 """
@@ -31,15 +31,19 @@ _PATHS = ("include", "chat_template", "held_out")
 
 
 class TaskEntry(Frozen):
-    """One task of a group."""
+    """One task of a group, or several by the name that lm-eval has for them; the keys are then of each."""
 
-    task: str = Field(min_length=1, description="lm-eval's name of the task")
+    task: str = Field(
+        min_length=1, description="lm-eval's name of a task, or of several (a group or tag, such as mmlu)"
+    )
     shots: int | None = Field(
         default=None, ge=0, description="solved examples in the prompt; null: the task's own number"
     )
     limit: int | None = Field(default=None, ge=1, description="number of documents, from the first on; null: all")
     metric: str | None = Field(
-        default=None, min_length=1, description="per document on 0..1, `NAME` or `NAME,FILTER`; null: the first such"
+        default=None,
+        min_length=1,
+        description="`NAME` or `NAME,FILTER`; null: the first on 0..1 per document, or a loss where the kind is shown",
     )
     cluster_by: str | None = Field(
         default=None, description="field of the document that names its source; null: the text of the question"

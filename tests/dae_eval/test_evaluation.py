@@ -264,6 +264,60 @@ def test_mistakes_are_found_before_any_weights(world: Path, tmp_path: Path, monk
         locate("--student", str(world / "expert"), str(world / "student"))
 
 
+def test_nothing_of_a_task_is_written_whose_likelihoods_are_not_numbers(world: Path, tmp_path: Path) -> None:
+    """The weights are finite; their logits overflow."""
+    model: Any = AutoModelForCausalLM.from_pretrained(world / "base")
+    with torch.no_grad():
+        model.lm_head.weight.copy_(3e38 * model.lm_head.weight.sign())
+    model.save_pretrained(tmp_path / "broken")
+    make_tokenizer().save_pretrained(tmp_path / "broken")
+    for task in ("shop_choose", "shop_say", "shop_go_on"):
+        output = tmp_path / task
+        with pytest.raises(UserError, match=rf"^{tmp_path / 'broken'}: task {task}: document \d+: .*NaN"):
+            ask(world, output, {"model": str(tmp_path / "broken")}, groups={"domain": [task]})
+        assert [path for path in output.rglob("*") if path.is_file()] == [output / "suite.yaml"]
+
+
+def test_losses_are_shown_in_their_own_unit_and_resumed(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rolling = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "answer"}
+    tasks = make_tasks(tmp_path / "tasks", rolling=rolling)
+    groups = {"domain": ["shop_choose"], "texts": {"kind": "shown", "tasks": [{"task": "rolling", "limit": 5}]}}
+    found = ask(world, tmp_path, {"model": "base"}, include=str(tasks), groups=groups)["model"]
+    result = found.tasks["rolling"]
+    assert (result.kind, result.metric, result.unit, result.total) == ("shown", "bits_per_byte", "bits per byte", 12)
+    assert [document.weight for document in result.documents] == [len(d.prompt.encode()) for d in result.documents]
+    assert found.tasks["shop_choose"].total == 12 and found.tasks["shop_choose"].unit == "points"
+    monkeypatch.setattr(dae_eval.models, "load_model", None)
+    assert ask(world, tmp_path, {"model": "base"}, include=str(tasks), groups=groups)["model"] == found
+    assert read_evaluation(tmp_path / "model") == found
+
+
+def test_the_plan_is_announced_before_a_model_is_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dae_eval.models, "load_model", None)
+    plans: list[Any] = []
+
+    def announced(plan: Any) -> None:
+        plans.append(plan)
+        raise KeyboardInterrupt
+
+    suite = load_suite(make_suite(tmp_path / "suite.yaml", world / "tasks"))
+    models = {"model": locate("model", str(world / "base"), None)}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(models, suite, {"model": tmp_path / "out"}, [], announced)
+    assert [(name, member.metric.key) for name, member in plans[0].members.items()] == [
+        ("shop_choose", "acc"),
+        ("shop_say", "exact_match"),
+        ("general_choose", "acc"),
+        ("general_go_on", "acc"),
+        ("general_say", "exact_match"),
+    ]
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_base_that_is_not_there_is_asked_for(world: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", world / "base")
     config = json.loads((adapter / "adapter_config.json").read_text())

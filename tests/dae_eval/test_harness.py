@@ -6,24 +6,15 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from dae_eval.answers import Asked, ask, documents_of, task_settings
-from dae_eval.harness import (
-    Harness,
-    chat_renderer,
-    generation_settings,
-    load_tasks,
-    refuse_unfit_length,
-    run_task,
-    set_shots,
-)
-from dae_eval.results import Document
+from asked_tasks import answers, asked
+from dae_eval.answers import task_settings
+from dae_eval.benchmarks import load_tasks
+from dae_eval.harness import Harness, chat_renderer, generation_settings, refuse_unfit_length, run_task
 from dae_eval.suites import TASKS as SHIPPED
-from dae_eval.suites import TaskEntry
 from pico import make_model, make_tokenizer
 from pico_tasks import TASKS, make_tasks
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -153,7 +144,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         costly={**TASKS["go_on"], "process_results": "!function surprise", "metric_list": nats},
         endings=ENDINGS,
         alone={**TASKS["choose"], **shots},
-        both={"group": "both", "task": ["shop_say", "shop_choose"]},
     )
 
 
@@ -167,17 +157,6 @@ ENDINGS = {  # the choices are the beginnings of one ending, as in winogrande
     "doc_to_choice": "choices",
     "doc_to_target": "{{question}}",
 }
-
-
-def asked(tasks: Path, name: str, chat: Any = None, **entry: Any) -> Asked:
-    task = load_tasks([name], tasks, {})[name]
-    set_shots(task, entry.get("shots"))
-    return ask(task, TaskEntry(task=name, **entry), chat)
-
-
-def answers(asked: Asked, model: Any, batch_size: int = 4, chat: bool = False, **settings: Any) -> tuple[Document, ...]:
-    harness = Harness(model, make_tokenizer(), batch_size=batch_size, **settings)
-    return documents_of(asked, run_task(harness, asked.task, asked.entry.limit, chat), frozenset())
 
 
 def test_generation_settings_of_the_model_have_no_say(tasks: Path) -> None:
@@ -272,9 +251,9 @@ def test_a_continuation_says_whether_it_would_be_said(tasks: Path) -> None:
 
 
 def test_the_metric_is_the_first_score_or_the_one_that_is_named(tasks: Path) -> None:
-    assert asked(tasks, "shop_choose").metric == "acc"
-    assert asked(tasks, "shop_go_on").metric == "acc"
-    assert asked(tasks, "filtered").metric == "exact_match,first"
+    assert asked(tasks, "shop_choose").metric.key == "acc"
+    assert asked(tasks, "shop_go_on").metric.key == "acc"
+    assert asked(tasks, "filtered").metric.key == "exact_match,first"
     first, whole = (
         answers(asked(tasks, "filtered", metric=f"exact_match,{name}"), make_model()) for name in ("first", "all")
     )
@@ -285,9 +264,10 @@ def test_the_metric_is_the_first_score_or_the_one_that_is_named(tasks: Path) -> 
 @pytest.mark.parametrize(
     ("name", "metric", "what"),
     [
-        ("rolling", None, "held_out"),
-        ("shop_go_on", "perplexity", "metric: perplexity: .*held_out"),
+        ("rolling", None, "bits_per_byte: .*kind: shown"),
+        ("shop_go_on", "perplexity", "metric: perplexity: .*use acc$"),
         ("shop_choose", "f1", "acc, acc_norm.*metric: 'f1'"),
+        ("shop_choose", "acc_bytes", "acc, acc_norm.*metric: 'acc_bytes'"),
         ("filtered", "exact_match,last", "first, all; metric: 'exact_match,last'"),
     ],
 )
@@ -317,22 +297,6 @@ def test_shots_are_those_of_lm_eval_s_seed_and_never_the_document_itself(tasks: 
     assert [q.cluster for q in plain.questions] == [q.cluster for q in asked(tasks, "shop_choose", shots=2).questions]
     with pytest.raises(UserError, match=r"^task alone: shots: 2:"):
         asked(tasks, "alone")
-
-
-@pytest.mark.slow  # lm-eval looks through thousands of files for a task that the folder does not have
-def test_groups_and_unknown_tasks_are_reported_together(tasks: Path) -> None:
-    with pytest.raises(UserError) as caught:
-        load_tasks(["both", "shop_sai"], tasks, {})
-    first, second = str(caught.value).splitlines()
-    assert first.startswith("both: ") and "(shop_choose, shop_say)" in first
-    assert second.startswith("shop_sai: ") and "`shop_say`?" in second
-
-
-def test_groups_and_missing_folders_are_reported(tasks: Path) -> None:
-    with pytest.raises(UserError, match=r"both: .*2 tasks"):
-        load_tasks(["both"], tasks, {})
-    with pytest.raises(UserError, match=f"include: {tasks / 'nowhere'}: "):
-        load_tasks(["shop_say"], tasks / "nowhere", {})
 
 
 def test_documents_that_cannot_be_loaded_are_reported(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import yaml
-from dae_eval.harness import load_tasks
+from dae_eval.benchmarks import load_tasks
 from dae_eval.suites import TASKS, Suite, load_suite
 
 from dae.demo import world
