@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from dae_eval.results import SCORES, TaskResult
+from dae_eval.results import SCORES, TaskResult, Unit
 
+FULL_SCALE: Mapping[Unit, float] = {"points": 100, "rating": 10}  # what a score of 1 is shown as
+PERPLEXITIES: tuple[Unit, ...] = ("byte perplexity", "word perplexity")
 _LARGEST = 700.0  # nats whose exponential is still a number
+
+
+def shown(mean: float, unit: Unit) -> float:
+    """A mean, as in `TaskResult`, in the unit that a reader is shown."""
+    if unit in PERPLEXITIES:
+        return math.exp(mean) if mean < _LARGEST else math.inf
+    return FULL_SCALE.get(unit, 1) * mean
 
 
 def in_unit(result: TaskResult) -> float:
     """The mean of a task in its unit."""
-    if result.unit in SCORES:
-        return result.mean * (100 if result.unit == "points" else 10)
-    if result.unit in ("byte perplexity", "word perplexity"):
-        return math.exp(result.mean) if result.mean < _LARGEST else math.inf
-    return result.mean
+    return shown(result.mean, result.unit)
 
 
 def benchmark_score(members: Sequence[TaskResult]) -> float | None:

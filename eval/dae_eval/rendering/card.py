@@ -16,8 +16,8 @@ from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from dae_eval.rendering import markdown
-from dae_eval.rendering.wording import FULL_SCALE
 from dae_eval.report import Report, TaskLine
+from dae_eval.units import FULL_SCALE
 from kd.errors import UserError
 from kd.runs.files import write_bytes_durably
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dae_eval.comparing.statistics import Estimate, Word
-from dae_eval.rendering.wording import FULL_SCALE, count, digits_of, one_line, points, signed
+from dae_eval.rendering.wording import count, digits_of, one_line, points, signed
 from dae_eval.report import FloorLine, GapLine, RetentionLine, StudentDifference, StudentSummary, TaskLoss
+from dae_eval.units import FULL_SCALE
 
 _LISTED = 3  # tasks that a line names before it counts the rest
 

@@ -17,6 +17,7 @@ from dae_eval.comparing.statistics import Estimate
 from dae_eval.rendering import wording
 from dae_eval.rendering.headlines import compared_sentence, headlines
 from dae_eval.report import Flip, Report, StudentSummary
+from dae_eval.units import FULL_SCALE
 
 if TYPE_CHECKING:
     from dae_eval.rendering.plots import Plot
@@ -109,7 +110,7 @@ def _scales(student: StudentSummary) -> dict[str, Scale | None]:
         figure = Estimate(100 * gap.closed.value, 100 * gap.closed.low, 100 * gap.closed.high)
         scales["gap closed"] = _scale(figure, 100 * gap.minimum, 100, 1, " %")
     if retention:
-        factor = wording.FULL_SCALE[retention.unit] / 100
+        factor = FULL_SCALE[retention.unit] / 100
         scales["retention"] = _scale(retention.difference, -retention.margin, retention.margin, factor, "")
     if floor:
         scales["worst task"] = _scale(floor.worst.difference, -floor.limit, 0, 1, "")

@@ -6,7 +6,6 @@ or ratings.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ from dataclasses import dataclass
 from dae_eval.comparing.statistics import Estimate
 from dae_eval.report import BenchmarkLine, LossLine, Report, TaskLine
 from dae_eval.results import Kind, Unit
+from dae_eval.units import FULL_SCALE, PERPLEXITIES, shown
 
 SIGNIFICANT = 0.05  # p_holm below which a difference gets a mark
 MARK, LOSS_MARK = "*", "▼"
-FULL_SCALE: Mapping[Unit, float] = {"points": 100, "rating": 10}  # what a score of 1 is shown as
 
 COUNTS_IN: Mapping[Kind, str] = {
     "domain": "counts in gap closed",
@@ -186,14 +185,14 @@ def benchmarks(report: Report, group: str) -> tuple[BenchmarkLine, ...]:
 
 def loss_value(line: LossLine, value: float) -> str:
     """A mean loss in the unit that a reader knows; of a perplexity the exponential."""
-    return f"{math.exp(min(value, 700.0)) if 'perplexity' in line.unit else value:.4g}"
+    return f"{shown(value, line.unit):.4g}"
 
 
 def loss_change(line: LossLine) -> str:
     """Student - other, with its interval; of a perplexity the ratio of both."""
     parts = (line.difference.value, line.difference.low, line.difference.high)
-    if "perplexity" in line.unit:
-        value, low, high = (f"{math.exp(min(part, 700.0)):.3f}" for part in parts)
+    if line.unit in PERPLEXITIES:
+        value, low, high = (f"{shown(part, line.unit):.3f}" for part in parts)
         return f"x{value} ({low} to {high})"
     value, low, high = (f"{part:+.4f}" for part in parts)
     return f"{value} ({low} to {high})"
