@@ -146,22 +146,24 @@ def full_report() -> Report:
     tasks = (*report.tasks[:7], lost, rated, *report.tasks[9:])
     scores = {"base": 0.61, "expert": 0.55, "reference": 0.61, "student": 0.6, "next-token": 0.58}
     benchmark = BenchmarkLine(
-        "mmlu", "general, aligned", "general", 57, 14_042, scores, "reference", Estimate(-0.01, -0.02, 0.001)
+        "mmlu", "general, aligned", "general", 57, 14_042, scores, "reference", Estimate(-0.01, -0.02, -0.001), 0.02
     )
     values = {"base": 2.31, "reference": 2.31, "student": 2.33, "expert": 2.9, "next-token": 2.4}
     loss = LossLine("wikitext", "shown", "word_perplexity", "word perplexity", 62, 62, values, "reference",
-                    Estimate(0.02, 0.01, 0.03), 0.0004)  # fmt: skip
+                    Estimate(0.02, 0.01, 0.03), 0.0004, 0.0008)  # fmt: skip
     other = replace(loss, task="pile_arxiv", metric="bits_per_byte", unit="bits per byte")
     missing = ("task world_capitals was not answered by expert; to pass without it, --allow-missing world_capitals",)
     gap, retention = report.student.gap, report.student.retention
     assert gap is not None and retention is not None
+    compared = (replace(report.compared[0], left_out=("world_size",)),)
     student = replace(
         report.student,
-        gap=replace(gap, word="INCONCLUSIVE", documents_needed=900, documents_exist=800, reasons=missing),
-        retention=replace(retention, word="INCONCLUSIVE", documents_needed=900, documents_exist=240, reasons=missing),
+        gap=replace(gap, word="INCONCLUSIVE", documents_needed=900, reasons=missing),
+        retention=replace(retention, word="INCONCLUSIVE", exhausted=True, reasons=missing),
         floor=replace(floor("FAIL"), reasons=missing),
     )
-    return replace(report, word="FAIL", student=student, tasks=tasks, benchmarks=(benchmark,), losses=(loss, other))
+    parts = {"tasks": tasks, "benchmarks": (benchmark,), "losses": (loss, other), "compared": compared}
+    return replace(report, word="FAIL", student=student, **parts)
 
 
 def demo_report(n_flips: int = 60) -> Report:

@@ -59,6 +59,8 @@ def report(
     for flag, points in (("--margin", margin), ("--max-task-loss", max_task_loss)):
         if not 0 < points <= 100:
             raise UserError(f"{flag} {points:g}: must be above 0 and at most 100, in points")
+    if not 0 <= min_gap <= 1:
+        raise UserError(f"--min-gap {min_gap:g}: must be from 0 to 1")
     assert output is not None
     refuse_unfit_places(card, junit)
     if finished:

@@ -7,10 +7,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from dae_eval.results import Document, Evaluation, HeldOutLoss, ModelFacts, TaskResult, TrainingRows
 from kd.errors import UserError
@@ -25,6 +27,7 @@ FORMAT = "dae-align evaluation"
 VERSION = 1
 KEY_DIGITS = 32  # 128 bits
 _ADDED = ("weight", "unit", "total", "benchmark", "share")
+_TASK = TypeAdapter(TaskResult)
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
@@ -45,7 +48,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     try:
         return Evaluation(
             model=ModelFacts(**content["model"]),
-            tasks={facts["task"]: _task_result(folder, facts) for facts in content["tasks"]},
+            tasks=_tasks(folder, content["tasks"]),
             conditions=content["conditions"],
             held_out=tuple(HeldOutLoss(**line) for line in content["held_out"]),
             training_rows=tuple(TrainingRows(**line) for line in content["training_rows"]),
@@ -55,10 +58,32 @@ def read_evaluation(folder: Path) -> Evaluation:
         raise UserError(f"{path}: incomplete ({error!r}); write it again with `dae eval`") from error
 
 
+def _tasks(folder: Path, listed: Sequence[Mapping[str, Any]]) -> dict[str, TaskResult]:
+    """The tasks by name. Raises UserError if one is listed twice, or its facts or scores are invalid."""
+    tasks: dict[str, TaskResult] = {}
+    for facts in listed:
+        result = _task_result(folder, facts)
+        if result.task in tasks:
+            raise UserError(f"{folder / EVALUATION}: task {result.task}: duplicate task; evaluate the model again")
+        tasks[result.task] = result
+    return tasks
+
+
 def _task_result(folder: Path, facts: Mapping[str, Any]) -> TaskResult:
     known = {name: value for name, value in facts.items() if name not in ("file", "sha256", "n")}
-    path = folder / facts["file"]
-    result = TaskResult(**known, documents=read_documents(path, facts["sha256"]))
+    path, where = folder / facts["file"], f"{folder / EVALUATION}: task {facts['task']}"
+    try:
+        TaskResult(**known, documents=())  # TypeError: a key is missing or unknown
+        result = _TASK.validate_json(json.dumps({**known, "documents": []}), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where}: {key}: {first['input']!r}: {first['msg']}; evaluate the model again") from error
+    if result.is_loss and result.kind != "shown":
+        raise UserError(f"{where}: kind: {result.kind}: {result.unit} is a loss, which can only be `shown`")
+    if not 0 < result.share <= 1:
+        raise UserError(f"{where}: share: {result.share!r}: expected a number above 0, at most 1")
+    result = replace(result, documents=read_documents(path, facts["sha256"]))
     refuse_invalid_scores(result, path)
     return result
 
@@ -72,8 +97,12 @@ def refuse_invalid_scores(result: TaskResult, path: Path) -> None:
         if not is_number(document.score) or document.score < 0 or (document.score > 1 and not result.is_loss):
             expected = "a number from 0 on" if result.is_loss else "a number from 0 to 1"
             raise UserError(f"{where}: score: {document.score!r}: expected {expected}; evaluate the model again")
-        if not is_number(document.weight) or document.weight <= 0:
-            raise UserError(f"{where}: weight: {document.weight!r}: expected a number above 0")
+        if not is_number(document.weight) or document.weight < 0:
+            raise UserError(
+                f"{where}: weight: {document.weight!r}: expected a number from 0 on; evaluate the model again"
+            )
+    if not any(document.weight for document in result.documents):
+        raise UserError(f"{path}: task {result.task}: all documents have weight 0; evaluate the model again")
 
 
 def is_number(value: Any) -> bool:

@@ -16,9 +16,9 @@ class GapLine:
     """How much of the expert's gain the student has; all on 0..1 (1: all of it).
 
     gain: expert - base, summed over domain tasks. closed is None if gain is not clearly above 0 ("undefined").
-    documents_needed: documents per task that would decide, if the word is INCONCLUSIVE and more would help.
-    documents_exist: the most that a task has, if known for all. same_weights: base and expert are one model.
-    reasons: why the line cannot pass whatever its figures (missing tasks, too few documents).
+    documents_needed: documents per task that would decide, if the word is INCONCLUSIVE and more would help. exhausted:
+    more would help, but the tasks do not have so many. same_weights: base and expert are one model. reasons: why the
+    line cannot pass whatever its figures (missing tasks, too few documents).
     """
 
     word: Word
@@ -26,7 +26,7 @@ class GapLine:
     closed: Estimate | None
     minimum: float
     documents_needed: int | None
-    documents_exist: int | None = None
+    exhausted: bool = False
     same_weights: bool = False
     reasons: tuple[str, ...] = ()
 
@@ -37,7 +37,7 @@ class RetentionLine:
 
     ratio: 100 x macro-mean of student / reference, None if the reference scores 0 on a task or the interval has no
     upper bound. unit: "rating" if all tasks are ratings, which are shown as 1 rating = 10 points. documents_needed,
-    documents_exist, reasons: as for `GapLine`.
+    exhausted, reasons: as for `GapLine`.
     """
 
     word: Word
@@ -45,7 +45,7 @@ class RetentionLine:
     margin: float
     documents_needed: int | None
     ratio: Estimate | None
-    documents_exist: int | None = None
+    exhausted: bool = False
     unit: Unit = "points"
     reasons: tuple[str, ...] = ()
 
@@ -54,7 +54,8 @@ class RetentionLine:
 class TaskLoss:
     """A task's difference to the model that the student is compared with, in points.
 
-    documents: independent ones. p: of a loss beyond the limit. documents_needed: as for `GapLine`.
+    documents: independent ones. p: one-sided, of a loss beyond the limit. unit: of the task. documents_needed,
+    exhausted: as for `GapLine`.
     """
 
     task: str
@@ -63,14 +64,17 @@ class TaskLoss:
     difference: Estimate
     p: float
     documents_needed: int | None
+    exhausted: bool = False
+    unit: Unit = "points"
 
 
 @dataclass(frozen=True)
 class FloorLine:
     """No general task may lose more than `limit` points against the reference, no domain task against the base.
 
-    worst: the largest loss. lost: tasks whose loss is significantly larger than the limit (Holm over all tasks and
-    members of benchmarks). undecided: tasks (benchmarks as a whole) for which a larger loss cannot be ruled out.
+    worst: the largest loss of a task, or of a benchmark as a whole. lost: tasks, benchmarks and members of benchmarks
+    whose loss is significantly larger than the limit (one-sided at 2.5 %, Holm over all). undecided: tasks and
+    benchmarks for which a larger loss cannot be ruled out, and members whose whole interval is beyond the limit.
     """
 
     word: Word
@@ -95,12 +99,15 @@ class StudentSummary:
 class StudentDifference:
     """The student against another student on the same documents: student - other.
 
-    gap: of the gap closed, on 0..1; None if undefined or without an expert. retention: in points.
+    gap: of the gap closed, on 0..1; None if undefined, without an expert, or on too few documents. retention: in
+    points; unit: for showing, as of `RetentionLine`. left_out: tasks that one of the models lacks.
     """
 
     other: str
     gap: Estimate | None
     retention: Estimate | None
+    unit: Unit = "points"
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,10 @@ class TaskLine:
 
 @dataclass(frozen=True)
 class BenchmarkLine:
-    """A group of lm-eval: the score that its members give together, weighted as lm-eval does. Figures as of a task."""
+    """A group of lm-eval: the score that its members give together, weighted as lm-eval does. Figures as of a task.
+
+    p_holm: two-sided, of no difference, after Holm's correction over the benchmarks.
+    """
 
     benchmark: str
     group: str
@@ -153,13 +163,15 @@ class BenchmarkLine:
     scores: Mapping[str, float]
     against: str
     difference: Estimate
+    p_holm: float
 
 
 @dataclass(frozen=True)
 class LossLine:
     """A task that is a loss: lower is better. values and difference (student - other) are means in `unit`.
 
-    Perplexities are given as the logarithm that is averaged: nats per byte or word. p: two-sided, of no difference.
+    Perplexities are given as the logarithm that is averaged: nats per byte or word. p: two-sided, of no difference;
+    p_holm: after Holm's correction over the losses.
     """
 
     task: str
@@ -172,6 +184,7 @@ class LossLine:
     against: str
     difference: Estimate
     p: float
+    p_holm: float
 
 
 @dataclass(frozen=True)
@@ -188,6 +201,7 @@ class Flip:
     against: str
     change: float
     seen: bool
+    unit: Unit = "points"
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,11 @@ class ModelFacts:
     base_fingerprint: str | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def identity(self) -> tuple[str, str | None]:
+        """What tells models apart: an adapter on another base is another model."""
+        return self.fingerprint, self.base_fingerprint
+
 
 @dataclass(frozen=True)
 class Evaluation:

@@ -117,6 +117,7 @@ MISTAKES = [
       "--compare", "base=base"], "--compare base=base: "),
     (["report", "--from", "a", "--output", "r", "--margin", "0"], "--margin 0: "),
     (["report", "--from", "a", "--output", "r", "--max-task-loss", "-1"], "--max-task-loss -1: "),
+    (["report", "--from", "a", "--output", "r", "--min-gap", "50"], "--min-gap 50: "),
     (["report", "--from", "a", "--output", "r", "--card", "nowhere/README.md"], "--card nowhere/README.md: "),
     (["report", "--from", "a", "--output", "r", "--junit", "nowhere/x.xml"], "--junit nowhere/x.xml: "),
     (ask("r", "batchsize=3"), "batchsize=3: "),

@@ -104,6 +104,9 @@ def test_line_ends_stay(tmp_path: Path) -> None:
         f"{BEGIN}{END}{BEGIN}{END}",
         "---\nmodel-index: 3\n---\n",
         "---\nmodel-index:\n- {name: a}\n---\n",
+        "---\n{license: mit}\n---\n",
+        "---\nmodel-index:\n- name: &n a\n  results: []\npretty_name: *n\n---\n",
+        '---\n"model-index":\n- {name: a, results: []}\n---\n',
     ],
 )
 def test_a_damaged_card_is_refused_and_left_alone(card: str, tmp_path: Path) -> None:
@@ -114,7 +117,31 @@ def test_a_damaged_card_is_refused_and_left_alone(card: str, tmp_path: Path) -> 
     assert path.read_text() == card
 
 
+@pytest.mark.parametrize(
+    "card",
+    [
+        "\n---\nlicense: mit\n---\ntext   \n\n\n",
+        "\ufeff---\nlicense: mit\n---\ntext",
+        "---\nlicense: mit\nmodel-index:\n- {name: a, results: [], own: 1}\n# note\ntags: [a]\n---\none\r\ntwo\nthr\n",
+        "---\r\nlicense: mit\r\n---\r\ntext\r\n",
+        "",
+    ],
+)
+def test_every_other_byte_stays(card: str, tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_bytes(card.encode())
+    write_card(demo_report(), path)
+    text = path.read_bytes().decode()
+    for part in ("license: mit", "# note", "tags: [a]", "text   \n\n\n", "one\r\ntwo\nthr\n", "own: 1"):
+        assert (part in card) == (part in text)
+    once = path.read_bytes()
+    write_card(demo_report(), path)
+    assert path.read_bytes() == once
+
+
 def test_a_card_needs_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"expected the README\.md"):
+        write_card(demo_report(), tmp_path / "card.md")
     with pytest.raises(UserError, match=r"--card .*folder .* not found"):
         write_card(demo_report(), tmp_path / "absent" / "README.md")
 
@@ -127,7 +154,7 @@ def test_junit_has_a_case_for_each_line_and_task(make: object) -> None:
     lines = [one for one in (report.student.gap, report.student.retention, report.student.floor) if one is not None]
     words = [case.find("failure") for case in verdict.findall("testcase")]
     assert ["PASS" if found is None else found.get("type") for found in words] == [line.word for line in lines]
-    assert len(tasks.findall("testcase")) == len(report.tasks)
+    assert len(tasks.findall("testcase")) == len(report.tasks) + len(report.benchmarks)
     for element in (root, verdict, tasks):
         assert element.get("failures") == str(len(element.findall(".//failure")))
         assert element.get("tests") == str(len(element.findall(".//testcase")))

@@ -130,6 +130,29 @@ def test_scores_off_their_range_are_refused_by_document(tmp_path: Path, score: A
         read_evaluation(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("unit", "foo"), ("kind", "General"), ("share", 0), ("share", 50), ("share", math.nan), ("metric", None),
+     ("settings", None), ("chance", "x"), ("unit", "bits per byte")],
+)  # fmt: skip
+def test_facts_of_a_task_that_are_not_what_was_written_are_refused(tmp_path: Path, key: str, value: Any) -> None:
+    write_evaluation(tmp_path, EVALUATION)
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    content["tasks"][0][key] = value
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"evaluation.json: task {TASK.task}: "):
+        read_evaluation(tmp_path)
+
+
+def test_a_task_listed_twice_is_refused(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, EVALUATION)
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    content["tasks"] *= 2
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="duplicate task"):
+        read_evaluation(tmp_path)
+
+
 def test_a_loss_may_be_above_one(tmp_path: Path) -> None:
     loss = replace(TASK, unit="bits per byte", kind="shown", documents=(replace(DOCUMENTS[0], score=3.2, weight=40.0),))
     found = replace(EVALUATION, tasks={TASK.task: loss})

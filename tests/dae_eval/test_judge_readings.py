@@ -20,6 +20,11 @@ from dae_eval.judging.readings import OFF_SCALE, SEVERAL, TRUNCATED, after_reaso
         ("[[11]]", 11),
         ("e.g. [[5]] would be too low: [[8]]", 5),
         ("", NO_RATING),
+        ("Rating: [[7]]. The answer leaks a stray `<think>` tag.", 7),
+        ("Rating: [[4]]. The answer ends in a stray `</think>` tag.", 4),
+        ("<thinking_process>[[3]]</thinking_process>[[8]]", 8),
+        ("<internal_monologue>[[3]]</internal_monologue>[[8]]", 8),
+        ("<think>[[2]]</think>", NO_RATING),
     ],
 )
 def test_ratings_are_read_as_fastchat_reads_them(text: str, rating: float) -> None:

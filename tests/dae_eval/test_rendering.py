@@ -77,10 +77,8 @@ def test_tasks_count_only_in_a_line_that_there_is() -> None:
     domain = [task for task in report.tasks if task.kind == "domain"]
     assert wording.kinds(domain, report) == "counts in gap closed"
     without = replace(report, student=replace(report.student, gap=None))
-    assert wording.kinds(domain, without) == "counts in neither line"
-    assert wording.kinds(report.tasks, report) == (
-        "counts in gap closed or counts in neither line or counts in retention"
-    )
+    assert wording.kinds(domain, without) == "counts in worst task"
+    assert wording.kinds(report.tasks, report) == ("counts in gap closed or counts in no line or counts in retention")
 
 
 def test_visible_writes_out_what_only_acts_and_leaves_every_script() -> None:

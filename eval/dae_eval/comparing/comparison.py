@@ -14,7 +14,7 @@ from dae_eval.comparing.provenance import provenance
 from dae_eval.comparing.roles import ROLES
 from dae_eval.comparing.task_lines import benchmark_lines, flips, loss_lines, task_lines
 from dae_eval.comparing.verdicts import Asked, overall, student_difference, summarise
-from dae_eval.report import Curve, HeldOutLine, ModelLine, Radar, Report, StudentDifference, StudentSummary
+from dae_eval.report import Curve, HeldOutLine, ModelLine, Radar, Report, StudentDifference
 from dae_eval.results import Evaluation
 from kd.config.problems import suggestion
 from kd.errors import UserError
@@ -57,23 +57,32 @@ def compare(
     chosen = {role: evaluations[role] for role in (*ROLES, *others) if role in evaluations}
     _check_allowed(chosen, allow_missing)
     asked = Asked(margin, min_gap, max_task_loss, retention_only, tuple(allow_missing), seed)
-    answered, student = _student(chosen, "student", asked)
-    lines = task_lines(answered.tasks, seed=seed)
+    answered, with_expert = _paired(chosen, "student", asked)
+    _check_kinds(answered, with_expert)
+    student = summarise(answered, with_expert, "student", asked)
+    lines, benchmarks = task_lines(answered.tasks, seed=seed), benchmark_lines(answered.tasks)
+    losses = loss_lines(answered.tasks)
+    about_gap = [note for note in (with_expert.notes if with_expert else ()) if note not in answered.notes]
     return Report(
         word=overall(student),
         date=datetime.now(UTC).date().isoformat(),
         student=student,
-        others=tuple(_student(chosen, name, asked)[1] for name in others),
+        others=tuple(summarise(*_paired(chosen, name, asked), name, asked) for name in others),
         compared=tuple(_compared(chosen, name, asked) for name in others),
         models=tuple(_models(chosen)),
         tasks=tuple(lines),
-        benchmarks=tuple(benchmark_lines(answered.tasks)),
-        losses=tuple(loss_lines(answered.tasks)),
+        benchmarks=tuple(benchmarks),
+        losses=tuple(losses),
         flips=tuple(flips(answered.tasks)),
         held_out=tuple(_held_out(chosen)),
         radars=tuple(_radars([task for task in answered.tasks if not task.result.is_loss])),
         curves=tuple(_curves(chosen, others)),
-        notes=(*significant_losses(lines), *answered.notes, *limits(chosen, student)),
+        notes=(
+            *significant_losses(lines, benchmarks, losses),
+            *answered.notes,
+            *about_gap,
+            *limits(chosen, student),
+        ),
         provenance=tuple(provenance(chosen, asked, command)),
     )
 
@@ -85,25 +94,27 @@ def _check_allowed(evaluations: Mapping[str, Evaluation], allowed: Sequence[str]
         raise UserError(f"--allow-missing {name}: no model answered a task of this name{suggestion(name, known)}")
 
 
-def _student(evaluations: Mapping[str, Evaluation], name: str, asked: Asked) -> tuple[Paired, StudentSummary]:
-    """A student's tasks, paired with what each is compared with, and its lines."""
-    answered = pair_tasks(evaluations, name)
+def _paired(evaluations: Mapping[str, Evaluation], name: str, asked: Asked) -> tuple[Paired, Paired | None]:
+    """A student's tasks, paired with what each is compared with; domain tasks also as the gap closed needs them."""
     with_expert = None if asked.retention_only else pair_tasks(evaluations, name, with_expert=True)
+    return pair_tasks(evaluations, name), with_expert
+
+
+def _check_kinds(answered: Paired, with_expert: Paired | None) -> None:
     if with_expert is not None and not with_expert.of("domain"):
         raise UserError(
-            f"no domain task was answered by base, expert and {name}, so the gap is unknown; evaluate them on a suite "
+            "no domain task was answered by base, expert and student, so the gap is unknown; evaluate them on a suite "
             f"with a `domain` group, or compare without an expert (--retention-only).{_left_out(with_expert)}"
         )
     if not answered.of("general"):
         raise UserError(
-            f"no general task was answered by reference and {name}, so retention is unknown; evaluate them on a suite "
+            "no general task was answered by reference and student, so retention is unknown; evaluate them on a suite "
             f"with a `general` group.{_left_out(answered)}"
         )
-    return answered, summarise(answered, with_expert, name, asked)
 
 
 def _left_out(paired: Paired) -> str:
-    return "".join(f" {note}" for note in paired.notes if "left out:" in note)
+    return "".join(f" {note}" for note in paired.notes if note.endswith("did not answer it."))
 
 
 def _compared(evaluations: Mapping[str, Evaluation], name: str, asked: Asked) -> StudentDifference:

@@ -5,21 +5,45 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from dae_eval.comparing.curves import still_falling
-from dae_eval.comparing.statistics import ALPHA
-from dae_eval.report import StudentSummary, TaskLine
-from dae_eval.results import Evaluation
+from dae_eval.comparing.statistics import ALPHA, Estimate
+from dae_eval.report import BenchmarkLine, LossLine, StudentSummary, TaskLine
+from dae_eval.results import Evaluation, Unit
+from dae_eval.units import FULL_SCALE, shown
 
 
-def significant_losses(lines: Sequence[TaskLine]) -> list[str]:
-    """A sentence for each task that lost significantly, in the lines' order (Holm over all tasks)."""
-    return [
-        f"Task {line.task} lost {-100 * line.difference.value:.1f} points against the {line.against}: from "
-        f"{100 * line.scores[line.against]:.1f} to {100 * line.scores['student']:.1f} "
-        f"({100 * line.difference.low:+.1f} to {100 * line.difference.high:+.1f}, p {_p(line.p_holm)} after Holm's "
-        "correction)."
-        for line in lines
+def significant_losses(
+    tasks: Sequence[TaskLine], benchmarks: Sequence[BenchmarkLine], losses: Sequence[LossLine]
+) -> list[str]:
+    """A sentence for each task, benchmark and loss that became significantly worse, in their order."""
+    worse = [
+        _lost(f"Task {line.task}", line.scores, line.against, line.difference, line.p_holm, line.unit)
+        for line in tasks
         if line.p_holm < ALPHA and line.difference.value < 0
     ]
+    worse += [
+        _lost(f"Benchmark {line.benchmark}", line.scores, line.against, line.difference, line.p_holm, "points")
+        for line in benchmarks
+        if line.p_holm < ALPHA and line.difference.value < 0
+    ]
+    return worse + [_rose(line) for line in losses if line.p_holm < ALPHA and line.difference.value > 0]
+
+
+def _rose(line: LossLine) -> str:
+    before, after = (shown(line.values[role], line.unit) for role in (line.against, "student"))
+    return (
+        f"Task {line.task}: {line.unit} rose from {before:.4g} ({line.against}) to {after:.4g} (p {_p(line.p_holm)} "
+        "after Holm's correction); lower is better."
+    )
+
+
+def _lost(what: str, scores: Mapping[str, float], other: str, change: Estimate, p: float, unit: Unit) -> str:
+    scale, digits, name = FULL_SCALE[unit], 2 if unit == "rating" else 1, "rating" if unit == "rating" else "points"
+    before, after = scale * scores[other], scale * scores["student"]
+    return (
+        f"{what} lost {-scale * change.value:.{digits}f} {name} against the {other}: from {before:.{digits}f} to "
+        f"{after:.{digits}f} ({scale * change.low:+.{digits}f} to {scale * change.high:+.{digits}f}, p {_p(p)} after "
+        "Holm's correction)."
+    )
 
 
 def _p(p: float) -> str:

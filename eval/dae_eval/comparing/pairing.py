@@ -15,6 +15,7 @@ from kd.errors import UserError
 
 MOST_UNPAIRED = 0.01  # part of a task's documents that only some models answered: with more, the task is incomplete
 _ABSENT = object()
+_COMPARED = ("kind", "group", "metric", "version", "unit", "benchmark")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class PairedTask:
     result: of the first model. needed: the roles whose documents were paired. same: by role, the first role with the
     same weights, whose answers count for both. documents, scores: of the needed models and of others that answered all
     D documents. weights_D: of the documents in the task's mean. unpaired: documents that only some of the needed models
-    answered. seen_D: documents that occur in any model's training rows.
+    answered. disagreeing: documents on which needed models of the same weights have different scores. seen_D: documents
+    that occur in any model's training rows.
     """
 
     result: TaskResult
@@ -36,11 +38,17 @@ class PairedTask:
     clusters_D: Ints
     seen_D: NDArray[np.bool_]
     unpaired: int
+    disagreeing: int
 
     @property
     def too_few(self) -> bool:
         """Whether more documents are unpaired than a verdict allows."""
         return self.unpaired > MOST_UNPAIRED * (len(self.clusters_D) + self.unpaired)
+
+    @property
+    def contradictory(self) -> bool:
+        """Whether models with the same weights disagree on more documents than a verdict allows."""
+        return self.disagreeing > MOST_UNPAIRED * len(self.clusters_D)
 
 
 @dataclass(frozen=True)
@@ -65,9 +73,9 @@ class Paired:
 
 
 def same_weights(evaluations: Mapping[str, Evaluation]) -> dict[str, str]:
-    """By role: the first role whose model has the same fingerprint (often the role itself)."""
-    first: dict[str, str] = {}
-    return {role: first.setdefault(one.model.fingerprint, role) for role, one in evaluations.items()}
+    """By role: the first role whose model has the same weights and base (often the role itself)."""
+    first: dict[tuple[str, str | None], str] = {}
+    return {role: first.setdefault(one.model.identity, role) for role, one in evaluations.items()}
 
 
 def needed_for(kind: Kind, student: str, roles: Collection[str], *, with_expert: bool) -> tuple[str, ...]:
@@ -97,7 +105,8 @@ def pair_tasks(
         _check_conditions(name, results)
         if absent := tuple(role for role in needed if role not in results):
             missing.append(Missing(name, kind, absent))
-            notes.append(f"Task {name} is left out: {_listed(absent)} did not answer it.")
+            where = "does not count in gap closed" if with_expert else "is left out"
+            notes.append(f"Task {name} {where}: {_listed(absent)} did not answer it.")
             continue
         task = _pair(results, needed, same)
         paired.append(task)
@@ -119,7 +128,7 @@ def _differences(one: TaskResult, other: TaskResult) -> list[str]:
     return [
         f"{what} ({_shown(before)} against {_shown(now)})"
         for what, before, now in (
-            *((field, getattr(one, field), getattr(other, field)) for field in ("kind", "group", "metric", "version")),
+            *((field, getattr(one, field), getattr(other, field)) for field in _COMPARED),
             *(
                 (f"settings.{key}", one.settings.get(key, _ABSENT), other.settings.get(key, _ABSENT))
                 for key in sorted({*one.settings, *other.settings})
@@ -157,6 +166,7 @@ def _pair(results: Mapping[str, TaskResult], needed: Sequence[str], same: Mappin
         clusters_D=np.unique(clusters, return_inverse=True)[1].astype(np.int64),
         seen_D=np.array([key in seen for key in everywhere], dtype=np.bool_),
         unpaired=len({key for found in asked for key in found}) - len(everywhere),
+        disagreeing=max(_differing(results[role], results[owners[role]]) for role in needed),
     )
 
 
@@ -177,10 +187,8 @@ def _notes_on(task: PairedTask, results: Mapping[str, TaskResult]) -> list[str]:
     if partial := [role for role in results if role not in task.documents]:
         notes.append(f"Task {name}: {_listed(partial)} did not answer all documents, so no score of it is shown.")
     if seen := int(task.seen_D.sum()):
-        notes.append(
-            f"Task {name}: {seen} of {_documents(len(task.seen_D))} also in training rows; "
-            "scores without them are shown beside."
-        )
+        beside = "; scores without them are shown beside" if seen < len(task.seen_D) else ""
+        notes.append(f"Task {name}: {seen} of {_documents(len(task.seen_D))} also in training rows{beside}.")
     if task.clusters_D.max() == 0:
         notes.append(f"Task {name}: all documents share one source, so the variance is unknown.")
     for role, other in task.same.items():

@@ -101,7 +101,14 @@ def gap_word(closed: Estimate | None, minimum: float) -> Word:
 
 
 def gap_documents_needed(
-    tasks: Sequence[Answers], base: int, expert: int, student: int, minimum: float, *, defined: bool
+    tasks: Sequence[Answers],
+    base: int,
+    expert: int,
+    student: int,
+    minimum: float,
+    totals_K: Sequence[int | None] | None = None,
+    *,
+    defined: bool,
 ) -> int | None:
     """Documents per task (as in `documents_needed`) that would decide whether more than `minimum` of the gap is closed.
 
@@ -115,7 +122,9 @@ def gap_documents_needed(
         spread(task.scores_MD[student] - task.scores_MD[base] - minimum * difference, task.clusters_D)
         for task, difference in ((task, task.scores_MD[expert] - task.scores_MD[base]) for task in tasks)
     ]
-    needed = [documents_needed(spreads, 0.0, shares) for spreads in ([beyond] if defined else [beyond, gained])]
+    needed = [
+        documents_needed(spreads, 0.0, shares, totals_K) for spreads in ([beyond] if defined else [beyond, gained])
+    ]
     return None if None in needed else max(n for n in needed if n is not None)
 
 

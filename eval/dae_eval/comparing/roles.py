@@ -23,9 +23,10 @@ def merge(evaluations: Sequence[Evaluation]) -> Evaluation:
     tasks: dict[str, TaskResult] = {}
     conditions: dict[str, list[Any]] = {}
     for one in evaluations:
-        if one.model.fingerprint != first.model.fingerprint:
+        if one.model.identity != first.model.identity:
             raise UserError(
-                f"{first.model.path} and {one.model.path} have different weights; their evaluations cannot be merged."
+                f"{first.model.path} and {one.model.path} have different weights or bases; their evaluations cannot be "
+                "merged."
             )
         for name, result in one.tasks.items():
             if tasks.setdefault(name, result) != result:

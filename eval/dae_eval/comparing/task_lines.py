@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from dae_eval.comparing.statistics import (
     Spread,
     detectable_difference,
     holm,
+    loss_p,
     macro_difference,
     paired_difference,
     paired_test,
@@ -112,7 +114,9 @@ def benchmark_lines(tasks: Sequence[PairedTask]) -> list[BenchmarkLine]:
     for task in tasks:
         if task.result.benchmark and not task.result.is_loss:
             members.setdefault((task.result.group, task.result.benchmark), []).append(task)
-    return [_benchmark_line(of) for of in members.values()]
+    lines = [_benchmark_line(of) for of in members.values()]
+    corrected = holm([line.p_holm for line in lines])
+    return [replace(line, p_holm=p) for line, p in zip(lines, corrected, strict=True)]
 
 
 def _benchmark_line(tasks: Sequence[PairedTask]) -> BenchmarkLine:
@@ -121,7 +125,8 @@ def _benchmark_line(tasks: Sequence[PairedTask]) -> BenchmarkLine:
     roles = [role for role in first.scores if all(role in task.scores for task in tasks)]
     scores = {role: float(np.average([t.scores[role].mean() for t in tasks], weights=shares)) for role in roles}
     spreads = [spread(task.scores["student"] - task.scores[other], task.clusters_D) for task in tasks]
-    one_model = first.same[other] == first.same["student"]
+    one_model, weights = first.same[other] == first.same["student"], [float(share) for share in shares]
+    below = loss_p(spreads, 0.0, weights)
     return BenchmarkLine(
         benchmark=first.result.benchmark,
         group=first.result.group,
@@ -130,13 +135,16 @@ def _benchmark_line(tasks: Sequence[PairedTask]) -> BenchmarkLine:
         n=sum(len(task.clusters_D) for task in tasks),
         scores=scores,
         against=other,
-        difference=NOTHING if one_model else macro_difference(spreads, [float(share) for share in shares]),
+        difference=NOTHING if one_model else macro_difference(spreads, weights),
+        p_holm=1.0 if one_model else min(1.0, 2 * min(below, 1 - below)),
     )
 
 
 def loss_lines(tasks: Sequence[PairedTask]) -> list[LossLine]:
     """A line for each task that is a loss."""
-    return [_loss_line(task) for task in tasks if task.result.is_loss]
+    lines = [_loss_line(task) for task in tasks if task.result.is_loss]
+    corrected = holm([line.p for line in lines])
+    return [replace(line, p_holm=p) for line, p in zip(lines, corrected, strict=True)]
 
 
 def _loss_line(task: PairedTask) -> LossLine:
@@ -155,6 +163,7 @@ def _loss_line(task: PairedTask) -> LossLine:
         against=other,
         difference=difference,
         p=p,
+        p_holm=p,
     )
 
 
@@ -203,6 +212,7 @@ def flips(tasks: Sequence[PairedTask]) -> list[Flip]:
                     against=other,
                     change=change,
                     seen=bool(task.seen_D[index]),
+                    unit=task.result.unit,
                 )
                 found.append(((change, _KINDS.index(task.result.kind), lost, flip.task, flip.id), flip))
     return [flip for _, flip in sorted(found, key=lambda pair: pair[0])]

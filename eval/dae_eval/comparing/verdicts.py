@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import shlex
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +34,7 @@ from dae_eval.comparing.task_lines import NOTHING
 from dae_eval.report import FloorLine, GapLine, RetentionLine, StudentDifference, StudentSummary, TaskLoss
 from dae_eval.results import Unit
 
-LEAST_DOCUMENTS = 30  # independent ones over the tasks of a line: on fewer, no verdict rests
+LEAST_DOCUMENTS = 60  # independent ones over the tasks of a line: no verdict rests on fewer
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,14 @@ class Asked:
 
 
 def summarise(answered: Paired, with_expert: Paired | None, name: str, asked: Asked) -> StudentSummary:
-    """The lines for the student called `name`. with_expert: the domain tasks as the gap closed needs them."""
-    gap = None if with_expert is None else _gap_line(with_expert, name, asked)
-    return StudentSummary(name, gap, _retention_line(answered, name, asked), _floor_line(answered, name, asked))
+    """The lines for the student called `name`; None where it has no tasks for one.
+
+    with_expert: the domain tasks as the gap closed needs them.
+    """
+    gap = None if with_expert is None or not with_expert.of("domain") else _gap_line(with_expert, name, asked)
+    retention = _retention_line(answered, name, asked) if answered.of("general") else None
+    floor = _floor_line(answered, name, asked) if answered.of("general") or answered.of("domain") else None
+    return StudentSummary(name, gap, retention, floor)
 
 
 def overall(summary: StudentSummary) -> Word:
@@ -66,46 +72,63 @@ def _gap_line(paired: Paired, student: str, asked: Asked) -> GapLine:
     tasks = paired.of("domain")
     answers, (base, expert, row) = _answers(tasks, (tasks[0].needed[0], "expert", student))
     closed = gap_closed(answers, base, expert, row, seed=asked.seed)
-    word, needed, reasons = gap_word(closed, asked.min_gap), None, _reasons(tasks, paired.missing, "domain", asked)
-    if word == "INCONCLUSIVE":
-        needed = gap_documents_needed(answers, base, expert, row, asked.min_gap, defined=closed is not None)
+    word = gap_word(closed, asked.min_gap)
+    reasons = _reasons(tasks, paired.missing, "domain", asked, word)
+
+    def needed(totals_K: Sequence[int | None] | None) -> int | None:
+        defined = closed is not None
+        return gap_documents_needed(answers, base, expert, row, asked.min_gap, totals_K, defined=defined)
+
+    documents, exhausted = _enough(needed, tasks) if word == "INCONCLUSIVE" else (None, False)
     return GapLine(
         word=_unless(reasons, word, tasks),
         gain=gain(answers, base, expert, seed=asked.seed),
         closed=closed,
         minimum=asked.min_gap,
-        documents_needed=needed,
-        documents_exist=_existing(tasks),
+        documents_needed=documents,
+        exhausted=exhausted,
         same_weights=base == expert,
         reasons=reasons,
     )
 
 
+def _enough(
+    needed: Callable[[Sequence[int | None] | None], int | None], tasks: Sequence[PairedTask]
+) -> tuple[int | None, bool]:
+    """Documents per task that would decide; else whether only the tasks' sizes are in the way. needed: by totals."""
+    documents = needed([task.result.total for task in tasks])
+    return documents, documents is None and needed(None) is not None
+
+
 def _retention_line(paired: Paired, student: str, asked: Asked) -> RetentionLine:
-    tasks = paired.of("general")
+    tasks, margin = paired.of("general"), asked.margin / 100
     answers, (reference, kept) = _answers(tasks, ("reference", student))
-    reasons, margin = _reasons(tasks, paired.missing, "general", asked), asked.margin / 100
-    if reference == kept:  # known without any document
-        reasons = _incomplete(tasks, paired.missing, "general", asked)
-    spreads, shares = [_spread(task, student) for task in tasks], _shares(tasks)
-    difference = NOTHING if reference == kept else macro_difference(spreads, shares)
+    spreads, shares, same = [_spread(task, student) for task in tasks], _shares(tasks), reference == kept
+    difference = NOTHING if same else macro_difference(spreads, shares)
     word = non_inferiority(difference, margin)
-    needed = documents_needed(spreads, margin, shares) if word == "INCONCLUSIVE" else None
+    documents, exhausted = (
+        _enough(lambda totals_K: documents_needed(spreads, margin, shares, totals_K), tasks)
+        if word == "INCONCLUSIVE"
+        else (None, False)
+    )
+    # Of a model against itself the difference is known without any document.
+    explain = _incomplete if same else _reasons
+    reasons = explain(tasks, paired.missing, "general", asked, word)
     return RetentionLine(
         word=_unless(reasons, word, tasks),
         difference=_in_points(difference),
         margin=asked.margin,
-        documents_needed=needed,
+        documents_needed=documents,
+        exhausted=exhausted,
         ratio=retention_ratio(answers, reference, kept, seed=asked.seed),
-        documents_exist=_existing(tasks),
         unit=_unit(tasks),
         reasons=reasons,
     )
 
 
 def _floor_line(paired: Paired, student: str, asked: Asked) -> FloorLine:
-    """Each task alone, the members of benchmarks, and benchmarks as a whole; losses are Holm's over all of them."""
-    limit = asked.max_task_loss / 100
+    """Each task alone, benchmarks as a whole and each of their members; losses are Holm's over all of them."""
+    limit = asked.max_task_loss
     tasks = [*paired.of("general"), *paired.of("domain")]
     alone = [task for task in tasks if not task.result.benchmark]
     benchmarks: dict[tuple[str, str], list[PairedTask]] = {}
@@ -114,48 +137,55 @@ def _floor_line(paired: Paired, student: str, asked: Asked) -> FloorLine:
     whole = [([task], task.result.task) for task in alone]
     whole += [(members, name) for (_, name), members in benchmarks.items()]
     members = [([task], task.result.task) for of in benchmarks.values() for task in of]
-    losses = [_loss(of, name, student, limit) for of, name in (*whole, *members)]
+    losses = [_loss(of, name, student, limit / 100) for of, name in (*whole, *members)]
     corrected = holm([loss.p for loss in losses])
-    lost = [one for one, p in zip(losses, corrected, strict=True) if p < ALPHA and one.documents >= LEAST_DOCUMENTS]
-    undecided = [one for one in losses[: len(whole)] if one not in lost and not _is_ruled_out(one, asked)]
+    lost = [one for one, p in zip(losses, corrected, strict=True) if p < ALPHA / 2 and one.documents >= LEAST_DOCUMENTS]
+    # Members are too small to rule a loss out one by one; they are undecided if they lost more all the same.
+    suspect = [one for one in losses[: len(whole)] if not _is_ruled_out(one, limit)]
+    suspect += [one for one in losses[len(whole) :] if one.difference.high < -limit]
+    undecided = [one for one in suspect if one not in lost]
+    word: Word = "FAIL" if lost else "INCONCLUSIVE" if undecided else "PASS"
     # With a gap line, it has the reasons of the domain tasks.
-    reasons = _incomplete(paired.of("domain"), paired.missing, "domain", asked) if asked.retention_only else ()
-    word: Word = "FAIL" if lost else "INCONCLUSIVE" if undecided or reasons else "PASS"
-    worst = min(losses, key=lambda loss: loss.difference.value)
-    return FloorLine(word, asked.max_task_loss, worst, tuple(lost), tuple(undecided), reasons)
+    reasons = _incomplete(paired.of("domain"), paired.missing, "domain", asked, word) if asked.retention_only else ()
+    worst = min(losses[: len(whole)], key=lambda loss: loss.difference.value)
+    return FloorLine(
+        "INCONCLUSIVE" if word == "PASS" and reasons else word, limit, worst, tuple(lost), tuple(undecided), reasons
+    )
 
 
-def _is_ruled_out(loss: TaskLoss, asked: Asked) -> bool:
+def _is_ruled_out(loss: TaskLoss, limit: float) -> bool:
     """Whether a loss beyond the limit is ruled out."""
-    same = loss.difference == NOTHING
-    return same or (loss.difference.low > -asked.max_task_loss and loss.documents >= LEAST_DOCUMENTS)
+    return loss.difference == NOTHING or (loss.difference.low > -limit and loss.documents >= LEAST_DOCUMENTS)
 
 
 def _loss(tasks: Sequence[PairedTask], name: str, student: str, limit: float) -> TaskLoss:
-    other, n = tasks[0].needed[0], _independent(tasks)
+    other, n, unit = tasks[0].needed[0], _independent(tasks), _unit(tasks)
     if tasks[0].same[other] == tasks[0].same[student]:
-        return TaskLoss(name, other, n, NOTHING, 1.0, None)
+        return TaskLoss(name, other, n, NOTHING, 1.0, None, unit=unit)
     spreads, shares = [_spread(task, student) for task in tasks], _shares(tasks)
-    difference, needed = macro_difference(spreads, shares), None
+    difference, documents, exhausted = macro_difference(spreads, shares), None, False
     if non_inferiority(difference, limit) == "INCONCLUSIVE":
-        needed = documents_needed(spreads, limit, shares)
-    return TaskLoss(name, other, n, _in_points(difference), loss_p(spreads, limit, shares), needed)
+        documents, exhausted = _enough(lambda totals_K: documents_needed(spreads, limit, shares, totals_K), tasks)
+    p = loss_p(spreads, limit, shares)
+    return TaskLoss(name, other, n, _in_points(difference), p, documents, exhausted, unit)
 
 
 def student_difference(answered: Paired, with_expert: Paired | None, other: str, *, seed: int) -> StudentDifference:
     """The student against another one. answered, with_expert: paired over both students."""
     general, domain = answered.of("general"), () if with_expert is None else with_expert.of("domain")
     gap, retention = None, None
-    if domain:
+    if _independent(domain) >= LEAST_DOCUMENTS:
         roles = (domain[0].needed[0], "expert", other, "student")
         answers, (base, expert, its, mine) = _answers(domain, roles)
         gap = gap_difference(answers, base, expert, its, mine, seed=seed)
         gap = NOTHING if its == mine and gap is not None else gap
-    if general:
+    if _independent(general) >= LEAST_DOCUMENTS:
         same = general[0].same["student"] == general[0].same[other]
         spreads = [spread(task.scores["student"] - task.scores[other], task.clusters_D) for task in general]
         retention = NOTHING if same else _in_points(macro_difference(spreads, _shares(general)))
-    return StudentDifference(other, gap, retention)
+    missing = (*answered.missing, *(() if with_expert is None else with_expert.missing))
+    left_out = dict.fromkeys(one.task for one in missing if one.kind != "shown")
+    return StudentDifference(other, gap, retention, _unit(general), tuple(left_out))
 
 
 def _answers(tasks: Sequence[PairedTask], roles: tuple[str, ...]) -> tuple[list[Answers], list[int]]:
@@ -191,31 +221,40 @@ def _unit(tasks: Sequence[PairedTask]) -> Unit:
     return units.pop() if len(units) == 1 else "points"
 
 
-def _existing(tasks: Sequence[PairedTask]) -> int | None:
-    """The documents of the largest task; None if a task's are unknown."""
-    totals = [task.result.total for task in tasks]
-    return None if None in totals else max(total for total in totals if total is not None)
-
-
-def _reasons(tasks: Sequence[PairedTask], missing: Sequence[Missing], kind: str, asked: Asked) -> tuple[str, ...]:
+def _reasons(
+    tasks: Sequence[PairedTask], missing: Sequence[Missing], kind: str, asked: Asked, word: Word
+) -> tuple[str, ...]:
     """Why a line cannot pass: missing tasks or documents that were not allowed by name, too few documents."""
-    n, found = _independent(tasks), _incomplete(tasks, missing, kind, asked)
-    few = f"{n} independent documents are too few for a verdict: it needs {LEAST_DOCUMENTS}"
+    n, found = _independent(tasks), _incomplete(tasks, missing, kind, asked, word)
+    documents = f"{n} independent document{'' if n == 1 else 's'}"
+    few = f"{documents}: too few for a verdict, which needs {LEAST_DOCUMENTS}"
     return (*found, few) if n < LEAST_DOCUMENTS else found
 
 
-def _incomplete(tasks: Sequence[PairedTask], missing: Sequence[Missing], kind: str, asked: Asked) -> tuple[str, ...]:
-    """Missing tasks and documents that were not allowed by name."""
+def _incomplete(
+    tasks: Sequence[PairedTask], missing: Sequence[Missing], kind: str, asked: Asked, word: Word
+) -> tuple[str, ...]:
+    """Missing tasks and documents that were not allowed by name. word: of the line's figures alone."""
+
+    def advice(name: str) -> str:
+        return f"; to pass without, --allow-missing {shlex.quote(name)}" if word == "PASS" else ""
+
     found = [
-        f"task {one.task} was not answered by {' and '.join(one.roles)}; to pass without it, --allow-missing {one.task}"
+        f"task {one.task} was not answered by {' and '.join(one.roles)}{advice(one.task)}"
         for one in missing
         if one.kind == kind and one.task not in asked.allowed
     ]
     found += [
         f"task {name}: {task.unpaired} of {task.unpaired + len(task.clusters_D)} documents were answered by only some "
-        f"of {', '.join(task.needed)}; to pass without them, --allow-missing {name}"
+        f"of {', '.join(task.needed)}{advice(name)}"
         for task, name in ((task, task.result.task) for task in tasks)
         if task.too_few and name not in asked.allowed
+    ]
+    found += [
+        f"task {task.result.task}: models with the same weights have different scores on {task.disagreeing} of "
+        f"{len(task.clusters_D)} documents; evaluate them again"
+        for task in tasks
+        if task.contradictory
     ]
     return tuple(found)
 

@@ -22,6 +22,7 @@ OFF_SCALE = f"rated off the scale of {LOWEST:.0f} to {HIGHEST:.0f}"
 NONE_FOUND = {"rating": "without a rating", "verdict": "without a verdict"}
 SEVERAL = {"rating": "with several different ratings", "verdict": "with several different verdicts"}
 _EMPTY, _IN_REASONING = "with an empty reply", "ended within the reasoning"
+_REASONING_ONLY = "with nothing after the reasoning"
 _UNFINISHED = {
     LENGTH: TRUNCATED,
     FILTERED: "stopped by a content filter",
@@ -35,7 +36,7 @@ _RATING_IN_SINGLE_BRACKETS = re.compile(r"\[(\d+\.?\d*)\]")
 
 # What begins and ends reasoning: the tags of most models, then the channels of gpt-oss (also without its special
 # tokens), Gemma and Kimi K3.
-_NAME = r"(?:\w+:)?(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)"
+_NAME = r"(?:\w+[:_])?(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad|monologue)(?:_\w+)?"
 _BEGIN = rf"<\|?(?:begin_of_|start_)?{_NAME}\|?>|◁{_NAME}▷|\[think\]"
 _BEGIN += r"|<\|channel\|>(?!final)\w+[^<]*<\|message\|>|\Aanalysis(?-i:(?=[A-Z]))"
 _BEGIN += rf"|<\|channel>{_NAME}|<\|open\|>{_NAME}<\|sep\|>"
@@ -50,18 +51,29 @@ Found = TypeVar("Found", float, str)
 def after_reasoning(text: str) -> str | None:
     """The text without its reasoning; None if it ends within it.
 
-    A chat template may have begun the reasoning in the prompt: text before an end without a beginning is reasoning.
+    A chat template may have begun the reasoning in the prompt: text before an end without a beginning is reasoning. A
+    mark in the middle that nothing ends is a word of the answer.
     """
     kept: list[str] = []
     position, inside = 0, False
-    for mark in _MARK.finditer(text):
+    marks = list(_MARK.finditer(text))
+    last_end = max((mark.start() for mark in marks if mark["end"] is not None), default=-1)
+    for mark in marks:
         ends = mark["end"] is not None
         if ends and not inside:
             kept.clear()
         elif not inside:
-            kept.append(text[position : mark.start()])
+            before = text[position : mark.start()]
+            if mark.start() > last_end and "".join([*kept, before]).strip():
+                break
+            kept.append(before)
         position, inside = mark.end(), not ends
     return None if inside else " ".join([*kept, text[position:]]).strip()
+
+
+def _begins_with_reasoning(text: str) -> bool:
+    first = _MARK.search(text)
+    return first is not None and first["end"] is None and not text[: first.start()].strip()
 
 
 def ratings_in(text: str) -> list[float]:
@@ -103,11 +115,14 @@ def verdict_of(reply: Reply, first: Winner, second: Winner, strictly: bool) -> t
 def _read(reply: Reply, find: Callable[[str], Sequence[Found]], what: str, strictly: bool) -> tuple[Found | None, str]:
     answer = after_reasoning(reply.text)
     found = [] if answer is None else find(answer)
+    if not found and not strictly and not _begins_with_reasoning(reply.text):
+        found = find(reply.text)  # the marks are words of the answer
     unfinished = _UNFINISHED.get(reply.stop, "")
     if unfinished and (strictly or not found):
         return None, unfinished
     if not found:
-        return None, _IN_REASONING if answer is None else NONE_FOUND[what] if answer else _EMPTY
+        empty = _REASONING_ONLY if reply.text.strip() else _EMPTY
+        return None, _IN_REASONING if answer is None else NONE_FOUND[what] if answer else empty
     if strictly and len(set(found)) > 1:
         return None, SEVERAL[what]
     return found[0], ""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dae_eval.comparing.statistics import Estimate, Word
 from dae_eval.rendering.wording import count, digits_of, one_line, points, signed
 from dae_eval.report import FloorLine, GapLine, RetentionLine, StudentDifference, StudentSummary, TaskLoss
+from dae_eval.results import Unit
 from dae_eval.units import FULL_SCALE
 
 _LISTED = 3  # tasks that a line names before it counts the rest
@@ -47,7 +48,7 @@ def headlines(summary: StudentSummary) -> tuple[Headline, ...]:
 def gap_headline(line: GapLine) -> Headline:
     """The gap closed, in per cent of the expert's gain."""
     minimum = f"minimum {100 * line.minimum:g} %"
-    need = _need(line.documents_needed, line.documents_exist, "add tasks to the domain group")
+    need = _need(line.documents_needed, line.exhausted, "add tasks to the domain group")
     if line.closed is None:
         return Headline("gap closed", "undefined", "", minimum, line.word, _joined(_no_gain(line), need, *line.reasons))
     closed = [100 * part for part in (line.closed.value, line.closed.low, line.closed.high)]
@@ -69,76 +70,80 @@ def _no_gain(line: GapLine) -> str:
 
 def retention_headline(line: RetentionLine) -> Headline:
     """The loss on general tasks in points or ratings, and as a share of the reference if known."""
-    scale, least = FULL_SCALE[line.unit] / 100, digits_of(line.unit)
-    difference = [scale * part for part in (line.difference.value, line.difference.low, line.difference.high)]
-    margin = scale * line.margin
-    digits = max(least, telling_digits(difference[1:], -margin))
-    value, low, high = (signed(part, digits) for part in difference)
+    margin = _scale(line.unit) * line.margin
+    figure, interval = in_unit(line.difference, line.unit, line.margin)
     ratio = ""
     if line.ratio is not None and not line.reasons:
         ratio = f"{line.ratio.value:.1f} % of the reference ({line.ratio.low:.1f} to {line.ratio.high:.1f})"
-    enough = math.ceil(-difference[1] * 10**least) / 10**least
-    need = _need(line.documents_needed, line.documents_exist, f"add general tasks, or accept a margin of {enough:g}")
-    unit = "points" if line.unit == "points" else "rating"
+    enough = math.ceil(-10 * line.difference.low) / 10
+    need = _need(line.documents_needed, line.exhausted, f"add general tasks, or accept --margin {enough:g}")
     remark = _joined(ratio, need, *line.reasons)
-    return Headline("retention", f"{value} {unit}", f"{low} to {high}", f"margin {margin:g}", line.word, remark)
+    return Headline("retention", figure, interval, f"margin {margin:g}", line.word, remark)
 
 
 def floor_headline(line: FloorLine) -> Headline:
     """The task with the largest loss, and the tasks that make the line fail or undecided."""
-    worst, condition = line.worst, f"limit {line.limit:g} per task"
-    others = [one for one in line.lost if one != worst]
-    lost = f"also lost more than that: {_tasks(others)}" if others else ""
-    undecided = f"a larger loss is not ruled out: {_tasks(line.undecided)}" if line.undecided else ""
-    digits = telling_digits((worst.difference.low, worst.difference.high), -line.limit)
-    value, low, high = (
-        signed(x, digits) for x in (worst.difference.value, worst.difference.low, worst.difference.high)
-    )
+    worst = line.worst
+    figure, interval = in_unit(worst.difference, worst.unit, line.limit)
+    lost = "" if line.lost in ((), (worst,)) else f"significantly beyond it: {_tasks(line.lost)}"
+    undecided = f"a loss beyond it is not ruled out: {_tasks(line.undecided)}" if line.undecided else ""
     remark = _joined(f"{one_line(worst.task)}, against {worst.against}", lost, undecided, *line.reasons)
-    return Headline("worst task", f"{value} points", f"{low} to {high}", condition, line.word, remark)
+    limit = f"limit {_scale(worst.unit) * line.limit:g} per task"
+    return Headline("worst task", figure, interval, limit, line.word, remark)
 
 
 def _tasks(losses: Sequence[TaskLoss]) -> str:
-    """The first tasks with their differences and the documents that would decide, and a count of the rest."""
-    shown = [
-        f"{one_line(one.task)} {signed(one.difference.value, 1)} ({signed(one.difference.low, 1)} to "
-        f"{signed(one.difference.high, 1)}{_documents(one)})"
-        for one in losses[:_LISTED]
-    ]
+    """The first tasks with their differences and what would decide, and a count of the rest."""
+    shown = []
+    for one in losses[:_LISTED]:
+        figure, interval = in_unit(one.difference, one.unit)
+        shown.append(f"{one_line(one.task)} {figure} ({interval}{_what_would_decide(one)})")
     more = len(losses) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
-def _documents(loss: TaskLoss) -> str:
-    return "" if loss.documents_needed is None else f"; about {count(loss.documents_needed)} documents would decide"
+def _what_would_decide(loss: TaskLoss) -> str:
+    if loss.documents_needed is not None:
+        return f"; about {count(loss.documents_needed)} documents would decide"
+    return f"; n {count(loss.documents)}, and it has no more" if loss.exhausted else f"; n {count(loss.documents)}"
 
 
 def compared_sentence(line: StudentDifference) -> str:
     """`gap closed +3.1 % (+0.8 to +5.4), retention +0.2 points (-0.4 to +0.8)`: the student minus another one."""
     parts = []
     if line.gap is not None:
-        parts.append(f"gap closed {_estimate(line.gap, 100)[0]} % {_estimate(line.gap, 100)[1]}")
+        value, low, high = (signed(100 * part, 1) for part in (line.gap.value, line.gap.low, line.gap.high))
+        parts.append(f"gap closed {value} % ({low} to {high})")
     if line.retention is not None:
-        parts.append(f"retention {_estimate(line.retention, 1)[0]} points {_estimate(line.retention, 1)[1]}")
-    return ", ".join(parts) or "nothing to compare"
+        figure, interval = in_unit(line.retention, line.unit)
+        parts.append(f"retention {figure} ({interval})")
+    left_out = f"without {', '.join(map(one_line, line.left_out))}, which one of them lacks" if line.left_out else ""
+    return _joined(", ".join(parts) or "too few documents in common", left_out)
 
 
-def _estimate(estimate: Estimate, scale: float) -> tuple[str, str]:
-    value, low, high = (signed(scale * part, 1) for part in (estimate.value, estimate.low, estimate.high))
-    return value, f"({low} to {high})"
+def in_unit(difference: Estimate, unit: Unit, bound: float = math.inf) -> tuple[str, str]:
+    """`-0.2 points` and `-0.8 to +0.4`, from points; ratings as ratings. bound: -bound decides."""
+    parts = [_scale(unit) * part for part in (difference.value, difference.low, difference.high)]
+    least, scaled = digits_of(unit), -_scale(unit) * bound
+    digits = least if math.isinf(bound) else max(least, telling_digits(parts[1:], scaled))
+    value, low, high = (signed(part, digits) for part in parts)
+    return f"{value} {'rating' if unit == 'rating' else 'points'}", f"{low} to {high}"
 
 
-def _need(documents: int | None, exist: int | None, remedy: str) -> str:
+def _scale(unit: Unit) -> float:
+    """From points to what is shown."""
+    return FULL_SCALE[unit] / 100
+
+
+def _need(documents: int | None, exhausted: bool, remedy: str) -> str:
     """How many documents would decide, or what else would where the tasks have no more."""
-    if documents is None:
-        return ""
-    if exist is not None and documents > exist:
-        return f"it would take about {count(documents)} documents per task, and they have {count(exist)}: {remedy}"
-    return f"about {count(documents)} documents per task would decide"
+    if exhausted:
+        return f"the tasks do not have the documents to decide: {remedy}"
+    return "" if documents is None else f"about {count(documents)} documents per task would decide"
 
 
 def _joined(*parts: str) -> str:
-    return "; ".join(part for part in parts if part)
+    return "; ".join(one_line(part) for part in parts if part)
 
 
 def telling_digits(ends: Sequence[float], bound: float) -> int:

@@ -9,7 +9,7 @@ from xml.etree import ElementTree as ET
 from dae_eval.comparing.statistics import Word
 from dae_eval.rendering.headlines import headlines
 from dae_eval.rendering.wording import columns, mark, one_line, p_value, points, score
-from dae_eval.report import Report, TaskLine
+from dae_eval.report import BenchmarkLine, Report, TaskLine
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,11 @@ def render(report: Report) -> str:
         Case("verdict", line.measure, line.word, "; ".join(filter(None, (line.sentence, line.remark))))
         for line in headlines(report.student)
     ]
-    cases = {"verdict": verdict, "tasks": [_task(task, report) for task in report.tasks]}
+    tasks = [_task(task, report) for task in report.tasks]
+    cases = {"verdict": verdict, "tasks": [*(_benchmark(line, report) for line in report.benchmarks), *tasks]}
     root = ET.Element("testsuites", _counts(f"dae report: {report.word}", [*verdict, *cases["tasks"]]))
     for name, found in cases.items():
-        suite = ET.SubElement(root, "testsuite", {**_counts(name, found), "timestamp": report.date})
+        suite = ET.SubElement(root, "testsuite", {**_counts(name, found), "timestamp": f"{report.date}T00:00:00"})
         for case in found:
             _add(suite, case)
     ET.indent(root)
@@ -45,10 +46,6 @@ def _counts(name: str, cases: Sequence[Case]) -> dict[str, str]:
 
 def _task(task: TaskLine, report: Report) -> Case:
     """A task, which fails with the line of the worst task alone."""
-    floor = report.student.floor
-    lost = {one.task for one in floor.lost} if floor else set()
-    undecided = {one.task for one in floor.undecided} if floor else set()
-    word: Word = "FAIL" if task.task in lost else "INCONCLUSIVE" if task.task in undecided else "PASS"
     scores = ", ".join(
         f"{column.label} {score(value, task.unit)}"
         for column in columns(report)
@@ -56,7 +53,24 @@ def _task(task: TaskLine, report: Report) -> Case:
     )
     change = f"{points(task.difference, unit=task.unit)}{mark(task)} against {task.against}"
     text = f"{one_line(task.metric)}: {scores}; difference {change}, p {p_value(task.p_holm)} (Holm), n {task.n}"
-    return Case(f"tasks.{one_line(task.group)}", one_line(task.task), word, text)
+    return Case(f"tasks.{one_line(task.group)}", one_line(task.task), _word(task.task, report), text)
+
+
+def _benchmark(line: BenchmarkLine, report: Report) -> Case:
+    """A benchmark as a whole."""
+    text = f"{line.members} tasks; student {score(line.scores.get('student'))}, difference {points(line.difference)}"
+    text = f"{text} against {line.against}, n {line.n}"
+    name = one_line(line.benchmark)
+    return Case(f"benchmarks.{one_line(line.group)}", name, _word(line.benchmark, report), text)
+
+
+def _word(task: str, report: Report) -> Word:
+    floor = report.student.floor
+    if floor is None:
+        return "PASS"
+    if task in {one.task for one in floor.lost}:
+        return "FAIL"
+    return "INCONCLUSIVE" if task in {one.task for one in floor.undecided} else "PASS"
 
 
 def _add(suite: ET.Element, case: Case) -> None:

@@ -11,6 +11,7 @@ from dae_eval.rendering.wording import (
     MARK,
     Column,
     against,
+    benchmark_mark,
     benchmarks,
     clipped,
     clipped_start,
@@ -124,10 +125,10 @@ def _tasks(report: Report) -> str:
         parts.append(f"{title}\n\n{_table(head, rows, left=1)}" + (f"\n{remarks}" if remarks else ""))
     if parts:
         parts.append(
-            "Scores in per cent, differences in points with 95 % intervals. n: documents, and their sources if they "
-            f"share some. p: {escape(tests_used(report))}. {LOSS_MARK} loss, \\{MARK} gain: p < 0.05 after Holm's "
-            "correction over all tasks. same: documents with the same score. detectable: the smallest true difference "
-            "that n would have found with 80 % power."
+            "Scores in per cent, ratings from 1 to 10; differences in points or ratings with 95 % intervals. "
+            f"n: documents, and their sources if they share some. p: {escape(tests_used(report))}. "
+            f"{LOSS_MARK} loss, \\{MARK} gain: p < 0.05 after Holm's correction over all tasks. same: documents with "
+            "the same score. detectable: the smallest true difference that n would have found with 80 % power."
         )
     return "\n\n".join(parts)
 
@@ -136,19 +137,20 @@ def _benchmark(line: BenchmarkLine, shown: Sequence[Column]) -> tuple[str, ...]:
     scores = (score(column.value(line.scores)) for column in shown)
     empty = ("",) * 5
     name = f"{escape(line.benchmark)} ({line.members} tasks)"
-    return (name, count(line.n), "", "", *scores, points(line.difference), *empty)
+    change = f"{points(line.difference)} {escape(benchmark_mark(line))}".rstrip()
+    return (name, count(line.n), "", "", *scores, change, *empty)
 
 
 def _losses(report: Report) -> str:
     """Tasks that are losses: lower is better."""
     shown = columns(report)
-    head = ("task", "unit", "n", *(escape(column.label) for column in shown), "student - other (95 %)", "p")
+    head = ("task", "unit", "n", *(escape(column.label) for column in shown), "student - other (95 %)", "p (Holm)")
     rows = []
     for line in report.losses:
         values = [column.value(line.values) for column in shown]
         cells = ("" if value is None else loss_value(line, value) for value in values)
         change = f"{loss_change(line)}, against {escape(line.against)}"
-        rows.append((escape(line.task), line.unit, count(line.n), *cells, change, p_value(line.p)))
+        rows.append((escape(line.task), line.unit, count(line.n), *cells, change, p_value(line.p_holm)))
     table = _table(head, rows, left=2)
     return f"Lower is better; they count in no line of the verdict.\n\n{table}" if rows else ""
 

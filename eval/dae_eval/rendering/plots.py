@@ -272,12 +272,18 @@ def _drawn_once(radar: Radar, report: Report) -> Iterator[tuple[str, str]]:
             yield model, label
 
 
+def _shortened(label: str, limit: int) -> str:
+    """A label of at most `limit` characters, cut inside: its end often tells it from its neighbours."""
+    end = limit // 2
+    return label if len(label) <= limit else f"{label[: limit - 1 - end]}…{label[-end:]}"
+
+
 def _label_spokes(axes: Axes, labels: Sequence[str], angles: Sequence[float]) -> None:
     """Labels outside the circle: few are horizontal, in lines; many are along their spokes."""
     along = len(labels) > FEW_SPOKES
     for label, angle in zip(labels, angles, strict=True):
         right = math.sin(angle)
-        text = clipped(label, 16) if along else textwrap.fill(clipped(label, 36), 13)
+        text = _shortened(label, 16) if along else textwrap.fill(_shortened(label, 36), 13)
         side = "center" if abs(right) < 0.1 and not along else ("left" if right > 0 else "right")
         turn = 90 - math.degrees(angle) if right > 0 or (along and angle == 0) else 270 - math.degrees(angle)
         if along and angle == 0:

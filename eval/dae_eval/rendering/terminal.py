@@ -18,8 +18,10 @@ from dae_eval.rendering.headlines import Headline, compared_sentence, headlines
 from dae_eval.rendering.wording import (
     LOSS_MARK,
     MARK,
+    SIGNIFICANT,
     Column,
     against,
+    benchmark_mark,
     benchmarks,
     change,
     clipped,
@@ -105,6 +107,8 @@ def other_students(report: Report) -> RenderableType | None:
         for line in headlines(summary):
             text.append(f"\n  {line.sentence}  ", style="not bold")
             text.append(line.word, style=f"not bold {STYLES[line.word]}")
+            if line.word != "PASS" and line.remark:
+                text.append(f"\n    {line.remark}", style="not bold dim")
         for compared in (one for one in report.compared if one.other == summary.name):
             text.append(f"\n  student minus {one_line(summary.name)}: {compared_sentence(compared)}", style="not bold")
         texts.append(text)
@@ -268,10 +272,9 @@ def _benchmark(line: BenchmarkLine, shown: Sequence[Column]) -> Text:
     scores = ", ".join(
         f"{column.label} {score(value)}" for column in shown if (value := column.value(line.scores)) is not None
     )
-    text = (
-        f"  {one_line(line.benchmark)} ({line.members} tasks, n {count(line.n)}): {scores}; {points(line.difference)}"
-    )
-    return Text(text)
+    sign = benchmark_mark(line)
+    about = f"{one_line(line.benchmark)} ({line.members} tasks, n {count(line.n)})"
+    return Text(f"  {about}: {scores}; {points(line.difference)}{sign}", style="bold red" if sign == LOSS_MARK else "")
 
 
 def _remarks(tasks: Sequence[TaskLine], start: str, shown: Sequence[Column]) -> Iterator[str]:
@@ -284,7 +287,8 @@ def _remarks(tasks: Sequence[TaskLine], start: str, shown: Sequence[Column]) -> 
 
 
 def _legend(start: str, left_out: Sequence[str]) -> Iterator[str]:
-    yield "Scores in per cent; differences student - other in points with 95 % intervals;"
+    yield "Scores in per cent, ratings from 1 to 10;"
+    yield "differences student - other in points or ratings with 95 % intervals;"
     yield f"{LOSS_MARK} loss, {MARK} gain: p < 0.05 after Holm's correction over all tasks."
     if start:
         yield f"Task names without their common start {start}."
@@ -301,12 +305,14 @@ def losses(report: Report) -> RenderableType | None:
     table.add_column("n", justify="right")
     for column in columns(report):
         table.add_column(Text(column.label), justify="right")
-    table.add_column("student - other (95 %)", justify="right")
+    table.add_column("student - other (95 %)", justify="right", no_wrap=True)
     for line in report.losses:
         values = [column.value(line.values) for column in columns(report)]
         shown = ("" if value is None else loss_value(line, value) for value in values)
         name = Text(f"{one_line(line.task)}\n{line.unit}, against {line.against}")
-        table.add_row(name, count(line.n), *shown, f"{loss_change(line)}\np {p_value(line.p)}")
+        worse = line.p_holm < SIGNIFICANT and line.difference.value > 0
+        change = Text(f"{loss_change(line)}\np {p_value(line.p_holm)} (Holm)", style="bold red" if worse else "")
+        table.add_row(name, count(line.n), *shown, change)
     return Group(Text("Losses: lower is better; they count in no line of the verdict", style="bold"), table)
 
 
@@ -341,7 +347,7 @@ def regressions(report: Report, width: int) -> RenderableType | None:
 
 
 def _flip(flip: Flip, width: int) -> Text:
-    change = f"{score(flip.scores.get(flip.against))} -> {score(flip.scores.get('student'))}"
+    change = " -> ".join(score(flip.scores.get(role), flip.unit) for role in (flip.against, "student"))
     text = Text(f"{one_line(flip.task)} {flip.id}  {change}{'  seen in training rows' if flip.seen else ''}\n")
     text.append(f"  {clipped_start(one_line(flip.prompt), width)}\n", style="dim")
     shown = [("expected:", flip.target)] if flip.target else []

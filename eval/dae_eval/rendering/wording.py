@@ -21,13 +21,13 @@ MARK, LOSS_MARK = "*", "▼"
 COUNTS_IN: Mapping[Kind, str] = {
     "domain": "counts in gap closed",
     "general": "counts in retention",
-    "shown": "counts in neither line",
+    "shown": "counts in no line",
 }
 
 # Control characters (C0 and C1 except tab and newline), marks that reverse or hide text, line and paragraph separators,
 # halves of surrogate pairs: they change a terminal or the text around them, or have no UTF-8 form.
 _INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufffe\uffff\ud800-\udfff]"
 )
 
 
@@ -95,9 +95,10 @@ def against(tasks: Sequence[TaskLine]) -> str:
 
 def kinds(tasks: Sequence[TaskLine], report: Report) -> str:
     """The line of the verdict that a group's tasks count in."""
-    lines = {"domain": report.student.gap, "general": report.student.retention, "shown": None}
-    counts = (COUNTS_IN[task.kind if lines[task.kind] is not None else "shown"] for task in tasks)
-    return " or ".join(dict.fromkeys(counts))
+    counts = dict(COUNTS_IN)
+    if report.student.gap is None:
+        counts["domain"] = "counts in worst task"
+    return " or ".join(dict.fromkeys(counts[task.kind] for task in tasks))
 
 
 def count(number: int) -> str:
@@ -167,6 +168,12 @@ def is_loss(task: TaskLine) -> bool:
 def mark(task: TaskLine) -> str:
     """The mark of a significant loss or gain, or empty."""
     return LOSS_MARK if is_loss(task) else MARK if is_significant(task) else ""
+
+
+def benchmark_mark(line: BenchmarkLine) -> str:
+    if line.p_holm >= SIGNIFICANT:
+        return ""
+    return LOSS_MARK if line.difference.value < 0 else MARK
 
 
 def metrics(tasks: Sequence[TaskLine]) -> str:
