@@ -55,7 +55,7 @@ def evaluate(
         suite: from `dae_eval.suites.load_suite`.
         folders: by role; roles with equal weights use the folder of the first one.
         command: as typed, for the conditions; None: that of this process.
-        announce: called with the plan of the first model, before any model is loaded.
+        announce: called with the plan of the first model, when the folders are held and no model is loaded.
 
     Returns:
         The evaluation of every role.
@@ -73,13 +73,14 @@ def evaluate(
         refuse_other_model(folders[role], models[role].facts())
     planner = Planner(suite, load_settings(), command)
     plans = [planner.plan(role, models[role], folders[role]) for role in distinct.values()]
-    announce(plans[0])
+    first = plans[0]
     backbones = [plan.model.backbone.fingerprint for plan in plans]  # one after the other: only one is in memory
     plans = sorted(plans, key=lambda plan: backbones.index(plan.model.backbone.fingerprint))
     memory = Memory(planner.load_settings)
     with ExitStack() as held:
         for plan in plans:
             held.enter_context(claimed(plan.folder, plan.model))
+        announce(first)
         with Display(sum(len(plan.asked) + bool(plan.held_out) for plan in plans)) as display:
             found = {plan.model.identity: run(plan, suite, models, memory, display) for plan in plans}
         memory.free()
