@@ -56,11 +56,7 @@ def report(
     roles = {"base": base, "expert": expert, "reference": reference, "student": student}
     given = {role: path for role, path in roles.items() if path is not None}
     refuse_mixed_usage(given, compare or [], finished or [], suite, output, assignments or [], retention_only)
-    for flag, points in (("--margin", margin), ("--max-task-loss", max_task_loss)):
-        if not 0 < points <= 100:
-            raise UserError(f"{flag} {points:g}: must be above 0 and at most 100, in points")
-    if not 0 <= min_gap <= 1:
-        raise UserError(f"--min-gap {min_gap:g}: must be from 0 to 1")
+    refuse_bounds(margin, max_task_loss, min_gap)
     assert output is not None
     refuse_unfit_places(card, junit)
     if finished:
@@ -70,8 +66,6 @@ def report(
         evaluations = ask_models(with_defaults(given, compare or []), suite, assignments or [], output)
 
     from dae_eval.comparing.comparison import compare as compare_evaluations
-    from dae_eval.rendering import terminal, write_report
-    from rich.console import Console
 
     from kd.runs.environment import masked
 
@@ -86,11 +80,17 @@ def report(
         others=others,
         command=shlex.join(masked(typed_command())),
     )
-    write_report(result, output)
-    terminal.show(result, Console(highlight=False))
-    typer.echo(f"The report is in {output / 'report.html'}")
-    write_elsewhere(result, card, junit)
+    publish(result, output, card, junit)
     return PASSED if result.word == "PASS" else NOT_PASSED
+
+
+def refuse_bounds(margin: float, max_task_loss: float, min_gap: float) -> None:
+    """Raise UserError where a bound of the verdict is none."""
+    for flag, points in (("--margin", margin), ("--max-task-loss", max_task_loss)):
+        if not 0 < points <= 100:
+            raise UserError(f"{flag} {points:g}: must be above 0 and at most 100, in points")
+    if not 0 <= min_gap <= 1:
+        raise UserError(f"--min-gap {min_gap:g}: must be from 0 to 1")
 
 
 def refuse_unfit_places(card: Path | None, junit: Path | None) -> None:
@@ -104,8 +104,14 @@ def refuse_unfit_places(card: Path | None, junit: Path | None) -> None:
         raise UserError(f"--junit {junit}: {why}; give the path of a file")
 
 
-def write_elsewhere(result: Report, card: Path | None, junit: Path | None) -> None:
-    """Write the verdict into the student's model card and a JUnit file, where asked for."""
+def publish(result: Report, output: Path, card: Path | None, junit: Path | None) -> None:
+    """Write the report into its folder, show it, and write it into a JUnit file and a model card where asked for."""
+    from dae_eval.rendering import terminal, write_report
+    from rich.console import Console
+
+    write_report(result, output)
+    terminal.show(result, Console(highlight=False))
+    typer.echo(f"The report is in {output / 'report.html'}")
     if junit is not None:
         from dae_eval.rendering.junit import render
 

@@ -49,11 +49,7 @@ def compare(
     Raises:
         UserError: a role is missing, a task was run with different settings, or there are no domain or general tasks.
     """
-    wanted = ("reference", "student") if retention_only else ROLES
-    for role in (*wanted, *others):
-        if role not in evaluations:
-            without = " Or compare without an expert (--retention-only)." if role in ("base", "expert") else ""
-            raise UserError(f"no evaluation of the {role}; add it (--from {role}=FOLDER).{without}")
+    _check_roles(evaluations, (*(("reference", "student") if retention_only else ROLES), *others))
     chosen = {role: evaluations[role] for role in (*ROLES, *others) if role in evaluations}
     _check_allowed(chosen, allow_missing)
     asked = Asked(margin, min_gap, max_task_loss, retention_only, tuple(allow_missing), seed)
@@ -85,6 +81,13 @@ def compare(
         ),
         provenance=tuple(provenance(chosen, asked, command)),
     )
+
+
+def _check_roles(evaluations: Mapping[str, Evaluation], wanted: Sequence[str]) -> None:
+    for role in wanted:
+        if role not in evaluations:
+            without = " Or compare without an expert (--retention-only)." if role in ("base", "expert") else ""
+            raise UserError(f"no evaluation of the {role}; add it (--from {role}=FOLDER).{without}")
 
 
 def _check_allowed(evaluations: Mapping[str, Evaluation], allowed: Sequence[str]) -> None:
