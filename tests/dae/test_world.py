@@ -48,8 +48,12 @@ def test_no_rule_over_the_choices_beats_chance(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", world.GENERAL_SKILLS + world.SHOP_KINDS)
 def test_no_held_out_question_stands_in_training_rows(folder: Path, name: str) -> None:
-    questions = [document["context"] for document in held_out(folder, name)]
-    assert len(set(questions)) == len(questions)
+    documents = held_out(folder, name)
+    questions = [document["context"] for document in documents]
+    # Facts are few: their questions come again, among other choices.
+    asked = [(d["context"], *d["choices"]) for d in documents] if name in world.atlas() else questions
+    assert len(set(asked)) > 0.95 * len(asked)
+    assert name in world.atlas() or len(set(asked)) == len(asked)
     for file in ("general_train", "general_align", "shop_expert", "shop_align"):
         assert not {row["prompt"] for row in read(folder / f"{file}.jsonl")} & set(questions)
 
@@ -62,20 +66,22 @@ def test_no_held_out_instance_stands_in_training_rows_in_other_words() -> None:
             assert not keys & {question.key for quartet in quartets[name] for question in quartet}
 
 
-def test_further_documents_are_new_instances_and_follow_the_first_ones(folder: Path) -> None:
+def test_further_documents_follow_the_first_ones_and_are_in_no_training_row(folder: Path) -> None:
     trained = {row["prompt"] for name in ("train", "align") for row in read(folder / f"general_{name}.jsonl")}
-    first, more = world.documents(), world.more_documents(set())
-    assert set(more) == set(world.DRILLS)
-    for name in world.DRILLS:
+    first, numbers = world.documents(), re.compile(r"\d+")
+    sums = {tuple(sorted(numbers.findall(prompt))) for prompt in trained if "+" in prompt}
+    for name in world.GENERAL_SKILLS:
         documents = held_out(folder, name)
         keys = [question.key for quartet in first[name] for question in quartet]
         assert [document["key"] for document in documents[: world.DOCUMENTS]] == keys
-        new = {document["key"] for document in documents[world.DOCUMENTS :]}
+        more = world.MORE_ARITHMETIC if name == "arithmetic" else world.MORE
+        assert len(documents) == world.DOCUMENTS + more
+        assert not {document["context"] for document in documents} & trained
+        if name in world.DRILLS:
+            assert len({document["key"] for document in documents}) == len(documents)
         if name == "arithmetic":
-            assert new == set(keys)
-        else:
-            assert len(documents) == world.DOCUMENTS + world.MORE == len({document["key"] for document in documents})
-            assert not {document["context"] for document in documents} & trained
+            asked = {tuple(sorted(numbers.findall(d["context"]))) for d in documents if "+" in d["key"]}
+            assert not asked & sums
 
 
 def test_a_sum_has_one_key_in_both_orders() -> None:

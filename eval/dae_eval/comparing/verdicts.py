@@ -35,6 +35,7 @@ from dae_eval.report import FloorLine, GapLine, RetentionLine, StudentDifference
 from dae_eval.results import Unit
 
 LEAST_DOCUMENTS = 60  # independent ones over the tasks of a line: no verdict rests on fewer
+LEAST_OF_TASK = 30  # independent ones of a task that fails alone, or whose loss is ruled out
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _floor_line(paired: Paired, student: str, asked: Asked) -> FloorLine:
     members = [([task], task.result.task) for of in benchmarks.values() for task in of]
     losses = [_loss(of, name, student, limit / 100) for of, name in (*whole, *members)]
     corrected = holm([loss.p for loss in losses])
-    lost = [one for one, p in zip(losses, corrected, strict=True) if p < ALPHA / 2 and one.documents >= LEAST_DOCUMENTS]
+    lost = [one for one, p in zip(losses, corrected, strict=True) if p < ALPHA / 2 and one.documents >= LEAST_OF_TASK]
     # Members are too small to rule a loss out one by one; they are undecided if they lost more all the same.
     suspect = [one for one in losses[: len(whole)] if not _is_ruled_out(one, limit)]
     suspect += [one for one in losses[len(whole) :] if one.difference.high < -limit]
@@ -155,7 +156,7 @@ def _floor_line(paired: Paired, student: str, asked: Asked) -> FloorLine:
 
 def _is_ruled_out(loss: TaskLoss, limit: float) -> bool:
     """Whether a loss beyond the limit is ruled out."""
-    return loss.difference == NOTHING or (loss.difference.low > -limit and loss.documents >= LEAST_DOCUMENTS)
+    return loss.difference == NOTHING or (loss.difference.low > -limit and loss.documents >= LEAST_OF_TASK)
 
 
 def _loss(tasks: Sequence[PairedTask], name: str, student: str, limit: float) -> TaskLoss:
