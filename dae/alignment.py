@@ -13,7 +13,9 @@ dae_eval/drift.py (forgetting).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from typing import Any
 
 from dae_eval.drift import DriftCallback
 
@@ -27,6 +29,7 @@ from kd.errors import UserError
 from kd.losses.token_loss import TokenLoss
 from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.compatibility import check_adapter, check_complete, check_tokenizers
+from kd.models.line import Pull, start_adapter, start_all_weights
 from kd.models.roles import (
     STUDENT_ADAPTER,
     Backbone,
@@ -44,6 +47,8 @@ from kd.training.model_card import Description
 from kd.training.objective import Objective, Route
 from kd.training.settings import student_dtype
 from kd.training.trainer import RoutedTrainer
+
+logger = logging.getLogger("dae")
 
 PAPER = """\
 The method is that of [arXiv 2406.19112](https://arxiv.org/abs/2406.19112):
@@ -104,7 +109,8 @@ class Align(Stage[AlignRecipe]):
         else:
             student = Role("student", trainable_model(earlier or base, settings, student_dtype(recipe)), None)
         teachers = load_teachers(inputs, settings, shared)
-        return StageRoles(student, teachers, shared.model if shared is not None else None)
+        start = {} if settings.device == "meta" else start_on_the_line(recipe, student, teachers)
+        return StageRoles(student, teachers, shared.model if shared is not None else None, start=start)
 
     def objective(self, recipe: AlignRecipe, roles: StageRoles) -> Objective:
         experts = {name: roles.teachers[f"expert.{name}"] for name in recipe.expert}
@@ -144,6 +150,22 @@ def align(recipe: AlignRecipe) -> RunResult:
     Raises UserError (recipe, data or checkpoints), MachineError (disk, memory), Stopped (Ctrl-C, SIGTERM).
     """
     return run_stage(Align(), recipe)
+
+
+def start_on_the_line(recipe: AlignRecipe, student: Role, teachers: Mapping[str, Role]) -> dict[str, Any]:
+    """Move the student from the base towards the experts, by the recipe's weights; facts for the summary.
+
+    Raises UserError where the student cannot take the sum of the experts' differences.
+    """
+    if recipe.start == "base":
+        return {}
+    pulls = [Pull(teachers[f"expert.{name}"], weight) for name, weight in recipe.start.items()]
+    if student.adapter is None:
+        start_all_weights(student.model, pulls)
+        return {"weights": dict(recipe.start)}
+    energy = start_adapter(student, pulls)
+    logger.info("start: the student's adapter has %.1f %% of the experts' squared difference", 100 * energy.share)
+    return {"weights": dict(recipe.start), "energy_kept": energy.share}
 
 
 def teacher_inputs(inputs: Inputs) -> dict[str, Checkpoint]:

@@ -47,6 +47,10 @@ class AlignRecipe(DivergenceRecipe):
     student_from: str | None = Field(
         default=None, min_length=1, description="train an earlier student further: its run folder"
     )
+    start: Literal["base"] | dict[str, float] = Field(
+        default="base",
+        description="base, or how far to start from the base towards each expert: {name: 0 to 1}, or a number for one",
+    )
     weights: Literal["routes", "tokens"] | dict[str, float] = Field(
         default="routes",
         description="weight in the loss: equal per route, equal per token, or a factor per route",
@@ -58,6 +62,13 @@ class AlignRecipe(DivergenceRecipe):
         if value in ("routes", "tokens") or isinstance(value, Mapping):
             return value
         raise ValueError("expected routes, tokens, or a factor per route, such as {general: 1.0, domain: 2.0}")
+
+    @field_validator("start", mode="before")
+    @classmethod
+    def _base_or_weights(cls, value: Any) -> Any:
+        if value == "base" or isinstance(value, Mapping):
+            return value
+        raise ValueError("expected base, or a weight for each expert, such as {ecom: 0.4}")
 
     @classmethod
     def from_flags(cls, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -84,7 +95,11 @@ class AlignRecipe(DivergenceRecipe):
     @classmethod
     def expand(cls, raw: dict[str, Any]) -> dict[str, Any]:
         raw = super().expand(raw)
-        return {**raw, "expert": {UNNAMED: raw["expert"]}} if isinstance(raw.get("expert"), str) else raw
+        raw = {**raw, "expert": {UNNAMED: raw["expert"]}} if isinstance(raw.get("expert"), str) else raw
+        experts, start = raw.get("expert"), raw.get("start")
+        if isinstance(start, (int, float)) and not isinstance(start, bool) and isinstance(experts, Mapping):
+            return {**raw, "start": dict.fromkeys(experts, start)} if len(experts) == 1 else raw
+        return raw
 
     @classmethod
     def complete(cls, raw: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +115,8 @@ class AlignRecipe(DivergenceRecipe):
         problems += route_problems(
             raw, {GENERAL: general_remedy(raw)} | {str(n): domain_remedy(n, p) for n, p in experts.items()}
         )
-        return problems + weight_problems(raw.get("weights"), [GENERAL, *experts])
+        problems += weight_problems(raw.get("weights"), [GENERAL, *experts])
+        return problems + start_problems(raw, list(map(str, experts)))
 
 
 def expert_problems(experts: Mapping[str, Any]) -> list[Problem]:
@@ -116,6 +132,21 @@ def expert_problems(experts: Mapping[str, Any]) -> list[Problem]:
             problems.append(Problem(("expert", str(name)), path, words))
         elif path == "":
             problems.append(Problem(("expert", name), path, "must not be empty"))
+    return problems
+
+
+def start_problems(raw: Mapping[str, Any], experts: list[str]) -> list[Problem]:
+    start = raw.get("start")
+    if not isinstance(start, Mapping):
+        return []
+    problems = []
+    if raw.get("student_from") is not None:
+        problems.append(Problem(("start",), NO_VALUE, "cannot be combined with student_from: remove one"))
+    for name, weight in start.items():
+        if name not in experts:
+            problems.append(Problem(("start", str(name)), weight, f"unknown expert; expected {one_of(experts)}"))
+        elif isinstance(weight, (int, float)) and not isinstance(weight, bool) and not 0 <= weight <= 1:
+            problems.append(Problem(("start", name), weight, "must be from 0 (the base) to 1 (the expert)"))
     return problems
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from peft import LoraConfig, PeftModel
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
@@ -32,21 +31,12 @@ from kd.errors import UserError
 from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from kd.models.compatibility import check_tokenizers
+from kd.models.low_rank import Factors, low_rank
 from kd.models.roles import LoadSettings, load_model
 from kd.runs.files import json_text, read_json
 from kd.stages.run_stage import RunResult
 
 logger = logging.getLogger("dae")
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One matrix's update B A: a_RI [rank, inputs], b_OR [outputs, rank], float32; squared norms of D and of B A."""
-
-    a_RI: Tensor
-    b_OR: Tensor
-    whole: float
-    kept: float
 
 
 def to_lora(recipe: ToLoraRecipe) -> RunResult:
@@ -139,24 +129,6 @@ def factorise(reference: nn.Module, expert: nn.Module, recipe: ToLoraRecipe) -> 
         if bool(difference_OI.any()):
             factors[name] = low_rank(difference_OI, recipe.rank, recipe.energy)
     return factors
-
-
-def low_rank(difference_OI: Tensor, rank: int | None, energy: float | None) -> Factors:
-    """The nearest update of this rank, or of the lowest rank that keeps this share of the squared norm.
-
-    difference_OI: [outputs, inputs] float32. Exactly one of rank and energy is given.
-    """
-    u_OK, s_K, v_KI = torch.linalg.svd(difference_OI, full_matrices=False)
-    energies_K = s_K.double().square()
-    if rank is None:
-        assert energy is not None
-        share_K = energies_K.cumsum(0) / energies_K.sum()
-        rank = int((share_K < energy).sum()) + 1
-    rank = min(rank, len(s_K))
-    root_R = s_K[:rank].sqrt()
-    a_RI = (root_R[:, None] * v_KI[:rank]).contiguous().cpu()
-    b_OR = (u_OK[:, :rank] * root_R).contiguous().cpu()
-    return Factors(a_RI, b_OR, float(energies_K.sum()), float(energies_K[:rank].sum()))
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def put_adapter(
             _refuse_nested(adapted, adapter)
             _answer_for_own_rows(adapted)
     if shared_with is not None:
-        _refuse_own_base_weights(adapted, adapter, name, shared_with)
+        _refuse_ownbase_weights(adapted, adapter, name, shared_with)
     with opening(f"{adapter}: its weights cannot be put on its base", "Save or download the adapter again."):
         _load_weights(adapted, adapter, name, trainable=trainable)
     return adapted
@@ -162,14 +162,14 @@ def _as_saved(key: str, name: str) -> str:
 # -- weights of the base that an adapter's file brings along -----------------------------------------------------------
 
 
-def _refuse_own_base_weights(adapted: PeftModel, adapter: Checkpoint, name: str, base: Checkpoint) -> None:
+def _refuse_ownbase_weights(adapted: PeftModel, adapter: Checkpoint, name: str, base: Checkpoint) -> None:
     """Raise UserError where an adapter brings weights of the base (biases, embeddings) that are not those of `base`.
 
     Loading it would write them over the weights that all roles share. What its layers keep of their own, saved modules
     among it, is no such weight.
     """
     own = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
-    there = _base_weights(adapted)
+    there = base_weights(adapted)
     with safe_open(adapter.folder / ADAPTER_WEIGHTS, framework="pt") as file:
         for key in sorted(set(file.keys()) - own.keys()):
             plain = _WRAPPED.sub("", key.removeprefix(_PREFIX))
@@ -188,7 +188,7 @@ def _refuse_own_base_weights(adapted: PeftModel, adapter: Checkpoint, name: str,
                 )
 
 
-def _base_weights(adapted: PeftModel) -> dict[str, Any]:
+def base_weights(adapted: PeftModel) -> dict[str, Any]:
     """The base's weights by the names that they have without adapters."""
     parameters = adapted.get_base_model().named_parameters(remove_duplicate=False)
     return {_WRAPPED.sub("", name): weight for name, weight in parameters if not _is_of_an_adapter(name)}

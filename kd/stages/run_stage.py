@@ -86,7 +86,7 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT) -> RunResult:
         torch.set_flush_denormal(True)  # denormals slow a CPU run several times over
         args = training_arguments(recipe, settings)
         with doing("loading the models"):
-            trainer, stop = prepare(stage, recipe, inputs, args, settings, data, run)
+            trainer, stop, start = prepare(stage, recipe, inputs, args, settings, data, run)
         resume_from = run.checkpoints.latest() if state == "resume" else None
         with doing("measuring before the first step"):
             first_kl = start_metrics(trainer, data, run, resume_from)
@@ -97,7 +97,7 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT) -> RunResult:
                 f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
                 f"a checkpoint is in {run.checkpoints.folder}. The same command resumes from there.",
             )
-        summary = summarise(trainer, data, first_kl)
+        summary = summarise(trainer, data, first_kl) | ({"start": dict(start)} if start else {})
         if processes().is_main_process:
             with doing("writing the result, and loading it in a fresh process"):
                 publish(card_facts(stage, recipe, inputs, data, summary), run, trainer, data, settings)
@@ -129,8 +129,8 @@ def prepare(
     settings: LoadSettings,
     data: StageData,
     run: RunFolder,
-) -> tuple[RoutedTrainer, StopOnSignal]:
-    """Roles, checked against the data, and the trainer over the mixture."""
+) -> tuple[RoutedTrainer, StopOnSignal, Mapping[str, Any]]:
+    """Roles, checked against the data, and the trainer over the mixture; what is known of the student's start."""
     mixture = Mixture(data.sources, rows_per_step(args), recipe.seed)
     args.max_steps = planned_steps(mixture, args)
     roles = stage.build_roles(recipe, inputs, settings)
@@ -164,7 +164,7 @@ def prepare(
     )
     for callback in stage.callbacks(data, roles, trainer):
         trainer.add_callback(callback)
-    return trainer, stop
+    return trainer, stop, roles.start
 
 
 def start_metrics(

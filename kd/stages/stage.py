@@ -7,7 +7,7 @@ recipe (a StageRecipe), a class with the methods of `Stage`, and a line in `dae.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from torch import nn
@@ -35,13 +35,15 @@ class StageRoles:
     """The models of a stage.
 
     teachers: by role, in the order in which cards and checks name them; shared: the copy of the base's weights that
-    several roles stand on, where there is one; own_vocabulary: the teachers have a tokenizer of their own.
+    several roles stand on, where there is one; own_vocabulary: the teachers have a tokenizer of their own; start: what
+    the run's summary says of the student's start.
     """
 
     student: Role
     teachers: Mapping[str, Role]
     shared: nn.Module | None = None
     own_vocabulary: bool = False
+    start: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def all(self) -> tuple[Role, ...]:
