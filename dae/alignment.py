@@ -13,7 +13,6 @@ dae_eval/drift.py (forgetting).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from dae_eval.drift import DriftCallback
 from dae.earlier_student import with_lora_of_student
 from dae.recipe import AlignRecipe
 from dae.routing import GENERAL, default_route_shares, teachers_by_route
+from dae.start import Measure, start_student
 from dae.templates import chosen_template, remedy, templates_of_roles, warn_of_other_templates
 from kd.data.drafts import NoChatTemplateError
 from kd.data.stage_data import StageData, load_stage_data
@@ -29,7 +29,6 @@ from kd.errors import UserError
 from kd.losses.token_loss import TokenLoss
 from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.compatibility import check_adapter, check_complete, check_tokenizers
-from kd.models.line import Pull, start_adapter, start_all_weights
 from kd.models.roles import (
     STUDENT_ADAPTER,
     Backbone,
@@ -47,8 +46,6 @@ from kd.training.model_card import Description
 from kd.training.objective import Objective, Route
 from kd.training.settings import student_dtype
 from kd.training.trainer import RoutedTrainer
-
-logger = logging.getLogger("dae")
 
 PAPER = """\
 The method is that of [arXiv 2406.19112](https://arxiv.org/abs/2406.19112):
@@ -109,8 +106,10 @@ class Align(Stage[AlignRecipe]):
         else:
             student = Role("student", trainable_model(earlier or base, settings, student_dtype(recipe)), None)
         teachers = load_teachers(inputs, settings, shared)
-        start = {} if settings.device == "meta" else start_on_the_line(recipe, student, teachers)
-        return StageRoles(student, teachers, shared.model if shared is not None else None, start=start)
+        return StageRoles(student, teachers, shared.model if shared is not None else None)
+
+    def start(self, recipe: AlignRecipe, roles: StageRoles, measure: Measure) -> dict[str, Any]:
+        return start_student(recipe, roles, measure)
 
     def objective(self, recipe: AlignRecipe, roles: StageRoles) -> Objective:
         experts = {name: roles.teachers[f"expert.{name}"] for name in recipe.expert}
@@ -150,22 +149,6 @@ def align(recipe: AlignRecipe) -> RunResult:
     Raises UserError (recipe, data or checkpoints), MachineError (disk, memory), Stopped (Ctrl-C, SIGTERM).
     """
     return run_stage(Align(), recipe)
-
-
-def start_on_the_line(recipe: AlignRecipe, student: Role, teachers: Mapping[str, Role]) -> dict[str, Any]:
-    """Move the student from the base towards the experts, by the recipe's weights; facts for the summary.
-
-    Raises UserError where the student cannot take the sum of the experts' differences.
-    """
-    if recipe.start == "base":
-        return {}
-    pulls = [Pull(teachers[f"expert.{name}"], weight) for name, weight in recipe.start.items()]
-    if student.adapter is None:
-        start_all_weights(student.model, pulls)
-        return {"weights": dict(recipe.start)}
-    energy = start_adapter(student, pulls)
-    logger.info("start: the student's adapter has %.1f %% of the experts' squared difference", 100 * energy.share)
-    return {"weights": dict(recipe.start), "energy_kept": energy.share}
 
 
 def teacher_inputs(inputs: Inputs) -> dict[str, Checkpoint]:

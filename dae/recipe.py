@@ -47,9 +47,9 @@ class AlignRecipe(DivergenceRecipe):
     student_from: str | None = Field(
         default=None, min_length=1, description="train an earlier student further: its run folder"
     )
-    start: Literal["base"] | dict[str, float] = Field(
+    start: Literal["base", "auto"] | dict[str, float] = Field(
         default="base",
-        description="base, or how far to start from the base towards each expert: {name: 0 to 1}, or a number for one",
+        description="how far to start from the base towards each expert: base, auto, or {name: 0 to 1}",
     )
     weights: Literal["routes", "tokens"] | dict[str, float] = Field(
         default="routes",
@@ -66,9 +66,9 @@ class AlignRecipe(DivergenceRecipe):
     @field_validator("start", mode="before")
     @classmethod
     def _base_or_weights(cls, value: Any) -> Any:
-        if value == "base" or isinstance(value, Mapping):
+        if value in ("base", "auto") or isinstance(value, Mapping):
             return value
-        raise ValueError("expected base, or a weight for each expert, such as {ecom: 0.4}")
+        raise ValueError("expected base, auto, or a weight for each expert, such as {ecom: 0.4}")
 
     @classmethod
     def from_flags(cls, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -136,13 +136,10 @@ def expert_problems(experts: Mapping[str, Any]) -> list[Problem]:
 
 
 def start_problems(raw: Mapping[str, Any], experts: list[str]) -> list[Problem]:
-    start = raw.get("start")
-    if not isinstance(start, Mapping):
-        return []
-    problems = []
-    if raw.get("student_from") is not None:
+    start, problems = raw.get("start"), []
+    if start not in (None, "base") and raw.get("student_from") is not None:
         problems.append(Problem(("start",), NO_VALUE, "cannot be combined with student_from: remove one"))
-    for name, weight in start.items():
+    for name, weight in start.items() if isinstance(start, Mapping) else ():
         if name not in experts:
             problems.append(Problem(("start", str(name)), weight, f"unknown expert; expected {one_of(experts)}"))
         elif isinstance(weight, (int, float)) and not isinstance(weight, bool) and not 0 <= weight <= 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from transformers import TrainingArguments, set_seed
 
 from kd.config.stage_recipe import StageRecipe
@@ -144,6 +145,10 @@ def prepare(
     if recipe.merge:
         refuse_unmergeable(roles.student.model)
     collate_rows = partial(collate, pad_token_id=padding_id(data.tokenizer), packing=recipe.data.packing)
+    sample = sample_batches(data, collate_rows, args.per_device_train_batch_size)
+    start = stage.start(
+        recipe, roles, lambda: evaluate_routes(roles.student.model, sample, objective, roles.student.model.device)
+    )
     lengths = [rows.lengths for rows in data.rows]
     routes = [data.route_names.index(source.route) for source in data.sources]
     stop = StopOnSignal()
@@ -164,7 +169,20 @@ def prepare(
     )
     for callback in stage.callbacks(data, roles, trainer):
         trainer.add_callback(callback)
-    return trainer, stop, roles.start
+    return trainer, stop, start
+
+
+def sample_batches(
+    data: StageData, collate_rows: Callable[[list[Any]], dict[str, Tensor]], size: int
+) -> dict[str, list[Batch]]:
+    """At most INITIAL_KL_ROWS training rows of each source in batches of `size`."""
+    batches: dict[str, list[Batch]] = {}
+    for index, (rows, source) in enumerate(zip(data.rows, data.sources, strict=True)):
+        mixed = MixedRows([rows], [data.route_names.index(source.route)])
+        spread = range(0, len(rows), -(-len(rows) // INITIAL_KL_ROWS))  # over the whole file, which may be sorted
+        picked = [mixed[(0, row)] for row in spread]
+        batches[str(index)] = [collate_rows(picked[i : i + size]) for i in range(0, len(picked), size)]
+    return batches
 
 
 def start_metrics(
@@ -183,13 +201,7 @@ def start_metrics(
     if resume_from is not None:
         start = next((line for line in run.metrics() if line["step"] == 0), {})
         return {key.removeprefix("initial_"): value for key, value in start.items() if key.startswith("initial_")}
-    batches: dict[str, list[Batch]] = {}
-    for index, (rows, source) in enumerate(zip(data.rows, data.sources, strict=True)):
-        mixed = MixedRows([rows], [data.route_names.index(source.route)])
-        spread = range(0, len(rows), -(-len(rows) // INITIAL_KL_ROWS))  # over the whole file, which may be sorted
-        picked = [mixed[(0, row)] for row in spread]
-        size = trainer.args.per_device_train_batch_size
-        batches[str(index)] = [trainer.collate(picked[i : i + size]) for i in range(0, len(picked), size)]
+    batches = sample_batches(data, trainer.collate, trainer.args.per_device_train_batch_size)
     measured = evaluate_routes(
         trainer.accelerator.unwrap_model(trainer.model), batches, trainer.objective, trainer.args.device
     )

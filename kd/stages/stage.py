@@ -6,8 +6,8 @@ recipe (a StageRecipe), a class with the methods of `Stage`, and a line in `dae.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from torch import nn
@@ -35,15 +35,13 @@ class StageRoles:
     """The models of a stage.
 
     teachers: by role, in the order in which cards and checks name them; shared: the copy of the base's weights that
-    several roles stand on, where there is one; own_vocabulary: the teachers have a tokenizer of their own; start: what
-    the run's summary says of the student's start.
+    several roles stand on, where there is one; own_vocabulary: the teachers have a tokenizer of their own.
     """
 
     student: Role
     teachers: Mapping[str, Role]
     shared: nn.Module | None = None
     own_vocabulary: bool = False
-    start: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def all(self) -> tuple[Role, ...]:
@@ -84,6 +82,15 @@ class Stage(Protocol[RecipeT]):
     def objective(self, recipe: RecipeT, roles: StageRoles) -> Objective:
         """What is minimised."""
         ...
+
+    def start(
+        self, recipe: RecipeT, roles: StageRoles, measure: Callable[[], Mapping[str, float]]
+    ) -> Mapping[str, Any]:
+        """Move the untrained student to where training starts; facts for the run's summary.
+
+        measure: loss and KL of the student as it is, by route, on a fixed sample of training rows (`evaluate_routes`).
+        """
+        return {}
 
     def callbacks(self, data: StageData, roles: StageRoles, trainer: RoutedTrainer) -> Sequence[TrainerCallback]:
         """Further callbacks of the trainer, such as measures on the eval sets."""

@@ -10,12 +10,15 @@ import pytest
 import torch
 from align_runs import logits_of, merged, run, start_of
 from peft import LoraConfig, get_peft_model
-from processes import Signal, dae
+from processes import Signal
+from processes import dae as run_dae
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from worlds import align_command, make_adapter
 
+import dae.start
 from dae import cli
+from dae.start import GENERAL_KL, STEPS
 from kd.models.line import Pull, start_adapter
 from kd.models.roles import STUDENT_ADAPTER, Role
 
@@ -136,9 +139,38 @@ def test_a_started_student_resumes_to_the_same_bits(world: Path) -> None:
     whole = run("start=0.4", "train.max_steps=6", output="whole")
     command = align_command("start=0.4", "train.max_steps=6", output="stopped")
     stop = Signal("kd.training.trainer:RoutedTrainer.training_step", 4, signal.SIGTERM)
-    assert dae(command, world, signals=[stop]).status == 143
-    assert dae(command, world).status == 0
+    assert run_dae(command, world, signals=[stop]).status == 143
+    assert run_dae(command, world).status == 0
     assert weights(world / "stopped").keys() == weights(whole).keys()
     assert (world / "stopped" / "adapter_model.safetensors").read_bytes() == (
         whole / "adapter_model.safetensors"
     ).read_bytes()
+
+
+def test_auto_goes_as_far_as_the_general_route_allows(world: Path) -> None:
+    student = run("start=auto", *STILL)
+    told = json.loads((student / "run.json").read_text())["summary"]["start"]
+    weight = told["weights"]["domain"]
+    kl = {point["weights"]["domain"]: point["kl"]["general"] for point in told["curve"]}
+    assert start_of(student)["general"] == pytest.approx(kl[weight], rel=1e-5) if weight else True
+    assert kl.get(weight, 0.0) <= GENERAL_KL
+    assert weight == 1 or kl[round(weight + 1 / STEPS, 4)] > GENERAL_KL
+    torch.testing.assert_close(logits_of(student), logits_of(linear_merge("expert", weight, "mix")), rtol=0, atol=5e-5)
+
+
+def test_auto_gives_each_expert_its_own_weight(world: Path) -> None:
+    make_adapter(world / "near", world / "base", seed=8, size=0.02)
+    command = ["--expert", "shop=expert", "--expert", "law=near", "--base", "base", "--output", "both"]
+    rows = ["--general-data", "general.jsonl", "--domain-data", "law=shop.jsonl", "--domain-data", "shop=shop.jsonl"]
+    assert cli.run(["align", *command, *rows, "start=auto", "lora.rank=16", *STILL]) == 0
+    weights = json.loads(Path("both/run.json").read_text())["summary"]["start"]["weights"]
+    assert weights["law"] > weights["shop"]
+    assert start_of(Path("both"))["general"] <= GENERAL_KL
+
+
+def test_auto_that_stays_at_the_base_is_the_base(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dae.start, "GENERAL_KL", 0.0)
+    first = run("train.max_steps=2", output="first")
+    second = run("train.max_steps=2", "start=auto", output="second")
+    name = "adapter_model.safetensors"
+    assert (first / name).read_bytes() == (second / name).read_bytes()
