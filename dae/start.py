@@ -45,11 +45,11 @@ def start_student(recipe: AlignRecipe, roles: StageRoles, measure: Measure) -> d
         weights = {name: recipe.start.get(name, 0.0) for name in experts}
         facts = {"weights": weights}
     energy = line.place(weights)
-    told = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+    described = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
     if energy is not None and energy.whole:
         facts["energy_kept"] = energy.share
-        told += f"; its adapter has {energy.share:.1%} of the sum"
-    logger.info("start: %s of the way from the base to each expert", told)
+        described += f"; its adapter has {energy.share:.1%} of the sum"
+    logger.info("start: %s of the way from the base to each expert", described)
     return facts
 
 

@@ -22,7 +22,7 @@ def show_plan(plan: Plan) -> None:
     from rich.text import Text
 
     table = _table("metric", "documents", "shots")
-    told = []
+    members_of = []
     for group, parts in _by_group(plan.members.values(), lambda member: member.entry.task):
         table.add_row(Text(group, style="bold"))
         for name, members in parts:
@@ -35,16 +35,16 @@ def show_plan(plan: Plan) -> None:
             )
             if members[0].benchmark:
                 tasks = [member.entry.task for member in members]
-                told.append(f"{name}: {len(tasks)} task{'s' * (len(tasks) > 1)}: {some(tasks)}")
+                members_of.append(f"{name}: {len(tasks)} task{'s' * (len(tasks) > 1)}: {some(tasks)}")
     console = _console()
     console.print(table)
-    for line in told:
+    for line in members_of:
         console.print(Text(line))
     console.print()
 
 
 def print_scores(evaluation: Evaluation) -> None:
-    """Print a line for each task; a benchmark's line has its own score, and its tasks stand below."""
+    """Print a line for each task; a benchmark's line has its own score, its tasks follow."""
     from dae_eval.units import as_text, benchmark_score, in_unit
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""From the names in a suite to lm-eval's tasks: a name is a task, or a group or tag that stands for several."""
+"""From the names in a suite to lm-eval's tasks: a name is a task, or a group or tag of several."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FEW_NAMES = 3
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What a name in a suite stands for.
+    """The tasks of a name in a suite.
 
     tasks: by name, those of nested groups too; is_group: whether the name is a group or tag. scores: the group scores
     that lm-eval computes; counted: the task names that go into them (one in two nested groups counts twice).
@@ -75,7 +75,7 @@ def _is_over(score: AggMetricConfig, metric: Metric) -> bool:
 def load_benchmarks(
     names: Sequence[str], folder: Path | None, metadata: Mapping[str, Any]
 ) -> tuple[dict[str, Benchmark], list[str]]:
-    """What the names stand for, from the task YAMLs in `folder`, else from lm-eval's own; and what is wrong with them.
+    """The tasks of each name, from the task YAMLs in `folder`, else from lm-eval's own; and the names' problems.
 
     Raises:
         UserError: there is no such folder.
@@ -94,7 +94,7 @@ def load_benchmarks(
 
 
 def load_tasks(names: Sequence[str], folder: Path | None, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """All tasks that the names stand for, by name. Raises UserError with everything that is wrong with the names."""
+    """All tasks of the names, by name. Raises UserError with all problems."""
     found, problems = load_benchmarks(names, folder, metadata)
     if problems:
         raise UserError("\n".join(problems))
@@ -111,7 +111,7 @@ def _task_manager(names: Sequence[str], folder: Path | None, metadata: Mapping[s
 
 
 def _all_names(names: Sequence[str], manager: TaskManager) -> set[str]:
-    """The names and, over and over, those that stand in the files of their groups."""
+    """The names and, recursively, those that the files of their groups list."""
     found, waiting = set[str](), list(names)
     while waiting:
         name = waiting.pop()
@@ -176,7 +176,7 @@ def _load(name: str, manager: TaskManager, folder: Path | None) -> Benchmark:
 
 
 def load_members(suite: Suite) -> dict[str, Member]:
-    """The tasks of a suite by name, in its order. Raises UserError with everything that is wrong with them."""
+    """The tasks of a suite by name, in its order. Raises UserError with all problems."""
     found, problems = load_benchmarks([e.task for _, _, e in suite.entries()], suite.task_folder, suite.metadata)
     members: dict[str, Member] = {}
     for group, kind, entry in suite.entries():
@@ -190,7 +190,7 @@ def load_members(suite: Suite) -> dict[str, Member]:
 
 
 def _members(benchmark: Benchmark, group: str, kind: Kind, entry: TaskEntry) -> tuple[dict[str, Member], list[str]]:
-    """The tasks that an entry stands for, each with the entry's keys; and what is wrong with them."""
+    """The tasks of an entry, each with the entry's keys; and their problems."""
     preferred = [score.metric for score in benchmark.scores]
     metrics, problems = dict[str, Metric](), dict[str, list[str]]()
     for name, task in benchmark.tasks.items():
@@ -201,7 +201,7 @@ def _members(benchmark: Benchmark, group: str, kind: Kind, entry: TaskEntry) -> 
         except UserError as error:
             problems.setdefault(str(error).removeprefix(f"task {name}: "), []).append(name)
     if problems:
-        return {}, _told(benchmark, problems, others=list(metrics))
+        return {}, _problem_lines(benchmark, problems, others=list(metrics))
     totals = {name: documents_in(task) for name, task in benchmark.tasks.items()}
     sizes = {name: min(total, entry.limit or total) for name, total in totals.items()}
     shares = benchmark.shares(metrics, sizes)
@@ -221,7 +221,7 @@ def _members(benchmark: Benchmark, group: str, kind: Kind, entry: TaskEntry) -> 
     }, []
 
 
-def _told(benchmark: Benchmark, problems: Mapping[str, Sequence[str]], others: Sequence[str]) -> list[str]:
+def _problem_lines(benchmark: Benchmark, problems: Mapping[str, Sequence[str]], others: Sequence[str]) -> list[str]:
     """One line for each problem, and for a group a remedy. others: its tasks that have no problem."""
     whose = f" of `{benchmark.name}`" if benchmark.is_group else ""
     lines = [f"task{'s' * (len(names) > 1)} {', '.join(names)}{whose}: {what}" for what, names in problems.items()]
@@ -236,7 +236,7 @@ def some(names: Sequence[str]) -> str:
 
 
 def _duplicates(benchmarks: Iterable[Benchmark]) -> list[str]:
-    """A line for all tasks that the same names of the suite stand for."""
+    """A line for the tasks that several names of the suite have in common."""
     homes: dict[str, list[str]] = {}
     for benchmark in benchmarks:
         for task in benchmark.tasks:

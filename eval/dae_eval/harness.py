@@ -42,7 +42,7 @@ Progress = Callable[[int, int], None]  # answered requests, all requests
 
 
 def cut_in_two_ways(requests: Sequence[tuple[Any, list[int], list[int]]]) -> bool:
-    """Whether the same tokens stand as context and answer in two ways, such as "a | b c" and "a b | c".
+    """Whether the same tokens are divided into context and answer in two ways, such as "a | b c" and "a b | c".
 
     lm-eval asks the model once for both, and then reads the likelihoods of the shorter answer at the wrong places.
     """

@@ -118,8 +118,8 @@ def _reasons(obstacles: Mapping[str, str]) -> str:
     by_reason: dict[str, list[str]] = {}
     for metric, reason in obstacles.items():
         by_reason.setdefault(reason, []).append(metric)
-    told = "; ".join(f"{', '.join(metrics)}: {reason}" for reason, metrics in by_reason.items())
-    return f"no metric that can be its score ({told})"
+    listed = "; ".join(f"{', '.join(metrics)}: {reason}" for reason, metrics in by_reason.items())
+    return f"no metric that can be its score ({listed})"
 
 
 def _remedy(task: Any, usable: Sequence[str], kind: Kind, named: str = "") -> str:
@@ -127,7 +127,7 @@ def _remedy(task: Any, usable: Sequence[str], kind: Kind, named: str = "") -> st
     ways = [f"use {' or '.join(usable)}"] if usable else []
     if kind != "shown" and (named in losses if named else losses):
         ways.append(f"put the task in a group of `kind: shown`{'' if named else f', which shows {losses[0]}'}")
-    return ", or ".join(ways) or "the task cannot stand in a suite: remove it"
+    return ", or ".join(ways) or "the task cannot be in a suite: remove it"
 
 
 def value_of(metric: Metric, task: Any, sample: Mapping[str, Any]) -> tuple[float, float]:

@@ -117,7 +117,7 @@ class ModelFacts:
 
     @property
     def identity(self) -> tuple[str, str | None]:
-        """What tells models apart: an adapter on another base is another model."""
+        """Equal for the same model: SHA-256 of its weights and of its base's (None: no adapter)."""
         return self.fingerprint, self.base_fingerprint
 
 

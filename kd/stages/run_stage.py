@@ -145,10 +145,12 @@ def prepare(
     if recipe.merge:
         refuse_unmergeable(roles.student.model)
     collate_rows = partial(collate, pad_token_id=padding_id(data.tokenizer), packing=recipe.data.packing)
-    sample = sample_batches(data, collate_rows, args.per_device_train_batch_size)
-    start = stage.start(
-        recipe, roles, lambda: evaluate_routes(roles.student.model, sample, objective, roles.student.model.device)
-    )
+
+    def measure() -> dict[str, float]:
+        sample = sample_batches(data, collate_rows, args.per_device_train_batch_size)
+        return evaluate_routes(roles.student.model, sample, objective, args.device)
+
+    start = stage.start(recipe, roles, measure)
     lengths = [rows.lengths for rows in data.rows]
     routes = [data.route_names.index(source.route) for source in data.sources]
     stop = StopOnSignal()

@@ -192,7 +192,7 @@ def test_radars_of_tasks_and_of_categories() -> None:
     assert [(radar.title, radar.axes) for radar in report.radars] == [
         ("General tasks", ("sorting", "copying")),
         ("Domain tasks", ("price", "size")),
-        ("Tasks in neither line", ("crafts",)),
+        ("Tasks in no line", ("crafts",)),
         ("crafts: categories", ("wood", "clay")),
     ]
     assert report.radars[0].values["expert"] == pytest.approx((0.4, 0.4))

@@ -24,9 +24,10 @@ from dae_eval.judging.fastchat_files import (
 )
 from dae_eval.judging.judges import JudgeChoice
 from dae_eval.judging.mt_bench import FinishedJudgments, MtBench, Side, run_mt_bench, score_judgments
-from dae_eval.judging.mt_bench_results import Result, result_lines
+from dae_eval.judging.mt_bench_results import result_lines
 from dae_eval.judging.mt_bench_scores import PairScores, Scores
 from judge_server import JudgeServer, rating_of, verdict_of
+from mt_bench_jobs import job_of, run
 
 from kd.errors import UserError
 from kd.runs.files import file_sha256
@@ -41,25 +42,6 @@ def server() -> Iterator[JudgeServer]:
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
     return make_mt_bench(tmp_path / "bench")
-
-
-def job_of(world: Path, server: JudgeServer, output: str = "out", **settings: Any) -> MtBench:
-    endpoint = EndpointChoice(server.url, "some-judge", "--judge-url", "OPENAI_API_KEY", None, 1)
-    job = MtBench(
-        side=Side(None, world / "ours.jsonl"),
-        judge=JudgeChoice(endpoint),
-        questions=str(world / "question.jsonl"),
-        judge_prompts=str(world / "judge_prompts.jsonl"),
-        references=str(world / "reference.jsonl"),
-        output=world / output,
-    )
-    return replace(job, **settings)
-
-
-def run(job: MtBench) -> Result:
-    result = run_mt_bench(job)
-    assert result is not None
-    return result
 
 
 # -- single mode -------------------------------------------------------------------------------------------------------

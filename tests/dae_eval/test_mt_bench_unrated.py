@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from benchmark_files import QUESTIONS, make_mt_bench
 from dae_eval.judging.authors import Author
 from dae_eval.judging.endpoints import EndpointChoice
 from dae_eval.judging.fastchat_files import read_answers, read_pair_judgments
-from dae_eval.judging.judges import JudgeChoice
-from dae_eval.judging.mt_bench import MtBench, Side, run_mt_bench
-from dae_eval.judging.mt_bench_results import Result, result_lines, smallest_margin
+from dae_eval.judging.mt_bench import Side, run_mt_bench
+from dae_eval.judging.mt_bench_results import result_lines, smallest_margin
 from dae_eval.judging.readings import LONGER, TRUNCATED
 from judge_server import JudgeServer
+from mt_bench_jobs import job_of, run
 
 from kd.errors import UserError
 
@@ -30,25 +28,6 @@ def server() -> Iterator[JudgeServer]:
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
     return make_mt_bench(tmp_path / "bench")
-
-
-def job_of(world: Path, server: JudgeServer, output: str = "out", **settings: Any) -> MtBench:
-    endpoint = EndpointChoice(server.url, "some-judge", "--judge-url", "OPENAI_API_KEY", None, 1)
-    job = MtBench(
-        side=Side(None, world / "ours.jsonl"),
-        judge=JudgeChoice(endpoint),
-        questions=str(world / "question.jsonl"),
-        judge_prompts=str(world / "judge_prompts.jsonl"),
-        references=str(world / "reference.jsonl"),
-        output=world / output,
-    )
-    return replace(job, **settings)
-
-
-def run(job: MtBench) -> Result:
-    result = run_mt_bench(job)
-    assert result is not None
-    return result
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from dae_eval.comparing.pairing import Paired, PairedTask, pair_tasks, same_weig
 from dae_eval.comparing.provenance import provenance
 from dae_eval.comparing.roles import ROLES
 from dae_eval.comparing.task_lines import benchmark_lines, flips, loss_lines, task_lines
-from dae_eval.comparing.verdicts import Asked, overall, student_difference, summarise
+from dae_eval.comparing.verdicts import Criteria, overall, student_difference, summarise
 from dae_eval.report import Curve, HeldOutLine, ModelLine, Radar, Report, StudentDifference
 from dae_eval.results import Evaluation
 from kd.config.problems import suggestion
@@ -52,19 +52,19 @@ def compare(
     _check_roles(evaluations, (*(("reference", "student") if retention_only else ROLES), *others))
     chosen = {role: evaluations[role] for role in (*ROLES, *others) if role in evaluations}
     _check_allowed(chosen, allow_missing)
-    asked = Asked(margin, min_gap, max_task_loss, retention_only, tuple(allow_missing), seed)
-    answered, with_expert = _paired(chosen, "student", asked)
+    criteria = Criteria(margin, min_gap, max_task_loss, retention_only, tuple(allow_missing), seed)
+    answered, with_expert = _paired(chosen, "student", criteria)
     _check_kinds(answered, with_expert)
-    student = summarise(answered, with_expert, "student", asked)
+    student = summarise(answered, with_expert, "student", criteria)
     lines, benchmarks = task_lines(answered.tasks, seed=seed), benchmark_lines(answered.tasks)
     losses = loss_lines(answered.tasks)
-    about_gap = [note for note in (with_expert.notes if with_expert else ()) if note not in answered.notes]
+    notes = (*answered.notes, *(with_expert.notes if with_expert else ()))
     return Report(
         word=overall(student),
         date=datetime.now(UTC).date().isoformat(),
         student=student,
-        others=tuple(summarise(*_paired(chosen, name, asked), name, asked) for name in others),
-        compared=tuple(_compared(chosen, name, asked) for name in others),
+        others=tuple(summarise(*_paired(chosen, name, criteria), name, criteria) for name in others),
+        compared=tuple(_compared(chosen, name, criteria) for name in others),
         models=tuple(_models(chosen)),
         tasks=tuple(lines),
         benchmarks=tuple(benchmarks),
@@ -73,13 +73,8 @@ def compare(
         held_out=tuple(_held_out(chosen)),
         radars=tuple(_radars([task for task in answered.tasks if not task.result.is_loss])),
         curves=tuple(_curves(chosen, others)),
-        notes=(
-            *significant_losses(lines, benchmarks, losses),
-            *answered.notes,
-            *about_gap,
-            *limits(chosen, student),
-        ),
-        provenance=tuple(provenance(chosen, asked, command)),
+        notes=(*significant_losses(lines, benchmarks, losses), *dict.fromkeys(notes), *limits(chosen, student)),
+        provenance=tuple(provenance(chosen, criteria, command)),
     )
 
 
@@ -97,9 +92,9 @@ def _check_allowed(evaluations: Mapping[str, Evaluation], allowed: Sequence[str]
         raise UserError(f"--allow-missing {name}: no model answered a task of this name{suggestion(name, known)}")
 
 
-def _paired(evaluations: Mapping[str, Evaluation], name: str, asked: Asked) -> tuple[Paired, Paired | None]:
+def _paired(evaluations: Mapping[str, Evaluation], name: str, criteria: Criteria) -> tuple[Paired, Paired | None]:
     """A student's tasks, paired with what each is compared with; domain tasks also as the gap closed needs them."""
-    with_expert = None if asked.retention_only else pair_tasks(evaluations, name, with_expert=True)
+    with_expert = None if criteria.retention_only else pair_tasks(evaluations, name, with_expert=True)
     return pair_tasks(evaluations, name), with_expert
 
 
@@ -117,14 +112,14 @@ def _check_kinds(answered: Paired, with_expert: Paired | None) -> None:
 
 
 def _left_out(paired: Paired) -> str:
-    return "".join(f" {note}" for note in paired.notes if note.endswith("did not answer it."))
+    return "".join(f" {one.task} was not answered by {' and '.join(one.roles)}." for one in paired.missing)
 
 
-def _compared(evaluations: Mapping[str, Evaluation], name: str, asked: Asked) -> StudentDifference:
+def _compared(evaluations: Mapping[str, Evaluation], name: str, criteria: Criteria) -> StudentDifference:
     """The student against another one."""
     answered = pair_tasks(evaluations, "student", also=(name,))
-    domain = None if asked.retention_only else pair_tasks(evaluations, "student", with_expert=True, also=(name,))
-    return student_difference(answered, domain, name, seed=asked.seed)
+    domain = None if criteria.retention_only else pair_tasks(evaluations, "student", with_expert=True, also=(name,))
+    return student_difference(answered, domain, name, seed=criteria.seed)
 
 
 def _models(evaluations: Mapping[str, Evaluation]) -> list[ModelLine]:
@@ -157,7 +152,7 @@ def _curves(evaluations: Mapping[str, Evaluation], others: Sequence[str]) -> lis
 def _radars(tasks: Sequence[PairedTask]) -> list[Radar]:
     """A radar of the tasks of each kind, and one of the categories of each task that has them."""
     found = []
-    for title, kind in (("General tasks", "general"), ("Domain tasks", "domain"), ("Tasks in neither line", "shown")):
+    for title, kind in (("General tasks", "general"), ("Domain tasks", "domain"), ("Tasks in no line", "shown")):
         shown = sorted((task for task in tasks if task.result.kind == kind), key=lambda task: task.result.group)
         if shown:
             roles = [role for role in shown[0].scores if all(role in task.scores for task in shown)]

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from dae_eval.comparing.verdicts import Asked
+from dae_eval.comparing.verdicts import Criteria
 from dae_eval.results import Evaluation, TaskResult
 
 
-def provenance(evaluations: Mapping[str, Evaluation], asked: Asked, command: str) -> list[tuple[str, str]]:
+def provenance(evaluations: Mapping[str, Evaluation], criteria: Criteria, command: str) -> list[tuple[str, str]]:
     """The comparison, in order: models, tasks, conditions (once if equal for all), files, options."""
     bases = {
         role: f"{one.model.base}, SHA-256 {one.model.base_fingerprint}"
@@ -34,7 +34,7 @@ def provenance(evaluations: Mapping[str, Evaluation], asked: Asked, command: str
         lines += [(f"training rows of {role}", f"{rows.path}, SHA-256 {rows.sha256}") for rows in one.training_rows]
     held_out = {(loss.route, loss.path, loss.sha256) for one in evaluations.values() for loss in one.held_out}
     lines += [(f"held-out rows of {route}", f"{path}, SHA-256 {sha256}") for route, path, sha256 in sorted(held_out)]
-    lines += [(key.replace("_", " "), json.dumps(value)) for key, value in asdict(asked).items()]
+    lines += [(key.replace("_", " "), json.dumps(value)) for key, value in asdict(criteria).items()]
     if command and ("command", command) not in lines:  # the conditions of this command's own evaluations have it
         lines.append(("command of the report", command))
     return lines

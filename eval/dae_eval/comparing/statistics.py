@@ -183,6 +183,12 @@ def loss_p(tasks: Sequence[Spread], margin: float, weights_K: Sequence[float] | 
     return float(stats.t.cdf(x + max(shift, 0.0), degrees))
 
 
+def difference_p(tasks: Sequence[Spread], weights_K: Sequence[float] | None = None) -> float:
+    """Two-sided p of "no difference" of the weighted mean over tasks."""
+    mirrored = [replace(task, mean=-task.mean, cubes=-task.cubes) for task in tasks]
+    return min(1.0, 2 * min(loss_p(tasks, 0.0, weights_K), loss_p(mirrored, 0.0, weights_K)))
+
+
 def non_inferiority(difference: Estimate, margin: float) -> Word:
     """PASS if the whole interval is above -margin, FAIL if all of it is below, else INCONCLUSIVE."""
     if difference.low > -margin:

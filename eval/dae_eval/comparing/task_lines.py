@@ -16,8 +16,8 @@ from dae_eval.comparing.statistics import (
     Floats,
     Spread,
     detectable_difference,
+    difference_p,
     holm,
-    loss_p,
     macro_difference,
     paired_difference,
     paired_test,
@@ -126,7 +126,6 @@ def _benchmark_line(tasks: Sequence[PairedTask]) -> BenchmarkLine:
     scores = {role: float(np.average([t.scores[role].mean() for t in tasks], weights=shares)) for role in roles}
     spreads = [spread(task.scores["student"] - task.scores[other], task.clusters_D) for task in tasks]
     one_model, weights = first.same[other] == first.same["student"], [float(share) for share in shares]
-    below = loss_p(spreads, 0.0, weights)
     return BenchmarkLine(
         benchmark=first.result.benchmark,
         group=first.result.group,
@@ -136,7 +135,7 @@ def _benchmark_line(tasks: Sequence[PairedTask]) -> BenchmarkLine:
         scores=scores,
         against=other,
         difference=NOTHING if one_model else macro_difference(spreads, weights),
-        p_holm=1.0 if one_model else min(1.0, 2 * min(below, 1 - below)),
+        p_holm=1.0 if one_model else difference_p(spreads, weights),
     )
 
 

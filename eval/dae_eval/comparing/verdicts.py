@@ -39,8 +39,8 @@ LEAST_OF_TASK = 30  # independent ones of a task that fails alone, or whose loss
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a verdict is about. margin, max_task_loss: in points; allowed: tasks that may be missing."""
+class Criteria:
+    """The bounds of a verdict. margin, max_task_loss: in points; allowed: tasks that may be missing."""
 
     margin: float
     min_gap: float
@@ -50,14 +50,14 @@ class Asked:
     seed: int
 
 
-def summarise(answered: Paired, with_expert: Paired | None, name: str, asked: Asked) -> StudentSummary:
+def summarise(answered: Paired, with_expert: Paired | None, name: str, criteria: Criteria) -> StudentSummary:
     """The lines for the student called `name`; None where it has no tasks for one.
 
     with_expert: the domain tasks as the gap closed needs them.
     """
-    gap = None if with_expert is None or not with_expert.of("domain") else _gap_line(with_expert, name, asked)
-    retention = _retention_line(answered, name, asked) if answered.of("general") else None
-    floor = _floor_line(answered, name, asked) if answered.of("general") or answered.of("domain") else None
+    gap = None if with_expert is None or not with_expert.of("domain") else _gap_line(with_expert, name, criteria)
+    retention = _retention_line(answered, name, criteria) if answered.of("general") else None
+    floor = _floor_line(answered, name, criteria) if answered.of("general") or answered.of("domain") else None
     return StudentSummary(name, gap, retention, floor)
 
 
@@ -69,23 +69,23 @@ def overall(summary: StudentSummary) -> Word:
     return "PASS" if all(word == "PASS" for word in words) else "INCONCLUSIVE"
 
 
-def _gap_line(paired: Paired, student: str, asked: Asked) -> GapLine:
+def _gap_line(paired: Paired, student: str, criteria: Criteria) -> GapLine:
     tasks = paired.of("domain")
     answers, (base, expert, row) = _answers(tasks, (tasks[0].needed[0], "expert", student))
-    closed = gap_closed(answers, base, expert, row, seed=asked.seed)
-    word = gap_word(closed, asked.min_gap)
-    reasons = _reasons(tasks, paired.missing, "domain", asked, word)
+    closed = gap_closed(answers, base, expert, row, seed=criteria.seed)
+    word = gap_word(closed, criteria.min_gap)
+    reasons = _reasons(tasks, paired.missing, "domain", criteria, word)
 
     def needed(totals_K: Sequence[int | None] | None) -> int | None:
         defined = closed is not None
-        return gap_documents_needed(answers, base, expert, row, asked.min_gap, totals_K, defined=defined)
+        return gap_documents_needed(answers, base, expert, row, criteria.min_gap, totals_K, defined=defined)
 
     documents, exhausted = _enough(needed, tasks) if word == "INCONCLUSIVE" else (None, False)
     return GapLine(
         word=_unless(reasons, word, tasks),
-        gain=gain(answers, base, expert, seed=asked.seed),
+        gain=gain(answers, base, expert, seed=criteria.seed),
         closed=closed,
-        minimum=asked.min_gap,
+        minimum=criteria.min_gap,
         documents_needed=documents,
         exhausted=exhausted,
         same_weights=base == expert,
@@ -101,8 +101,8 @@ def _enough(
     return documents, documents is None and needed(None) is not None
 
 
-def _retention_line(paired: Paired, student: str, asked: Asked) -> RetentionLine:
-    tasks, margin = paired.of("general"), asked.margin / 100
+def _retention_line(paired: Paired, student: str, criteria: Criteria) -> RetentionLine:
+    tasks, margin = paired.of("general"), criteria.margin / 100
     answers, (reference, kept) = _answers(tasks, ("reference", student))
     spreads, shares, same = [_spread(task, student) for task in tasks], _shares(tasks), reference == kept
     difference = NOTHING if same else macro_difference(spreads, shares)
@@ -114,22 +114,22 @@ def _retention_line(paired: Paired, student: str, asked: Asked) -> RetentionLine
     )
     # Of a model against itself the difference is known without any document.
     explain = _incomplete if same else _reasons
-    reasons = explain(tasks, paired.missing, "general", asked, word)
+    reasons = explain(tasks, paired.missing, "general", criteria, word)
     return RetentionLine(
         word=_unless(reasons, word, tasks),
         difference=_in_points(difference),
-        margin=asked.margin,
+        margin=criteria.margin,
         documents_needed=documents,
         exhausted=exhausted,
-        ratio=retention_ratio(answers, reference, kept, seed=asked.seed),
+        ratio=retention_ratio(answers, reference, kept, seed=criteria.seed),
         unit=_unit(tasks),
         reasons=reasons,
     )
 
 
-def _floor_line(paired: Paired, student: str, asked: Asked) -> FloorLine:
+def _floor_line(paired: Paired, student: str, criteria: Criteria) -> FloorLine:
     """Each task alone, benchmarks as a whole and each of their members; losses are Holm's over all of them."""
-    limit = asked.max_task_loss
+    limit = criteria.max_task_loss
     tasks = [*paired.of("general"), *paired.of("domain")]
     alone = [task for task in tasks if not task.result.benchmark]
     benchmarks: dict[tuple[str, str], list[PairedTask]] = {}
@@ -146,8 +146,10 @@ def _floor_line(paired: Paired, student: str, asked: Asked) -> FloorLine:
     suspect += [one for one in losses[len(whole) :] if one.difference.high < -limit]
     undecided = [one for one in suspect if one not in lost]
     word: Word = "FAIL" if lost else "INCONCLUSIVE" if undecided else "PASS"
-    # With a gap line, it has the reasons of the domain tasks.
-    reasons = _incomplete(paired.of("domain"), paired.missing, "domain", asked, word) if asked.retention_only else ()
+    # Where there is a gap line, that one has the reasons of the domain tasks.
+    reasons = (
+        _incomplete(paired.of("domain"), paired.missing, "domain", criteria, word) if criteria.retention_only else ()
+    )
     worst = min(losses[: len(whole)], key=lambda loss: loss.difference.value)
     return FloorLine(
         "INCONCLUSIVE" if word == "PASS" and reasons else word, limit, worst, tuple(lost), tuple(undecided), reasons
@@ -223,33 +225,33 @@ def _unit(tasks: Sequence[PairedTask]) -> Unit:
 
 
 def _reasons(
-    tasks: Sequence[PairedTask], missing: Sequence[Missing], kind: str, asked: Asked, word: Word
+    tasks: Sequence[PairedTask], missing: Sequence[Missing], kind: str, criteria: Criteria, word: Word
 ) -> tuple[str, ...]:
     """Why a line cannot pass: missing tasks or documents that were not allowed by name, too few documents."""
-    n, found = _independent(tasks), _incomplete(tasks, missing, kind, asked, word)
+    n, found = _independent(tasks), _incomplete(tasks, missing, kind, criteria, word)
     documents = f"{n} independent document{'' if n == 1 else 's'}"
     few = f"{documents}: too few for a verdict, which needs {LEAST_DOCUMENTS}"
     return (*found, few) if n < LEAST_DOCUMENTS else found
 
 
 def _incomplete(
-    tasks: Sequence[PairedTask], missing: Sequence[Missing], kind: str, asked: Asked, word: Word
+    tasks: Sequence[PairedTask], missing: Sequence[Missing], kind: str, criteria: Criteria, word: Word
 ) -> tuple[str, ...]:
     """Missing tasks and documents that were not allowed by name. word: of the line's figures alone."""
 
     def advice(name: str) -> str:
-        return f"; to pass without, --allow-missing {shlex.quote(name)}" if word == "PASS" else ""
+        return f"; to pass without it: --allow-missing {shlex.quote(name)}" if word == "PASS" else ""
 
     found = [
         f"task {one.task} was not answered by {' and '.join(one.roles)}{advice(one.task)}"
         for one in missing
-        if one.kind == kind and one.task not in asked.allowed
+        if one.kind == kind and one.task not in criteria.allowed
     ]
     found += [
         f"task {name}: {task.unpaired} of {task.unpaired + len(task.clusters_D)} documents were answered by only some "
         f"of {', '.join(task.needed)}{advice(name)}"
         for task, name in ((task, task.result.task) for task in tasks)
-        if task.too_few and name not in asked.allowed
+        if task.too_few and name not in criteria.allowed
     ]
     found += [
         f"task {task.result.task}: models with the same weights have different scores on {task.disagreeing} of "

@@ -307,6 +307,7 @@ def evaluation_of(
         metric="preference - 1",
         version="2",  # 1: documents were identified by their place
         settings=settings,
+        total=len(annotations),
         documents=tuple(
             _document(annotation, occurrence, annotation.preference - 1)
             for annotation, occurrence in zip(annotations, occurrences(annotations), strict=True)

@@ -44,7 +44,7 @@ WIDTH = 3.9  # inches: text of 9 points is readable at the full width of a phone
 ROW, LABELS = 0.25, 1.6  # inches per task in the forest plot, and at most for its name
 FEW_SPOKES = 14  # up to this number the labels of a radar are horizontal
 LABEL_ACROSS, LABEL_ALONG, LABEL_BESIDE = 0.4, 0.85, 0.8  # inches
-PANELS: Mapping[Kind, str] = {"domain": "Domain tasks", "general": "General tasks", "shown": "Tasks in neither line"}
+PANELS: Mapping[Kind, str] = {"domain": "Domain tasks", "general": "General tasks", "shown": "Tasks in no line"}
 
 _SETTINGS: dict[Any, Any] = {  # on matplotlib's own defaults; a user's matplotlibrc is ignored
     **{key: value for key, value in mpl.rcParamsDefault.items() if not key.startswith("backend")},
@@ -273,7 +273,7 @@ def _drawn_once(radar: Radar, report: Report) -> Iterator[tuple[str, str]]:
 
 
 def _shortened(label: str, limit: int) -> str:
-    """A label of at most `limit` characters, cut inside: its end often tells it from its neighbours."""
+    """A label of at most `limit` characters, shortened in the middle: labels often differ in their ends alone."""
     end = limit // 2
     return label if len(label) <= limit else f"{label[: limit - 1 - end]}…{label[-end:]}"
 
