@@ -248,9 +248,9 @@ def test_provenance_names_every_condition() -> None:
         ("student", "sha-student")
     ]
     assert "sha-student" not in str(told)
-    assert said["task price, size, sorting, copying, crafts"] == "version 1; acc; shots 0; limit null"
-    assert said["libraries.torch: base, expert, reference"] == "2.13.0"
-    assert said["libraries.torch: student"] == "2.14.0"
+    assert [said[f"tasks: {key}"] for key in ("version", "metric", "shots", "limit")] == ["1", "acc", "0", "null"]
+    assert said["libraries.torch of base, expert, reference"] == "2.13.0"
+    assert said["libraries.torch of student"] == "2.14.0"
     assert said["margin"] == "2.0"
     assert told[-1] == ("command of the report", "dae report --output x")
 

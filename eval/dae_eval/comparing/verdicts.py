@@ -40,13 +40,13 @@ LEAST_OF_TASK = 30  # independent ones of a task that fails alone, or whose loss
 
 @dataclass(frozen=True)
 class Criteria:
-    """The bounds of a verdict. margin, max_task_loss: in points; allowed: tasks that may be missing."""
+    """The bounds of a verdict. margin, max_task_loss: in points; allow_missing: names of tasks."""
 
     margin: float
     min_gap: float
     max_task_loss: float
     retention_only: bool
-    allowed: Collection[str]
+    allow_missing: Collection[str]
     seed: int
 
 
@@ -245,13 +245,13 @@ def _incomplete(
     found = [
         f"task {one.task} was not answered by {' and '.join(one.roles)}{advice(one.task)}"
         for one in missing
-        if one.kind == kind and one.task not in criteria.allowed
+        if one.kind == kind and one.task not in criteria.allow_missing
     ]
     found += [
         f"task {name}: {task.unpaired} of {task.unpaired + len(task.clusters_D)} documents were answered by only some "
         f"of {', '.join(task.needed)}{advice(name)}"
         for task, name in ((task, task.result.task) for task in tasks)
-        if task.too_few and name not in criteria.allowed
+        if task.too_few and name not in criteria.allow_missing
     ]
     found += [
         f"task {task.result.task}: models with the same weights have different scores on {task.disagreeing} of "
