@@ -72,7 +72,7 @@ def put_adapter(
             _refuse_nested(adapted, adapter)
             _answer_for_own_rows(adapted)
     if shared_with is not None:
-        _refuse_ownbase_weights(adapted, adapter, name, shared_with)
+        _refuse_own_base_weights(adapted, adapter, name, shared_with)
     with opening(f"{adapter}: its weights cannot be put on its base", "Save or download the adapter again."):
         _load_weights(adapted, adapter, name, trainable=trainable)
     return adapted
@@ -162,7 +162,7 @@ def _as_saved(key: str, name: str) -> str:
 # -- weights of the base that an adapter's file brings along -----------------------------------------------------------
 
 
-def _refuse_ownbase_weights(adapted: PeftModel, adapter: Checkpoint, name: str, base: Checkpoint) -> None:
+def _refuse_own_base_weights(adapted: PeftModel, adapter: Checkpoint, name: str, base: Checkpoint) -> None:
     """Raise UserError where an adapter brings weights of the base (biases, embeddings) that are not those of `base`.
 
     Loading it would write them over the weights that all roles share. What its layers keep of their own, saved modules

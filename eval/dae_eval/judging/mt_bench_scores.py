@@ -151,7 +151,9 @@ def strict(
 def problem_of(judgment: Judgment | PairJudgment, problems: Mapping[Place, str]) -> str:
     """Why a judgment is unusable: as its reply was read, else as it is written."""
     if isinstance(judgment, PairJudgment):
-        return problems.get(place_of(judgment), f"{NONE_FOUND['verdict']} in both orders")
+        unrated = [judgment.g1_winner, judgment.g2_winner].count(ERROR)
+        orders = "one order" if unrated == 1 else "both orders"
+        return problems.get(place_of(judgment), f"{NONE_FOUND['verdict']} in {orders}")
     written = NONE_FOUND["rating"] if judgment.score == NO_RATING else OFF_SCALE
     return problems.get(place_of(judgment), written)
 
