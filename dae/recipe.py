@@ -47,6 +47,12 @@ class AlignRecipe(DivergenceRecipe):
     student_from: str | None = Field(
         default=None, min_length=1, description="train an earlier student further: its run folder"
     )
+    lambda_: float | Literal["trust"] = Field(
+        default=1.0,
+        alias="lambda",
+        description="weight of the divergence, 0 to 1; the rest is next-token loss. trust: by token, less of the "
+        "divergence where the expert all but excludes the row's label",
+    )
     start: Literal["base", "auto"] | dict[str, float] = Field(
         default="base",
         description="how far to start from the base towards each expert: base, auto, or {name: 0 to 1}",
@@ -55,6 +61,14 @@ class AlignRecipe(DivergenceRecipe):
         default="routes",
         description="weight in the loss: equal per route, equal per token, or a factor per route",
     )
+
+    @field_validator("lambda_", mode="before")
+    @classmethod
+    def _share_or_trust(cls, value: Any) -> Any:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value == "trust" or (is_number and 0 <= value <= 1):
+            return value
+        raise ValueError("expected a number from 0 to 1, or trust")
 
     @field_validator("weights", mode="before")
     @classmethod
