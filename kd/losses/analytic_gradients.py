@@ -25,7 +25,7 @@ def forward_kl_of_logits(
 ) -> Tensor:
     """[N] KL(q || p) at temperature 1, from logits and what is known of them; gradient p - q.
 
-    Overwrites teacher_logits_NV. Both normalisers are outside of the sum q (log q - log p): two passes of exp, not four.
+    Overwrites teacher_logits_NV. Both normalisers are outside of sum q (log q - log p): two passes of exp, not four.
     """
     normaliser_ratio_N = log_normaliser(teacher_logits_NV, q_NV) - log_normaliser_N
     return teacher_logits_NV.sub_(logits_NV).mul_(q_NV).sum(-1) - normaliser_ratio_N
