@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from dae_eval.drift import DriftCallback
+from transformers import TrainerCallback
 
 from dae.earlier_student import with_lora_of_student
 from dae.recipe import AlignRecipe
@@ -45,6 +46,7 @@ from kd.models.roles import (
 )
 from kd.stages.run_stage import RunResult, run_stage
 from kd.stages.stage import Inputs, Stage, StageRoles
+from kd.training.budget import RouteBudget
 from kd.training.model_card import Description
 from kd.training.objective import Objective, Route
 from kd.training.settings import student_dtype
@@ -128,17 +130,20 @@ class Align(Stage[AlignRecipe]):
         ]
         return Objective(tuple(routes), token_loss, pooled=recipe.weights == "tokens")
 
-    def callbacks(self, data: StageData, roles: StageRoles, trainer: RoutedTrainer) -> list[DriftCallback]:
-        """On eval sets, the student's divergence from the reference (forgetting) and from each expert."""
+    def callbacks(
+        self, recipe: AlignRecipe, data: StageData, roles: StageRoles, trainer: RoutedTrainer
+    ) -> list[TrainerCallback]:
+        """The budget; on eval sets, the divergence from the reference (forgetting) and from each expert."""
+        found: list[TrainerCallback] = [RouteBudget(route, nats) for route, nats in recipe.budget.items()]
         if not data.held_out:
-            return []
+            return found
         reference = {"reference": roles.teachers["reference"]}
         teachers = {GENERAL: reference}
         for role, expert in roles.teachers.items():
             if role.startswith("expert."):
                 teachers[role.removeprefix("expert.")] = {**reference, "expert": expert}
         batch_size = trainer.args.per_device_eval_batch_size
-        return [DriftCallback(roles.student, teachers, data.held_out, batch_size, trainer.log)]
+        return [*found, DriftCallback(roles.student, teachers, data.held_out, batch_size, trainer.log)]
 
     def describe(self, recipe: AlignRecipe) -> Description:
         return Description(

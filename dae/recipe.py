@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -61,6 +62,17 @@ class AlignRecipe(DivergenceRecipe):
         default="routes",
         description="weight in the loss: equal per route, equal per token, or a factor per route",
     )
+
+    budget: dict[str, float] = Field(
+        default_factory=dict,
+        description="general: the most KL from the reference, in nats per token of general rows; the routes' factors "
+        "follow it as training goes",
+    )
+
+    @property
+    def keeps_best(self) -> bool:
+        """Not with a budget: the lowest eval loss may be over it."""
+        return super().keeps_best and not self.budget
 
     @field_validator("lambda_", mode="before")
     @classmethod
@@ -130,6 +142,7 @@ class AlignRecipe(DivergenceRecipe):
             raw, {GENERAL: general_remedy(raw)} | {str(n): domain_remedy(n, p) for n, p in experts.items()}
         )
         problems += weight_problems(raw.get("weights"), [GENERAL, *experts])
+        problems += budget_problems(raw)
         return problems + start_problems(raw, list(map(str, experts)))
 
 
@@ -158,6 +171,31 @@ def start_problems(raw: Mapping[str, Any], experts: list[str]) -> list[Problem]:
             problems.append(Problem(("start", str(name)), weight, f"unknown expert; expected {one_of(experts)}"))
         elif isinstance(weight, (int, float)) and not isinstance(weight, bool) and not 0 <= weight <= 1:
             problems.append(Problem(("start", name), weight, "must be from 0 (the base) to 1 (the expert)"))
+    return problems
+
+
+def budget_problems(raw: Mapping[str, Any]) -> list[Problem]:
+    budget = raw.get("budget")
+    if not isinstance(budget, Mapping) or not budget:
+        return []
+    problems = []
+    for name, nats in budget.items():
+        if name != GENERAL:
+            problems.append(Problem(("budget", str(name)), nats, f"unknown route; expected {GENERAL}"))
+        elif isinstance(nats, (int, float)) and not isinstance(nats, bool) and not 0 < nats < math.inf:
+            problems.append(Problem(("budget", name), nats, "must be above 0: nats per token"))
+    if raw.get("lambda", raw.get("lambda_", 1.0)) == 0:
+        problems.append(Problem(("lambda",), 0, "with a budget the reference is asked: use a number above 0, or trust"))
+    if raw.get("weights") == "tokens":
+        words = "with a budget the routes have factors: use routes, or a factor for each"
+        problems.append(Problem(("weights",), "tokens", words))
+    train = raw.get("train")
+    if isinstance(train, Mapping) and train.get("load_best_model_at_end") is True:
+        words = "the lowest eval loss may be over the budget: remove it, or remove the budget"
+        problems.append(Problem(("train", "load_best_model_at_end"), True, words))
+    if raw.get("early_stopping_patience") is not None:
+        words = "cannot be combined with a budget, whose factors move until the end: remove one"
+        problems.append(Problem(("early_stopping_patience",), raw["early_stopping_patience"], words))
     return problems
 
 

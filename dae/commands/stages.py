@@ -53,6 +53,15 @@ def report_run(result: RunResult) -> None:
     for route in summary["rows"]:
         if not route.startswith(HELD_OUT):
             typer.echo(f"  {route:<12} {route_line(route, summary)}")
+    if "budget" in summary:
+        typer.echo(f"  {'budget':<12} {budget_line(summary['budget'])}")
+
+
+def budget_line(budget: Mapping[str, Any]) -> str:
+    """Whether a route's budget was met, by how much, and where that was measured."""
+    share = budget["kl"] / budget["nats"] - 1
+    verdict = f"met, {-share:.0%} below" if budget["met"] else f"not met, {share:.0%} above"
+    return f"{budget['route']} KL {nats(budget['kl'])} of {budget['nats']:g} nats: {verdict} ({budget['measured_on']})"
 
 
 def route_line(route: str, summary: Mapping[str, Any]) -> str:

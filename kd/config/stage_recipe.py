@@ -78,6 +78,11 @@ class StageRecipe(CommandRecipe):
         default_factory=dict, description="transformers.TrainingArguments by name, such as learning_rate"
     )
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the result is the checkpoint with the lowest eval loss, unless `train` says otherwise."""
+        return bool(self.data.eval)
+
     @classmethod
     def expand(cls, raw: dict[str, Any]) -> dict[str, Any]:
         data = raw.get("data", {})

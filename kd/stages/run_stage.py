@@ -169,7 +169,7 @@ def prepare(
         eval_batches=held_out_batches(data, collate_rows, args.per_device_eval_batch_size),
         callbacks=callbacks,
     )
-    for callback in stage.callbacks(data, roles, trainer):
+    for callback in stage.callbacks(recipe, data, roles, trainer):
         trainer.add_callback(callback)
     return trainer, stop, start
 

@@ -92,7 +92,9 @@ class Stage(Protocol[RecipeT]):
         """
         return {}
 
-    def callbacks(self, data: StageData, roles: StageRoles, trainer: RoutedTrainer) -> Sequence[TrainerCallback]:
+    def callbacks(
+        self, recipe: RecipeT, data: StageData, roles: StageRoles, trainer: RoutedTrainer
+    ) -> Sequence[TrainerCallback]:
         """Further callbacks of the trainer, such as measures on the eval sets."""
         return ()
 

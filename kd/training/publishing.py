@@ -34,6 +34,7 @@ def summarise(trainer: RoutedTrainer, data: StageData, first_kl: Mapping[str, fl
         "last": last,
         "held_out": {key: value for key, value in evaluation.items() if key.startswith("eval_")},
         "best_step": trainer.state.best_global_step,
+        **({} if trainer.budget is None else {"budget": trainer.budget.outcome(evaluation)}),
         "rows": data.counts(lambda report: report.kept),
         "dropped": data.counts(lambda report: sum(report.dropped.values())),
         "truncated": data.counts(lambda report: report.truncated),

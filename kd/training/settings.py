@@ -59,9 +59,9 @@ def training_arguments(recipe: StageRecipe, settings: LoadSettings) -> TrainingA
     }
     chosen = {**defaults, **recipe.train}
     if recipe.data.eval:
+        chosen = {"eval_strategy": "steps", "eval_steps": chosen["save_steps"], **chosen}
+    if recipe.keeps_best:
         chosen = {
-            "eval_strategy": "steps",
-            "eval_steps": chosen["save_steps"],
             "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,

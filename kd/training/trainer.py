@@ -25,6 +25,7 @@ from kd.errors import UserError
 from kd.models.roles import STUDENT_ADAPTER
 from kd.runs.files import disk_errors
 from kd.runs.run_folder import RunFolder
+from kd.training.budget import RouteBudget
 from kd.training.metrics import MetricsWindow, peak_memory_bytes
 from kd.training.objective import Objective, route_sums
 
@@ -97,6 +98,11 @@ class RoutedTrainer(Trainer):
         self.eval_batches = eval_batches or {}
         self._window = MetricsWindow(objective)
 
+    @property
+    def budget(self) -> RouteBudget | None:
+        """The run's budget. A run that goes on has the callback of its checkpoint, not the one it was made with."""
+        return next((one for one in self.callback_handler.callbacks if isinstance(one, RouteBudget)), None)
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
@@ -127,7 +133,11 @@ class RoutedTrainer(Trainer):
         assert isinstance(num_items_in_batch, Tensor) and not return_outputs
         sums = route_sums(model, inputs, self.objective, with_teachers=self.objective.trains_with_teachers)
         self._window.add(sums)
-        loss = (self.objective.weights(num_items_in_batch) * sums.loss).sum()
+        objective = self.objective
+        if (budget := self.budget) is not None:
+            budget.add(sums, objective)
+            objective = budget.applied_to(objective)
+        loss = (objective.weights(num_items_in_batch) * sums.loss).sum()
         # Data parallelism averages gradients over ranks, and we want their sum.
         loss = loss * self.accelerator.num_processes
         if sums.router_aux is not None:  # a mean: over the step's micro-batches, too, and over ranks
@@ -148,6 +158,8 @@ class RoutedTrainer(Trainer):
                 logs["loss"] -= self.objective.router_aux_weight * window.router_aux
                 logs["router_aux"] = window.router_aux
             logs.update(window.flat(self.objective.routes))
+            if (budget := self.budget) is not None:
+                logs[f"{budget.route}/factor"] = budget.factor
             logs["peak_memory_gib"] = round(peak_memory_bytes() / 2**30, 3)
         if self.is_world_process_zero() and "train_runtime" not in logs:
             self.run_folder.append_metrics({"step": self.state.global_step, **logs})

@@ -1,0 +1,98 @@
+"""A route kept within a budget of KL per token: its factor in the loss is the multiplier of that constraint.
+
+    minimise the other routes' loss   subject to   KL_route <= budget
+
+by dual ascent on the factor's logarithm, which keeps it positive: after every optimizer step
+
+    log factor += RATE * clip(KL_route / budget - 1, -1, 1)
+
+KL_route is the mean over the tokens of the last steps, older ones fading. With an eval set it is multiplied by what the
+last evaluation was above or below it, so that the budget holds for held-out rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState
+
+from kd.training.objective import Objective, RouteSums
+
+RATE = 0.05
+FADING = 0.95  # what a step's sums weigh one step later
+LARGEST_FACTOR = 1000.0
+LARGEST_GAP = 4.0
+LAST_PART = 0.1  # of the steps: what the result is measured on where there is no eval set
+
+
+class RouteBudget(TrainerCallback, ExportableState):
+    """The budget of one route. Its numbers are Python floats in checkpoints, so a resumed run has the same bits."""
+
+    def __init__(self, route: str, nats: float) -> None:
+        """nats: of KL(teacher || student) per response token."""
+        self.route = route
+        self.nats = nats
+        self.numbers = {"log_factor": 0.0, "kl": 0.0, "tokens": 0.0, "gap": 1.0, "last_kl": 0.0, "last_tokens": 0.0}
+        self._sums: Tensor | None = None  # [2] KL and tokens of the optimizer step so far
+
+    @property
+    def factor(self) -> float:
+        """What the route's own factor is multiplied by."""
+        return math.exp(self.numbers["log_factor"])
+
+    def applied_to(self, objective: Objective) -> Objective:
+        """The objective with the route's factor as it is now."""
+        routes = (
+            replace(route, factor=route.factor * self.factor) if route.name == self.route else route
+            for route in objective.routes
+        )
+        return replace(objective, routes=tuple(routes))
+
+    def add(self, sums: RouteSums, objective: Objective) -> None:
+        """Take note of a micro-batch."""
+        index = [route.name for route in objective.routes].index(self.route)
+        both = torch.stack([sums.kl[index].double(), sums.tokens[index].double()])
+        self._sums = both if self._sums is None else self._sums + both
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Move the factor by this step's KL, over all ranks."""
+        if self._sums is None:
+            return
+        total: Any = reduce(self._sums, "sum")
+        kl, tokens = total.tolist()
+        self._sums, now = None, self.numbers
+        now["kl"] = FADING * now["kl"] + kl
+        now["tokens"] = FADING * now["tokens"] + tokens
+        if state.global_step > (1 - LAST_PART) * state.max_steps:
+            now["last_kl"] += kl
+            now["last_tokens"] += tokens
+        if tokens > 0:
+            over = now["gap"] * now["kl"] / now["tokens"] / self.nats - 1.0
+            bound = math.log(LARGEST_FACTOR)
+            now["log_factor"] = min(bound, max(-bound, now["log_factor"] + RATE * min(1.0, max(-1.0, over))))
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Note how far held-out rows are from training rows."""
+        held_out, now = given["metrics"].get(f"eval_{self.route}_kl"), self.numbers
+        if held_out is not None and now["kl"] > 0:
+            gap = held_out * now["tokens"] / now["kl"]
+            now["gap"] = min(LARGEST_GAP, max(1 / LARGEST_GAP, gap))
+
+    def outcome(self, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+        """What became of it: KL on the eval set of the last evaluation, or over the last part of the steps."""
+        held_out = evaluation.get(f"eval_{self.route}_kl")
+        kl = self.numbers["last_kl"] / max(self.numbers["last_tokens"], 1.0) if held_out is None else held_out
+        measured_on = "training rows of the last tenth of the steps" if held_out is None else "eval set"
+        known = {"route": self.route, "nats": self.nats, "kl": kl, "measured_on": measured_on}
+        return {**known, "met": kl <= self.nats, "factor": self.factor}
+
+    def state(self) -> dict[str, Any]:
+        """For checkpoints."""
+        return {"args": {"route": self.route, "nats": self.nats}, "attributes": {"numbers": dict(self.numbers)}}
