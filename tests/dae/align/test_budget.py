@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,8 @@ def test_the_factor_rises_where_the_budget_is_passed_and_falls_where_it_is_not(w
     loose = run("budget.general=100", *QUICK, "train.max_steps=8", output="loose")
     for folder, sign in ((tight, 1), (loose, -1)):
         factors = [line[FACTOR] for line in trained_steps(folder)]
-        assert [b / a > 1 for a, b in zip(factors, factors[1:], strict=False)] == [sign > 0] * 7
-        assert all(abs(b / a - 1) < 1.1 * RATE for a, b in zip(factors, factors[1:], strict=False))
+        assert [b / a > 1 for a, b in pairwise(factors)] == [sign > 0] * 7
+        assert all(abs(b / a - 1) < 1.1 * RATE for a, b in pairwise(factors))
     assert not outcome(tight)["met"] and outcome(loose)["met"]
 
 
