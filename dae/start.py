@@ -1,8 +1,9 @@
 """Where the student starts: the base, or a point on the line from the base towards its experts (kd/models/line.py).
 
-`auto` goes as far towards the experts as the general route allows: the largest weights with which the untrained student
-is at most GENERAL_KL nats per token from the reference, on a fixed sample of training rows. First one weight for all
-experts, then each expert's own. Training has less of the domain to learn then, and little to win back in general.
+`auto` goes towards the experts while that is cheap: the largest weights with which the untrained student has come at
+least EXCHANGE nats per token nearer to its experts for each nat away from the reference, by the routes' KL on a fixed
+sample of training rows. First one weight for all experts, then each expert's own. Further on, training does not win
+back what no row protects (benchmarks/results/starts.md).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from kd.stages.stage import StageRoles
 
 logger = logging.getLogger("dae")
 
-GENERAL_KL = 0.1  # nats per response token between reference and student at the start
+EXCHANGE = 10.0  # nats of KL on domain routes for one on the general route
 STEPS = 20  # weights are multiples of 1 / STEPS
 
 Weights = dict[str, float]
@@ -45,11 +46,11 @@ def start_student(recipe: AlignRecipe, roles: StageRoles, measure: Measure) -> d
         weights = {name: recipe.start.get(name, 0.0) for name in experts}
         facts = {"weights": weights}
     energy = line.place(weights)
-    described = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+    described = ", ".join(f"{weight:g} of the way to {name}" for name, weight in weights.items())
     if energy is not None and energy.whole:
         facts["energy_kept"] = energy.share
-        described += f"; its adapter has {energy.share:.1%} of the sum"
-    logger.info("start: %s of the way from the base to each expert", described)
+        described += "" if energy.share > 0.9995 else f"; the adapter has {energy.share:.1%} of that difference"
+    logger.info("start: from the base, %s", described)
     return facts
 
 
@@ -87,11 +88,18 @@ def chosen_weights(line: Line, measure: Measure) -> tuple[Weights, list[dict[str
     names = list(line.experts)
     curve: list[dict[str, Any]] = []
 
-    def fits(weights: Weights) -> bool:
+    def kl_at(weights: Weights) -> dict[str, float]:
         line.place(weights)
         kl = {key.removesuffix("_kl"): value for key, value in measure().items() if key.endswith("_kl")}
         curve.append({"weights": dict(weights), "kl": kl})
-        return kl[GENERAL] <= GENERAL_KL
+        return kl
+
+    at_base = kl_at(dict.fromkeys(names, 0.0))
+
+    def fits(weights: Weights) -> bool:
+        kl = kl_at(weights)
+        gained = sum(at_base[name] - kl[name] for name in names)
+        return gained >= EXCHANGE * (kl[GENERAL] - at_base[GENERAL])
 
     def largest(at: Callable[[int], Weights], low: int) -> int:
         """The largest step that fits, by bisection; `low` fits."""

@@ -16,6 +16,7 @@ from dae.checking.estimates import Item, disk, memory, tokens_of_run
 from dae.checking.loss_shares import LossShare, loss_shares
 from dae.checking.overlap import overlaps
 from dae.checking.plan import Plan, make_plan
+from dae.checking.starting import measured_start
 from kd.config.data_recipe import DataRecipe
 from kd.config.stage_recipe import StageRecipe
 from kd.data.examples import SourceReport, marked_text
@@ -31,14 +32,19 @@ ROWS_SHOWN = 2  # per route
 CHARACTERS_SHOWN = 240  # per segment of a row
 
 
-def check(stage: AnyStage, recipe: StageRecipe, console: Console | None = None) -> None:
-    """Print what the run would do. Raises UserError with everything that would stop it."""
+def check(stage: AnyStage, recipe: StageRecipe, console: Console | None = None, *, load_weights: bool = False) -> None:
+    """Print what the run would do. Raises UserError with everything that would stop it.
+
+    load_weights: also where the student would start.
+    """
     plan = make_plan(stage, recipe)
     console = console or Console(highlight=False)
     show_routes(console, plan)
     show_rows(console, plan)
     show_eval_sets(console, plan.recipe.data, plan.data)
     show_effort(console, plan)
+    if load_weights:
+        show_start(console, stage, plan)
 
 
 def show_routes(console: Console, plan: Plan) -> None:
@@ -173,6 +179,20 @@ def show_effort(console: Console, plan: Plan) -> None:
     free = shutil.disk_usage(folder).free
     if sum(item.bytes for item in written) > free:
         console.print(f"[bold]warning:[/] {folder} has only {in_words(free)} free", soft_wrap=True)
+
+
+def show_start(console: Console, stage: AnyStage, plan: Plan) -> None:
+    """KL to each route's teacher before the first step; with `start: auto` at every point that was tried."""
+    chosen, tried = measured_start(stage, plan)
+    others = [point for point in tried if point.weights != chosen.weights]
+    table = plain_table("start", *(f"{route} KL" for route in chosen.kl))
+    for point in sorted([*others, chosen], key=lambda point: list(point.weights.values())):
+        far = ", ".join(f"{name} {weight:g}" for name, weight in point.weights.items() if weight) or "base"
+        mark = ", chosen" if tried and point is chosen else ""
+        table.add_row(f"{far}{mark}", *(f"{value:.4f}" for value in point.kl.values()))
+    console.print()
+    console.print(table)
+    console.print("KL(teacher || student) before the first step, on a sample of training rows, nats per token")
 
 
 def show_items(console: Console, title: str, items: Sequence[Item]) -> None:

@@ -39,6 +39,7 @@ class Plan:
     """A planned run; the roles are on the device `meta`, without weights."""
 
     recipe: StageRecipe
+    inputs: Inputs
     data: StageData
     args: TrainingArguments
     settings: LoadSettings
@@ -100,9 +101,9 @@ def make_plan(stage: AnyStage, recipe: StageRecipe) -> Plan:
     if data is not None and inputs is not None:
         found.of(lambda: look_at_output(stage, recipe, inputs, data))
     found.raise_all()
-    assert data is not None and args is not None and mixture is not None
+    assert inputs is not None and data is not None and args is not None and mixture is not None
     assert steps is not None and roles is not None and objective is not None
-    return Plan(recipe, data, args, settings, mixture, steps, roles, objective)
+    return Plan(recipe, inputs, data, args, settings, mixture, steps, roles, objective)
 
 
 def read_inputs(stage: AnyStage, recipe: StageRecipe) -> Inputs:

@@ -64,7 +64,9 @@ def check_command() -> typer.Typer:
 
 
 def checks() -> None:
-    """Check a run before it starts: data, loss shares, steps, memory. Loads no weights.
+    """Check a run before it starts: data, loss shares, steps, memory.
+
+    Loads no weights, except with --weights: then it also measures where training starts.
 
     dae check align --base CKPT --expert PATH ... checks a stage's command.
     `dae align ... --check` does the same.
@@ -83,6 +85,9 @@ def check_recipe(
     stage: Annotated[
         str | None, typer.Option(metavar="STAGE", help="sft, distill or align (default: from the recipe's keys)")
     ] = None,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="also load the weights, and measure where training starts")
+    ] = False,
 ) -> None:
     """Check a recipe file."""
     if recipe is None:
@@ -91,7 +96,7 @@ def check_recipe(
     if chosen not in STAGES:
         raise UserError(f"--stage {chosen}: expected {one_of(list(STAGES))}")
     entry = STAGES[chosen]
-    check_stage(entry, load_recipe(entry.recipe, recipe, {}, assignments or []))
+    check_stage(entry, load_recipe(entry.recipe, recipe, {}, assignments or []), weights)
 
 
 def stage_of(recipe: Path, assignments: Sequence[str]) -> str:

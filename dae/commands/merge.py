@@ -16,7 +16,7 @@ def merge_app() -> typer.Typer:
     return app
 
 
-def moe(recipe: MoeRecipe, _check: bool) -> None:
+def moe(recipe: MoeRecipe) -> None:
     from dae.merging.mixture import merge_moe
 
     result = merge_moe(recipe)
@@ -30,7 +30,7 @@ def moe(recipe: MoeRecipe, _check: bool) -> None:
         typer.echo(f"  expert {name}: {words}")
 
 
-def weights(recipe: WeightsRecipe, _check: bool) -> None:
+def weights(recipe: WeightsRecipe) -> None:
     from dae.merging.weights import merge_weights
 
     result = merge_weights(recipe)
@@ -41,7 +41,7 @@ def weights(recipe: WeightsRecipe, _check: bool) -> None:
     )
 
 
-def to_lora(recipe: ToLoraRecipe, _check: bool) -> None:
+def to_lora(recipe: ToLoraRecipe) -> None:
     from dae.merging.to_lora import to_lora
 
     result = to_lora(recipe)

@@ -22,23 +22,26 @@ OUTPUT = Flag("output", "output", "DIR", "run folder")
 
 
 def recipe_command(
-    schema: type[CommandRecipe], run: Callable[[Any, bool], None], switches: Mapping[str, Any] | None = None
+    schema: type[CommandRecipe],
+    run: Callable[..., None],
+    switches: Mapping[str, Any] | None = None,
+    key_switches: Mapping[str, Any] | None = None,
 ) -> Callable[..., None]:
     """The command that builds a recipe of this schema and runs it.
 
-    run: gets the recipe, and whether --check was given. switches: options without a value, by name; all but `check`
-    set the recipe's key of that name.
+    run: gets the recipe, and every switch by its name, True where it was given. switches: options without a value, by
+    name; key_switches: those that set the recipe's key of their name, and do not go to `run`.
     """
     flags = schema.flags if OUTPUT.name in {flag.name for flag in schema.flags} else (*schema.flags, OUTPUT)
     options: dict[str, Any] = {"assignments": Assignments}
     options |= {flag.name.replace("-", "_"): annotation(schema, flag) for flag in flags}
-    options |= {"recipe": RecipeFile, **(switches or {})}
+    options |= {"recipe": RecipeFile, **(key_switches or {}), **(switches or {})}
 
     def command(**given: Any) -> None:
         values, names = schema.from_flags(given)
-        values |= {name: given[name] for name in switches or () if name != "check"}
+        values |= {name: given[name] for name in key_switches or ()}
         recipe = load_recipe(schema, given["recipe"], values, given["assignments"] or [], names)
-        run(recipe, bool(given.get("check")))
+        run(recipe, **{name: bool(given[name]) for name in switches or ()})
 
     kind = inspect.Parameter.KEYWORD_ONLY
     signature = [inspect.Parameter(name, kind, default=None, annotation=option) for name, option in options.items()]

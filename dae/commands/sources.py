@@ -10,13 +10,13 @@ from dae.rank_teachers.recipe import RankRecipe
 from dae.sampling.recipe import SampleRecipe
 
 
-def sample(recipe: SampleRecipe, _check: bool) -> None:
+def sample(recipe: SampleRecipe) -> None:
     from dae.sampling.sample import sample
 
     typer.echo(sample(recipe))
 
 
-def rank_teachers(recipe: RankRecipe, _check: bool) -> None:
+def rank_teachers(recipe: RankRecipe) -> None:
     from rich.console import Console
 
     from dae.rank_teachers.folder import RESULT

@@ -11,24 +11,33 @@ import typer
 from dae.commands.recipe_command import recipe_command
 from dae.stages import STAGES, StageEntry
 from kd.config.stage_recipe import StageRecipe
+from kd.errors import UserError
 from kd.runs.provenance import HELD_OUT
 
 if TYPE_CHECKING:
     from kd.stages.run_stage import RunResult
 
+MERGE = {"merge": Annotated[bool | None, typer.Option("--merge", help="also write merged full weights")]}
 SWITCHES = {
-    "merge": Annotated[bool | None, typer.Option("--merge", help="also write merged full weights")],
     "check": Annotated[bool | None, typer.Option("--check", help="only check, as `dae check` does; train nothing")],
+    "load_weights": Annotated[
+        bool | None, typer.Option("--weights", help="with --check: load the weights, and measure where training starts")
+    ],
 }
 
 
 def stage_command(name: str) -> Callable[..., None]:
     entry = STAGES[name]
 
-    def run(recipe: StageRecipe, only_check: bool) -> None:
-        (check_stage if only_check else run_stage)(entry, recipe)
+    def run(recipe: StageRecipe, check: bool, load_weights: bool) -> None:
+        if check:
+            check_stage(entry, recipe, load_weights)
+        elif load_weights:
+            raise UserError(f"--weights: is for a check: dae check {name} ... --weights")
+        else:
+            run_stage(entry, recipe)
 
-    return recipe_command(entry.recipe, run, SWITCHES)
+    return recipe_command(entry.recipe, run, SWITCHES, MERGE)
 
 
 def run_stage(entry: StageEntry, recipe: StageRecipe) -> None:
@@ -37,11 +46,11 @@ def run_stage(entry: StageEntry, recipe: StageRecipe) -> None:
     report_run(run_stage(entry.load(), recipe))
 
 
-def check_stage(entry: StageEntry, recipe: StageRecipe) -> None:
+def check_stage(entry: StageEntry, recipe: StageRecipe, load_weights: bool = False) -> None:
     """Show what a run of this recipe would do. Raises UserError with everything that would stop it."""
     from dae.checking.check import check
 
-    check(entry.load(), recipe)
+    check(entry.load(), recipe, load_weights=load_weights)
 
 
 def report_run(result: RunResult) -> None:

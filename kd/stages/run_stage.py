@@ -25,9 +25,10 @@ from kd.losses.router import refuse_useless_router_loss
 from kd.models.forward import learned_positions
 from kd.models.roles import LoadSettings, check_head, check_packing, refuse_unmergeable
 from kd.runs.run_folder import RunFolder, Start, State
-from kd.stages.stage import Inputs, RecipeT, Stage, fingerprints
+from kd.stages.stage import Inputs, RecipeT, Stage, StageRoles, fingerprints
 from kd.training.callbacks import EarlyStopping, StepBookkeeping, StopOnSignal
 from kd.training.model_card import CardFacts
+from kd.training.objective import Objective
 from kd.training.progress import TrainingProgress, doing
 from kd.training.publishing import publish, summarise
 from kd.training.settings import load_settings, planned_steps, processes, rows_per_step, training_arguments
@@ -86,11 +87,11 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT) -> RunResult:
         set_seed(recipe.seed)
         torch.set_flush_denormal(True)  # denormals slow a CPU run several times over
         args = training_arguments(recipe, settings)
-        with doing("loading the models"):
-            trainer, stop, start = prepare(stage, recipe, inputs, args, settings, data, run)
         resume_from = run.checkpoints.latest() if state == "resume" else None
+        with doing("loading the models"):
+            trainer, stop, start = prepare(stage, recipe, inputs, args, settings, data, run, resume_from)
         with doing("measuring before the first step"):
-            first_kl = start_metrics(trainer, data, run, resume_from)
+            first_kl = start_metrics(trainer, data, run, resume_from, start)
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
         if stop.received is not None:
             raise Stopped(
@@ -130,8 +131,12 @@ def prepare(
     settings: LoadSettings,
     data: StageData,
     run: RunFolder,
+    resume_from: Path | None,
 ) -> tuple[RoutedTrainer, StopOnSignal, Mapping[str, Any]]:
-    """Roles, checked against the data, and the trainer over the mixture; what is known of the student's start."""
+    """Roles, checked against the data, and the trainer over the mixture; facts of the student's start.
+
+    A run that goes on takes the facts from its metrics: its weights are those of the checkpoint.
+    """
     mixture = Mixture(data.sources, rows_per_step(args), recipe.seed)
     args.max_steps = planned_steps(mixture, args)
     roles = stage.build_roles(recipe, inputs, settings)
@@ -146,11 +151,10 @@ def prepare(
         refuse_unmergeable(roles.student.model)
     collate_rows = partial(collate, pad_token_id=padding_id(data.tokenizer), packing=recipe.data.packing)
 
-    def measure() -> dict[str, float]:
-        sample = sample_batches(data, collate_rows, args.per_device_train_batch_size)
-        return evaluate_routes(roles.student.model, sample, objective, args.device)
-
-    start = stage.start(recipe, roles, measure)
+    if resume_from is None:
+        start = stage.start(recipe, roles, measurement(roles, objective, data, collate_rows, args))
+    else:
+        start = first_metrics(run).get("start", {})
     lengths = [rows.lengths for rows in data.rows]
     routes = [data.route_names.index(source.route) for source in data.sources]
     stop = StopOnSignal()
@@ -174,6 +178,22 @@ def prepare(
     return trainer, stop, start
 
 
+def measurement(
+    roles: StageRoles,
+    objective: Objective,
+    data: StageData,
+    collate_rows: Callable[[list[Any]], dict[str, Tensor]],
+    args: TrainingArguments,
+) -> Callable[[], dict[str, float]]:
+    """Loss and KL of the student as it is at the call, by route, on a fixed sample of training rows."""
+
+    def measure() -> dict[str, float]:
+        sample = sample_batches(data, collate_rows, args.per_device_train_batch_size)
+        return evaluate_routes(roles.student.model, sample, objective, args.device)
+
+    return measure
+
+
 def sample_batches(
     data: StageData, collate_rows: Callable[[list[Any]], dict[str, Tensor]], size: int
 ) -> dict[str, list[Batch]]:
@@ -188,9 +208,11 @@ def sample_batches(
 
 
 def start_metrics(
-    trainer: RoutedTrainer, data: StageData, run: RunFolder, resume_from: Path | None
+    trainer: RoutedTrainer, data: StageData, run: RunFolder, resume_from: Path | None, start: Mapping[str, Any]
 ) -> dict[str, float]:
     """KL(teacher || student) on training rows before the first step; metrics.jsonl is cut to where the run goes on.
+
+    The first line of metrics.jsonl has these, and the facts of the student's start.
 
     A teacher far from the student is a hard one to follow: a large value is warned about. A run that goes on finds the
     values in its metrics.
@@ -201,8 +223,8 @@ def start_metrics(
     if trainer.objective.routes[0].teacher is None:
         return {}
     if resume_from is not None:
-        start = next((line for line in run.metrics() if line["step"] == 0), {})
-        return {key.removeprefix("initial_"): value for key, value in start.items() if key.startswith("initial_")}
+        first = first_metrics(run)
+        return {key.removeprefix("initial_"): value for key, value in first.items() if key.startswith("initial_")}
     batches = sample_batches(data, trainer.collate, trainer.args.per_device_train_batch_size)
     measured = evaluate_routes(
         trainer.accelerator.unwrap_model(trainer.model), batches, trainer.objective, trainer.args.device
@@ -221,5 +243,11 @@ def start_metrics(
                 LARGE_KL,
             )
     if processes().is_main_process:
-        run.append_metrics({"step": 0, **{f"initial_{key}": value for key, value in first_kl.items()}})
+        measured = {f"initial_{key}": value for key, value in first_kl.items()}
+        run.append_metrics({"step": 0, **measured, **({"start": dict(start)} if start else {})})
     return first_kl
+
+
+def first_metrics(run: RunFolder) -> Mapping[str, Any]:
+    """The line of metrics.jsonl from before the first step; empty without one."""
+    return next((line for line in run.metrics() if line["step"] == 0), {})

@@ -4,10 +4,12 @@
 
 by dual ascent on the factor's logarithm, which keeps it positive: after every optimizer step
 
-    log factor += RATE * clip(KL_route / budget - 1, -1, 1)
+    log factor += RATE / steps * clip(KL_route / allowed - 1, -1, 1)
 
 KL_route is the mean over the tokens of the last steps, older ones fading. With an eval set it is multiplied by what the
-last evaluation was above or below it, so that the budget holds for held-out rows.
+last evaluation was above or below it, so that the budget holds for held-out rows. The budget is for the result: while
+the learning rate is high its noise adds to every KL, three times its last value in runs without a budget, so `allowed`
+falls along a straight line from (1 + NOISE) * budget before the first step to the budget after the last one.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ from transformers.trainer_callback import ExportableState
 
 from kd.training.objective import Objective, RouteSums
 
-RATE = 0.05
+RATE = 10.0  # the most that log factor can move in a whole run
+NOISE = 3.0
 FADING = 0.95  # what a step's sums weigh one step later
-LARGEST_FACTOR = 1000.0
 LARGEST_GAP = 4.0
 LAST_PART = 0.1  # of the steps: what the result is measured on where there is no eval set
 
@@ -74,9 +76,9 @@ class RouteBudget(TrainerCallback, ExportableState):
             now["last_kl"] += kl
             now["last_tokens"] += tokens
         if tokens > 0:
-            over = now["gap"] * now["kl"] / now["tokens"] / self.nats - 1.0
-            bound = math.log(LARGEST_FACTOR)
-            now["log_factor"] = min(bound, max(-bound, now["log_factor"] + RATE * min(1.0, max(-1.0, over))))
+            allowed = self.nats * (1 + NOISE * (1 - state.global_step / state.max_steps))
+            over = now["gap"] * now["kl"] / now["tokens"] / allowed - 1.0
+            now["log_factor"] += RATE / state.max_steps * min(1.0, max(-1.0, over))
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Note how far held-out rows are from training rows."""

@@ -57,6 +57,7 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
     sections = {
         "Models": _models(facts),
         "Data": _data(facts),
+        **_start(facts.summary.get("start", {})),
         "Results": table(("measure", "value"), result_rows(_results(facts.summary))),
         "How to load it": _loading_code(facts.recipe),
         "Recipe": f"```yaml\n{resolved_yaml(facts.recipe).rstrip()}\n```",
@@ -148,7 +149,27 @@ def _sources(routes: Mapping[str, Sequence[DataInput]], facts: CardFacts) -> str
 
 
 def _results(summary: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in summary.items() if key not in ("rows", "dropped", "truncated")}
+    return {key: value for key, value in summary.items() if key not in ("rows", "dropped", "truncated", "start")}
+
+
+def _start(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Where training started, and what was tried for it, as a section; none where it started from the base."""
+    weights = facts.get("weights", {})
+    if not weights:
+        return {}
+    text = f"Training started from the base plus {_far(weights)} of the difference to each expert."
+    if "energy_kept" in facts:
+        text += f" The adapter has {facts['energy_kept']:.1%} of that (squared norm)."
+    if curve := facts.get("curve", []):
+        routes = list(curve[0]["kl"])
+        rows = [[_far(point["weights"]), *(f"{point['kl'][route]:.4g}" for route in routes)] for point in curve]
+        head = ["tried", *(f"{route} KL, nats per token" for route in routes)]
+        text += f"\n\n{table(head, sorted(rows))}"
+    return {"Start": text}
+
+
+def _far(weights: Mapping[str, float]) -> str:
+    return ", ".join(f"{weight:g} ({name})" for name, weight in weights.items())
 
 
 def result_rows(summary: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -14,11 +15,11 @@ from processes import Signal
 from processes import dae as run_dae
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from worlds import align_command, make_adapter
+from worlds import align_command, make_adapter, metrics_of
 
 import dae.start
 from dae import cli
-from dae.start import GENERAL_KL, STEPS
+from dae.start import STEPS
 from kd.models.line import Pull, start_adapter
 from kd.models.roles import STUDENT_ADAPTER, Role
 
@@ -147,30 +148,80 @@ def test_a_started_student_resumes_to_the_same_bits(world: Path) -> None:
     ).read_bytes()
 
 
-def test_auto_goes_as_far_as_the_general_route_allows(world: Path) -> None:
+def exchange(kl: dict[str, float], at_base: dict[str, float]) -> float:
+    """Nats gained on domain routes for each nat lost on the general route."""
+    gained = sum(at_base[route] - value for route, value in kl.items() if route != "general")
+    return gained / (kl["general"] - at_base["general"])
+
+
+def test_auto_goes_as_far_as_the_domain_gains_enough(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dae.start, "EXCHANGE", 1.5)
     student = run("start=auto", *STILL)
     told = json.loads((student / "run.json").read_text())["summary"]["start"]
     weight = told["weights"]["domain"]
-    kl = {point["weights"]["domain"]: point["kl"]["general"] for point in told["curve"]}
-    assert start_of(student)["general"] == pytest.approx(kl[weight], rel=1e-5) if weight else True
-    assert kl.get(weight, 0.0) <= GENERAL_KL
-    assert weight == 1 or kl[round(weight + 1 / STEPS, 4)] > GENERAL_KL
+    assert 0 < weight < 1
+    kl = {point["weights"]["domain"]: point["kl"] for point in told["curve"]}
+    assert start_of(student) == pytest.approx(kl[weight], rel=1e-5)
+    assert exchange(kl[weight], kl[0.0]) >= 1.5 > exchange(kl[round(weight + 1 / STEPS, 4)], kl[0.0])
     torch.testing.assert_close(logits_of(student), logits_of(linear_merge("expert", weight, "mix")), rtol=0, atol=5e-5)
 
 
-def test_auto_gives_each_expert_its_own_weight(world: Path) -> None:
+def test_auto_gives_each_expert_its_own_weight(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dae.start, "EXCHANGE", 1.5)
     make_adapter(world / "near", world / "base", seed=8, size=0.02)
     command = ["--expert", "shop=expert", "--expert", "law=near", "--base", "base", "--output", "both"]
     rows = ["--general-data", "general.jsonl", "--domain-data", "law=shop.jsonl", "--domain-data", "shop=shop.jsonl"]
     assert cli.run(["align", *command, *rows, "start=auto", "lora.rank=16", *STILL]) == 0
-    weights = json.loads(Path("both/run.json").read_text())["summary"]["start"]["weights"]
-    assert weights["law"] > weights["shop"]
-    assert start_of(Path("both"))["general"] <= GENERAL_KL
+    told = json.loads(Path("both/run.json").read_text())["summary"]["start"]
+    assert told["weights"]["law"] > told["weights"]["shop"]
+    assert exchange(start_of(Path("both")), told["curve"][0]["kl"]) >= 1.5
 
 
 def test_auto_that_stays_at_the_base_is_the_base(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dae.start, "GENERAL_KL", 0.0)
+    monkeypatch.setattr(dae.start, "EXCHANGE", math.inf)
     first = run("train.max_steps=2", output="first")
     second = run("train.max_steps=2", "start=auto", output="second")
     name = "adapter_model.safetensors"
     assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_the_start_is_in_the_card_and_in_the_first_line_of_the_metrics(world: Path) -> None:
+    student = run("start=auto", *STILL)
+    told = json.loads((student / "run.json").read_text())["summary"]["start"]
+    assert metrics_of(student)[0]["start"] == told
+    assert told["curve"][0]["weights"] == {"domain": 0.0}
+    card = (student / "README.md").read_text()
+    assert "## Start" in card and f"{told['weights']['domain']:g} (domain) of the difference" in card
+    assert card.count(" (domain) | ") == len(told["curve"])
+
+
+def test_a_run_that_goes_on_does_not_look_for_its_start_again(world: Path) -> None:
+    settings = ("start=auto", "train.max_steps=6", "train.save_steps=2")
+    whole = run(*settings, output="whole")
+    stop = Signal("kd.training.trainer:RoutedTrainer.training_step", 4, signal.SIGTERM)
+    assert run_dae(align_command(*settings, output="stopped"), world, signals=[stop]).status == 143
+    again = run_dae(align_command(*settings, output="stopped"), world)
+    assert again.status == 0 and "of the way to" not in again.err
+    starts = [
+        json.loads((folder / "run.json").read_text())["summary"]["start"] for folder in (world / "stopped", whole)
+    ]
+    assert starts[0] == starts[1]
+
+
+def test_a_check_with_weights_shows_where_training_would_start(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["check", *align_command("start=auto", *STILL), "--weights"]) == 0
+    shown = capsys.readouterr().out
+    assert not Path("student").exists()
+    student = run("start=auto", *STILL)
+    weight = json.loads((student / "run.json").read_text())["summary"]["start"]["weights"]["domain"]
+    (chosen,) = (line.split() for line in shown.splitlines() if ", chosen" in line)
+    assert chosen[:3] == (["domain", f"{weight:g},", "chosen"] if weight else ["base,", "chosen", chosen[2]])
+    assert float(chosen[-1]) == pytest.approx(start_of(student)["domain"], abs=6e-5)
+    Path("r.yaml").write_text("base: base\nexpert: expert\ndata: {domain: shop.jsonl, general: general.jsonl}\n")
+    assert cli.run(["check", "r.yaml", "--weights"]) == 0
+    assert "base" in capsys.readouterr().out.split("start ")[-1]
+
+
+def test_weights_are_loaded_for_a_check_only(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([*align_command(*STILL), "--weights"]) == 2
+    assert "dae check align ... --weights" in capsys.readouterr().err

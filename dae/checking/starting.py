@@ -1,0 +1,44 @@
+"""Where a student would start: the one part of a check that loads weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from transformers import set_seed
+
+from dae.checking.plan import Plan
+from kd.data.mixing import collate
+from kd.data.stage_data import padding_id
+from kd.stages.run_stage import measurement
+from kd.stages.stage import AnyStage
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """How far towards each expert, and KL(teacher || student) by route there: nats per response token.
+
+    weights: empty for a stage without experts, and for the base. kl: empty without teachers.
+    """
+
+    weights: Mapping[str, float]
+    kl: Mapping[str, float]
+
+
+def measured_start(stage: AnyStage, plan: Plan) -> tuple[StartPoint, list[StartPoint]]:
+    """Where training would start, and what was tried for it (`start: auto`).
+
+    Raises UserError where the student cannot start there.
+    """
+    set_seed(plan.recipe.seed)
+    torch.set_flush_denormal(True)
+    roles = stage.build_roles(plan.recipe, plan.inputs, plan.settings)
+    objective = stage.objective(plan.recipe, roles)
+    collate_rows = partial(collate, pad_token_id=padding_id(plan.data.tokenizer), packing=plan.recipe.data.packing)
+    measure = measurement(roles, objective, plan.data, collate_rows, plan.args)
+    facts = stage.start(plan.recipe, roles, measure)
+    kl = {key.removesuffix("_kl"): value for key, value in measure().items() if key.endswith("_kl")}
+    tried = [StartPoint(point["weights"], point["kl"]) for point in facts.get("curve", ())]
+    return StartPoint(facts.get("weights", {}), kl), tried
