@@ -55,7 +55,7 @@ class AlignRecipe(DivergenceRecipe):
         "divergence where the expert all but excludes the row's label",
     )
     start: Literal["base", "auto"] | dict[str, float] = Field(
-        default="base",
+        default="auto",
         description="how far to start from the base towards each expert: base, auto, or {name: 0 to 1}",
     )
     weights: Literal["routes", "tokens"] | dict[str, float] = Field(
@@ -122,6 +122,7 @@ class AlignRecipe(DivergenceRecipe):
     def expand(cls, raw: dict[str, Any]) -> dict[str, Any]:
         raw = super().expand(raw)
         raw = {**raw, "expert": {UNNAMED: raw["expert"]}} if isinstance(raw.get("expert"), str) else raw
+        raw = {**raw, "start": "base"} if "start" not in raw and raw.get("student_from") is not None else raw
         experts, start = raw.get("expert"), raw.get("start")
         if isinstance(start, (int, float)) and not isinstance(start, bool) and isinstance(experts, Mapping):
             return {**raw, "start": dict.fromkeys(experts, start)} if len(experts) == 1 else raw

@@ -9,6 +9,7 @@ back what no row protects (benchmarks/results/starts.md).
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 
 from dae.recipe import AlignRecipe
 from dae.routing import GENERAL
+from kd.errors import UserError
 from kd.models.line import Energy, Pull, start_adapter, start_all_weights
 from kd.models.roles import Role
 from kd.stages.stage import StageRoles
@@ -33,24 +35,30 @@ Measure = Callable[[], Mapping[str, float]]  # `ROUTE_kl` of the student as it i
 def start_student(recipe: AlignRecipe, roles: StageRoles, measure: Measure) -> dict[str, Any]:
     """Move the student to its start; facts for the run's summary.
 
-    Raises UserError where the student cannot take the sum of the experts' differences.
+    Raises UserError where the student cannot take the sum of the experts' differences; `auto` warns, and stays.
     """
     if recipe.start == "base":
         return {}
     experts = {name: roles.teachers[f"expert.{name}"] for name in recipe.expert}
     line = Line(roles.student, experts)
     if recipe.start == "auto":
-        weights, curve = chosen_weights(line, measure)
+        try:
+            weights, curve = chosen_weights(line, measure)
+        except UserError as error:
+            line.place(dict.fromkeys(experts, 0.0))
+            logger.warning("start=auto starts from the base here. %s", error)
+            return {}
         facts: dict[str, Any] = {"weights": weights, "curve": curve}
     else:
         weights = {name: recipe.start.get(name, 0.0) for name in experts}
         facts = {"weights": weights}
     energy = line.place(weights)
-    described = ", ".join(f"{weight:g} of the way to {name}" for name, weight in weights.items())
+    facts["distance"] = line.distance()
+    described = ", ".join(f"{weight:g} of the way to {name}" for name, weight in weights.items() if weight)
     if energy is not None and energy.whole:
         facts["energy_kept"] = energy.share
         described += "" if energy.share > 0.9995 else f"; the adapter has {energy.share:.1%} of that difference"
-    logger.info("start: from the base, %s", described)
+    logger.info("start: the base%s", described and f" plus {described}")
     return facts
 
 
@@ -58,29 +66,34 @@ class Line:
     """The student on its way from the base to the experts."""
 
     def __init__(self, student: Role, experts: Mapping[str, Role]) -> None:
-        """student: as it is at the base."""
+        """student: as it is at the base. A copy of what trains is kept in the CPU's memory."""
         self._student = student
         self.experts = experts
-        self._at = dict.fromkeys(experts, 0.0)
-        self._new = {name: weight.detach().clone() for name, weight in _adapter_weights(student)}
+        self._at_base = {name: weight.detach().to("cpu", copy=True) for name, weight in self._trained()}
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters of the student's adapter; all parameters if all weights train."""
+        adapter, parameters = self._student.adapter, self._student.model.named_parameters()
+        return [(name, weight) for name, weight in parameters if adapter is None or adapter in name.split(".")]
 
     def place(self, weights: Mapping[str, float]) -> Energy | None:
         """Put the student at these weights; what its adapter took of the difference, None if all weights train."""
+        for name, weight in self._trained():
+            weight.data.copy_(self._at_base[name])
+        pulls = [Pull(role, weights[name]) for name, role in self.experts.items()]
         if self._student.adapter is not None:
-            for name, weight in _adapter_weights(self._student):
-                weight.data.copy_(self._new[name])
-            return start_adapter(self._student, [Pull(role, weights[name]) for name, role in self.experts.items()])
-        moves = [Pull(role, weights[name] - self._at[name]) for name, role in self.experts.items()]
-        self._at = dict(weights)
-        start_all_weights(self._student.model, moves)
+            return start_adapter(self._student, pulls)
+        start_all_weights(self._student.model, pulls)
         return None
 
-
-def _adapter_weights(student: Role) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of the student's adapter; none if all weights train."""
-    if student.adapter is None:
-        return []
-    return [(name, weight) for name, weight in student.model.named_parameters() if student.adapter in name.split(".")]
+    def distance(self) -> float:
+        """Root mean square of how far what trains has been moved; of an adapter, its factors B, which began as 0."""
+        moved = [
+            (weight.detach().cpu().double() - self._at_base[name].double()).square()
+            for name, weight in self._trained()
+            if self._student.adapter is None or "lora_B" in name
+        ]
+        return math.sqrt(sum(float(one.sum()) for one in moved) / max(1, sum(one.numel() for one in moved)))
 
 
 def chosen_weights(line: Line, measure: Measure) -> tuple[Weights, list[dict[str, Any]]]:

@@ -51,10 +51,19 @@ class Energy:
         return self.kept / self.whole if self.whole else 1.0
 
 
-def refuse_unsummable(pull: Pull) -> None:
-    """Raise UserError if an adapter expert has more than plain low-rank updates of linear layers."""
+def refuse_unsummable(pull: Pull, student: nn.Module) -> None:
+    """Raise UserError if a difference to the base cannot be summed.
+
+    Of an adapter: more than plain low-rank updates of linear layers. Of another expert: other weights than the base.
+    """
     role = pull.expert
     if role.adapter is None:
+        theirs, base = (_shapes(model) for model in (role.model, student))
+        if odd := sorted(theirs.items() ^ base.items()):
+            raise UserError(
+                f"start: {role.name}: {odd[0][0]} is missing or has another shape on one side, so there is no line "
+                "from the base to this expert; use start=base"
+            )
         return
     for name, module in role.model.named_modules():
         if found := _beyond_a_sum(module, role.adapter):
@@ -62,6 +71,14 @@ def refuse_unsummable(pull: Pull) -> None:
                 f"start: {role.name}: {name} {found}, which is no sum of low-rank updates; use start=base, or merge "
                 "the expert (`dae merge weights ... weight=1`) and give the checkpoint"
             )
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Every parameter of a model without its adapters."""
+    weights = (
+        base_weights(model) if isinstance(model, PeftModel) else dict(model.named_parameters(remove_duplicate=False))
+    )
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
 def _beyond_a_sum(module: Any, adapter: str) -> str:
@@ -90,7 +107,7 @@ def start_adapter(student: Role, pulls: Sequence[Pull]) -> Energy:
     if not pulls:
         return Energy(0.0, 0.0)
     for pull in pulls:
-        refuse_unsummable(pull)
+        refuse_unsummable(pull, student.model)
     layers = dict(_lora_layers(student.model))
     taken = [_start_layer(name, layer, pulls) for name, layer in layers.items()]
     rest = _left_out(student, set(layers), [pull for pull in pulls if pull.expert.adapter is None])
@@ -108,7 +125,7 @@ def start_all_weights(student: nn.Module, pulls: Sequence[Pull]) -> None:
     """Add the pulls to a model that has the base's weights."""
     pulls = [pull for pull in pulls if pull.weight]
     for pull in pulls:
-        refuse_unsummable(pull)
+        refuse_unsummable(pull, student)
     with torch.no_grad():
         for name, weight in student.named_parameters():
             update = sum((pull.weight * _difference(pull.expert, name, weight) for pull in pulls), torch.zeros(()))

@@ -39,6 +39,7 @@ logger = logging.getLogger("dae")
 # Nats per response token between teacher and untrained student; a uniform guess over 32,000 tokens costs 10.
 LARGE_KL = 2.0
 INITIAL_KL_ROWS = 64
+HIGH_RATE = 3.0  # times the rate that goes with the start
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def prepare(
 
     if resume_from is None:
         start = stage.start(recipe, roles, measurement(roles, objective, data, collate_rows, args))
+        advise_rate(start, args)
     else:
         start = first_metrics(run).get("start", {})
     lengths = [rows.lengths for rows in data.rows]
@@ -176,6 +178,27 @@ def prepare(
     for callback in stage.callbacks(recipe, data, roles, trainer):
         trainer.add_callback(callback)
     return trainer, stop, start
+
+
+def advise_rate(start: Mapping[str, Any], args: TrainingArguments) -> None:
+    """Say which learning rate goes with a student that starts away from its base; warn where the recipe's is far above.
+
+    N steps of Adam at rate r move a weight by about r sqrt(N / 2) (steps of size r with changing signs, a schedule that
+    falls to 0). At the rate that makes this the start's own distance from the base, training refines the start; far
+    above it, training forgets it.
+    """
+    if not start.get("distance"):
+        return
+    rate = start["distance"] / math.sqrt(args.max_steps / 2)
+    words = f"start: a learning rate near {rate:.1g} goes with this start over {args.max_steps} steps"
+    if args.learning_rate > HIGH_RATE * rate:
+        logger.warning(
+            "%s; at %g (train.learning_rate) training moves the student further than its start is from the base",
+            words,
+            args.learning_rate,
+        )
+    else:
+        logger.info("%s", words)
 
 
 def measurement(

@@ -8,8 +8,9 @@ by dual ascent on the factor's logarithm, which keeps it positive: after every o
 
 KL_route is the mean over the tokens of the last steps, older ones fading. With an eval set it is multiplied by what the
 last evaluation was above or below it, so that the budget holds for held-out rows. The budget is for the result: while
-the learning rate is high its noise adds to every KL, three times its last value in runs without a budget, so `allowed`
-falls along a straight line from (1 + NOISE) * budget before the first step to the budget after the last one.
+the learning rate is high its noise adds to every KL, two or three times its last value in runs without a budget. So
+`allowed` falls along a straight line from (1 + NOISE) * AIM * budget before the first step to AIM * budget after the
+last one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from transformers.trainer_callback import ExportableState
 from kd.training.objective import Objective, RouteSums
 
 RATE = 10.0  # the most that log factor can move in a whole run
-NOISE = 3.0
+NOISE = 2.0
+AIM = 0.9  # a little below the budget, so that the result is not above it half of the time
 FADING = 0.95  # what a step's sums weigh one step later
 LARGEST_GAP = 4.0
 LAST_PART = 0.1  # of the steps: what the result is measured on where there is no eval set
@@ -76,7 +78,7 @@ class RouteBudget(TrainerCallback, ExportableState):
             now["last_kl"] += kl
             now["last_tokens"] += tokens
         if tokens > 0:
-            allowed = self.nats * (1 + NOISE * (1 - state.global_step / state.max_steps))
+            allowed = AIM * self.nats * (1 + NOISE * (1 - state.global_step / state.max_steps))
             over = now["gap"] * now["kl"] / now["tokens"] / allowed - 1.0
             now["log_factor"] += RATE / state.max_steps * min(1.0, max(-1.0, over))
 

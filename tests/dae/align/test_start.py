@@ -11,6 +11,7 @@ import pytest
 import torch
 from align_runs import logits_of, merged, run, start_of
 from peft import LoraConfig, get_peft_model
+from pico import make_checkpoint
 from processes import Signal
 from processes import dae as run_dae
 from safetensors.torch import load_file
@@ -201,7 +202,7 @@ def test_a_run_that_goes_on_does_not_look_for_its_start_again(world: Path) -> No
     stop = Signal("kd.training.trainer:RoutedTrainer.training_step", 4, signal.SIGTERM)
     assert run_dae(align_command(*settings, output="stopped"), world, signals=[stop]).status == 143
     again = run_dae(align_command(*settings, output="stopped"), world)
-    assert again.status == 0 and "of the way to" not in again.err
+    assert again.status == 0 and "start: the base" not in again.err
     starts = [
         json.loads((folder / "run.json").read_text())["summary"]["start"] for folder in (world / "stopped", whole)
     ]
@@ -225,3 +226,42 @@ def test_a_check_with_weights_shows_where_training_would_start(world: Path, caps
 def test_weights_are_loaded_for_a_check_only(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([*align_command(*STILL), "--weights"]) == 2
     assert "dae check align ... --weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_auto_places_all_weights_where_it_says(world: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many points it tried before."""
+    monkeypatch.setattr(dae.start, "EXCHANGE", 1.5)
+    expert = "expert" if kind == "adapter" else str(merged("expert", "whole"))
+    student = run(f"expert={expert}", "lora=null", "start=auto", *STILL)
+    told = json.loads((student / "run.json").read_text())["summary"]["start"]
+    weight = told["weights"]["domain"]
+    assert 0 < weight < 1 and len(told["curve"]) > 3
+    torch.testing.assert_close(logits_of(student), logits_of(linear_merge(expert, weight, "mix")), rtol=0, atol=5e-5)
+    start = full("base")
+    moved = torch.cat([(weight - start[name]).flatten() for name, weight in full(str(student)).items()])
+    assert told["distance"] == pytest.approx(float(moved.square().mean().sqrt()), rel=0.1)
+
+
+def test_auto_stays_at_the_base_where_the_student_cannot_go_and_says_why(
+    world: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_adapter(world / "odd", world / "base", seed=3, use_dora=True)
+    first = run("expert=odd", "start=base", "train.max_steps=2", output="first")
+    second = run("expert=odd", "train.max_steps=2", output="second")
+    assert "start=auto starts from the base here" in capfd.readouterr().err
+    name = "adapter_model.safetensors"
+    assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_an_expert_of_another_architecture_is_on_no_line(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_checkpoint(world / "deep", num_hidden_layers=3)
+    assert cli.run(align_command("expert=deep", "start=0.5", *STILL, output="refused")) == 2
+    assert "no line from the base to this expert" in capsys.readouterr().err
+
+
+def test_a_learning_rate_far_above_the_starts_is_told(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for rate, words in (("1e-4", ""), ("1", "at 1 (train.learning_rate) training moves the student further")):
+        run("start=0.3", f"train.learning_rate={rate}", "train.max_steps=2", output=f"rate-{rate}")
+        told = capfd.readouterr().err
+        assert "goes with this start over 2 steps" in told and ("at 1 (" in told) == bool(words) and words in told

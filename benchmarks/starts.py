@@ -1,0 +1,290 @@
+"""Where a student starts, and what it is trained with: the base or the line to its expert, DAE or next-token loss.
+
+    export OMP_NUM_THREADS=1
+    python benchmarks/starts.py                                      # prints the commands that are still to be run
+    python benchmarks/starts.py | xargs -d '\\n' -P 2 -n 1 sh -c     # runs them, two at a time
+    python benchmarks/starts.py --write                              # writes the results from what is there
+
+Call the second line again until the first one prints nothing: other seeds wait for the learning rates, which are chosen
+on validation documents with the first seed. From the repository's root. Needs three demos (`dae demo --output
+runs/demo_seeds/seed-N --seed N`), ../shared, and runs/real_pair/{category-lora-expert, general.jsonl} of
+recipes/real_pair.yaml.
+
+World: accuracy on the demo's four groups. Category: accuracy on titles, bits per byte on stories. Every way has the
+rows, batch size and schedule of the pair's recipe; what differs is in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dae_eval.folders import EVALUATION
+
+from benchmarks.real_pair_scores import SHARED, completion_bytes
+from benchmarks.trade_off import DEMOS, LIMIT, VALIDATION_EVERY, mean_of, task_means
+from dae.demo.world import ALIGNED_KINDS, ALIGNED_SKILLS, UNALIGNED_KINDS, UNALIGNED_SKILLS
+from kd.runs.files import write_text_durably
+
+WORK = Path("runs/starts")
+SEEDS = (0, 1, 2)
+GROUPS: Mapping[str, Sequence[str]] = {
+    "shop, aligned": ALIGNED_KINDS,
+    "shop, not aligned": UNALIGNED_KINDS,
+    "general, aligned": ALIGNED_SKILLS,
+    "general, not aligned": UNALIGNED_SKILLS,
+}
+LOSSES = {"dae": "DAE", "ntp": "next-token loss", "trust": "DAE, lambda: trust"}
+LAMBDAS = {"dae": 1, "ntp": 0, "trust": "trust"}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One line of the tables: a start (`base`, `auto` or a weight), a loss, the steps, and the rates that are tried."""
+
+    pair: str
+    start: str
+    loss: str
+    steps: int
+    rates: tuple[float, ...]
+    budget: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student of a way."""
+
+    way: Way
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        budget = "" if self.way.budget is None else f"-budget{self.way.budget:g}"
+        return f"{self.way.start}-{self.way.loss}-{self.way.steps}{budget}-lr{self.rate:g}-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        if self.way.pair == "world":
+            return DEMOS / f"seed-{self.seed}" / "starts" / self.name
+        return WORK / f"{self.way.pair}-{self.name}"
+
+    @property
+    def student(self) -> Path:
+        return self.folder / "student" if self.way.pair == "world" else self.folder
+
+    @property
+    def is_scored(self) -> bool:
+        done = self.folder / "scores" / EVALUATION if self.way.pair == "world" else scores_file(self.folder.name)
+        return done.is_file()
+
+
+WORLD_COLD, WORLD_WARM = (1.5e-3, 3e-3, 6e-3), (3e-4, 1e-3, 3e-3)
+CATEGORY = (1.5e-3, 5e-3)
+WAYS = (
+    *(Way("world", "base", loss, 900, WORLD_COLD) for loss in ("dae", "ntp")),
+    *(Way("world", "base", loss, 450, WORLD_COLD) for loss in ("dae", "ntp")),
+    *(Way("world", "auto", loss, 450, WORLD_WARM) for loss in LOSSES),
+    *(Way("world", "0.5", loss, 450, WORLD_WARM) for loss in ("dae", "ntp")),
+    *(Way("world", "auto", "dae", 450, (1e-3,), budget) for budget in (0.02, 0.01)),
+    *(Way("category", "base", loss, 600, CATEGORY) for loss in ("dae", "ntp")),
+    *(Way("category", "base", loss, 300, CATEGORY) for loss in LOSSES),
+    *(Way("category", "auto", loss, 300, CATEGORY) for loss in LOSSES),
+    *(Way("category", "0.5", loss, 300, CATEGORY) for loss in ("dae", "ntp")),
+)
+
+
+def scores_file(name: str) -> Path:
+    return WORK / "scores" / f"{name}.json"
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def command(run: Run) -> str:
+    """What trains and scores a run, in one line of the shell."""
+    way, expert = run.way, "shop" if run.way.pair == "world" else "domain"
+    start = way.start if way.start in ("base", "auto") else f"{{{expert}: {way.start}}}"
+    keys = [f"start={start}", f"lambda={LAMBDAS[way.loss]}", f"train.max_steps={way.steps}"]
+    keys += [f"train.learning_rate={run.rate!r}", f"seed={run.seed}"]
+    keys += [] if way.budget is None else [f"budget.general={way.budget!r}"]
+    if way.pair == "world":
+        words = ["dae", "run", "../../../benchmarks/recipes/trade_off/world_align.yaml", f"output=starts/{run.name}"]
+        words += [f"stages.student.{key}" for key in keys]
+        return f"(cd {DEMOS}/seed-{run.seed} && {shlex.join(words)})"
+    recipe = "benchmarks/recipes/starts_category.yaml"
+    words = ["dae", "align", "--recipe", recipe, "--output", str(run.folder), *keys]
+    scoring = ["python", "benchmarks/real_pair_scores.py", str(run.folder), str(scores_file(run.folder.name))]
+    scoring += ["--limit", str(LIMIT), "--tasks", "real_category", "real_stories", "real_story_endings"]
+    return f"{shlex.join(words)} && {shlex.join(scoring)}"
+
+
+def missing_commands() -> list[str]:
+    """What is to be run: the learning rates of the first seed, then the other seeds at the chosen rate."""
+    wanted = [Run(way, rate, SEEDS[0]) for way in WAYS for rate in way.rates]
+    for way in WAYS:
+        rate, complete = chosen(way)
+        if rate is not None and complete:
+            wanted += [Run(way, rate, seed) for seed in SEEDS[1:]]
+    return [command(run) for run in wanted if not run.is_scored]
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def figures_of(run: Run) -> dict[str, float]:
+    """World: accuracy by group. Category: accuracy of titles, bits per byte of stories. Test documents."""
+    if run.way.pair == "world":
+        means = task_means(run.folder / "scores")
+        return {group: mean_of(means, names) for group, names in GROUPS.items()}
+    return category_figures(run, is_validation=False)
+
+
+def category_figures(run: Run, *, is_validation: bool) -> dict[str, float]:
+    """Of the documents scored, every third is for validation."""
+    tasks = json.loads(scores_file(run.folder.name).read_text(encoding="utf-8"))["tasks"]
+    found = {}
+    for task in ("real_category", "real_stories"):
+        scores_D = np.array([each["score"] for each in tasks[task]["documents"]])
+        kept_D = (np.arange(len(scores_D)) % VALIDATION_EVERY == VALIDATION_EVERY - 1) == is_validation
+        if task == "real_category":
+            found["category"] = float(scores_D[kept_D].mean())
+        else:
+            bytes_D = completion_bytes(SHARED, task)[: len(scores_D)]
+            found["stories"] = float(scores_D[kept_D].sum() / bytes_D[kept_D].sum())
+    return found
+
+
+def validation_score(run: Run) -> float | None:
+    """One number, higher is better; None where the run is not scored yet.
+
+    World: the mean of domain and general on the skills that rows ask. Category: accuracy minus bits per byte, so that a
+    point is worth a hundredth of a bit.
+    """
+    if not run.is_scored:
+        return None
+    if run.way.pair == "world":
+        means = task_means(run.folder / "validation")
+        skills = [skill for skill in ALIGNED_SKILLS if f"world_{skill}" in means]
+        return (mean_of(means, ALIGNED_KINDS) + mean_of(means, skills)) / 2
+    found = category_figures(run, is_validation=True)
+    return found["category"] - found["stories"]
+
+
+def chosen(way: Way) -> tuple[float | None, bool]:
+    """The best rate of those that were tried with the first seed, and whether all were."""
+    scores = {rate: validation_score(Run(way, rate, SEEDS[0])) for rate in way.rates}
+    known = {rate: score for rate, score in scores.items() if score is not None}
+    return (max(known, key=known.__getitem__) if known else None), len(known) == len(scores)
+
+
+def results() -> dict[str, Any]:
+    """All lines that have a student, with the figures of each seed."""
+    lines = []
+    for way in WAYS:
+        rate, complete = chosen(way)
+        if rate is None:
+            continue
+        runs = [run for run in (Run(way, rate, seed) for seed in SEEDS) if run.is_scored]
+        line: dict[str, Any] = {"pair": way.pair, "start": way.start, "loss": way.loss, "steps": way.steps}
+        line |= {"budget": way.budget, "learning_rate": rate, "rates": list(way.rates), "all_rates_tried": complete}
+        line["weights"] = {str(run.seed): weight_of(run) for run in runs}
+        line["validation"] = {f"{r:g}": validation_score(Run(way, r, SEEDS[0])) for r in way.rates}
+        line["budgets"] = {str(run.seed): facts_of(run)["budget"] for run in runs if way.budget is not None}
+        lines.append(line | {"figures": {str(run.seed): figures_of(run) for run in runs}})
+    return {"date": f"{datetime.now(UTC):%Y-%m-%d}", "ends": ends(), "lines": lines}
+
+
+def facts_of(run: Run) -> dict[str, Any]:
+    """The summary of a run."""
+    found: dict[str, Any] = json.loads((run.student / "run.json").read_text(encoding="utf-8"))["summary"]
+    return found
+
+
+def weight_of(run: Run) -> float:
+    """How far towards the expert a student started."""
+    return float(next(iter(facts_of(run).get("start", {}).get("weights", {"": 0.0}).values())))
+
+
+def ends() -> dict[str, dict[str, dict[str, float]]]:
+    """The world's base and expert by seed."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name in ("base", "expert"):
+        for seed in SEEDS:
+            means = task_means(DEMOS / f"seed-{seed}" / "report" / "evaluations" / name)
+            scores = {group: mean_of(means, names) for group, names in GROUPS.items()}
+            found.setdefault(name, {})[str(seed)] = scores
+    return found
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """Both pairs' tables."""
+    parts = [f"# Where a student starts\n\n{record['date']}, CPU. Written by `benchmarks/starts.py`."]
+    for pair, title, units in (
+        ("world", "The embedded world", dict.fromkeys(GROUPS, 100.0)),
+        ("category", "stories260k, title to category", {"category": 100.0, "stories": 1.0}),
+    ):
+        head = ["start", "weight", "loss", "steps", "learning rate", "seeds", *units]
+        rows = []
+        if pair == "world":
+            for name, by_seed in record["ends"].items():
+                rows.append([name, "", "", "", "", str(len(by_seed)), *cells(by_seed, units)])
+        for line in (line for line in record["lines"] if line["pair"] == pair):
+            budget = "" if line["budget"] is None else f", budget {line['budget']:g}"
+            rate = f"{line['learning_rate']:g}" + ("" if line["all_rates_tried"] else " (search not complete)")
+            weight = spread(list(line["weights"].values()), 2)
+            names = [line["start"], weight, LOSSES[line["loss"]] + budget, str(line["steps"]), rate]
+            rows.append([*names, str(len(line["figures"])), *cells(line["figures"], units)])
+        parts.append(f"## {title}\n\n{table(head, rows)}")
+    return "\n\n".join([*parts, NOTES]) + "\n"
+
+
+NOTES = """Mean over seeds, with the lowest and the highest. World: accuracy in per cent (chance 25); `not aligned`:
+kinds of question that no alignment row asks. Category: accuracy in per cent on 400 documents (standard error 2.3
+points), bits per byte of stories (lower is better). The rate of every line is the best of those tried, on validation
+documents with the first seed. All lines of a pair have the same rows, batch size and schedule."""
+
+
+def cells(by_seed: Mapping[str, Mapping[str, float]], units: Mapping[str, float]) -> list[str]:
+    return [
+        spread([unit * figures[name] for figures in by_seed.values()], 1 if unit > 1 else 3)
+        for name, unit in units.items()
+    ]
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """`93.1 (91.0 to 95.2)`; one value alone."""
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+
+
+def main() -> None:
+    """Print what is missing, or write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the results from what is there")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where the results go")
+    given = parser.parse_args()
+    if not given.write:
+        print("\n".join(missing_commands()))
+        return
+    record = results()
+    write_text_durably(given.output / "starts.json", json.dumps(record, indent=1) + "\n")
+    write_text_durably(given.output / "starts.md", markdown(record))
+
+
+if __name__ == "__main__":
+    main()
