@@ -112,7 +112,7 @@ def chosen_weights(line: Line, measure: Measure) -> tuple[Weights, list[dict[str
     def fits(weights: Weights) -> bool:
         kl = kl_at(weights)
         gained = sum(at_base[name] - kl[name] for name in names)
-        return gained >= EXCHANGE * (kl[GENERAL] - at_base[GENERAL])
+        return gained > EXCHANGE * (kl[GENERAL] - at_base[GENERAL])
 
     def largest(at: Callable[[int], Weights], low: int) -> int:
         """The largest step that fits, by bisection; `low` fits."""

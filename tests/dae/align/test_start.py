@@ -244,12 +244,12 @@ def test_auto_places_all_weights_where_it_says(world: Path, kind: str, monkeypat
 
 
 def test_auto_stays_at_the_base_where_the_student_cannot_go_and_says_why(
-    world: Path, capfd: pytest.CaptureFixture[str]
+    world: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_adapter(world / "odd", world / "base", seed=3, use_dora=True)
     first = run("expert=odd", "start=base", "train.max_steps=2", output="first")
     second = run("expert=odd", "train.max_steps=2", output="second")
-    assert "start=auto starts from the base here" in capfd.readouterr().err
+    assert "start=auto starts from the base here" in caplog.text
     name = "adapter_model.safetensors"
     assert (first / name).read_bytes() == (second / name).read_bytes()
 
@@ -260,8 +260,10 @@ def test_an_expert_of_another_architecture_is_on_no_line(world: Path, capsys: py
     assert "no line from the base to this expert" in capsys.readouterr().err
 
 
-def test_a_learning_rate_far_above_the_starts_is_told(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_learning_rate_far_above_the_starts_is_told(world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "dae")
     for rate, words in (("1e-4", ""), ("1", "at 1 (train.learning_rate) training moves the student further")):
         run("start=0.3", f"train.learning_rate={rate}", "train.max_steps=2", output=f"rate-{rate}")
-        told = capfd.readouterr().err
+        told = caplog.text
+        caplog.clear()
         assert "goes with this start over 2 steps" in told and ("at 1 (" in told) == bool(words) and words in told
