@@ -51,6 +51,15 @@ class Energy:
         return self.kept / self.whole if self.whole else 1.0
 
 
+def moving(pulls: Sequence[Pull]) -> list[Pull]:
+    """Those that change anything: not of weight 0, nor towards the base (a shared backbone with its adapters off)."""
+
+    def is_base(role: Role) -> bool:
+        return role.adapter is None and isinstance(role.model, PeftModel)
+
+    return [pull for pull in pulls if pull.weight and not is_base(pull.expert)]
+
+
 def refuse_unsummable(pull: Pull, student: nn.Module) -> None:
     """Raise UserError if a difference to the base cannot be summed.
 
@@ -103,7 +112,7 @@ def start_adapter(student: Role, pulls: Sequence[Pull]) -> Energy:
     Raises UserError where it cannot take at least LEAST_ENERGY of the squared difference, or an expert is no sum of
     low-rank updates. Pulls of weight 0 change nothing, to the bit.
     """
-    pulls = [pull for pull in pulls if pull.weight]
+    pulls = moving(pulls)
     if not pulls:
         return Energy(0.0, 0.0)
     for pull in pulls:
@@ -123,7 +132,7 @@ def start_adapter(student: Role, pulls: Sequence[Pull]) -> Energy:
 
 def start_all_weights(student: nn.Module, pulls: Sequence[Pull]) -> None:
     """Add the pulls to a model that has the base's weights."""
-    pulls = [pull for pull in pulls if pull.weight]
+    pulls = moving(pulls)
     for pull in pulls:
         refuse_unsummable(pull, student)
     with torch.no_grad():
