@@ -128,7 +128,8 @@ class Align(Stage[AlignRecipe]):
             Route(name, teacher, factors.get(name, 1.0), of_general if name == GENERAL else token_loss)
             for name, teacher in teachers.items()
         ]
-        return Objective(tuple(routes), token_loss, pooled=recipe.weights == "tokens")
+        pooled, measures_kl = recipe.weights == "tokens", bool(recipe.budget)
+        return Objective(tuple(routes), token_loss, pooled=pooled, measures_kl=measures_kl)
 
     def callbacks(
         self, recipe: AlignRecipe, data: StageData, roles: StageRoles, trainer: RoutedTrainer

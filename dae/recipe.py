@@ -185,8 +185,6 @@ def budget_problems(raw: Mapping[str, Any]) -> list[Problem]:
             problems.append(Problem(("budget", str(name)), nats, f"unknown route; expected {GENERAL}"))
         elif isinstance(nats, (int, float)) and not isinstance(nats, bool) and not 0 < nats < math.inf:
             problems.append(Problem(("budget", name), nats, "must be above 0: nats per token"))
-    if raw.get("lambda", raw.get("lambda_", 1.0)) == 0:
-        problems.append(Problem(("lambda",), 0, "with a budget the reference is asked: use a number above 0, or trust"))
     if raw.get("weights") == "tokens":
         words = "with a budget the routes have factors: use routes, or a factor for each"
         problems.append(Problem(("weights",), "tokens", words))

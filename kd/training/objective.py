@@ -46,6 +46,7 @@ class Objective:
 
     pooled: False weighs routes by their factors (w_r = factor / N_r), True weighs tokens alike (w_r = 1).
     terms: auxiliary losses, only with a single route; each has its own weight, the token loss has `token_weight`.
+    measures_kl: whether a training step runs the teachers even where the loss does not need them.
     router_aux_weight: of the routers' load balancing loss, where the student is a mixture of experts (router.py).
     """
 
@@ -55,6 +56,7 @@ class Objective:
     terms: tuple[AuxiliaryLoss, ...] = ()
     token_weight: float = 1.0
     router_aux_weight: float = 0.0
+    measures_kl: bool = False
 
     def __post_init__(self) -> None:
         assert not self.terms or len(self.routes) == 1, "auxiliary losses do not know routes"
@@ -62,7 +64,8 @@ class Objective:
     @property
     def trains_with_teachers(self) -> bool:
         """Whether a training step runs the routes' teachers."""
-        return self.routes[0].teacher is not None and (self.token_loss.weight > 0 or bool(self.terms))
+        needed = self.token_loss.weight > 0 or bool(self.terms) or self.measures_kl
+        return self.routes[0].teacher is not None and needed
 
     def weights(self, tokens_R: Tensor) -> Tensor:
         """[R] response tokens of the whole optimizer step -> [R] fp64 weights w_r / sum_r w_r N_r of the route sums."""
