@@ -19,6 +19,8 @@ def one_line(logs: Mapping[str, Any]) -> str:
         route, _, what = key.partition("/")
         if what == "kl" or (what == "ntp" and f"{route}/kl" not in logs):
             parts.append(f"{route} {what} {round(value, 4) + 0.0:.4f}")  # what rounds to 0 has no sign
+        elif what == "factor":  # of a route with a budget
+            parts.append(f"{route} factor {value:.3g}")
     return "  ".join(parts)
 
 

@@ -16,6 +16,7 @@ from worlds import FORGETTING, align_command
 
 from dae import cli
 from kd.training.budget import RATE
+from kd.training.progress import one_line
 
 FACTOR, KL = "general/factor", "general/kl"
 QUICK = ("data.general.0.share=0.5", "data.domain.0.share=0.5", "train.learning_rate=3e-3", "train.logging_steps=1")
@@ -71,6 +72,11 @@ def test_a_run_with_a_budget_resumes_to_the_same_bits(world: Path) -> None:
     factors = [[line[FACTOR] for line in trained_steps(folder)] for folder in (world / "stopped", whole)]
     assert factors[0] == factors[1]
     assert outcome(world / "stopped") == outcome(whole)
+
+
+def test_progress_shows_the_factor() -> None:
+    logs = {"loss": 0.5, "general/kl": 0.02, "shop/kl": 1.0, "general/factor": 2.5}
+    assert one_line(logs) == "loss 0.5000  general kl 0.0200  shop kl 1.0000  general factor 2.5"
 
 
 def test_the_command_says_whether_it_was_met(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
