@@ -95,10 +95,12 @@ def test_settings_are_shares_on_the_world_and_weights_on_the_real_pair() -> None
 
 
 def test_the_students_of_the_demo_are_those_of_the_first_setting() -> None:
-    """Else figures of `dae demo` and of this benchmark would be of two kinds of student."""
+    """But for where the demo's start, and the learning rate that goes with it."""
     commands = [words for _, words in story.commands(Path(), ROOT / "recipes" / "demo", 1) if words[1] == "align"]
     for way, words in zip(("dae", "ntp"), commands, strict=True):
         ours = student("world", way, 0.7)
+        train = {**ours.train, "learning_rate": 1e-3}
+        ours = ours.model_copy(update={"start": "auto", "train": train})
         flags = {"base": ours.base, "reference": ours.reference, "expert.shop": "expert", "output": ours.output}
         flags |= {"data.shop": "world/shop_align.jsonl", "data.general": "world/general_align.jsonl"}
         assert (
