@@ -34,7 +34,7 @@ def recipe_of(run: Run) -> Any:
 @pytest.mark.parametrize("pair", ["world", "category"])
 def test_ways_differ_in_what_is_compared_alone(pair: str) -> None:
     recipes = [recipe_of(Run(way, way.rates[0], SEEDS[1])) for way in WAYS if way.pair == pair]
-    assert len({recipe.output for recipe in recipes}) == len(recipes) > 5
+    assert len({recipe.output for recipe in recipes}) == len(recipes) > 4
     varied = {"output": "", "start": "base", "lambda_": 1.0, "budget": {}}
     for recipe in recipes:
         train = {key: value for key, value in recipe.train.items() if key not in ("max_steps", "learning_rate")}
@@ -46,7 +46,7 @@ def test_ways_differ_in_what_is_compared_alone(pair: str) -> None:
 
 def test_the_starts_are_those_of_the_ways() -> None:
     found = {(way.start, str(recipe_of(Run(way, way.rates[0], 0)).start)) for way in WAYS if way.pair == "world"}
-    assert found == {("base", "base"), ("auto", "auto"), ("0.5", "{'shop': 0.5}")}
+    assert found == {("base", "base"), ("auto", "auto")}
 
 
 def test_tables_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -65,5 +65,5 @@ def test_tables_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert starts.category_figures(run, is_validation=False) == {"category": 0.5, "stories": 1.5}
     assert starts.validation_score(run) == 0.0 - 4.5
     text = starts.markdown(starts.results())
-    assert "| auto | 0.30 | DAE | 300 | 0.0015 (search not complete) | 1 | 50.0 | 1.500 |" in text
+    assert "| auto | 0.30 | DAE | 300 | 0.0015 | 1 | 50.0 | 1.500 |" in text
     assert "| base |  |  |  |  | 1 | 25.0 | 25.0 | 25.0 | 25.0 |" in text
