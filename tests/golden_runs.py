@@ -40,7 +40,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     ),
     "align-shared": (*ALIGN, "--expert", "expert", *LORA),
     "align-reference": (
-        *ALIGN, "--expert", "expert", "--reference", "reference", "divergence=jsd", "beta=0.3", "lambda=0.8", *LORA,
+        *ALIGN, "--expert", "expert", "--reference", "reference", "divergence=jsd", "beta=0.3", "lambda=0.8",
+        "start=base", *LORA,
     ),
     "align-all-weights": (*ALIGN, "--expert", "expert", "lora=null", "weights=tokens", "divergence=reverse_kl"),
 }  # fmt: skip

@@ -62,6 +62,7 @@ def trained(student: Any, batches: list[Any], objective: Objective, device: torc
     trainer: Any = SimpleNamespace(
         objective=objective,
         args=SimpleNamespace(world_size=1),
+        budget=None,
         accelerator=SimpleNamespace(num_processes=1),
         current_gradient_accumulation_steps=len(batches),
         _window=MetricsWindow(objective),

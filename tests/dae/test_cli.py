@@ -110,7 +110,7 @@ def test_check_knows_the_stage(
     import dae.checking.check
 
     checked: list[Any] = []
-    monkeypatch.setattr(dae.checking.check, "check", lambda _stage, recipe: checked.append(recipe))
+    monkeypatch.setattr(dae.checking.check, "check", lambda _stage, recipe, **_: checked.append(recipe))
     (tmp_path / "r.yaml").write_text(text)
     assert cli.run(["check", str(tmp_path / "r.yaml"), *more]) == 0
     assert [type(recipe) for recipe in checked] == [schema]
@@ -130,7 +130,7 @@ def test_the_command_to_come_is_checked_by_a_word_before_it_or_a_flag_behind_it(
     import dae.checking.check
 
     checked: list[Any] = []
-    monkeypatch.setattr(dae.checking.check, "check", lambda _stage, recipe: checked.append(recipe))
+    monkeypatch.setattr(dae.checking.check, "check", lambda _stage, recipe, **_: checked.append(recipe))
     monkeypatch.chdir(tmp_path)
     (tmp_path / command[0]).write_text("no recipe")  # the stage goes before a file of its name
     assert cli.run(["check", *command]) == 0
@@ -145,7 +145,7 @@ def test_a_file_with_the_name_of_a_stage_is_had_by_its_folder(
     import dae.checking.check
 
     checked: list[Any] = []
-    monkeypatch.setattr(dae.checking.check, "check", lambda _stage, recipe: checked.append(recipe))
+    monkeypatch.setattr(dae.checking.check, "check", lambda _stage, recipe, **_: checked.append(recipe))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "align").write_text("base: b\noutput: o\ndata: {train: d}\n")
     assert cli.run(["check", "./align", "seed=4"]) == 0

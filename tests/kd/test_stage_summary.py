@@ -22,7 +22,8 @@ def test_each_route_has_its_newest_figures_though_the_last_step_had_no_row_of_it
         {"loss": 0.7, "general/kl": 0.1, "learning_rate": 1e-4},
         {"train_runtime": 3.0},
     ]
-    trainer: Any = SimpleNamespace(state=SimpleNamespace(log_history=history, global_step=3, best_global_step=None))
+    state = SimpleNamespace(log_history=history, global_step=3, best_global_step=None)
+    trainer: Any = SimpleNamespace(state=state, budget=None)
     data: Any = SimpleNamespace(counts=lambda _: {})
     summary = summarise(trainer, data, {})
     assert summary["last"] == {"loss": 0.7, "general/kl": 0.1, "shop/kl": 0.2, "shop/ntp": 2.0}

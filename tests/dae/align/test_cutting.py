@@ -151,6 +151,6 @@ def test_every_family(world: Path, family: str, lora: str) -> None:
     shutil.rmtree("expert")
     make_adapter(world / "expert", make_checkpoint(world / "base", family))
     command = [word for word in align_command("train.max_steps=4") if word != "lora.rank=4"]
-    assert cli.run([*command, lora, "train.gradient_checkpointing=true"]) == 0
+    assert cli.run([*command, lora, "start=base", "train.gradient_checkpointing=true"]) == 0
     assert start_of(Path("student"))["general"] == 0
     assert math.isfinite(trained_steps(Path("student"))[-1]["loss"])
