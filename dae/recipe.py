@@ -51,8 +51,8 @@ class AlignRecipe(DivergenceRecipe):
     lambda_: float | Literal["trust"] = Field(
         default=1.0,
         alias="lambda",
-        description="weight of the divergence, 0 to 1; the rest is next-token loss. trust: by token, less of the "
-        "divergence where the expert all but excludes the row's label",
+        description="weight of the divergence, 0 to 1; the rest is next-token loss. trust: per token, lower where "
+        "the expert gives the row's label a low probability",
     )
     start: Literal["base", "auto"] | dict[str, float] = Field(
         default="auto",
@@ -62,16 +62,15 @@ class AlignRecipe(DivergenceRecipe):
         default="routes",
         description="weight in the loss: equal per route, equal per token, or a factor per route",
     )
-
     budget: dict[str, float] = Field(
         default_factory=dict,
-        description="general: the most KL from the reference, in nats per token of general rows; the routes' factors "
-        "follow it as training goes",
+        description="{general: NATS}: the KL from the reference that the result may have, per token of general rows; "
+        "training adjusts the general route's weight in the loss",
     )
 
     @property
     def keeps_best(self) -> bool:
-        """Not with a budget: the lowest eval loss may be over it."""
+        """Not with a budget: the checkpoint with the lowest eval loss may exceed it."""
         return super().keeps_best and not self.budget
 
     @field_validator("lambda_", mode="before")
@@ -186,14 +185,14 @@ def budget_problems(raw: Mapping[str, Any]) -> list[Problem]:
         elif isinstance(nats, (int, float)) and not isinstance(nats, bool) and not 0 < nats < math.inf:
             problems.append(Problem(("budget", name), nats, "must be above 0: nats per token"))
     if raw.get("weights") == "tokens":
-        words = "with a budget the routes have factors: use routes, or a factor for each"
+        words = "cannot be combined with budget, which sets the general route's factor: use routes or factors"
         problems.append(Problem(("weights",), "tokens", words))
     train = raw.get("train")
     if isinstance(train, Mapping) and train.get("load_best_model_at_end") is True:
-        words = "the lowest eval loss may be over the budget: remove it, or remove the budget"
+        words = "cannot be combined with budget: the checkpoint with the lowest eval loss may exceed it; remove one"
         problems.append(Problem(("train", "load_best_model_at_end"), True, words))
     if raw.get("early_stopping_patience") is not None:
-        words = "cannot be combined with a budget, whose factors move until the end: remove one"
+        words = "cannot be combined with budget, which adjusts the loss until the last step; remove one"
         problems.append(Problem(("early_stopping_patience",), raw["early_stopping_patience"], words))
     return problems
 

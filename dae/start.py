@@ -1,9 +1,9 @@
 """Where the student starts: the base, or a point on the line from the base towards its experts (kd/models/line.py).
 
-`auto` goes towards the experts while that is cheap: the largest weights with which the untrained student has come at
-least EXCHANGE nats per token nearer to its experts for each nat away from the reference, by the routes' KL on a fixed
-sample of training rows. First one weight for all experts, then each expert's own. Further on, training does not win
-back what no row protects (benchmarks/results/starts.md).
+`auto` takes the largest weights at which KL(expert || student), summed over the domain routes, has fallen by more than
+EXCHANGE times as much as KL(reference || student) has risen on the general route. Both are nats per response token of
+the untrained student, on a fixed sample of training rows. It first looks for one weight for all experts, then for each
+expert's own. The rule is empirical: docs/start.md says how it was found.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import nn
 from dae.recipe import AlignRecipe
 from dae.routing import GENERAL
 from kd.errors import UserError
-from kd.models.line import Energy, Pull, start_adapter, start_all_weights
+from kd.models.line import Energy, Pull, described, start_adapter, start_all_weights
 from kd.models.roles import Role
 from kd.stages.stage import StageRoles
 
 logger = logging.getLogger("dae")
 
-EXCHANGE = 10.0  # nats of KL on domain routes for one on the general route
+EXCHANGE = 10.0  # nats gained on the domain routes for each nat lost on the general route
 STEPS = 20  # weights are multiples of 1 / STEPS
 
 Weights = dict[str, float]
@@ -46,7 +46,7 @@ def start_student(recipe: AlignRecipe, roles: StageRoles, measure: Measure) -> d
             weights, curve = chosen_weights(line, measure)
         except UserError as error:
             line.place(dict.fromkeys(experts, 0.0))
-            logger.warning("start=auto starts from the base here. %s", error)
+            logger.warning("start=auto: the student starts at the base, because of this: %s", error)
             return {}
         facts: dict[str, Any] = {"weights": weights, "curve": curve}
     else:
@@ -54,11 +54,11 @@ def start_student(recipe: AlignRecipe, roles: StageRoles, measure: Measure) -> d
         facts = {"weights": weights}
     energy = line.place(weights)
     facts["distance"] = line.distance()
-    described = ", ".join(f"{weight:g} of the way to {name}" for name, weight in weights.items() if weight)
+    cut = ""
     if energy is not None and energy.whole:
         facts["energy_kept"] = energy.share
-        described += "" if energy.share > 0.9995 else f"; the adapter has {energy.share:.1%} of that difference"
-    logger.info("start: the base%s", described and f" plus {described}")
+        cut = "" if energy.share > 0.9995 else f"; the adapter keeps {energy.share:.1%} of that difference"
+    logger.info("start: %s%s", described(weights), cut)
     return facts
 
 
@@ -97,7 +97,7 @@ class Line:
 
 
 def chosen_weights(line: Line, measure: Measure) -> tuple[Weights, list[dict[str, Any]]]:
-    """The weights by the rule of this module, and every point that was measured: weights, and KL by route."""
+    """The weights by the rule of this module, and every point that was measured: weights, and KL in nats by route."""
     names = list(line.experts)
     curve: list[dict[str, Any]] = []
 

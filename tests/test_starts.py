@@ -65,5 +65,5 @@ def test_tables_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert starts.category_figures(run, is_validation=False) == {"category": 0.5, "stories": 1.5}
     assert starts.validation_score(run) == 0.0 - 4.5
     text = starts.markdown(starts.results())
-    assert "| auto | 0.30 | DAE | 300 | 0.0015 | 1 | 50.0 | 1.500 |" in text
+    assert "| auto | 0.30 | DAE | 300 | 0.0005 (search not complete) | 1 | 50.0 | 1.500 |" in text
     assert "| base |  |  |  |  | 1 | 25.0 | 25.0 | 25.0 | 25.0 |" in text

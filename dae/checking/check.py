@@ -23,6 +23,7 @@ from kd.data.examples import SourceReport, marked_text
 from kd.data.mixing import Mixture
 from kd.data.stage_data import StageData, unread_keys
 from kd.data.token_rows import TokenRows
+from kd.models.line import described
 from kd.runs.provenance import HELD_OUT
 from kd.stages.stage import AnyStage
 
@@ -184,15 +185,17 @@ def show_effort(console: Console, plan: Plan) -> None:
 def show_start(console: Console, stage: AnyStage, plan: Plan) -> None:
     """KL to each route's teacher before the first step; with `start: auto` at every point that was tried."""
     chosen, tried = measured_start(stage, plan)
+    if not chosen.kl:
+        console.print("\nstart     the base; there is no teacher to measure the distance to")
+        return
     others = [point for point in tried if point.weights != chosen.weights]
     table = plain_table("start", *(f"{route} KL" for route in chosen.kl))
     for point in sorted([*others, chosen], key=lambda point: list(point.weights.values())):
-        far = ", ".join(f"{name} {weight:g}" for name, weight in point.weights.items() if weight) or "base"
         mark = ", chosen" if tried and point is chosen else ""
-        table.add_row(f"{far}{mark}", *(f"{value:.4f}" for value in point.kl.values()))
+        table.add_row(f"{described(point.weights)}{mark}", *(f"{value:.4f}" for value in point.kl.values()))
     console.print()
     console.print(table)
-    console.print("KL(teacher || student) before the first step, on a sample of training rows, nats per token")
+    console.print("KL(teacher || student) before the first step, nats per response token of a sample of training rows")
 
 
 def show_items(console: Console, title: str, items: Sequence[Item]) -> None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from transformers import set_seed
 
 from dae.checking.plan import Plan
-from kd.data.mixing import collate
-from kd.data.stage_data import padding_id
-from kd.stages.run_stage import measurement
+from kd.stages.run_stage import advise_rate, measurement
 from kd.stages.stage import AnyStage
 
 
@@ -28,7 +25,7 @@ class StartPoint:
 
 
 def measured_start(stage: AnyStage, plan: Plan) -> tuple[StartPoint, list[StartPoint]]:
-    """Where training would start, and what was tried for it (`start: auto`).
+    """Where training would start, and the points that `start: auto` measured. Logs a learning rate for the start.
 
     Raises UserError where the student cannot start there.
     """
@@ -36,9 +33,9 @@ def measured_start(stage: AnyStage, plan: Plan) -> tuple[StartPoint, list[StartP
     torch.set_flush_denormal(True)
     roles = stage.build_roles(plan.recipe, plan.inputs, plan.settings)
     objective = stage.objective(plan.recipe, roles)
-    collate_rows = partial(collate, pad_token_id=padding_id(plan.data.tokenizer), packing=plan.recipe.data.packing)
-    measure = measurement(roles, objective, plan.data, collate_rows, plan.args)
+    measure = measurement(plan.recipe, roles, objective, plan.data, plan.args)
     facts = stage.start(plan.recipe, roles, measure)
+    advise_rate(facts, plan.steps, plan.args.learning_rate)
     kl = {key.removesuffix("_kl"): value for key, value in measure().items() if key.endswith("_kl")}
     tried = [StartPoint(point["weights"], point["kl"]) for point in facts.get("curve", ())]
     return StartPoint(facts.get("weights", {}), kl), tried

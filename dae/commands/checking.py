@@ -66,7 +66,7 @@ def check_command() -> typer.Typer:
 def checks() -> None:
     """Check a run before it starts: data, loss shares, steps, memory.
 
-    Loads no weights, except with --weights: then it also measures where training starts.
+    Loads no weights, unless --weights is given: it then measures where training starts.
 
     dae check align --base CKPT --expert PATH ... checks a stage's command.
     `dae align ... --check` does the same.
@@ -86,7 +86,7 @@ def check_recipe(
         str | None, typer.Option(metavar="STAGE", help="sft, distill or align (default: from the recipe's keys)")
     ] = None,
     weights: Annotated[
-        bool, typer.Option("--weights", help="also load the weights, and measure where training starts")
+        bool, typer.Option("--weights", help="also load the weights and measure where training starts")
     ] = False,
 ) -> None:
     """Check a recipe file."""

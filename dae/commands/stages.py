@@ -17,11 +17,11 @@ from kd.runs.provenance import HELD_OUT
 if TYPE_CHECKING:
     from kd.stages.run_stage import RunResult
 
-MERGE = {"merge": Annotated[bool | None, typer.Option("--merge", help="also write merged full weights")]}
+KEY_SWITCHES = {"merge": Annotated[bool | None, typer.Option("--merge", help="also write merged full weights")]}
 SWITCHES = {
     "check": Annotated[bool | None, typer.Option("--check", help="only check, as `dae check` does; train nothing")],
     "load_weights": Annotated[
-        bool | None, typer.Option("--weights", help="with --check: load the weights, and measure where training starts")
+        bool | None, typer.Option("--weights", help="with --check: load the weights and measure where training starts")
     ],
 }
 
@@ -33,11 +33,11 @@ def stage_command(name: str) -> Callable[..., None]:
         if check:
             check_stage(entry, recipe, load_weights)
         elif load_weights:
-            raise UserError(f"--weights: is for a check: dae check {name} ... --weights")
+            raise UserError(f"--weights: works with --check only: dae check {name} ... --weights")
         else:
             run_stage(entry, recipe)
 
-    return recipe_command(entry.recipe, run, SWITCHES, MERGE)
+    return recipe_command(entry.recipe, run, SWITCHES, KEY_SWITCHES)
 
 
 def run_stage(entry: StageEntry, recipe: StageRecipe) -> None:

@@ -153,7 +153,7 @@ def label_trust(teacher_logits_NV: Tensor, q_NV: Tensor, labels_N: Tensor) -> Te
     """[N] min(1, q(label) * exp(H(q))): how far the teacher's distribution q goes with the row's label, 0..1.
 
     exp(-H(q)) is the geometric mean of the probability of a token drawn from q. A label at least as probable leaves the
-    teacher its full weight; one that q all but excludes leaves the token to next-token loss. With q = softmax(z),
+    teacher its full weight; the less probable it is, the more of the token is next-token loss. With q = softmax(z),
     log q(label) + H(q) = z(label) - E_q[z].
     """
     label_logits_N = teacher_logits_NV.gather(1, labels_N[:, None])[:, 0]

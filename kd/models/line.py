@@ -13,7 +13,7 @@ Shape legend: O outputs, I inputs of a layer, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,11 @@ class Energy:
     @property
     def share(self) -> float:
         return self.kept / self.whole if self.whole else 1.0
+
+
+def described(weights: Mapping[str, float]) -> str:
+    """A point on the line in words: `the base`, `0.35 of the way to shop`."""
+    return ", ".join(f"{weight:g} of the way to {name}" for name, weight in weights.items() if weight) or "the base"
 
 
 def moving(pulls: Sequence[Pull]) -> list[Pull]:

@@ -39,7 +39,7 @@ logger = logging.getLogger("dae")
 # Nats per response token between teacher and untrained student; a uniform guess over 32,000 tokens costs 10.
 LARGE_KL = 2.0
 INITIAL_KL_ROWS = 64
-HIGH_RATE = 3.0  # times the rate that goes with the start
+HIGH_RATE = 3.0  # times the suggested learning rate: warned about
 
 
 @dataclass(frozen=True)
@@ -150,11 +150,10 @@ def prepare(
             check_packing(role, roles.vocabulary_rows)
     if recipe.merge:
         refuse_unmergeable(roles.student.model)
-    collate_rows = partial(collate, pad_token_id=padding_id(data.tokenizer), packing=recipe.data.packing)
-
+    collate_rows = collator(recipe, data)
     if resume_from is None:
-        start = stage.start(recipe, roles, measurement(roles, objective, data, collate_rows, args))
-        advise_rate(start, args)
+        start = stage.start(recipe, roles, measurement(recipe, roles, objective, data, args))
+        advise_rate(start, args.max_steps, args.learning_rate)
     else:
         start = first_metrics(run).get("start", {})
     lengths = [rows.lengths for rows in data.rows]
@@ -180,38 +179,39 @@ def prepare(
     return trainer, stop, start
 
 
-def advise_rate(start: Mapping[str, Any], args: TrainingArguments) -> None:
-    """Say which learning rate goes with a student that starts away from its base; warn where the recipe's is far above.
+def advise_rate(start: Mapping[str, Any], steps: int, learning_rate: float) -> None:
+    """Log a learning rate for a student that starts away from its base; warn where the recipe's is far above.
 
-    N steps of Adam at rate r move a weight by about r sqrt(N / 2) (steps of size r with changing signs, a schedule that
-    falls to 0). At the rate that makes this the start's own distance from the base, training refines the start; far
-    above it, training forgets it.
+    A run at the suggested rate moves what trains about as far as its start is from the base, by the estimate that N
+    steps of Adam at rate r move a weight by r sqrt(N / 2). An estimate, fitted to the runs in docs/start.md.
     """
     if not start.get("distance"):
         return
-    rate = start["distance"] / math.sqrt(args.max_steps / 2)
-    words = f"start: a learning rate near {rate:.1g} goes with this start over {args.max_steps} steps"
-    if args.learning_rate > HIGH_RATE * rate:
+    suggested = start["distance"] / math.sqrt(steps / 2)
+    if learning_rate > HIGH_RATE * suggested:
         logger.warning(
-            "%s; at %g (train.learning_rate) training moves the student further than its start is from the base",
-            words,
-            args.learning_rate,
+            "start: train.learning_rate %g is over %g times the %.1g suggested for this start and %d steps; training "
+            "may undo the start",
+            learning_rate,
+            HIGH_RATE,
+            suggested,
+            steps,
         )
     else:
-        logger.info("%s", words)
+        logger.info("start: suggested learning rate for this start and %d steps: about %.1g", steps, suggested)
+
+
+def collator(recipe: StageRecipe, data: StageData) -> Callable[[list[Any]], dict[str, Tensor]]:
+    return partial(collate, pad_token_id=padding_id(data.tokenizer), packing=recipe.data.packing)
 
 
 def measurement(
-    roles: StageRoles,
-    objective: Objective,
-    data: StageData,
-    collate_rows: Callable[[list[Any]], dict[str, Tensor]],
-    args: TrainingArguments,
+    recipe: StageRecipe, roles: StageRoles, objective: Objective, data: StageData, args: TrainingArguments
 ) -> Callable[[], dict[str, float]]:
-    """Loss and KL of the student as it is at the call, by route, on a fixed sample of training rows."""
+    """A function that gives the loss and KL of the student as it is, by route, on a fixed sample of training rows."""
 
     def measure() -> dict[str, float]:
-        sample = sample_batches(data, collate_rows, args.per_device_train_batch_size)
+        sample = sample_batches(data, collator(recipe, data), args.per_device_train_batch_size)
         return evaluate_routes(roles.student.model, sample, objective, args.device)
 
     return measure

@@ -88,7 +88,8 @@ class Stage(Protocol[RecipeT]):
     ) -> Mapping[str, Any]:
         """Move the untrained student to where training starts; facts for the run's summary.
 
-        A fact `distance` is the root mean square of how far that moved what trains.
+        `distance` among the facts: root mean square change of the weights that train, from which a learning rate is
+        suggested.
 
         measure: loss and KL of the student as it is, by route, on a fixed sample of training rows (`evaluate_routes`).
         """

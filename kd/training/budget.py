@@ -6,11 +6,11 @@ by dual ascent on the factor's logarithm, which keeps it positive: after every o
 
     log factor += RATE / steps * clip(KL_route / allowed - 1, -1, 1)
 
-KL_route is the mean over the tokens of the last steps, older ones fading. With an eval set it is multiplied by what the
-last evaluation was above or below it, so that the budget holds for held-out rows. The budget is for the result: while
-the learning rate is high its noise adds to every KL, two or three times its last value in runs without a budget. So
-`allowed` falls along a straight line from (1 + NOISE) * AIM * budget before the first step to AIM * budget after the
-last one.
+KL_route is the mean over the tokens of the last steps, older ones fading. With an eval set it is multiplied by the
+ratio of held-out to training KL at the last evaluation, so that the budget is one for held-out rows. The budget is for
+the result: in runs without one, the KL in the middle of training was two to four times its value at the end, when the
+learning rate is low. So `allowed` falls along a straight line from (1 + NOISE) * AIM * budget before the first step to
+AIM * budget after the last one. All constants are empirical.
 """
 
 from __future__ import annotations
@@ -29,27 +29,38 @@ from transformers.trainer_callback import ExportableState
 from kd.training.objective import Objective, RouteSums
 
 RATE = 10.0  # the most that log factor can move in a whole run
-NOISE = 2.0
+NOISE = 2.0  # what the KL is allowed above the budget at first, in budgets
 AIM = 0.9  # a little below the budget, so that the result is not above it half of the time
 FADING = 0.95  # what a step's sums weigh one step later
-LARGEST_GAP = 4.0
+LARGEST_GAP = 4.0  # one evaluation of few rows must not move the factor without limit
 LAST_PART = 0.1  # of the steps: what the result is measured on where there is no eval set
+
+# What decides how a run goes on: Python floats, so that a resumed run has the same bits.
+STATE = ("log_factor", "recent_kl", "recent_tokens", "gap", "last_kl", "last_tokens")
 
 
 class RouteBudget(TrainerCallback, ExportableState):
-    """The budget of one route. Its numbers are Python floats in checkpoints, so a resumed run has the same bits."""
+    """The budget of one route.
+
+    log_factor: the factor's logarithm. recent_kl: sum of KL over response tokens, in nats, older steps fading;
+    recent_tokens: of how many tokens. gap: held-out KL over training KL at the last evaluation. last_kl, last_tokens:
+    the same sums over the last part of the steps, without fading.
+    """
 
     def __init__(self, route: str, nats: float) -> None:
         """nats: of KL(teacher || student) per response token."""
         self.route = route
         self.nats = nats
-        self.numbers = {"log_factor": 0.0, "kl": 0.0, "tokens": 0.0, "gap": 1.0, "last_kl": 0.0, "last_tokens": 0.0}
-        self._sums: Tensor | None = None  # [2] KL and tokens of the optimizer step so far
+        self.log_factor = 0.0
+        self.recent_kl = self.recent_tokens = 0.0
+        self.gap = 1.0
+        self.last_kl = self.last_tokens = 0.0
+        self._sums: Tensor | None = None  # [2] KL and tokens of the optimizer step so far, on this rank
 
     @property
     def factor(self) -> float:
         """What the route's own factor is multiplied by."""
-        return math.exp(self.numbers["log_factor"])
+        return math.exp(self.log_factor)
 
     def applied_to(self, objective: Objective) -> Objective:
         """The objective with the route's factor as it is now."""
@@ -60,7 +71,7 @@ class RouteBudget(TrainerCallback, ExportableState):
         return replace(objective, routes=tuple(routes))
 
     def add(self, sums: RouteSums, objective: Objective) -> None:
-        """Take note of a micro-batch."""
+        """Add a micro-batch to the sums of the optimizer step."""
         index = [route.name for route in objective.routes].index(self.route)
         both = torch.stack([sums.kl[index].double(), sums.tokens[index].double()])
         self._sums = both if self._sums is None else self._sums + both
@@ -71,32 +82,35 @@ class RouteBudget(TrainerCallback, ExportableState):
             return
         total: Any = reduce(self._sums, "sum")
         kl, tokens = total.tolist()
-        self._sums, now = None, self.numbers
-        now["kl"] = FADING * now["kl"] + kl
-        now["tokens"] = FADING * now["tokens"] + tokens
+        self._sums = None
+        self.recent_kl = FADING * self.recent_kl + kl
+        self.recent_tokens = FADING * self.recent_tokens + tokens
         if state.global_step > (1 - LAST_PART) * state.max_steps:
-            now["last_kl"] += kl
-            now["last_tokens"] += tokens
+            self.last_kl += kl
+            self.last_tokens += tokens
         if tokens > 0:
             allowed = AIM * self.nats * (1 + NOISE * (1 - state.global_step / state.max_steps))
-            over = now["gap"] * now["kl"] / now["tokens"] / allowed - 1.0
-            now["log_factor"] += RATE / state.max_steps * min(1.0, max(-1.0, over))
+            over = self.gap * self.recent_kl / self.recent_tokens / allowed - 1.0
+            self.log_factor += RATE / state.max_steps * min(1.0, max(-1.0, over))
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Note how far held-out rows are from training rows."""
-        held_out, now = given["metrics"].get(f"eval_{self.route}_kl"), self.numbers
-        if held_out is not None and now["kl"] > 0:
-            gap = held_out * now["tokens"] / now["kl"]
-            now["gap"] = min(LARGEST_GAP, max(1 / LARGEST_GAP, gap))
+        held_out = given["metrics"].get(f"eval_{self.route}_kl")
+        if held_out is not None and self.recent_kl > 0:
+            gap = held_out * self.recent_tokens / self.recent_kl
+            self.gap = min(LARGEST_GAP, max(1 / LARGEST_GAP, gap))
 
     def outcome(self, evaluation: Mapping[str, Any]) -> dict[str, Any]:
-        """What became of it: KL on the eval set of the last evaluation, or over the last part of the steps."""
+        """The result against the budget: KL in nats at the last evaluation of an eval set, else over the last steps."""
         held_out = evaluation.get(f"eval_{self.route}_kl")
-        kl = self.numbers["last_kl"] / max(self.numbers["last_tokens"], 1.0) if held_out is None else held_out
+        kl = self.last_kl / max(self.last_tokens, 1.0) if held_out is None else held_out
         measured_on = "training rows of the last tenth of the steps" if held_out is None else "eval set"
         known = {"route": self.route, "nats": self.nats, "kl": kl, "measured_on": measured_on}
         return {**known, "met": kl <= self.nats, "factor": self.factor}
 
     def state(self) -> dict[str, Any]:
         """For checkpoints."""
-        return {"args": {"route": self.route, "nats": self.nats}, "attributes": {"numbers": dict(self.numbers)}}
+        return {
+            "args": {"route": self.route, "nats": self.nats},
+            "attributes": {name: getattr(self, name) for name in STATE},
+        }

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from kd.config.loading import resolved_yaml
 from kd.data.records import FILE_ENDINGS, HUB_ID
 from kd.models.checkpoint import Checkpoint
+from kd.models.line import described
 from kd.runs.environment import library_versions
 from kd.runs.provenance import HELD_OUT, DataInput
 
@@ -153,23 +154,20 @@ def _results(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _start(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Where training started, and what was tried for it, as a section; none where it started from the base."""
+    """The section on where training started and which points were measured; none for `start: base`."""
     weights = facts.get("weights", {})
     if not weights:
         return {}
-    text = f"Training started from the base plus {_far(weights)} of the difference to each expert."
+    text = f"On the line from the base to the experts: {described(weights)}."
     if "energy_kept" in facts:
-        text += f" The adapter has {facts['energy_kept']:.1%} of that (squared norm)."
+        text += f" The adapter keeps {facts['energy_kept']:.1%} of that difference (squared norm)."
     if curve := facts.get("curve", []):
         routes = list(curve[0]["kl"])
-        rows = [[_far(point["weights"]), *(f"{point['kl'][route]:.4g}" for route in routes)] for point in curve]
-        head = ["tried", *(f"{route} KL, nats per token" for route in routes)]
-        text += f"\n\n{table(head, sorted(rows))}"
+        curve = sorted(curve, key=lambda point: list(point["weights"].values()))
+        rows = [[described(point["weights"]), *(f"{point['kl'][route]:.4g}" for route in routes)] for point in curve]
+        head = ["point measured", *(f"{route} KL, nats per token" for route in routes)]
+        text += f"\n\n{table(head, rows)}"
     return {"Start": text}
-
-
-def _far(weights: Mapping[str, float]) -> str:
-    return ", ".join(f"{weight:g} ({name})" for name, weight in weights.items())
 
 
 def result_rows(summary: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

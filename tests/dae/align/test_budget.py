@@ -91,9 +91,9 @@ def test_the_command_says_whether_it_was_met(world: Path, capfd: pytest.CaptureF
         (["budget.general=.nan"], "must be above 0"),
         (["budget.general=lots"], "expected a number"),
         (["budget.domain=0.1"], "unknown route; expected general"),
-        (["budget.general=0.1", "weights=tokens"], "the routes have factors"),
-        (["budget.general=0.1", "train.load_best_model_at_end=true"], "may be over the budget"),
-        (["budget.general=0.1", "early_stopping_patience=2"], "cannot be combined with a budget"),
+        (["budget.general=0.1", "weights=tokens"], "which sets the general route's factor: use routes or factors"),
+        (["budget.general=0.1", "train.load_best_model_at_end=true"], "may exceed it"),
+        (["budget.general=0.1", "early_stopping_patience=2"], "which adjusts the loss until the last step"),
     ],
 )
 def test_wrong_budgets(world: Path, capsys: pytest.CaptureFixture[str], settings: list[str], words: str) -> None:

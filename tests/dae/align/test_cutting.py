@@ -59,7 +59,14 @@ def ranks(arguments: Sequence[str], world: Path, signals: Sequence[Sequence[Sign
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", [["train.gradient_checkpointing=true"], ["lora=null"], ["weights=tokens", HELD_OUT[0]]], ids=str
+    "more",
+    [
+        ["train.gradient_checkpointing=true"],
+        ["lora=null"],
+        ["weights=tokens", HELD_OUT[0]],
+        ["budget.general=0.001", "start=0.3"],
+    ],
+    ids=str,
 )
 def test_two_ranks_give_the_student_of_one(world: Path, more: list[str]) -> None:
     more = [*more, "train.max_steps=6"]

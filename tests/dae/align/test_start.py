@@ -21,7 +21,7 @@ from worlds import align_command, make_adapter, metrics_of
 import dae.start
 from dae import cli
 from dae.start import STEPS
-from kd.models.line import Pull, start_adapter
+from kd.models.line import Pull, described, start_adapter
 from kd.models.roles import STUDENT_ADAPTER, Role
 
 STILL = ("train.learning_rate=0", "train.max_steps=1")
@@ -192,8 +192,8 @@ def test_the_start_is_in_the_card_and_in_the_first_line_of_the_metrics(world: Pa
     assert metrics_of(student)[0]["start"] == told
     assert told["curve"][0]["weights"] == {"domain": 0.0}
     card = (student / "README.md").read_text()
-    assert "## Start" in card and f"{told['weights']['domain']:g} (domain) of the difference" in card
-    assert card.count(" (domain) | ") == len(told["curve"])
+    assert "## Start" in card and f"On the line from the base to the experts: {described(told['weights'])}." in card
+    assert all(f"| {described(point['weights'])} | " in card for point in told["curve"])
 
 
 def test_a_run_that_goes_on_does_not_look_for_its_start_again(world: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_run_that_goes_on_does_not_look_for_its_start_again(world: Path) -> No
     stop = Signal("kd.training.trainer:RoutedTrainer.training_step", 4, signal.SIGTERM)
     assert run_dae(align_command(*settings, output="stopped"), world, signals=[stop]).status == 143
     again = run_dae(align_command(*settings, output="stopped"), world)
-    assert again.status == 0 and "start: the base" not in again.err
+    assert again.status == 0 and "start: " not in again.err
     starts = [
         json.loads((folder / "run.json").read_text())["summary"]["start"] for folder in (world / "stopped", whole)
     ]
@@ -215,9 +215,9 @@ def test_a_check_with_weights_shows_where_training_would_start(world: Path, caps
     assert not Path("student").exists()
     student = run("start=auto", *STILL)
     weight = json.loads((student / "run.json").read_text())["summary"]["start"]["weights"]["domain"]
-    (chosen,) = (line.split() for line in shown.splitlines() if ", chosen" in line)
-    assert chosen[:3] == (["domain", f"{weight:g},", "chosen"] if weight else ["base,", "chosen", chosen[2]])
-    assert float(chosen[-1]) == pytest.approx(start_of(student)["domain"], abs=6e-5)
+    (chosen,) = (line for line in shown.splitlines() if ", chosen" in line)
+    assert chosen.startswith(f"{described({'domain': weight})}, chosen")
+    assert float(chosen.split()[-1]) == pytest.approx(start_of(student)["domain"], abs=6e-5)
     Path("r.yaml").write_text("base: base\nexpert: expert\ndata: {domain: shop.jsonl, general: general.jsonl}\n")
     assert cli.run(["check", "r.yaml", "--weights"]) == 0
     assert "base" in capsys.readouterr().out.split("start ")[-1]
@@ -249,7 +249,7 @@ def test_auto_stays_at_the_base_where_the_student_cannot_go_and_says_why(
     make_adapter(world / "odd", world / "base", seed=3, use_dora=True)
     first = run("expert=odd", "start=base", "train.max_steps=2", output="first")
     second = run("expert=odd", "train.max_steps=2", output="second")
-    assert "start=auto starts from the base here" in caplog.text
+    assert "start=auto: the student starts at the base, because of this: " in caplog.text
     name = "adapter_model.safetensors"
     assert (first / name).read_bytes() == (second / name).read_bytes()
 
@@ -262,8 +262,11 @@ def test_an_expert_of_another_architecture_is_on_no_line(world: Path, capsys: py
 
 def test_a_learning_rate_far_above_the_starts_is_told(world: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "dae")
-    for rate, words in (("1e-4", ""), ("1", "at 1 (train.learning_rate) training moves the student further")):
+    for rate, words in (
+        ("1e-4", "suggested learning rate for this start and 2 steps"),
+        ("1", "learning_rate 1 is over 3 times the"),
+    ):
         run("start=0.3", f"train.learning_rate={rate}", "train.max_steps=2", output=f"rate-{rate}")
-        told = caplog.text
+        (told,) = (record.getMessage() for record in caplog.records if "for this start and 2 steps" in record.message)
+        assert words in told
         caplog.clear()
-        assert "goes with this start over 2 steps" in told and ("at 1 (" in told) == bool(words) and words in told
