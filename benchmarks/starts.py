@@ -92,9 +92,13 @@ WARM = {"world": (3e-4, 1e-3, 3e-3), "category": (5e-4, 1.5e-3, 5e-3)}
 WAYS = (
     *(Way("world", "base", loss, 900, COLD["world"]) for loss in ("dae", "ntp")),
     *(Way("world", "auto", loss, 900, WARM["world"]) for loss in ("dae", "ntp")),
+    *(Way("world", "0.5", loss, 900, WARM["world"]) for loss in ("dae", "ntp")),
     *(Way("world", "auto", "dae", 450, WARM["world"], budget) for budget in (None, 0.02)),
+    *(Way("world", "base", loss, 300, COLD["world"]) for loss in ("dae", "ntp")),
+    *(Way("world", "auto", loss, 300, WARM["world"]) for loss in ("dae", "ntp")),
     *(Way("category", "base", loss, 300, COLD["category"]) for loss in LOSSES),
     *(Way("category", "auto", loss, 300, WARM["category"]) for loss in ("dae", "ntp")),
+    Way("category", "auto", "dae", 300, WARM["category"], 0.02),
     Way("category", "auto", "dae", 600, WARM["category"]),
 )
 

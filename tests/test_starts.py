@@ -46,7 +46,7 @@ def test_ways_differ_in_what_is_compared_alone(pair: str) -> None:
 
 def test_the_starts_are_those_of_the_ways() -> None:
     found = {(way.start, str(recipe_of(Run(way, way.rates[0], 0)).start)) for way in WAYS if way.pair == "world"}
-    assert found == {("base", "base"), ("auto", "auto")}
+    assert found == {("base", "base"), ("auto", "auto"), ("0.5", "{'shop': 0.5}")}
 
 
 def test_tables_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
