@@ -131,6 +131,15 @@ class Align(Stage[AlignRecipe]):
         pooled, measures_kl = recipe.weights == "tokens", bool(recipe.budget)
         return Objective(tuple(routes), token_loss, pooled=pooled, measures_kl=measures_kl)
 
+    def taught_by(self, recipe: AlignRecipe) -> dict[str, str]:
+        return {GENERAL: "reference"} | {name: f"expert.{name}" for name in recipe.expert}
+
+    def in_memory(self, recipe: AlignRecipe, inputs: Inputs) -> set[str]:
+        """The reference where it is the student's own backbone, and experts that the student's start needs."""
+        experts = {role for role in inputs if role.startswith("expert.")} if recipe.start != "base" else set()
+        is_backbone = recipe.lora is not None and inputs["reference"].fingerprint == inputs["base"].fingerprint
+        return experts | ({"reference"} if is_backbone else set())
+
     def callbacks(
         self, recipe: AlignRecipe, data: StageData, roles: StageRoles, trainer: RoutedTrainer
     ) -> list[TrainerCallback]:
@@ -138,11 +147,13 @@ class Align(Stage[AlignRecipe]):
         found: list[TrainerCallback] = [RouteBudget(route, nats) for route, nats in recipe.budget.items()]
         if not data.held_out:
             return found
-        reference = {"reference": roles.teachers["reference"]}
+        # A cached teacher is asked about its own route alone, which the evaluation does already.
+        live = roles.live_teachers
+        reference = {"reference": live["reference"]} if "reference" in live else {}
         teachers = {GENERAL: reference}
-        for role, expert in roles.teachers.items():
-            if role.startswith("expert."):
-                teachers[role.removeprefix("expert.")] = {**reference, "expert": expert}
+        for name in recipe.expert:
+            expert = live.get(f"expert.{name}")
+            teachers[name] = reference | ({} if expert is None else {"expert": expert})
         batch_size = trainer.args.per_device_eval_batch_size
         return [*found, DriftCallback(roles.student, teachers, data.held_out, batch_size, trainer.log)]
 

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 import dae
+from dae.commands.caching import cache_command
 from dae.commands.checking import check_command
 from dae.commands.evaluation import eval_app
 from dae.commands.keys import keys
@@ -42,6 +43,7 @@ def command_line() -> typer.Typer:
     for name in STAGES:
         app.command(name)(stage_command(name))
     app.add_typer(check_command(), name="check")
+    app.add_typer(cache_command(), name="cache")
     app.add_typer(merge_app(), name="merge")
     app.add_typer(eval_app, name="eval")
     app.command("sample")(recipe_command(SampleRecipe, sample))

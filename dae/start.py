@@ -39,7 +39,7 @@ def start_student(recipe: AlignRecipe, roles: StageRoles, measure: Measure) -> d
     """
     if recipe.start == "base":
         return {}
-    experts = {name: roles.teachers[f"expert.{name}"] for name in recipe.expert}
+    experts = {name: roles.live_teachers[f"expert.{name}"] for name in recipe.expert}
     line = Line(roles.student, experts)
     if recipe.start == "auto":
         try:

@@ -17,6 +17,8 @@ from dae.checking.loss_shares import LossShare, loss_shares
 from dae.checking.overlap import overlaps
 from dae.checking.plan import Plan, make_plan
 from dae.checking.starting import measured_start
+from kd.cache.filling import refuse_small_disk
+from kd.cache.store import bytes_per_token
 from kd.config.data_recipe import DataRecipe
 from kd.config.stage_recipe import StageRecipe
 from kd.data.examples import SourceReport, marked_text
@@ -44,6 +46,7 @@ def check(stage: AnyStage, recipe: StageRecipe, console: Console | None = None, 
     show_rows(console, plan)
     show_eval_sets(console, plan.recipe.data, plan.data)
     show_effort(console, plan)
+    show_cache(console, plan)
     if load_weights:
         show_start(console, stage, plan)
 
@@ -161,7 +164,9 @@ def show_effort(console: Console, plan: Plan) -> None:
     epoch = f", {mixture.rows_per_epoch:,} per epoch" if mixture.rows_per_epoch is not None else ""
     micro = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size} process"
     trained = tokens_of_run(plan.data, rows, plan.data.route_names)
-    taught = trained if plan.roles.teachers else 0
+    taught = trained if any(route.teacher is not None for route in plan.objective.routes) else 0
+    if plan.cache:
+        taught = sum(one.missing_input_tokens for one, _ in plan.cache.values())
     place = plan.settings.device if plan.settings.device != "cpu" else "the CPU"
     dtype = str(plan.settings.dtype).removeprefix("torch.")
     console.print(
@@ -180,6 +185,26 @@ def show_effort(console: Console, plan: Plan) -> None:
     free = shutil.disk_usage(folder).free
     if sum(item.bytes for item in written) > free:
         console.print(f"[bold]warning:[/] {folder} has only {in_words(free)} free", soft_wrap=True)
+
+
+def show_cache(console: Console, plan: Plan) -> None:
+    """The rows that teachers answer once, and what that takes on disk. Raises MachineError where the disk is small."""
+    if not plan.cache:
+        return
+    table = plain_table("teacher cache", "rows", "to answer", "response", "B/token", "to write")
+    needed = 0
+    for role, (one, width) in plan.cache.items():
+        each = bytes_per_token(width, one.key.stored)
+        size = one.missing_tokens * each
+        needed += size
+        table.add_row(
+            role, f"{one.rows:,}", f"{len(one.missing):,}", f"{one.missing_tokens:,}", f"{each:,}", in_words(size)
+        )
+    console.print()
+    console.print(table)
+    folders = ", ".join(str(one.store.folder) for one, _ in plan.cache.values())
+    console.print(f"in {folders}", soft_wrap=True)
+    refuse_small_disk(next(one.store.folder for one, _ in plan.cache.values()).parent, needed)
 
 
 def show_start(console: Console, stage: AnyStage, plan: Plan) -> None:

@@ -7,7 +7,7 @@ later for a foreseeable reason.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TypeVar
 from torch import nn
 from transformers import TrainingArguments
 
+from kd.cache.filling import CachePlan
 from kd.config.data_recipe import SourceRecipe
 from kd.config.stage_recipe import StageRecipe
 from kd.data.mixing import Mixture
@@ -24,9 +25,10 @@ from kd.data.stage_data import StageData, refuse_unfit_rows
 from kd.errors import UserError
 from kd.losses.router import refuse_useless_router_loss
 from kd.models.forward import head_of, learned_positions
-from kd.models.roles import LoadSettings, activate, refuse_unmergeable
+from kd.models.roles import LoadSettings, Role, activate, refuse_unmergeable
 from kd.runs.provenance import read_provenance
 from kd.runs.run_folder import RunFolder, Start
+from kd.stages.caching import is_on_student, plans_of_run
 from kd.stages.stage import AnyStage, Inputs, StageRoles, fingerprints
 from kd.training.objective import Objective
 from kd.training.settings import load_settings, planned_steps, rows_per_step, training_arguments
@@ -36,7 +38,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned run; the roles are on the device `meta`, without weights."""
+    """A planned run; the roles are on the device `meta`, without weights.
+
+    roles: those that training keeps in memory; cache: what each cached teacher's store has and lacks, by role, with the
+    width of its hidden states.
+    """
 
     recipe: StageRecipe
     inputs: Inputs
@@ -47,6 +53,7 @@ class Plan:
     steps: int
     roles: StageRoles
     objective: Objective
+    cache: Mapping[str, tuple[CachePlan, int]]
 
 
 class Findings:
@@ -103,7 +110,17 @@ def make_plan(stage: AnyStage, recipe: StageRecipe) -> Plan:
     found.raise_all()
     assert inputs is not None and data is not None and args is not None and mixture is not None
     assert steps is not None and roles is not None and objective is not None
-    return Plan(recipe, inputs, data, args, settings, mixture, steps, roles, objective)
+    cached = plans_of_run(stage, recipe, inputs, data, mixture, steps, settings)
+    cache = {role: (plan, width_of(roles.live_teachers[role])) for role, plan in cached.items()}
+    kept = {name: one for name, one in roles.teachers.items() if name not in cache or is_on_student(one, roles)}
+    in_memory = replace(roles, teachers=kept)
+    return Plan(recipe, inputs, data, args, settings, mixture, steps, in_memory, objective, cache)
+
+
+def width_of(teacher: Role) -> int:
+    """Of its final hidden states."""
+    with activate(teacher) as model:
+        return int(head_of(model).weight_VD.shape[1])
 
 
 def read_inputs(stage: AnyStage, recipe: StageRecipe) -> Inputs:

@@ -54,6 +54,14 @@ class StageData:
         return {name: sum(map(of_source, reports)) for name, reports in self.reports.items()}
 
 
+SAMPLED_ROWS = 64  # of a source, for what is measured before the first step
+
+
+def sampled_rows(rows: TokenRows) -> range:
+    """At most SAMPLED_ROWS rows, spread over the whole file, which may be sorted."""
+    return range(0, len(rows), -(-len(rows) // SAMPLED_ROWS))
+
+
 LoadRows = Callable[..., tuple[list[TokenRows], list[SourceReport]]]
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from kd.config.cache_recipe import CacheRecipe
 from kd.config.problems import Problem
 from kd.config.stage_recipe import StageRecipe
 from kd.losses.divergences import DIVERGENCES, parameters_of
@@ -31,6 +32,9 @@ class DivergenceRecipe(StageRecipe):
         ge=LEAST_SKEW,
         le=1 - LEAST_SKEW,
         description="of the skewed divergences: how much of the first distribution is mixed into the second",
+    )
+    cache: CacheRecipe | None = Field(
+        default=None, description="keep what teachers say of the rows on disk: {path, dtype}; null: ask them each time"
     )
 
     @classmethod

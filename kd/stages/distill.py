@@ -78,18 +78,23 @@ class Distill(Stage[DistillRecipe]):
 
     def build_roles(self, recipe: DistillRecipe, inputs: Inputs, settings: LoadSettings) -> StageRoles:
         alone = student_alone(recipe, inputs["base"], settings)
-        teacher = Role("teacher", load_model(inputs["teacher"], settings), None)
-        return replace(alone, teachers={"teacher": teacher}, own_vocabulary=recipe.cross_tokenizer is not None)
+        # A cached teacher is not among the inputs.
+        teachers = {role: Role(role, load_model(inputs[role], settings), None) for role in inputs if role == "teacher"}
+        return replace(alone, teachers=teachers, own_vocabulary=recipe.cross_tokenizer is not None)
 
     def objective(self, recipe: DistillRecipe, roles: StageRoles) -> Objective:
         teacher = roles.teachers["teacher"]
         if recipe.cross_tokenizer is not None:
+            assert isinstance(teacher, Role)
             terms = (CrossTokenizerLoss(recipe.lambda_, teacher),) if recipe.lambda_ > 0 else ()
             routes = (Route(ROUTE, None),)
             return Objective(routes, TokenLoss(0.0), pooled=True, terms=terms, token_weight=1.0 - recipe.lambda_)
         token_loss = TokenLoss(recipe.lambda_, recipe.temperature, recipe.divergence, recipe.beta, recipe.skew)
-        terms_of_layers = terms_of(recipe, roles.student, teacher)
+        terms_of_layers = terms_of(recipe, roles.student, teacher) if isinstance(teacher, Role) else ()
         return Objective((Route(ROUTE, teacher),), token_loss, pooled=True, terms=terms_of_layers)
+
+    def taught_by(self, recipe: DistillRecipe) -> dict[str, str]:
+        return {ROUTE: "teacher"}
 
     def describe(self, recipe: DistillRecipe) -> Description:
         return Description(

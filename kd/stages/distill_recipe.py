@@ -81,7 +81,16 @@ class DistillRecipe(DivergenceRecipe):
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> list[Problem]:
         problems = [*super().cross_checks(raw), *route_problems(raw, {ROUTE: "add --data PATH"})]
-        return problems + cross_tokenizer_problems(raw)
+        return problems + cross_tokenizer_problems(raw) + cache_problems(raw)
+
+
+def cache_problems(raw: Mapping[str, Any]) -> list[Problem]:
+    """What needs more of the teacher than a cache holds."""
+    if raw.get("cache") is None:
+        return []
+    needs = {"attention": "attention maps", "hidden": "hidden states of all layers", "cross_tokenizer": "own tokens"}
+    words = "needs {} of the teacher, which a cache does not hold: remove it, or remove cache"
+    return [Problem((key,), NO_VALUE, words.format(what)) for key, what in needs.items() if raw.get(key) is not None]
 
 
 def cross_tokenizer_problems(raw: Mapping[str, Any]) -> list[Problem]:

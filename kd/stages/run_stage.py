@@ -19,12 +19,13 @@ from transformers import TrainingArguments, set_seed
 from kd.config.stage_recipe import StageRecipe
 from kd.data.batches import Batch
 from kd.data.mixing import MixedRows, Mixture, StepBatchSampler, collate
-from kd.data.stage_data import StageData, held_out_batches, padding_id, refuse_unfit_rows, remarks
+from kd.data.stage_data import StageData, held_out_batches, padding_id, refuse_unfit_rows, remarks, sampled_rows
 from kd.errors import MachineError, Stopped, UserError
 from kd.losses.router import refuse_useless_router_loss
 from kd.models.forward import learned_positions
 from kd.models.roles import LoadSettings, check_head, check_packing, refuse_unmergeable
 from kd.runs.run_folder import RunFolder, Start, State
+from kd.stages.caching import filled, with_cached, with_head_of_backbone, without_own_weights
 from kd.stages.stage import Inputs, RecipeT, Stage, StageRoles, fingerprints
 from kd.training.callbacks import EarlyStopping, StepBookkeeping, StopOnSignal
 from kd.training.model_card import CardFacts
@@ -38,7 +39,6 @@ logger = logging.getLogger("dae")
 
 # Nats per response token between teacher and untrained student; a uniform guess over 32,000 tokens costs 10.
 LARGE_KL = 2.0
-INITIAL_KL_ROWS = 64
 HIGH_RATE = 3.0  # times the suggested learning rate: warned about
 
 
@@ -85,7 +85,6 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT) -> RunResult:
             return RunResult(run.path, run.summary())
         tell_of_rows(data)
         settings = load_settings(recipe)
-        set_seed(recipe.seed)
         torch.set_flush_denormal(True)  # denormals slow a CPU run several times over
         args = training_arguments(recipe, settings)
         resume_from = run.checkpoints.latest() if state == "resume" else None
@@ -140,8 +139,11 @@ def prepare(
     """
     mixture = Mixture(data.sources, rows_per_step(args), recipe.seed)
     args.max_steps = planned_steps(mixture, args)
-    roles = stage.build_roles(recipe, inputs, settings)
-    objective = stage.objective(recipe, roles)
+    cached = filled(stage, recipe, inputs, data, mixture, args.max_steps, settings)
+    set_seed(recipe.seed)  # a new adapter is drawn from it, whatever went before
+    roles = with_cached(stage, recipe, inputs, settings, cached)
+    cached = {name: with_head_of_backbone(teacher, roles.student) for name, teacher in cached.items()}
+    objective = stage.objective(recipe, replace(roles, teachers={**roles.teachers, **cached}))
     refuse_useless_router_loss(roles.student.model, recipe.router_aux_loss)
     for role in roles.all:
         refuse_unfit_rows(recipe, data, roles.vocabulary_rows, learned_positions(role.model))
@@ -156,6 +158,7 @@ def prepare(
         advise_rate(start, args.max_steps, args.learning_rate)
     else:
         start = first_metrics(run).get("start", {})
+    roles = without_own_weights(roles, cached)  # the start was their last use
     lengths = [rows.lengths for rows in data.rows]
     routes = [data.route_names.index(source.route) for source in data.sources]
     stop = StopOnSignal()
@@ -220,12 +223,11 @@ def measurement(
 def sample_batches(
     data: StageData, collate_rows: Callable[[list[Any]], dict[str, Tensor]], size: int
 ) -> dict[str, list[Batch]]:
-    """At most INITIAL_KL_ROWS training rows of each source in batches of `size`."""
+    """Sampled training rows of each source in batches of `size`."""
     batches: dict[str, list[Batch]] = {}
     for index, (rows, source) in enumerate(zip(data.rows, data.sources, strict=True)):
         mixed = MixedRows([rows], [data.route_names.index(source.route)])
-        spread = range(0, len(rows), -(-len(rows) // INITIAL_KL_ROWS))  # over the whole file, which may be sorted
-        picked = [mixed[(0, row)] for row in spread]
+        picked = [mixed[(0, row)] for row in sampled_rows(rows)]
         batches[str(index)] = [collate_rows(picked[i : i + size]) for i in range(0, len(picked), size)]
     return batches
 

@@ -13,12 +13,13 @@ from typing import Any, Protocol, TypeVar
 from torch import nn
 from transformers import TrainerCallback
 
+from kd.cache.store import CachedTeacher
 from kd.config.stage_recipe import StageRecipe
 from kd.data.stage_data import StageData
 from kd.models.checkpoint import Checkpoint
 from kd.models.roles import LoadSettings, Role, vocabulary_rows
 from kd.training.model_card import Description
-from kd.training.objective import Objective
+from kd.training.objective import Objective, Teacher
 from kd.training.trainer import RoutedTrainer
 
 RecipeT = TypeVar("RecipeT", bound=StageRecipe)
@@ -34,24 +35,33 @@ def fingerprints(inputs: Inputs) -> dict[str, str]:
 class StageRoles:
     """The models of a stage.
 
-    teachers: by role, in the order in which cards and checks name them; shared: the copy of the base's weights that
-    several roles stand on, where there is one; own_vocabulary: the teachers have a tokenizer of their own.
+    teachers: by role, in the order in which cards and checks name them, in memory or cached; shared: the copy of the
+    base's weights that several roles stand on, where there is one; own_vocabulary: the teachers have a tokenizer of
+    their own.
     """
 
     student: Role
-    teachers: Mapping[str, Role]
+    teachers: Mapping[str, Teacher]
     shared: nn.Module | None = None
     own_vocabulary: bool = False
 
     @property
+    def live_teachers(self) -> dict[str, Role]:
+        """Those in memory."""
+        return {role: teacher for role, teacher in self.teachers.items() if isinstance(teacher, Role)}
+
+    @property
     def all(self) -> tuple[Role, ...]:
-        """The student first."""
-        return (self.student, *self.teachers.values())
+        """All in memory, the student first."""
+        return (self.student, *self.live_teachers.values())
 
     @property
     def vocabulary_rows(self) -> int:
         """Rows that the heads share which are compared with each other."""
-        return vocabulary_rows([self.student] if self.own_vocabulary else self.all)
+        if self.own_vocabulary:
+            return vocabulary_rows([self.student])
+        cached = [t.head.weight_VD.shape[0] for t in self.teachers.values() if isinstance(t, CachedTeacher)]
+        return min(vocabulary_rows(self.all), *cached) if cached else vocabulary_rows(self.all)
 
 
 class Stage(Protocol[RecipeT]):
@@ -82,6 +92,14 @@ class Stage(Protocol[RecipeT]):
     def objective(self, recipe: RecipeT, roles: StageRoles) -> Objective:
         """What is minimised."""
         ...
+
+    def taught_by(self, recipe: RecipeT) -> Mapping[str, str]:
+        """Route -> the role of its teacher, for what a cache can hold."""
+        return {}
+
+    def in_memory(self, recipe: RecipeT, inputs: Inputs) -> set[str]:
+        """Roles of cached teachers that are loaded all the same: they cost nothing, or their weights are needed."""
+        return set()
 
     def start(
         self, recipe: RecipeT, roles: StageRoles, measure: Callable[[], Mapping[str, float]]

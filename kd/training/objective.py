@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kd.cache.store import CachedTeacher
 from kd.data.batches import (
     Batch,
     model_inputs,
@@ -26,6 +27,8 @@ from kd.models.forward import final_hidden_states, head_of
 from kd.models.head import Head
 from kd.models.roles import Role, activate
 
+Teacher = Role | CachedTeacher
+
 
 @dataclass(frozen=True)
 class Route:
@@ -35,7 +38,7 @@ class Route:
     """
 
     name: str
-    teacher: Role | None
+    teacher: Teacher | None
     factor: float = 1.0
     token_loss: TokenLoss | None = None
 
@@ -106,19 +109,23 @@ class TeacherView:
 def teacher_views(batch: Batch, objective: Objective) -> dict[int, TeacherView]:
     """Route index -> its teacher's output, for the routes that have rows in the batch.
 
-    Each row passes its own teacher, once and without gradient; routes that share a teacher go through it together.
+    Each row passes its own teacher, once and without gradient; routes that share a teacher go through it together. A
+    cached teacher's output is read.
     """
+    views: dict[int, TeacherView] = {}
     groups: list[tuple[Role, list[int]]] = []
     for index in torch.unique(batch["route_ids"]).tolist():
         teacher = objective.routes[index].teacher
         assert teacher is not None, "every route needs a teacher"
+        if isinstance(teacher, CachedTeacher):
+            views[index] = TeacherView(teacher.hidden_states(rows_of_routes(batch, [index])), teacher.head)
+            continue
         for known, members in groups:
             if known.same_as(teacher):
                 members.append(index)
                 break
         else:
             groups.append((teacher, [index]))
-    views: dict[int, TeacherView] = {}
     for teacher, members in groups:
         rows = rows_of_routes(batch, members)
         with activate(teacher) as model, torch.no_grad():

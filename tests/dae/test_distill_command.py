@@ -49,6 +49,15 @@ def test_the_command_trains_and_says_how_far_the_student_is(world: Path, capsys:
     assert cli.run([*COMMAND, "--output", "o"]) == cli.USER
 
 
+def test_a_cached_teacher_gives_the_same_losses(world: Path) -> None:
+    for output, more in (("live", []), ("first", ["cache.path=c"])):
+        assert cli.run([*COMMAND, "--output", output, *more, "train.logging_steps=1"]) == 0
+    live, first = (
+        [line["train/kl"] for line in metrics_of(world / o)[1:] if "train/kl" in line] for o in ("live", "first")
+    )
+    assert len(live) == 2 and first == pytest.approx(live, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -56,6 +65,11 @@ def test_the_command_trains_and_says_how_far_the_student_is(world: Path, capsys:
         (["attention.layers=[[0, 7]]"], "attention.layers: [0, 7]: the teacher has no layer 7; its layers are 0 to 2"),
         (["attention.layers=all"], "expected even, or a list of [student's layer, teacher's layer]"),
         (["cross_tokenizer=uld"], "only the next-token loss says which tokens are meant"),
+        (
+            ["cache.path=c", "attention.weight=1"],
+            "attention: needs attention maps of the teacher, which a cache does not",
+        ),
+        (["cache.path=c", "hidden.weight=1.0"], "hidden: needs hidden states of all layers of the teacher, which"),
     ],
 )
 def test_mistakes_are_told_and_nothing_is_written(world: Path, more: list[str], words: str, capsys: Any) -> None:

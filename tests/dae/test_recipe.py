@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dae.commands.checking import stage_of
 from dae.commands.keys import schemas
+from dae.commands.stage_or_recipe import stage_of
 from dae.recipe import AlignRecipe
 from kd.config.loading import load_recipe, resolved_yaml
 from kd.errors import UserError

@@ -1,0 +1,157 @@
+"""A run's teachers from a cache: which rows they answer, filling what is missing, and which models are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from kd.cache.filling import CachePlan, cache_plans, cached_teachers, fill
+from kd.cache.store import CachedTeacher
+from kd.config.cache_recipe import CacheRecipe
+from kd.config.stage_recipe import StageRecipe
+from kd.data.mixing import Mixture
+from kd.data.stage_data import StageData, refuse_unfit_rows, sampled_rows
+from kd.data.token_rows import TokenRows
+from kd.errors import UserError
+from kd.models.forward import innermost, learned_positions, unwrapped
+from kd.models.roles import LoadSettings, Role, vocabulary_rows
+from kd.stages.stage import AnyStage, Inputs, RecipeT, Stage, StageRoles, fingerprints
+from kd.training.objective import Teacher
+from kd.training.settings import load_settings, planned_steps, processes, rows_per_step, training_arguments
+
+
+def cache_of(recipe: StageRecipe) -> CacheRecipe | None:
+    """The recipe's `cache`; None for a stage that has no such key."""
+    found: CacheRecipe | None = getattr(recipe, "cache", None)
+    return found
+
+
+def rows_of_run(data: StageData, mixture: Mixture, steps: int) -> list[set[int]]:
+    """The training rows of each source that a run draws, or measures before its first step."""
+    used = [set(sampled_rows(rows)) for rows in data.rows]
+    left = sum(len(rows) for rows in data.rows) - sum(map(len, used))
+    for step in range(steps):
+        for source, row in mixture.rows_of_step(step):
+            if row not in used[source]:
+                used[source].add(row)
+                left -= 1
+        if not left:
+            break
+    return used
+
+
+def plans_of_run(
+    stage: AnyStage,
+    recipe: StageRecipe,
+    inputs: Inputs,
+    data: StageData,
+    mixture: Mixture,
+    steps: int,
+    settings: LoadSettings,
+) -> dict[str, CachePlan]:
+    """What each teacher's store has and lacks for a run, by role; empty without `cache`. Raises UserError."""
+    cache = cache_of(recipe)
+    if cache is None:
+        return {}
+    used = rows_of_run(data, mixture, steps)
+    rows: dict[str, list[tuple[TokenRows, Any]]] = {}
+    for route, role in stage.taught_by(recipe).items():
+        asked = rows.setdefault(role, [])
+        for index, source in enumerate(data.sources):
+            if source.route == route:
+                asked.append((data.rows[index], sorted(used[index])))
+        if route in data.held_out:
+            asked.append((data.held_out[route], range(len(data.held_out[route]))))
+    return cache_plans(cache, inputs, rows, settings.dtype)
+
+
+def filled(
+    stage: AnyStage,
+    recipe: StageRecipe,
+    inputs: Inputs,
+    data: StageData,
+    mixture: Mixture,
+    steps: int,
+    settings: LoadSettings,
+) -> dict[str, CachedTeacher]:
+    """The run's cached teachers by role, with all that the run asks them; empty without `cache`.
+
+    Raises:
+        UserError: a store is damaged, another process fills it, or several processes would have to.
+        MachineError: the disk is too small.
+    """
+    plans = plans_of_run(stage, recipe, inputs, data, mixture, steps, settings)
+    missing = sum(len(plan.missing) for plan in plans.values())
+    if processes().num_processes > 1:
+        if missing:
+            raise UserError(
+                f"cache: {missing:,} rows are missing, and several processes cannot fill a cache together; fill it "
+                "first, in one process: dae cache RECIPE"
+            )
+        return cached_teachers(plans, settings)
+
+    def check(role: Role) -> None:
+        refuse_unfit_rows(recipe, data, vocabulary_rows([role]), learned_positions(role.model))
+
+    return fill(inputs, plans, settings, check)
+
+
+def with_cached(
+    stage: Stage[RecipeT],
+    recipe: RecipeT,
+    inputs: Inputs,
+    settings: LoadSettings,
+    cached: Mapping[str, CachedTeacher],
+) -> StageRoles:
+    """The stage's roles; a cached teacher's model is loaded only where the stage wants it in memory."""
+    left_out = cached.keys() - stage.in_memory(recipe, inputs)
+    live = {role: one for role, one in inputs.items() if role not in left_out}
+    roles = stage.build_roles(recipe, live, settings)
+    teachers = {**cached, **roles.teachers}
+    return replace(roles, teachers={role: teachers[role] for role in inputs if role in teachers})
+
+
+def with_head_of_backbone(cached: CachedTeacher, student: Role) -> CachedTeacher:
+    """The same teacher; where its output layer is the frozen one of the student's backbone, there is one copy of it."""
+    weight: Any = innermost(unwrapped(student.model).get_output_embeddings()).weight
+    own = cached.head.weight_VD
+    if weight.requires_grad or weight.dtype != own.dtype or weight.shape != own.shape or not torch.equal(weight, own):
+        return cached
+    return replace(cached, head=replace(cached.head, weight_VD=weight.detach()))
+
+
+def without_own_weights(roles: StageRoles, cached: Mapping[str, CachedTeacher]) -> StageRoles:
+    """Let go of the cached teachers that are in memory with weights of their own."""
+    kept = {
+        name: cached[name] if name in cached and not is_on_student(teacher, roles) else teacher
+        for name, teacher in roles.teachers.items()
+    }
+    return replace(roles, teachers=kept)
+
+
+def is_on_student(teacher: Teacher, roles: StageRoles) -> bool:
+    """Whether a teacher stands on the student's own backbone, and costs no weights of its own but an adapter's."""
+    return isinstance(teacher, Role) and teacher.model is roles.student.model
+
+
+def fill_cache(stage: Stage[RecipeT], recipe: RecipeT) -> dict[str, CachePlan]:
+    """`dae cache`: answer the rows of a run that its cache lacks, without training; the plans as they were before.
+
+    Raises UserError (recipe, data, checkpoints, cache), MachineError (disk, memory).
+    """
+    if cache_of(recipe) is None:
+        raise UserError("cache: is required: add `cache: {path: DIR}`, or cache.path=DIR")
+    inputs = stage.inputs(recipe)
+    fingerprints(inputs)
+    recipe = stage.check(recipe, inputs)
+    data = stage.load_data(recipe, inputs)
+    settings = load_settings(recipe)
+    args = training_arguments(recipe, settings)
+    mixture = Mixture(data.sources, rows_per_step(args), recipe.seed)
+    steps = planned_steps(mixture, args)
+    plans = plans_of_run(stage, recipe, inputs, data, mixture, steps, settings)
+    filled(stage, recipe, inputs, data, mixture, steps, settings)
+    return plans
