@@ -7,8 +7,8 @@
 
 From the repository's root, with the inputs that benchmarks/starts.py needs for its category pair. The expert is the
 same in all of them: it was trained on all rows, with their labels as they are. Both losses start on the line, for 300
-steps at the learning rate of starts.py, and keep the checkpoint with the lowest loss of their own on an eval set, whose
-labels are wrong as often as those of the training rows.
+steps, and keep the checkpoint with the lowest loss of their own on an eval set, whose labels are wrong as often as
+those of the training rows. Of the learning rates, each takes the one with its lower loss on the eval set.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ EVAL_ROWS = 400
 GENERAL_EVAL_ROWS = 200
 TASKS = ("real_category", "real_stories")
 SEED = 0
-STEPS, RATE = 300, 1.5e-3
+STEPS, RATES = 300, (5e-4, 1.5e-3)
 
 
 @dataclass(frozen=True)
@@ -92,24 +92,24 @@ def with_wrong_labels(rows: Sequence[dict[str, Any]], share: float, rng: np.rand
     return found
 
 
-def student_of(variant: Variant, loss: str) -> Path:
-    return variant.folder / loss
+def student_of(variant: Variant, loss: str, rate: float) -> Path:
+    return variant.folder / f"{loss}-lr{rate:g}"
 
 
-def scores_of(variant: Variant, loss: str) -> Path:
-    return variant.folder / f"{loss}.json"
+def scores_of(variant: Variant, loss: str, rate: float) -> Path:
+    return variant.folder / f"{loss}-lr{rate:g}.json"
 
 
-def command(variant: Variant, loss: str) -> str:
+def command(variant: Variant, loss: str, rate: float) -> str:
     """What trains and scores a student, in one line of the shell."""
     folder = variant.folder
     words = ["dae", "align", "--recipe", "benchmarks/recipes/starts_category.yaml"]
-    words += ["--output", str(student_of(variant, loss)), "start=auto", f"lambda={LAMBDAS[loss]}"]
+    words += ["--output", str(student_of(variant, loss, rate)), "start=auto", f"lambda={LAMBDAS[loss]}"]
     words += [f"data.domain.0.path={folder}/rows.jsonl", f"data.general.0.path={folder}/general.jsonl"]
     words += [f"data.eval.domain={folder}/eval.jsonl", f"data.eval.general={folder}/general_eval.jsonl"]
-    words += [f"train.max_steps={STEPS}", f"train.learning_rate={RATE!r}", "train.save_steps=50", f"seed={SEED}"]
-    scoring = ["python", "benchmarks/real_pair_scores.py", str(student_of(variant, loss))]
-    scoring += [str(scores_of(variant, loss)), "--limit", str(LIMIT), "--tasks", *TASKS]
+    words += [f"train.max_steps={STEPS}", f"train.learning_rate={rate!r}", "train.save_steps=50", f"seed={SEED}"]
+    scoring = ["python", "benchmarks/real_pair_scores.py", str(student_of(variant, loss, rate))]
+    scoring += [str(scores_of(variant, loss, rate)), "--limit", str(LIMIT), "--tasks", *TASKS]
     return f"{shlex.join(words)} && {shlex.join(scoring)}"
 
 
@@ -132,6 +132,17 @@ def mean_of(name: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
     return sums[..., 0] / sums[..., 1]
 
 
+def best_rate(variant: Variant, loss: str) -> float | None:
+    """Of the rates that were run, the one with the lowest eval loss of its result; None where none was."""
+    done = [rate for rate in RATES if scores_of(variant, loss, rate).is_file()]
+    return min(done, key=lambda rate: eval_loss(student_of(variant, loss, rate)), default=None)
+
+
+def eval_loss(student: Path) -> float:
+    summary = json.loads((student / "run.json").read_text(encoding="utf-8"))["summary"]
+    return float(summary["held_out"]["eval_loss"])
+
+
 def difference(name: str, ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> dict[str, float]:
     """Ours minus theirs on the same documents, with the 95 % interval of a paired bootstrap."""
     drawn_RD = np.random.default_rng(SEED).integers(len(ours), size=(RESAMPLES, len(ours)))
@@ -145,31 +156,32 @@ def results() -> dict[str, Any]:
     """Means of every student that is scored, and DAE minus next-token loss where both are."""
     lines = []
     for variant in VARIANTS:
-        found = {loss: figures(path) for loss in LOSSES if (path := scores_of(variant, loss)).is_file()}
-        line: dict[str, Any] = {"rows": variant.name}
-        line |= {
-            loss: {name: float(mean_of(name, values)) for name, values in of.items()} for loss, of in found.items()
-        }
-        if {"dae", "ntp"} <= found.keys():
+        rates = {loss: rate for loss in LOSSES if (rate := best_rate(variant, loss)) is not None}
+        found = {loss: figures(scores_of(variant, loss, rate)) for loss, rate in rates.items()}
+        line: dict[str, Any] = {"rows": variant.name, "rates": rates}
+        line["tried"] = {loss: [rate for rate in RATES if scores_of(variant, loss, rate).is_file()] for loss in LOSSES}
+        for loss, of in found.items():
+            line[loss] = {name: float(mean_of(name, values)) for name, values in of.items()}
+        if found.keys() == LOSSES.keys():
             pair = (found["dae"], found["ntp"])
             line["dae_minus_ntp"] = {name: difference(name, pair[0][name], pair[1][name]) for name in pair[0]}
         lines.append(line)
-    return {"date": f"{datetime.now(UTC):%Y-%m-%d}", "steps": STEPS, "learning_rate": RATE, "lines": lines}
+    return {"date": f"{datetime.now(UTC):%Y-%m-%d}", "steps": STEPS, "lines": lines}
 
 
 NOTES = """Category: per cent right of 600 held-out titles (standard error about 1.9 points). Stories: bits per byte,
 lower is better. One seed; the interval is over documents. Titles to categories with LoRA; both losses from the same
-start on the line, 300 steps, best checkpoint by the own loss on an eval set. The expert saw all rows."""
+start on the line, 300 steps, best checkpoint by the own loss on an eval set of 400 rows. The expert saw all rows, those
+of the eval set too. Learning rate: the one with the lower eval loss, of those tried."""
 
 
 def markdown(record: Mapping[str, Any]) -> str:
     """One line for each kind of rows."""
-    head = ["rows", *(f"{LOSSES[loss]}: category, stories" for loss in LOSSES if has(record, loss))]
+    head = ["rows", *(f"{name}: category, stories (learning rate)" for name in LOSSES.values())]
     head += ["DAE minus next-token loss: category", "stories"]
     rows = []
     for line in record["lines"]:
-        means = [line.get(loss, {}) for loss in LOSSES if has(record, loss)]
-        cells = [f"{of['category']:.1f}, {of['stories']:.3f}" if of else "" for of in means]
+        cells = [means_in_words(line, loss) if loss in line else "" for loss in LOSSES]
         apart = line.get("dae_minus_ntp", {})
         cells += [signed(apart[name], digits) if apart else "" for name, digits in (("category", 1), ("stories", 3))]
         rows.append([line["rows"], *cells])
@@ -177,8 +189,11 @@ def markdown(record: Mapping[str, Any]) -> str:
     return "\n\n".join([title, table(head, rows), NOTES]) + "\n"
 
 
-def has(record: Mapping[str, Any], loss: str) -> bool:
-    return any(loss in line for line in record["lines"])
+def means_in_words(line: Mapping[str, Any], loss: str) -> str:
+    """`72.3, 1.408 (0.0015; 0.0005 tried)`."""
+    means, rate = line[loss], line["rates"][loss]
+    others = "".join(f"; {other:g} tried" for other in line["tried"][loss] if other != rate)
+    return f"{means['category']:.1f}, {means['stories']:.3f} ({rate:g}{others})"
 
 
 def signed(estimate: Mapping[str, float], digits: int) -> str:
@@ -201,7 +216,7 @@ def main() -> None:
     rows, general = ([json.loads(line) for line in path.read_text("utf-8").splitlines()] for path in (ROWS, GENERAL))
     for variant in VARIANTS:
         write_rows(variant, rows, general)
-    wanted = [(variant, loss) for variant in VARIANTS for loss in ("dae", "ntp")]
+    wanted = [(variant, loss, rate) for variant in VARIANTS for loss in LOSSES for rate in RATES]
     print("\n".join(command(*each) for each in wanted if not scores_of(*each).is_file()))
 
 

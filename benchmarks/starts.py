@@ -41,8 +41,8 @@ GROUPS: Mapping[str, Sequence[str]] = {
     "general, aligned": ALIGNED_SKILLS,
     "general, not aligned": UNALIGNED_SKILLS,
 }
-LOSSES = {"dae": "DAE", "ntp": "next-token loss", "trust": "DAE, lambda: trust"}
-LAMBDAS = {"dae": 1, "ntp": 0, "trust": "trust"}
+LOSSES = {"dae": "DAE", "ntp": "next-token loss"}
+LAMBDAS = {"dae": 1, "ntp": 0}
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ WAYS = (
     *(Way("world", "auto", loss, 300, WARM["world"]) for loss in ("dae", "ntp")),
     *(Way("category", "base", loss, 300, COLD["category"]) for loss in LOSSES),
     *(Way("category", "auto", loss, 300, WARM["category"]) for loss in ("dae", "ntp")),
-    Way("category", "auto", "dae", 300, WARM["category"], 0.02),
+    Way("category", "base", "dae", 300, COLD["category"], 0.02),
+    *(Way("category", "auto", "dae", 300, WARM["category"], budget) for budget in (0.02, 0.05)),
     Way("category", "auto", "dae", 600, WARM["category"]),
 )
 

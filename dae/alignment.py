@@ -6,8 +6,6 @@ reference on `general`. The student matches its row's teacher, token by token:
     l_t = (1 - lambda) * NTP_t + lambda * T^2 * KL( p_teacher(route) || p_student )_t      per response token t
     L   = sum_r w_r sum_{t in r} l_t  /  sum_r w_r N_r                                     per optimizer step
 
-With `lambda: trust`, lambda is 1 on general rows and `label_trust` (kd/losses/token_loss.py) of a domain's token.
-
 Where to look next: kd/losses/token_loss.py (l_t), kd/training/objective.py (L), kd/models/roles.py (three roles on one
 backbone), kd/data/mixing.py (which rows), kd/stages/run_stage.py (what every stage does around its objective),
 dae_eval/drift.py (forgetting).
@@ -16,7 +14,6 @@ dae_eval/drift.py (forgetting).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from dae_eval.drift import DriftCallback
@@ -120,16 +117,12 @@ class Align(Stage[AlignRecipe]):
         experts = {name: roles.teachers[f"expert.{name}"] for name in recipe.expert}
         factors = recipe.weights if isinstance(recipe.weights, Mapping) else {}
         teachers = teachers_by_route(roles.teachers["reference"], experts)
-        weight, trust = (1.0, True) if recipe.lambda_ == "trust" else (recipe.lambda_, False)
-        token_loss = TokenLoss(weight, recipe.temperature, recipe.divergence, recipe.beta, recipe.skew, trust)
-        # Labels are asked about the domain only: on general rows the reference is right by definition.
-        of_general = replace(token_loss, trust=False)
-        routes = [
-            Route(name, teacher, factors.get(name, 1.0), of_general if name == GENERAL else token_loss)
-            for name, teacher in teachers.items()
-        ]
-        pooled, measures_kl = recipe.weights == "tokens", bool(recipe.budget)
-        return Objective(tuple(routes), token_loss, pooled=pooled, measures_kl=measures_kl)
+        return Objective(
+            tuple(Route(name, teacher, factors.get(name, 1.0)) for name, teacher in teachers.items()),
+            TokenLoss(recipe.lambda_, recipe.temperature, recipe.divergence, recipe.beta, recipe.skew),
+            pooled=recipe.weights == "tokens",
+            measures_kl=bool(recipe.budget),
+        )
 
     def taught_by(self, recipe: AlignRecipe) -> dict[str, str]:
         return {GENERAL: "reference"} | {name: f"expert.{name}" for name in recipe.expert}

@@ -48,12 +48,6 @@ class AlignRecipe(DivergenceRecipe):
     student_from: str | None = Field(
         default=None, min_length=1, description="train an earlier student further: its run folder"
     )
-    lambda_: float | Literal["trust"] = Field(
-        default=1.0,
-        alias="lambda",
-        description="weight of the divergence, 0 to 1; the rest is next-token loss. trust: per token, lower where "
-        "the expert gives the row's label a low probability",
-    )
     start: Literal["base", "auto"] | dict[str, float] = Field(
         default="auto",
         description="how far to start from the base towards each expert: base, auto, or {name: 0 to 1}",
@@ -72,14 +66,6 @@ class AlignRecipe(DivergenceRecipe):
     def keeps_best(self) -> bool:
         """Not with a budget: the checkpoint with the lowest eval loss may exceed it."""
         return super().keeps_best and not self.budget
-
-    @field_validator("lambda_", mode="before")
-    @classmethod
-    def _share_or_trust(cls, value: Any) -> Any:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value == "trust" or (is_number and 0 <= value <= 1):
-            return value
-        raise ValueError("expected a number from 0 to 1, or trust")
 
     @field_validator("weights", mode="before")
     @classmethod

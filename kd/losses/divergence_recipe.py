@@ -24,6 +24,9 @@ else:
 class DivergenceRecipe(StageRecipe):
     """The token loss of a stage with teachers."""
 
+    lambda_: float = Field(
+        default=1.0, ge=0, le=1, alias="lambda", description="weight of the divergence; the rest is next-token loss"
+    )
     temperature: float = Field(default=1.0, gt=0, description="both distributions are softened by it")
     divergence: DivergenceName = Field(default="forward_kl", description=f"between student p and teacher q; {FORMULAS}")
     beta: float = Field(default=0.5, ge=0, le=1, description="of jsd: 0 is forward KL, 1 is reverse KL")

@@ -1,10 +1,10 @@
 """The loss of response tokens, from hidden states and heads.
 
-    l_t = (1 - lambda_t) * NTP_t + lambda_t * T^2 * D( teacher, student )_t,  both distributions softened by T in D
+    l_t = (1 - lambda) * NTP_t + lambda * T^2 * D( teacher, student )_t,  both distributions softened by T in D
 
-lambda_t is a number, or `label_trust` of the token. D is a divergence (divergences.py), with a gradient of
-analytic_gradients.py or by autograd. No tensor of N x V is made (chunked.py). Every function returns sums over tokens;
-the trainer divides once, by the count of the whole optimizer step.
+D is a divergence (divergences.py), with a gradient of analytic_gradients.py or by autograd. No tensor of N x V is made
+(chunked.py). Every function returns sums over tokens; the trainer divides once, by the count of the whole optimizer
+step.
 
 Shape legend: S sides (student, and teacher where there is one), N response tokens, D width of the student, E width of
 the teacher, V vocabulary rows that both heads have.
@@ -33,7 +33,6 @@ class TokenLoss:
     divergence: a name in DIVERGENCES.
     beta: only for `jsd`: 0 is forward KL, 1 is reverse KL, between them the formula, whose limits at 0 and 1 are 0.
     skew: only for the skewed divergences, above 0 and below 1.
-    trust: lambda of a token is `weight` times its `label_trust`.
     """
 
     weight: float = 1.0
@@ -41,7 +40,6 @@ class TokenLoss:
     divergence: str = "forward_kl"
     beta: float = 0.5
     skew: float = 0.1
-    trust: bool = False
 
     @property
     def kind(self) -> str:
@@ -117,53 +115,38 @@ def block_sums(
     logits_NV, p_NV = logits_SNV[0], space_SNV[0]
     torch.softmax(logits_NV, dim=-1, out=p_NV)
     log_normaliser_N = log_normaliser(logits_NV, p_NV)
-    ntp_N = log_normaliser_N - logits_NV.gather(1, labels_N[:, None])[:, 0]
+    ntp = (log_normaliser_N - logits_NV.gather(1, labels_N[:, None])[:, 0]).sum()
     if len(logits_SNV) == 1:
-        ntp = ntp_N.sum()
         sums = torch.stack([ntp, torch.zeros_like(ntp), ntp])
-        return sums, subtract_at_labels(p_NV, labels_N, torch.ones_like(ntp_N)) if wants_grad else None
+        return sums, subtract_at_labels(p_NV, labels_N, 1.0) if wants_grad else None
 
     teacher_logits_NV, q_NV = logits_SNV[1], space_SNV[1]
-    temperature, is_mixed = token_loss.temperature, token_loss.trust or token_loss.weight < 1.0
-    divergence_N, divergence_grad_NV = torch.zeros_like(ntp_N), None
-    if token_loss.weight > 0.0 and not token_loss.is_reported_kl:
-        divergence_N, divergence_grad_NV = divergence_of(token_loss, logits_NV, teacher_logits_NV, wants_grad)
+    weight, temperature = token_loss.weight, token_loss.temperature
+    divergence, divergence_grad_NV = torch.zeros_like(ntp), None
+    if weight > 0.0 and not token_loss.is_reported_kl:
+        divergence, divergence_grad_NV = divergence_sum(token_loss, logits_NV, teacher_logits_NV, wants_grad)
     torch.softmax(teacher_logits_NV, dim=-1, out=q_NV)
-    weight_N = torch.full_like(ntp_N, token_loss.weight)
-    if token_loss.trust:
-        weight_N *= label_trust(teacher_logits_NV, q_NV, labels_N)
-    kl_N = forward_kl_of_logits(logits_NV, log_normaliser_N, teacher_logits_NV, q_NV)
+    kl = forward_kl_of_logits(logits_NV, log_normaliser_N, teacher_logits_NV, q_NV)
 
-    loss_N = weight_N * temperature**2 * (kl_N if token_loss.is_reported_kl else divergence_N)
-    if is_mixed:
-        loss_N = loss_N + (1.0 - weight_N) * ntp_N
-    sums = torch.stack([loss_N.sum(), kl_N.sum(), ntp_N.sum()])
+    loss = weight * temperature**2 * (kl if token_loss.is_reported_kl else divergence)
+    if weight < 1.0:
+        loss = loss + (1.0 - weight) * ntp
+    sums = torch.stack([loss, kl, ntp])
     if not wants_grad:
         return sums, None
     if token_loss.is_reported_kl:  # weight * (p - q) + (1 - weight) * p
-        grad_NV = p_NV.addcmul_(q_NV, weight_N[:, None], value=-1.0) if is_mixed else p_NV.sub_(q_NV)
+        grad_NV = p_NV.sub_(q_NV, alpha=weight)
     else:
-        grad_NV = p_NV.mul_(1.0 - weight_N[:, None])
+        grad_NV = p_NV.mul_(1.0 - weight)
         if divergence_grad_NV is not None:  # T^2 from the loss, 1/T from logits / T
-            grad_NV.addcmul_(divergence_grad_NV, weight_N[:, None], value=temperature)
-    return sums, subtract_at_labels(grad_NV, labels_N, 1.0 - weight_N) if is_mixed else grad_NV
+            grad_NV.add_(divergence_grad_NV, alpha=weight * temperature)
+    return sums, subtract_at_labels(grad_NV, labels_N, 1.0 - weight) if weight < 1.0 else grad_NV
 
 
-def label_trust(teacher_logits_NV: Tensor, q_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """[N] min(1, q(label) * exp(H(q))): how far the teacher's distribution q goes with the row's label, 0..1.
-
-    exp(-H(q)) is the geometric mean of the probability of a token drawn from q. A label at least as probable leaves the
-    teacher its full weight; the less probable it is, the more of the token is next-token loss. With q = softmax(z),
-    log q(label) + H(q) = z(label) - E_q[z].
-    """
-    label_logits_N = teacher_logits_NV.gather(1, labels_N[:, None])[:, 0]
-    return (label_logits_N - torch.linalg.vecdot(q_NV, teacher_logits_NV)).clamp(max=0.0).exp()
-
-
-def divergence_of(
+def divergence_sum(
     token_loss: TokenLoss, logits_NV: Tensor, teacher_logits_NV: Tensor, wants_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """[N] the divergence, and its gradient [N, V] with respect to the student's logits / T."""
+    """The divergence summed over tokens, and its gradient with respect to the student's logits / T."""
     name = token_loss.kind
     settings = {key: getattr(token_loss, key) for key in parameters_of(name)}
     log_q_NV = torch.log_softmax(teacher_logits_NV / token_loss.temperature, dim=-1)
@@ -171,10 +154,9 @@ def divergence_of(
         return ANALYTIC[name](torch.log_softmax(logits_NV / token_loss.temperature, dim=-1), log_q_NV, **settings)
     with torch.set_grad_enabled(wants_grad):  # off inside of an autograd function
         scaled_NV = (logits_NV / token_loss.temperature).requires_grad_(wants_grad)
-        divergence_N = DIVERGENCES[name](torch.log_softmax(scaled_NV, dim=-1), log_q_NV, **settings)
-        grad_NV = torch.autograd.grad(divergence_N.sum(), scaled_NV)[0] if wants_grad else None
-    return divergence_N.detach(), grad_NV
+        divergence = DIVERGENCES[name](torch.log_softmax(scaled_NV, dim=-1), log_q_NV, **settings).sum()
+    return divergence.detach(), torch.autograd.grad(divergence, scaled_NV)[0] if wants_grad else None
 
 
-def subtract_at_labels(values_NV: Tensor, labels_N: Tensor, amount_N: Tensor) -> Tensor:
-    return values_NV.scatter_add_(1, labels_N[:, None], -amount_N[:, None])
+def subtract_at_labels(values_NV: Tensor, labels_N: Tensor, amount: float) -> Tensor:
+    return values_NV.scatter_add_(1, labels_N[:, None], torch.full_like(values_NV[:, :1], -amount))

@@ -65,9 +65,6 @@ class DistillRecipe(DivergenceRecipe):
 
     output: str = Field(default="runs/distill", min_length=1, description="the run folder to write")
     teacher: str = Field(min_length=1, description="the checkpoint to learn from: folder or hub id")
-    lambda_: float = Field(
-        default=1.0, ge=0, le=1, alias="lambda", description="weight of the divergence; the rest is next-token loss"
-    )
     attention: AttentionRecipe | None = Field(
         default=None, description="also match attention maps: {weight, layers}; null: do not"
     )

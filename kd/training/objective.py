@@ -32,15 +32,11 @@ Teacher = Role | CachedTeacher
 
 @dataclass(frozen=True)
 class Route:
-    """A stream of rows with its one teacher (None: next-token prediction alone) and its factor in the loss.
-
-    token_loss: where it is not that of the other routes.
-    """
+    """A stream of rows with its one teacher (None: next-token prediction alone) and its factor in the loss."""
 
     name: str
     teacher: Teacher | None
     factor: float = 1.0
-    token_loss: TokenLoss | None = None
 
 
 @dataclass(frozen=True)
@@ -161,8 +157,7 @@ def route_sums(model: nn.Module, batch: Batch, objective: Objective, *, with_tea
             continue
         here, view = predicting & (route_BT == index), teachers.get(index)
         teacher = (view.hidden_NE, view.head) if view is not None else (None, None)
-        token_loss = objective.routes[index].token_loss or objective.token_loss
-        sums.append(token_loss_sums(hidden_BTD[here], head, labels_BT[here], token_loss, *teacher))
+        sums.append(token_loss_sums(hidden_BTD[here], head, labels_BT[here], objective.token_loss, *teacher))
     loss_R = torch.stack([s.loss for s in sums])
     if objective.token_weight != 1.0:
         loss_R = objective.token_weight * loss_R

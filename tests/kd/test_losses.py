@@ -89,16 +89,8 @@ def defined_loss(logits_NV: Tensor, teacher_logits_NV: Tensor, labels_N: Tensor,
             for z in (logits_NV[n] / loss.temperature, teacher_logits_NV[n] / loss.temperature, logits_NV[n])
         )
         divergence = loss.temperature**2 * DEFINITIONS[name](p, q, loss.beta)
-        weight = loss.weight * (trust_of(teacher_logits_NV[n], int(labels_N[n])) if loss.trust else 1.0)
-        total = total + (1 - weight) * -p1[labels_N[n]].log() + weight * divergence
+        total = total + (1 - loss.weight) * -p1[labels_N[n]].log() + loss.weight * divergence
     return total
-
-
-def trust_of(teacher_logits_V: Tensor, label: int) -> float:
-    """Of one token: the label's probability times the perplexity of the teacher's distribution, at most 1."""
-    q = torch.exp(teacher_logits_V) / torch.exp(teacher_logits_V).sum()
-    perplexity = torch.exp(-(q * q.log()).sum())
-    return min(1.0, float(q[label] * perplexity))
 
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
@@ -108,10 +100,7 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: floa
 
 
 @pytest.mark.parametrize(("divergence", "beta"), [*((d, 0.5) for d in DIVERGENCES), *(("jsd", b) for b in (0, 0.3, 1))])
-@pytest.mark.parametrize(
-    ("temperature", "weight", "trust"),
-    [*itertools.product([1.0, 2.5], [1.0, 0.4, 0.0], [False]), (1.0, 1.0, True), (2.5, 1.0, True)],
-)
+@pytest.mark.parametrize(("temperature", "weight"), list(itertools.product([1.0, 2.5], [1.0, 0.4, 0.0])))
 @pytest.mark.parametrize(("gradient", "scale", "softcap"), [("registered", 0.25, 3.0), ("autograd", 1.0, None)])
 def test_value_and_gradients_equal_the_definition(
     gradient: str,
@@ -119,7 +108,6 @@ def test_value_and_gradients_equal_the_definition(
     beta: float,
     temperature: float,
     weight: float,
-    trust: bool,
     scale: float,
     softcap: float | None,
     monkeypatch: pytest.MonkeyPatch,
@@ -127,7 +115,7 @@ def test_value_and_gradients_equal_the_definition(
     """Also where no gradient is registered: the formula alone gives the same."""
     if gradient == "autograd":
         monkeypatch.setattr(token_loss, "ANALYTIC", {})
-    case, loss = random_case(), TokenLoss(weight, temperature, divergence, beta, SKEW, trust)
+    case, loss = random_case(), TokenLoss(weight, temperature, divergence, beta, SKEW)
     ours, theirs = (learning(case, "hidden", "weight", "bias") for _ in range(2))
     sums = sums_of(case, ours["hidden"], Head(ours["weight"], ours["bias"], scale, softcap), loss, chunk_tokens=4)
     logits = head_logits(theirs["hidden"], theirs["weight"], theirs["bias"], scale, softcap)
@@ -143,13 +131,6 @@ def test_value_and_gradients_equal_the_definition(
     with torch.no_grad():
         frozen = Head(case["weight"], case["bias"], scale, softcap)
         torch.testing.assert_close(sums_of(case, case["hidden"], frozen, loss).loss, sums.loss, rtol=1e-12, atol=1e-12)
-
-
-def test_a_label_that_the_teacher_would_draw_is_trusted_and_one_that_it_excludes_is_not() -> None:
-    logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
-    logits_NV, labels = logits[[0, 0, 1]], torch.tensor([0, 1, 2])
-    found = token_loss.label_trust(logits_NV, logits_NV.softmax(-1), labels)
-    assert found[0] == 1.0 and found[1] < 1e-3 and found[2] == 1.0  # a flat teacher contradicts no label
 
 
 def test_evaluation_forms_no_gradient_of_a_head_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
