@@ -123,6 +123,7 @@ def straightforward_loss(student: Any, teacher: Any, batch: Mapping[str, Any], p
     from kd.data.batches import predicting_positions
     from kd.losses.token_loss import TokenLoss, token_loss_sums
     from kd.models.forward import head_of
+    from kd.models.teacher_logits import HiddenTeacher
 
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
     with torch.no_grad():
@@ -131,9 +132,8 @@ def straightforward_loss(student: Any, teacher: Any, batch: Mapping[str, Any], p
     here = predicting_positions(batch)
     hidden, teacher_hidden = (out.last_hidden_state[:, :-1][here] for out in (ours, theirs))
     heads = head_of(student), head_of(teacher)
-    total = token_loss_sums(
-        hidden, heads[0], batch["input_ids"][:, 1:][here], TokenLoss(), teacher_hidden, heads[1]
-    ).loss
+    labels = batch["input_ids"][:, 1:][here]
+    total = token_loss_sums(hidden, heads[0], labels, TokenLoss(), HiddenTeacher(teacher_hidden, heads[1])).loss
     tiny = torch.finfo(torch.float32).tiny
     for a, b in pairs:
         p, q = (attentions[:, :, :-1].float() for attentions in (ours.attentions[a], theirs.attentions[b]))

@@ -24,6 +24,7 @@ from kd.losses.token_loss import TokenLoss, token_loss_sums
 from kd.models.checkpoint import checkpoint
 from kd.models.forward import final_hidden_states, head_of
 from kd.models.roles import Backbone, LoadSettings, Role, add_frozen_adapter, add_student_adapter, load_model
+from kd.models.teacher_logits import HiddenTeacher
 from kd.training.objective import Objective, Route, route_sums, teacher_views
 
 GENERAL, DOMAIN = 0, 1
@@ -96,7 +97,10 @@ def prepare(shape: Shape, folder: Path) -> None:
     expert.save_pretrained(str(folder / "expert"))
     _student_model, objective = _shared_roles(shape, folder)
     views = teacher_views(make_batch(shape), objective)
-    save_file({str(route): view.hidden_NE for route, view in views.items()}, folder / "teacher_states.safetensors")
+    save_file(
+        {str(route): view.hidden_NE for route, view in views.items() if isinstance(view, HiddenTeacher)},
+        folder / "teacher_states.safetensors",
+    )
 
 
 def _student(shape: Shape, folder: Path) -> Backbone:
@@ -141,8 +145,8 @@ def student_only(shape: Shape, folder: Path) -> tuple[nn.Module, LossOfStep]:
         means = []
         for route in (GENERAL, DOMAIN):
             here_BT = _positions(batch, route)
-            teacher_hidden_ND = teacher_states[str(route)]
-            sums = token_loss_sums(hidden_BTD[here_BT], head, labels_BT[here_BT], TokenLoss(), teacher_hidden_ND, head)
+            teacher = HiddenTeacher(teacher_states[str(route)], head)
+            sums = token_loss_sums(hidden_BTD[here_BT], head, labels_BT[here_BT], TokenLoss(), teacher)
             means.append(sums.loss / here_BT.sum())
         return torch.stack(means).mean()
 

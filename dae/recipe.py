@@ -67,6 +67,11 @@ class AlignRecipe(DivergenceRecipe):
         """Not with a budget: the checkpoint with the lowest eval loss may exceed it."""
         return super().keeps_best and not self.budget
 
+    @property
+    def trains_with_teachers(self) -> bool:
+        """Also for a budget, which follows the reference's KL."""
+        return super().trains_with_teachers or bool(self.budget)
+
     @field_validator("weights", mode="before")
     @classmethod
     def _routes_tokens_or_factors(cls, value: Any) -> Any:

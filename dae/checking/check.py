@@ -164,9 +164,9 @@ def show_effort(console: Console, plan: Plan) -> None:
     epoch = f", {mixture.rows_per_epoch:,} per epoch" if mixture.rows_per_epoch is not None else ""
     micro = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size} process"
     trained = tokens_of_run(plan.data, rows, plan.data.route_names)
-    taught = trained if any(route.teacher is not None for route in plan.objective.routes) else 0
+    taught = trained if plan.roles.teachers else 0
     if plan.cache:
-        taught = sum(one.missing_input_tokens for one, _ in plan.cache.values())
+        taught = sum(one.missing_input_tokens for one in plan.cache.values())
     place = plan.settings.device if plan.settings.device != "cpu" else "the CPU"
     dtype = str(plan.settings.dtype).removeprefix("torch.")
     console.print(
@@ -192,19 +192,15 @@ def show_cache(console: Console, plan: Plan) -> None:
     if not plan.cache:
         return
     table = plain_table("teacher cache", "rows", "to answer", "response", "B/token", "to write")
-    needed = 0
-    for role, (one, width) in plan.cache.items():
-        each = bytes_per_token(width, one.key.stored)
-        size = one.missing_tokens * each
-        needed += size
-        table.add_row(
-            role, f"{one.rows:,}", f"{len(one.missing):,}", f"{one.missing_tokens:,}", f"{each:,}", in_words(size)
-        )
+    for role, one in plan.cache.items():
+        each, size = bytes_per_token(one.head_shape[1], one.key), in_words(one.missing_bytes)
+        missing = f"{len(one.missing):,}"
+        table.add_row(role, f"{one.rows:,}", missing, f"{one.missing_tokens:,}", f"{each:,}", size)
     console.print()
     console.print(table)
-    folders = ", ".join(str(one.store.folder) for one, _ in plan.cache.values())
+    folders = ", ".join(dict.fromkeys(str(one.store.folder) for one in plan.cache.values()))
     console.print(f"in {folders}", soft_wrap=True)
-    refuse_small_disk(next(one.store.folder for one, _ in plan.cache.values()).parent, needed)
+    refuse_small_disk(plan.cache.values())
 
 
 def show_start(console: Console, stage: AnyStage, plan: Plan) -> None:

@@ -62,9 +62,23 @@ def weights(plan: Plan) -> list[Item]:
     items += adapters.values()
     if count := sum(w.numel() for name, w in roles.student.model.named_parameters() if is_training_only(name)):
         items.append(Item("projections, their gradients and AdamW", count * (4 + GRADIENT_BYTES + ADAMW_BYTES)))
+    if heads := cached_heads(plan):
+        items.append(Item("output layers of cached teachers", heads * element))
     size = ADAPTER_BYTES if recipe.lora else student_dtype(recipe).itemsize
     name = "student adapter" if recipe.lora else "student, all weights"
     return [*items, Item(name, trainable(roles.student) * size)]
+
+
+def cached_heads(plan: Plan) -> int:
+    """Elements of the output layers that come with cached teachers; the frozen base's own is there already."""
+    base = plan.inputs["base"].fingerprint
+    on_base = plan.recipe.lora is not None
+    apart = {
+        one.key.fingerprint: one.head_shape[0] * one.head_shape[1]
+        for one in plan.cache.values()
+        if one.key.top_k is None and not (on_base and base in (one.key.fingerprint, one.key.base))
+    }
+    return sum(apart.values())
 
 
 def is_training_only(name: str) -> bool:

@@ -25,10 +25,10 @@ from kd.data.stage_data import StageData, refuse_unfit_rows
 from kd.errors import UserError
 from kd.losses.router import refuse_useless_router_loss
 from kd.models.forward import head_of, learned_positions
-from kd.models.roles import LoadSettings, Role, activate, refuse_unmergeable
+from kd.models.roles import LoadSettings, activate, refuse_unmergeable
 from kd.runs.provenance import read_provenance
 from kd.runs.run_folder import RunFolder, Start
-from kd.stages.caching import is_on_student, plans_of_run
+from kd.stages.caching import cache_of, plans_of_run
 from kd.stages.stage import AnyStage, Inputs, StageRoles, fingerprints
 from kd.training.objective import Objective
 from kd.training.settings import load_settings, planned_steps, rows_per_step, training_arguments
@@ -40,8 +40,7 @@ Result = TypeVar("Result")
 class Plan:
     """A planned run; the roles are on the device `meta`, without weights.
 
-    roles: those that training keeps in memory; cache: what each cached teacher's store has and lacks, by role, with the
-    width of its hidden states.
+    roles: those that are loaded for training; cache: what each cached teacher's store has and lacks, by role.
     """
 
     recipe: StageRecipe
@@ -53,7 +52,7 @@ class Plan:
     steps: int
     roles: StageRoles
     objective: Objective
-    cache: Mapping[str, tuple[CachePlan, int]]
+    cache: Mapping[str, CachePlan]
 
 
 class Findings:
@@ -81,6 +80,8 @@ def make_plan(stage: AnyStage, recipe: StageRecipe) -> Plan:
     """Plan a run. Raises UserError with every problem found."""
     found = Findings()
     found.of(lambda: check_output(recipe.output))
+    if (asked := cache_of(recipe)) is not None:
+        found.of(lambda: check_output(asked.path, "cache.path"))
     settings = load_settings(recipe)
     inputs = found.of(lambda: read_inputs(stage, recipe))
     roles = objective = None
@@ -110,17 +111,11 @@ def make_plan(stage: AnyStage, recipe: StageRecipe) -> Plan:
     found.raise_all()
     assert inputs is not None and data is not None and args is not None and mixture is not None
     assert steps is not None and roles is not None and objective is not None
-    cached = plans_of_run(stage, recipe, inputs, data, mixture, steps, settings)
-    cache = {role: (plan, width_of(roles.live_teachers[role])) for role, plan in cached.items()}
-    kept = {name: one for name, one in roles.teachers.items() if name not in cache or is_on_student(one, roles)}
+    cache = plans_of_run(stage, recipe, inputs, data, mixture, steps, settings)
+    loaded = stage.in_memory(recipe, inputs)  # also where it is only for the start
+    kept = {name: one for name, one in roles.teachers.items() if name not in cache or name in loaded}
     in_memory = replace(roles, teachers=kept)
     return Plan(recipe, inputs, data, args, settings, mixture, steps, in_memory, objective, cache)
-
-
-def width_of(teacher: Role) -> int:
-    """Of its final hidden states."""
-    with activate(teacher) as model:
-        return int(head_of(model).weight_VD.shape[1])
 
 
 def read_inputs(stage: AnyStage, recipe: StageRecipe) -> Inputs:
@@ -161,14 +156,14 @@ def first_record(source: SourceRecipe) -> str:
     return location
 
 
-def check_output(output: str) -> None:
-    """Raise UserError if the run folder cannot be written."""
+def check_output(output: str, key: str = "output") -> None:
+    """Raise UserError if a folder cannot be written. key: of the recipe."""
     place = Path(output)
-    if place.exists() and not place.is_dir():
-        raise UserError(f"output: {output}: is a file; expected a folder")
     existing = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise UserError(f"{key}: {existing}: is a file; expected a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"output: {output}: no permission to write to {existing}; use another folder")
+        raise UserError(f"{key}: {output}: no permission to write to {existing}; use another folder")
 
 
 def look_at_output(stage: AnyStage, recipe: StageRecipe, inputs: Inputs, data: StageData) -> None:

@@ -54,14 +54,17 @@ def recipe_of_file(
     """The stage and the recipe of `dae check FILE` or `dae cache FILE`. Raises UserError."""
     if file is None:
         raise UserError(expected(command, stages))
-    chosen = stage or stage_of(file, assignments or [])
+    chosen = stage or stage_of(file, assignments or [], command, stages)
     if chosen not in stages:
-        raise UserError(f"--stage {chosen}: expected {one_of(list(stages))}")
+        what = f"--stage {chosen}" if stage else f"{file}: is a recipe of `dae {chosen}`"
+        raise UserError(f"{what}: expected {one_of(list(stages))}")
     entry = STAGES[chosen]
     return entry, load_recipe(entry.recipe, file, {}, assignments or [])
 
 
-def stage_of(recipe: Path, assignments: Sequence[str]) -> str:
+def stage_of(
+    recipe: Path, assignments: Sequence[str], asked: str = "check", stages: Sequence[str] = tuple(STAGES)
+) -> str:
     """The stage that a recipe is for: the one with most of its own required keys present; `sft` has none of its own.
 
     Raises UserError for the recipe of a command that is not a stage.
@@ -72,7 +75,7 @@ def stage_of(recipe: Path, assignments: Sequence[str]) -> str:
     if command is not None:
         raise UserError(
             f"{recipe}: is a recipe of `dae {command}`, which checks it before it runs; "
-            f"`dae check` takes recipes of {one_of(list(STAGES))}"
+            f"`dae {asked}` takes recipes of {one_of(list(stages))}"
         )
     written = {*layers.raw, *(re.split(r"[.=]", text)[0] for text in assignments)}
 

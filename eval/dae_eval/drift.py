@@ -38,6 +38,7 @@ from kd.losses.token_loss import TokenLoss, token_loss_sums
 from kd.models.forward import final_hidden_states, head_of, learned_positions
 from kd.models.head import Head
 from kd.models.roles import Role, activate, vocabulary_rows
+from kd.models.teacher_logits import HiddenTeacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -193,7 +194,9 @@ def loss_and_kl(model: ForwardPass, labels_N: Tensor, teachers: Sequence[Forward
     """
     labels_N, next_token = labels_N.to(model.hidden_ND.device), TokenLoss(weight=0.0)
     sums = [
-        token_loss_sums(model.hidden_ND, model.head, labels_N, next_token, teacher.hidden_ND, teacher.head)
+        token_loss_sums(
+            model.hidden_ND, model.head, labels_N, next_token, HiddenTeacher(teacher.hidden_ND, teacher.head)
+        )
         for teacher in teachers
     ]
     rows = model.head.weight_VD.shape[0]

@@ -3,26 +3,29 @@
 The rows of a part follow from the missing rows alone: ordered by length and digest, cut into parts of a fixed size.
 So a command that was killed and is given again writes what it would have written, byte for byte.
 
-Shape legend: R rows, T positions, N response tokens, E width of the teacher.
+Shape legend: R rows, T positions, N response tokens, E width of the teacher, V vocabulary rows.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from kd.cache.store import (
     HEAD,
+    STORED,
     TEACHER,
+    Answers,
     CachedTeacher,
     TeacherKey,
     TeacherStore,
+    as_stored,
     bytes_per_token,
     row_digest,
     teacher_key,
@@ -31,9 +34,10 @@ from kd.config.cache_recipe import CacheRecipe
 from kd.data.batches import model_inputs, predicting_positions
 from kd.data.mixing import MixedRows, pad_rows
 from kd.data.token_rows import TokenRows
-from kd.errors import MachineError
+from kd.errors import MachineError, UserError
 from kd.models.checkpoint import Checkpoint
-from kd.models.forward import final_hidden_states, head_of
+from kd.models.forward import final_hidden_states, head_of, unwrapped
+from kd.models.head import Head, slices
 from kd.models.roles import (
     Backbone,
     LoadSettings,
@@ -44,26 +48,34 @@ from kd.models.roles import (
     load_model,
     vocabulary_rows,
 )
-from kd.runs.claimed_folder import ClaimedFolder
+from kd.models.teacher_logits import top_k
+from kd.runs.claimed_folder import ClaimedFolder, refuse_file
 
 logger = logging.getLogger("dae")
 
-PART_BYTES = 64 << 20  # of hidden states in one file, in memory until it is written
-BATCH_ROWS = 32
-BATCH_TOKENS = 16_384
+PART_BYTES = 64 << 20  # of answers in one file
+LOGITS_ELEMENTS = 2**23  # at once, for the largest probabilities
+# Rotary embeddings that depend on the longest row of a batch, once it is longer than the model was first trained on.
+OF_THE_BATCH = {"dynamic", "longrope"}
 
 RowsOfRoute = Sequence[tuple[TokenRows, Sequence[int]]]  # rows, and which of them
+Missing = tuple[bytes, tuple[TokenRows, int]]  # digest, and where the row is
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What a teacher's store needs for a run. missing: digest -> (rows, index) of the rows that are not there yet."""
+    """What a teacher's store needs for a run.
+
+    rows: how many the run asks it; missing: digest -> (rows, index) of those that are not there yet, and that no plan
+    before this one adds to the same store; head_shape: (V, E) of the teacher's output layer.
+    """
 
     role: str
     key: TeacherKey
     store: TeacherStore
     rows: int
     missing: Mapping[bytes, tuple[TokenRows, int]]
+    head_shape: tuple[int, int]
 
     @property
     def missing_tokens(self) -> int:
@@ -76,8 +88,16 @@ class CachePlan:
         return sum(len(rows.arrays(index)[0]) for rows, index in self.missing.values())
 
     @property
+    def missing_bytes(self) -> int:
+        """What filling writes: the answers, and the output layer where it is not there yet."""
+        rows, width = self.head_shape
+        is_new = self.key.top_k is None and bool(self.missing) and not self.store.has_teacher
+        head = rows * width * STORED[self.key.dtype].itemsize if is_new else 0
+        return head + self.missing_tokens * bytes_per_token(width, self.key)
+
+    @property
     def is_complete(self) -> bool:
-        return not self.missing and self.store.has_head
+        return not self.missing and self.store.has_teacher
 
     def renewed(self) -> CachePlan:
         """As things are now: two roles may be one teacher, and another run may have filled its store meanwhile."""
@@ -87,10 +107,7 @@ class CachePlan:
 
 
 def cache_plans(
-    cache: CacheRecipe,
-    inputs: Mapping[str, Checkpoint],
-    rows: Mapping[str, RowsOfRoute],
-    dtype: torch.dtype,
+    cache: CacheRecipe, inputs: Mapping[str, Checkpoint], rows: Mapping[str, RowsOfRoute], settings: LoadSettings
 ) -> dict[str, CachePlan]:
     """What each teacher's store has and lacks. Opens no weights, writes nothing.
 
@@ -98,19 +115,34 @@ def cache_plans(
         cache: of the recipe.
         inputs: the run's checkpoints by role, `base` among them.
         rows: by the role of the teacher that answers them.
-        dtype: of the models in memory.
+        settings: how the models are opened.
 
     Raises:
-        UserError: a file of a store is damaged or another teacher's.
+        UserError: the path is a file, or a file of a store is damaged or another teacher's.
     """
+    try:
+        refuse_file(Path(cache.path))
+    except UserError as error:
+        raise UserError(f"cache.path: {error}") from error
     plans = {}
+    planned: dict[str, set[bytes]] = {}
     for role, several in rows.items():
-        key = teacher_key(inputs[role], inputs["base"], dtype, cache)
+        key = teacher_key(inputs[role], inputs["base"], settings.dtype, cache)
         store = TeacherStore(Path(cache.path) / key.digest)
         wanted = {row_digest(*part.arrays(index)): (part, index) for part, indices in several for index in indices}
-        missing = {digest: place for digest, place in wanted.items() if digest not in store}
-        plans[role] = CachePlan(role, key, store, len(wanted), missing)
+        before = planned.setdefault(key.digest, set())
+        missing = {digest: row for digest, row in wanted.items() if digest not in store and digest not in before}
+        before.update(missing)
+        plans[role] = CachePlan(role, key, store, len(wanted), missing, head_shape(role, inputs, settings))
     return plans
+
+
+def head_shape(role: str, inputs: Mapping[str, Checkpoint], settings: LoadSettings) -> tuple[int, int]:
+    """(V, E) of a teacher's output layer; reads no weights."""
+    one = inputs["base"] if inputs[role].is_adapter else inputs[role]
+    model: Any = unwrapped(one.meta_model(settings.trust_remote_code))
+    rows, width = model.get_output_embeddings().weight.shape
+    return int(rows), int(width)
 
 
 def fill(
@@ -118,35 +150,48 @@ def fill(
     plans: Mapping[str, CachePlan],
     settings: LoadSettings,
     check: Callable[[Role], None],
+    batch_tokens: int,
 ) -> dict[str, CachedTeacher]:
     """Fill what is missing, one teacher after the other, and open the stores.
 
-    check: raises UserError for a teacher that cannot answer these rows.
+    check: raises UserError for a teacher that cannot answer these rows; batch_tokens: of one pass, at most, but at
+    least one row.
 
     Raises:
         UserError: a live process fills the same store, a checkpoint cannot be read, or a file cannot be written.
-        MachineError: the disk is too small, which is told before anything is computed where it can be.
+        MachineError: the disk is too small, which is told before anything is computed.
     """
+    torch.set_flush_denormal(True)  # denormals slow a CPU several times over
+    refuse_small_disk(plans.values())
     for role, plan in plans.items():
         if plan.is_complete:
             logger.info("cache: %s: all %s rows are in %s", role, f"{plan.rows:,}", plan.store.folder)
             continue
-        with ClaimedFolder(plan.store.folder, TEACHER, frozenset({HEAD})).held(lambda: None):
-            fill_one(inputs, plan.renewed(), settings, check)
+        # After a kill there may be parts without teacher.json only where someone removed it: it is written first.
+        own = frozenset({HEAD, *(file.name for file in plan.store.folder.glob("part-*.safetensors"))})
+        try:
+            with ClaimedFolder(plan.store.folder, TEACHER, own).held(lambda: None):
+                now = plan.renewed()
+                if not now.is_complete:
+                    fill_one(inputs, now, settings, check, batch_tokens)
+        except UserError as error:
+            raise UserError(f"cache.path: {error}") from error
     return cached_teachers(plans, settings)
 
 
 def cached_teachers(plans: Mapping[str, CachePlan], settings: LoadSettings) -> dict[str, CachedTeacher]:
     """The teachers of complete stores."""
-    found = {}
-    for role, plan in plans.items():
-        store = TeacherStore(plan.store.folder)
-        found[role] = CachedTeacher(role, store, store.head(settings.device))
-    return found
+    return {
+        role: TeacherStore(plan.store.folder).teacher(role, plan.key, settings.device) for role, plan in plans.items()
+    }
 
 
 def fill_one(
-    inputs: Mapping[str, Checkpoint], plan: CachePlan, settings: LoadSettings, check: Callable[[Role], None]
+    inputs: Mapping[str, Checkpoint],
+    plan: CachePlan,
+    settings: LoadSettings,
+    check: Callable[[Role], None],
+    batch_tokens: int,
 ) -> None:
     """Add a teacher's missing rows to its store, which this process holds."""
     teacher = lone_teacher(plan.role, inputs, settings)
@@ -154,30 +199,57 @@ def fill_one(
     check_head(teacher, vocabulary_rows([teacher]))
     with activate(teacher) as model:
         head = head_of(model)
-    width = head.weight_VD.shape[1]
-    needed = plan.missing_tokens * bytes_per_token(width, plan.key.stored)
-    refuse_small_disk(plan.store.folder, needed)
-    counts = f"{len(plan.missing):,} of {plan.rows:,} rows"
-    logger.info("cache: %s answers %s, %.3g MB, into %s", plan.role, counts, needed / 1e6, plan.store.folder)
-    if not plan.store.has_head:
-        plan.store.write_head(head, plan.key, inputs[plan.role].lasting_path)
-    for part in parts_of(plan, width):
-        hidden = [states for batch in batches_of(part) for states in answers(teacher, batch)]
-        plan.store.add([digest for digest, _ in part], hidden, plan.key.stored)
+    size, total = plan.missing_bytes / 1e6, len(plan.missing)
+    logger.info(
+        "cache: %s answers %s of %s rows, %.3g MB, into %s",
+        plan.role,
+        f"{total:,}",
+        f"{plan.rows:,}",
+        size,
+        plan.store.folder,
+    )
+    if not plan.store.has_teacher:
+        plan.store.write_teacher(head, plan.key, inputs[plan.role].lasting_path)
+    done = 0
+    for part in parts_of(plan):
+        found = [one for batch in batches_of(part, batch_tokens) for one in answers_of(teacher, head, plan.key, batch)]
+        plan.store.add([digest for digest, _ in part], found)
+        done += len(part)
+        if done < total:
+            logger.info("cache: %s: %s of %s rows", plan.role, f"{done:,}", f"{total:,}")
 
 
-def refuse_small_disk(folder: Path, needed: int) -> None:
+def refuse_small_disk(plans: Iterable[CachePlan]) -> None:
+    """Raise MachineError where the disk has no room for what is missing."""
+    several = list(plans)
+    needed = sum(plan.missing_bytes for plan in several)
+    if not needed:
+        return
+    folder = several[0].store.folder.parent
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise MachineError(
             f"{folder}: the cache needs {needed / 1e6:,.0f} MB more, and the disk has {free / 1e6:,.0f} MB free; free "
-            "some space, set cache.path to another disk, or cache.dtype=int8"
+            "some space, set cache.path to another disk, or store less (cache.dtype=int8, cache.kind=topk)"
+        )
+
+
+def refuse_batch_dependent(role: Role, longest: int) -> None:
+    """Raise UserError for a teacher whose answer to a row depends on which rows it is in a batch with."""
+    config: Any = unwrapped(role.model).config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type") or rope.get("type")
+    limit = int(rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None) or 0)
+    if kind in OF_THE_BATCH and longest > limit:
+        raise UserError(
+            f"cache: {role.name}: rows of more than {limit} tokens change what it says of other rows in their batch "
+            f"(rope_type: {kind}), so it cannot answer beforehand; set data.max_length={limit}, or remove cache"
         )
 
 
 def lone_teacher(role: str, inputs: Mapping[str, Checkpoint], settings: LoadSettings) -> Role:
-    """A teacher by itself: a full checkpoint, or its adapter on its base."""
+    """A teacher by itself: a full checkpoint, or its adapter on the base."""
     one = inputs[role]
     if not one.is_adapter:
         return Role(role, load_model(one, settings), None)
@@ -186,13 +258,10 @@ def lone_teacher(role: str, inputs: Mapping[str, Checkpoint], settings: LoadSett
     return Role(role, backbone.model, name)
 
 
-Missing = tuple[bytes, tuple[TokenRows, int]]
-
-
-def parts_of(plan: CachePlan, width: int) -> Iterator[list[Missing]]:
+def parts_of(plan: CachePlan) -> Iterator[list[Missing]]:
     """The missing rows, longest first, in parts of PART_BYTES."""
     ordered = sorted(plan.missing.items(), key=lambda item: (-length(item), item[0]))
-    tokens = max(1, PART_BYTES // bytes_per_token(width, plan.key.stored))
+    tokens = max(1, PART_BYTES // bytes_per_token(plan.head_shape[1], plan.key))
     part: list[Missing] = []
     held = 0
     for item in ordered:
@@ -211,20 +280,35 @@ def length(item: Missing) -> int:
     return len(rows.arrays(index)[0])
 
 
-def batches_of(part: Sequence[Missing]) -> Iterator[list[Missing]]:
-    """Rows that pass the teacher together."""
+def batches_of(part: Sequence[Missing], batch_tokens: int) -> Iterator[list[Missing]]:
+    """Rows that pass the teacher together; the longest comes first."""
     start = 0
     while start < len(part):
-        count = min(BATCH_ROWS, max(1, BATCH_TOKENS // length(part[start])))
+        count = max(1, batch_tokens // length(part[start]))
         yield list(part[start : start + count])
         start += count
 
 
-def answers(teacher: Role, rows: Sequence[Missing]) -> list[Tensor]:
-    """[N_r, E] of each row, on the CPU: the hidden states that predict its response tokens."""
+def answers_of(teacher: Role, head: Head, key: TeacherKey, rows: Sequence[Missing]) -> list[Answers]:
+    """What is stored of each row, on the CPU. Raises UserError where it is not finite."""
     mixed = [MixedRows([rows_of], [0])[(0, index)] for _, (rows_of, index) in rows]
     batch = {name: values.to(teacher.model.device) for name, values in pad_rows(mixed, pad_token_id=0).items()}
     predicting_BT = predicting_positions(batch)
     with activate(teacher) as model, torch.no_grad():
         hidden_BTE = final_hidden_states(model, model_inputs(batch))[:, :-1]
-    return [hidden_BTE[b][predicting_BT[b]].cpu() for b in range(len(rows))]
+    hidden_NE, counts = hidden_BTE[predicting_BT], predicting_BT.sum(1).tolist()
+    if not torch.isfinite(hidden_NE).all():
+        raise UserError(f"{teacher.name}: its hidden states are not finite on these rows; save its checkpoint again.")
+    answers = as_stored(hidden_NE, key.stored) if key.top_k is None else largest(hidden_NE, head, key)
+    by_row = {name: values.cpu().split(counts) for name, values in answers.items()}
+    return [{name: parts[row] for name, parts in by_row.items()} for row in range(len(rows))]
+
+
+def largest(hidden_NE: torch.Tensor, head: Head, key: TeacherKey) -> Answers:
+    """The largest probabilities of each token, and the logarithm of what is left."""
+    assert key.top_k is not None
+    vocabulary = head.weight_VD.shape[0]
+    k, chunk = min(key.top_k, vocabulary - 1), max(1, LOGITS_ELEMENTS // vocabulary)
+    parts = [top_k(head.logits(hidden_NE[tokens]), k) for tokens in slices(len(hidden_NE), chunk)]
+    ids_NK, log_q_NK, log_tail_N = (torch.cat(each) for each in zip(*parts, strict=True))
+    return {"ids": ids_NK, "log_q": log_q_NK.to(STORED[key.stored]), "log_tail": log_tail_N}

@@ -1,15 +1,17 @@
-"""A teacher's final hidden states on disk, row by row.
+"""What a teacher says of rows, on disk.
 
     DIR/3f9c.../teacher.json             which teacher: fingerprints, dtypes, its head's scale
-                head.safetensors         its output layer: weight [V, E], and bias [V] where it has one
-                part-00000.safetensors   hidden [N, E], digests [R, 32], offsets [R + 1]; int8 also scale [N]
+                head.safetensors         of kind hidden: its output layer, weight [V, E], and bias [V] where it has one
+                part-00000.safetensors   answers, and digests [R, 32], offsets [R + 1] of their rows
 
-The folder's name is a digest of what decides the values: the teacher's weights and config, its base's where it is an
-adapter, its dtype, and the stored one. A row is found by the SHA-256 of its tokens and response mask. So nothing
+    answers: kind hidden: hidden [N, E], for int8 also scale [N]; kind topk: ids [N, K], log_q [N, K], log_tail [N]
+
+The folder's name is a digest of what decides the answers: the teacher's weights and config, its base's where it is an
+adapter, its dtype, and what is stored. A row is found by the SHA-256 of its tokens and response mask. So nothing
 depends on shuffling, mixing, batch size or ranks, recipes share what they have in common, and a teacher or row that
 changed is never mistaken for what it was. Parts are written whole and never changed.
 
-Shape legend: R rows, N response tokens, E width of the teacher, V vocabulary rows.
+Shape legend: R rows, N response tokens, E width of the teacher, V vocabulary rows, K tokens kept.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,11 @@ from kd.data.token_rows import Ids, Mask
 from kd.errors import UserError
 from kd.models.checkpoint import Checkpoint
 from kd.models.head import Head
+from kd.models.teacher_logits import HiddenTeacher, TeacherLogits, TopKTeacher
 from kd.runs.files import TEMPORARY_PREFIX, disk_errors, fsync_path, json_text, read_json, write_text_durably
 
 FORMAT = 1
+Answers = dict[str, Tensor]  # by name, as in the files; dimension 0 is response tokens
 TEACHER, HEAD = "teacher.json", "head.safetensors"
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 REMEDY = "remove this folder and fill the cache again"
@@ -44,17 +48,21 @@ REMEDY = "remove this folder and fill the cache again"
 
 @dataclass(frozen=True)
 class TeacherKey:
-    """What decides a teacher's hidden states. base: fingerprint of an adapter's base; dtype: of its weights."""
+    """What decides a teacher's answers. base: fingerprint of an adapter's base; dtype: of its weights.
+
+    stored: the dtype on disk; top_k: of kind topk, None for hidden states.
+    """
 
     fingerprint: str
     base: str | None
     dtype: str
     stored: str
+    top_k: int | None = None
 
     @property
     def digest(self) -> str:
         """Its folder's name: 16 hexadecimal digits."""
-        values = json.dumps([FORMAT, self.fingerprint, self.base, self.dtype, self.stored])
+        values = json.dumps([FORMAT, self.fingerprint, self.base, self.dtype, self.stored, self.top_k])
         return hashlib.sha256(values.encode()).hexdigest()[:16]
 
 
@@ -62,7 +70,9 @@ def teacher_key(teacher: Checkpoint, base: Checkpoint, dtype: torch.dtype, cache
     """base: what the teacher stands on, if it is an adapter; dtype: of the models in memory."""
     name = str(dtype).removeprefix("torch.")
     on = base.fingerprint if teacher.is_adapter else None
-    return TeacherKey(teacher.fingerprint, on, name, name if cache.dtype == "auto" else cache.dtype)
+    top_k = cache.top_k if cache.kind == "topk" else None
+    automatic = name if top_k is None else "float32"
+    return TeacherKey(teacher.fingerprint, on, name, automatic if cache.dtype == "auto" else cache.dtype, top_k)
 
 
 def row_digest(input_ids: Ids, response_mask: Mask) -> bytes:
@@ -83,7 +93,7 @@ def batch_digests(batch: Batch) -> list[bytes]:
     return [row_digest(ids_BT[b, :length], mask_BT[b, :length]) for b, length in enumerate(lengths_B)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a row is: tokens first..last of a part."""
 
@@ -124,92 +134,118 @@ class TeacherStore:
     def __len__(self) -> int:
         return len(self._places)
 
-    def hidden_states(self, digests: Sequence[bytes]) -> Tensor:
-        """[N, E] at the response positions of these rows, in order; as stored, but int8 as float32.
-
-        Raises UserError where a row is not there.
-        """
-        parts = []
+    def answers(self, digests: Sequence[bytes]) -> Answers:
+        """Those of these rows, in order, as they are stored. Raises UserError where a row is not there."""
+        parts: list[Answers] = []
         for digest in digests:
             if digest not in self._places:
                 raise UserError(f"{self.folder}: a row of this run is not in the cache; {REMEDY}")
             place = self._places[digest]
-            part, tokens = self._parts[place.part], slice(place.first, place.last)
-            hidden_NE = part.get_slice("hidden")[tokens]
-            if hidden_NE.dtype == torch.int8:
-                hidden_NE = hidden_NE.float() * part.get_slice("scale")[tokens, None]
-            parts.append(hidden_NE)
-        return torch.cat(parts)
+            part = self._parts[place.part]
+            names = [name for name in part.keys() if name not in ("digests", "offsets")]  # noqa: SIM118 - no mapping
+            parts.append({name: part.get_slice(name)[place.first : place.last] for name in names})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def add(self, digests: Sequence[bytes], hidden: Sequence[Tensor], stored: str) -> None:
-        """Write a new part. hidden: [N_r, E] of each row. This store sees it only when it is opened anew."""
-        tensors = _as_stored(torch.cat(list(hidden)), stored)
-        tensors["digests"] = torch.from_numpy(np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32).copy())
-        counts = [0, *(len(part) for part in hidden)]
+    def add(self, digests: Sequence[bytes], answers: Sequence[Answers]) -> None:
+        """Write a new part. answers: of each row. This store sees it only when it is opened anew."""
+        tensors = {name: torch.cat([one[name] for one in answers]).contiguous() for name in answers[0]}
+        counts = [0, *(len(next(iter(one.values()))) for one in answers)]
         tensors["offsets"] = torch.tensor(counts, dtype=torch.int64).cumsum(0)
-        number = len(list(self.folder.glob("part-*.safetensors")))
+        tensors["digests"] = torch.from_numpy(np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32).copy())
+        taken = [int(file.stem.removeprefix("part-")) for file in self.folder.glob("part-*.safetensors")]
+        number = max(taken, default=-1) + 1  # one in between may have been removed
         _save_durably(tensors, self.folder / f"part-{number:05d}.safetensors", {"teacher": self.folder.name})
 
-    # -- the teacher's head --------------------------------------------------------------------------------------------
-
     @property
-    def has_head(self) -> bool:
-        return (self.folder / HEAD).is_file() and (self.folder / TEACHER).is_file()
+    def has_teacher(self) -> bool:
+        """Whether the files beside the parts are there; teacher.json is written last."""
+        return (self.folder / TEACHER).is_file()
 
-    def write_head(self, head: Head, key: TeacherKey, path: str) -> None:
+    def write_teacher(self, head: Head, key: TeacherKey, path: str) -> None:
         """path: the teacher's, for a reader."""
-        tensors = {"weight": head.weight_VD.detach().cpu().contiguous()}
-        if head.bias_V is not None:
-            tensors["bias"] = head.bias_V.detach().cpu().contiguous()
-        _save_durably(tensors, self.folder / HEAD, {"teacher": self.folder.name})
-        facts = {"format": FORMAT, "teacher": path, "fingerprint": key.fingerprint, "base": key.base}
-        facts |= {"dtype": key.dtype, "stored": key.stored, "scale": head.scale, "softcap": head.softcap}
+        if key.top_k is None:
+            tensors = {"weight": head.weight_VD.detach().cpu().contiguous()}
+            if head.bias_V is not None:
+                tensors["bias"] = head.bias_V.detach().cpu().contiguous()
+            _save_durably(tensors, self.folder / HEAD, {"teacher": self.folder.name})
+        facts = {"format": FORMAT, "teacher": path, **asdict(key), "vocabulary_rows": head.weight_VD.shape[0]}
+        facts |= {"scale": head.scale, "softcap": head.softcap}
         write_text_durably(self.folder / TEACHER, json_text(facts))
 
-    def head(self, device: str) -> Head:
-        """Raises UserError where its files are damaged."""
+    def teacher(self, name: str, key: TeacherKey, device: str) -> CachedTeacher:
+        """The teacher of this store. Raises UserError where its files are damaged or another teacher's."""
         facts, file = read_json(self.folder / TEACHER), self.folder / HEAD
+        expected = {"format": FORMAT, **asdict(key)}
+        if {name: facts.get(name) for name in expected} != expected or not {"vocabulary_rows", "scale"} <= facts.keys():
+            raise UserError(f"{self.folder / TEACHER}: is not that of this teacher; {REMEDY}")
+        if key.top_k is not None:
+            return CachedTeacher(name, self, None, facts["vocabulary_rows"])
         try:
+            with safe_open(file, framework="pt") as opened:
+                owner = (opened.metadata() or {}).get("teacher")
             tensors = load_file(file, device=device)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: cannot be read ({error}); {REMEDY}") from error
-        return Head(tensors["weight"], tensors.get("bias"), float(facts["scale"]), facts["softcap"])
+        if owner != self.folder.name:
+            raise UserError(f"{file}: belongs to another teacher ({owner}); {REMEDY}")
+        head = Head(tensors["weight"], tensors.get("bias"), float(facts["scale"]), facts.get("softcap"))
+        return CachedTeacher(name, self, head, facts["vocabulary_rows"])
 
 
 @dataclass(frozen=True, eq=False)
 class CachedTeacher:
-    """What an objective needs of a teacher that is not in memory. Every row that it is asked about is in `store`."""
+    """What an objective needs of a teacher that is not in memory. Every row that it is asked about is in `store`.
+
+    head: of kind hidden, its output layer; None: the store has the largest probabilities.
+    """
 
     name: str
     store: TeacherStore
-    head: Head
+    head: Head | None
+    vocabulary_rows: int
 
-    def hidden_states(self, rows: Batch) -> Tensor:
-        """[N, E] at the positions that predict response tokens, row after row, on the rows' device.
+    def logits(self, rows: Batch) -> TeacherLogits:
+        """What it says at the positions that predict response tokens, row after row, on the rows' device.
 
         Raises UserError where a row is not in the store.
         """
-        return self.store.hidden_states(batch_digests(rows)).to(rows["input_ids"].device)
+        device = rows["input_ids"].device
+        found = {name: values.to(device) for name, values in self.store.answers(batch_digests(rows)).items()}
+        if self.head is not None:
+            return HiddenTeacher(from_stored(found), self.head)
+        return TopKTeacher(found["ids"].long(), found["log_q"], found["log_tail"], self.vocabulary_rows)
 
 
-def _as_stored(hidden_NE: Tensor, stored: str) -> dict[str, Tensor]:
-    """In the stored dtype. int8: hidden = scale * integer, scale = max |hidden| / 127 of each token."""
+def as_stored(hidden_NE: Tensor, stored: str) -> Answers:
+    """Hidden states in the stored dtype. int8: hidden = scale * integer, scale = max |hidden| / 127 of each token."""
     if stored != "int8":
-        return {"hidden": hidden_NE.to(STORED[stored]).contiguous()}
+        return {"hidden": hidden_NE.to(STORED[stored])}
     scale_N = hidden_NE.float().abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    integers_NE = (hidden_NE.float() / scale_N[:, None]).round().to(torch.int8)
-    return {"hidden": integers_NE.contiguous(), "scale": scale_N}
+    return {"hidden": (hidden_NE.float() / scale_N[:, None]).round().to(torch.int8), "scale": scale_N}
+
+
+def from_stored(answers: Answers) -> Tensor:
+    """[N, E] hidden states; those of int8 in float32."""
+    hidden_NE = answers["hidden"]
+    return hidden_NE.float() * answers["scale"][:, None] if "scale" in answers else hidden_NE
 
 
 def _save_durably(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
     temporary = file.with_name(TEMPORARY_PREFIX + file.name)
     with disk_errors(file):
-        save_file(tensors, temporary, metadata)
-        fsync_path(temporary)
-        os.replace(temporary, file)
+        try:
+            save_file(tensors, temporary, metadata)
+            fsync_path(temporary)
+            os.replace(temporary, file)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         fsync_path(file.parent)
 
 
-def bytes_per_token(width: int, stored: str) -> int:
-    """On disk, without the rows' digests."""
-    return width * STORED[stored].itemsize + (4 if stored == "int8" else 0)
+def bytes_per_token(width: int, key: TeacherKey) -> int:
+    """On disk, without the rows' digests. width: of the teacher's hidden states."""
+    each = STORED[key.stored].itemsize
+    if key.top_k is not None:
+        return key.top_k * (each + torch.int32.itemsize) + torch.float32.itemsize
+    return width * each + (torch.float32.itemsize if key.stored == "int8" else 0)

@@ -4,8 +4,8 @@ Products with a head's weights want many tokens at once, softmaxes and divergenc
 cache. A chunk's logits live for a moment, each block's gradient takes the place of its logits, and the gradient with
 respect to the hidden states (N x D) is worked out while they do.
 
-Shape legend: S sides (student, and teacher where there is one), N response tokens, D width of the student, E width of
-the teacher, V vocabulary rows that both heads have.
+Shape legend: S sides (student, and teacher where there is one), N response tokens, D width of the student, V vocabulary
+rows that both have.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kd.models.head import Head, slices, sum_dtype
+from kd.models.teacher_logits import TeacherLogits
 
 # Elements of a chunk where several tensors of its size live at once (16 MiB each in fp32 on a CPU, 256 MiB on an
 # accelerator), and where only both sides' logits do. Of fewer tokens, reading the head's weights costs more than
@@ -48,8 +49,7 @@ class ChunkedLoss(torch.autograd.Function):
         bias_V: Tensor | None,
         head: Head,
         labels_N: Tensor,
-        teacher_hidden_NE: Tensor | None,
-        teacher_head: Head | None,
+        teacher: TeacherLogits | None,
         block_loss: BlockLoss,
         chunk_tokens: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,7 +61,7 @@ class ChunkedLoss(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V, dtype=dtype) if wants_bias and bias_V is not None else None
         totals = torch.zeros(3, dtype=dtype, device=hidden_ND.device)
         # The same memory for every chunk: fresh memory can cost a CPU more in page faults than the arithmetic on it.
-        sides, vocabulary, device = (1 if teacher_head is None else 2), weight_VD.shape[0], hidden_ND.device.type
+        sides, vocabulary, device = (1 if teacher is None else 2), weight_VD.shape[0], hidden_ND.device.type
         chunk_tokens = chunk_tokens or max(FEWEST_CHUNK_TOKENS, logits_elements(device) // vocabulary)
         block_tokens = max(1, block_elements(device) // vocabulary)
         logits_SNV = hidden_ND.new_empty(sides, min(chunk_tokens, len(labels_N)), vocabulary, dtype=dtype)
@@ -70,8 +70,8 @@ class ChunkedLoss(torch.autograd.Function):
         for chunk in slices(len(labels_N), chunk_tokens):
             chunk_SNV = logits_SNV[:, : chunk.stop - chunk.start]
             head.logits(hidden_ND[chunk], chunk_SNV[0])
-            if teacher_head is not None and teacher_hidden_NE is not None:
-                teacher_head.logits(teacher_hidden_NE[chunk], chunk_SNV[1])
+            if teacher is not None:
+                teacher.put(chunk, chunk_SNV[0], chunk_SNV[1])
             for block in slices(chunk_SNV.shape[1], block_tokens):
                 block_SNV, space = chunk_SNV[:, block], space_SNV[:, : block.stop - block.start]
                 sums, grad_NV = block_loss(block_SNV, labels_N[chunk][block], space, any(ctx.needs_input_grad[:3]))
@@ -105,7 +105,7 @@ class ChunkedLoss(torch.autograd.Function):
             grad_weight_VD = (grad_weight_VD * grad_loss).to(ctx.weight_dtype)
         if grad_bias_V is not None:
             grad_bias_V = (grad_bias_V * grad_loss).to(ctx.weight_dtype)
-        return (grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None, None, None, None)
+        return (grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None, None, None)
 
 
 def _put_gradient(grad_NV: Tensor, logits_NV: Tensor, head: Head) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,8 +38,14 @@ class DivergenceRecipe(StageRecipe):
         description="of the skewed divergences: how much of the first distribution is mixed into the second",
     )
     cache: CacheRecipe | None = Field(
-        default=None, description="keep what teachers say of the rows on disk: {path, dtype}; null: ask them each time"
+        default=None,
+        description="keep what teachers say of the rows on disk: {path, kind, dtype}; null: do not",
     )
+
+    @property
+    def trains_with_teachers(self) -> bool:
+        """Whether a training step asks the teachers."""
+        return self.lambda_ > 0.0
 
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> list[Problem]:
@@ -49,4 +56,21 @@ class DivergenceRecipe(StageRecipe):
             if unread and raw.get(key, cls.model_fields[key].default) != cls.model_fields[key].default:
                 words = f"is read with `divergence: {'` or `'.join(readers)}` only: remove it"
                 problems.append(Problem((key,), raw[key], words))
-        return problems
+        return problems + cache_problems(raw)
+
+
+def cache_problems(raw: Mapping[str, Any]) -> list[Problem]:
+    """What does not go with the recipe's `cache`."""
+    cache, problems = raw.get("cache"), []
+    if not isinstance(cache, Mapping):
+        return []
+    temperature = raw.get("temperature", 1.0)
+    if cache.get("kind") == "topk" and temperature != 1.0:
+        words = "the largest probabilities are kept as they are: use 1.0, or cache.kind=hidden"
+        problems.append(Problem(("temperature",), temperature, words))
+    path, output = cache.get("path"), raw.get("output")
+    if isinstance(path, str) and isinstance(output, str):
+        inner, outer = os.path.abspath(path), os.path.abspath(output)
+        if os.path.commonpath([inner, outer]) == outer:
+            problems.append(Problem(("cache", "path"), path, f"lies in output ({output}), which one run owns: move it"))
+    return problems

@@ -6,8 +6,8 @@ D is a divergence (divergences.py), with a gradient of analytic_gradients.py or 
 (chunked.py). Every function returns sums over tokens; the trainer divides once, by the count of the whole optimizer
 step.
 
-Shape legend: S sides (student, and teacher where there is one), N response tokens, D width of the student, E width of
-the teacher, V vocabulary rows that both heads have.
+Shape legend: S sides (student, and teacher where there is one), N response tokens, D width of the student, V vocabulary
+rows that both have.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from kd.losses.analytic_gradients import ANALYTIC, forward_kl_of_logits, log_nor
 from kd.losses.chunked import ChunkedLoss
 from kd.losses.divergences import DIVERGENCES, parameters_of
 from kd.models.head import Head
+from kd.models.teacher_logits import TeacherLogits
 
 
 @dataclass(frozen=True)
@@ -72,25 +73,23 @@ def token_loss_sums(
     head: Head,
     labels_N: Tensor,
     token_loss: TokenLoss,
-    teacher_hidden_NE: Tensor | None = None,
-    teacher_head: Head | None = None,
+    teacher: TeacherLogits | None = None,
     *,
     chunk_tokens: int | None = None,
 ) -> LossSums:
     """Sum the loss of N response tokens from final hidden states; DAE's eq. for one route (arXiv 2406.19112).
 
-    hidden_ND [N, D] and teacher_hidden_NE [N, E] (any float dtype) stand at the positions that predict labels_N [N]
-    int64. The heads may differ in width and in padding: both distributions are over the rows they have in common, which
-    must hold every label. N = 0 gives zeros that are still connected to the graph.
+    hidden_ND [N, D] (any float dtype) and what the teacher says stand at the positions that predict labels_N [N] int64.
+    The heads may differ in width and in padding: both distributions are over the rows they have in common, which must
+    hold every label. N = 0 gives zeros that are still connected to the graph.
 
     Gradients reach hidden_ND and head.weight_VD / bias_V where they ask for it, never the teacher's side. They are
     worked out in the forward pass, so the product is formed even if backward is never called (not under no_grad).
     """
-    assert (teacher_hidden_NE is None) == (teacher_head is None), "a teacher is hidden states and a head"
-    assert teacher_head is not None or token_loss.weight == 0.0, "a divergence needs a teacher"
-    if teacher_head is not None:
-        rows = min(head.weight_VD.shape[0], teacher_head.weight_VD.shape[0])
-        head, teacher_head = head.first_rows(rows), teacher_head.first_rows(rows)
+    assert teacher is not None or token_loss.weight == 0.0, "a divergence needs a teacher"
+    if teacher is not None:
+        rows = min(head.weight_VD.shape[0], teacher.vocabulary_rows)
+        head, teacher = head.first_rows(rows), teacher.first_rows(rows)
     weight_VD, bias_V = head.weight_VD, head.bias_V
     if not torch.is_grad_enabled():  # a weight that trains would ask for its gradient even so
         weight_VD, bias_V = weight_VD.detach(), None if bias_V is None else bias_V.detach()
@@ -100,12 +99,11 @@ def token_loss_sums(
         bias_V,
         head,
         labels_N,
-        None if teacher_hidden_NE is None else teacher_hidden_NE.detach(),
-        teacher_head,
+        teacher,
         partial(block_sums, token_loss),
         chunk_tokens,
     )
-    return LossSums(loss, kl if teacher_head is not None else torch.full_like(kl, math.nan), ntp)
+    return LossSums(loss, kl if teacher is not None else torch.full_like(kl, math.nan), ntp)
 
 
 def block_sums(

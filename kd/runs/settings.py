@@ -46,8 +46,10 @@ def recorded_values(values: Mapping[str, Any], schema: type[Frozen]) -> dict[str
 
 
 def recipe_values(recipe: Frozen) -> dict[str, Any]:
-    """A recipe's values by dotted key, without `output`."""
-    return flat(json.loads(recipe.model_dump_json(by_alias=True, exclude={"output"})))
+    """A recipe's values by dotted key, without where things lie: `output`, `cache.path`."""
+    values = flat(json.loads(recipe.model_dump_json(by_alias=True, exclude={"output"})))
+    values.pop("cache.path", None)
+    return values
 
 
 def changed_settings(recorded: Mapping[str, Any], current: Mapping[str, Any], schema: type[Frozen]) -> list[str]:

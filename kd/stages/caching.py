@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kd.cache.filling import CachePlan, cache_plans, cached_teachers, fill
+from kd.cache.filling import CachePlan, cache_plans, cached_teachers, fill, refuse_batch_dependent
 from kd.cache.store import CachedTeacher
 from kd.config.cache_recipe import CacheRecipe
 from kd.config.stage_recipe import StageRecipe
@@ -16,11 +16,14 @@ from kd.data.mixing import Mixture
 from kd.data.stage_data import StageData, refuse_unfit_rows, sampled_rows
 from kd.data.token_rows import TokenRows
 from kd.errors import UserError
+from kd.losses.divergence_recipe import DivergenceRecipe
 from kd.models.forward import innermost, learned_positions, unwrapped
 from kd.models.roles import LoadSettings, Role, vocabulary_rows
 from kd.stages.stage import AnyStage, Inputs, RecipeT, Stage, StageRoles, fingerprints
 from kd.training.objective import Teacher
 from kd.training.settings import load_settings, planned_steps, processes, rows_per_step, training_arguments
+
+BATCH_ROWS = 8  # as in training, where the recipe says nothing
 
 
 def cache_of(recipe: StageRecipe) -> CacheRecipe | None:
@@ -56,7 +59,8 @@ def plans_of_run(
     cache = cache_of(recipe)
     if cache is None:
         return {}
-    used = rows_of_run(data, mixture, steps)
+    asks = isinstance(recipe, DivergenceRecipe) and recipe.trains_with_teachers
+    used = rows_of_run(data, mixture, steps if asks else 0)
     rows: dict[str, list[tuple[TokenRows, Any]]] = {}
     for route, role in stage.taught_by(recipe).items():
         asked = rows.setdefault(role, [])
@@ -65,38 +69,36 @@ def plans_of_run(
                 asked.append((data.rows[index], sorted(used[index])))
         if route in data.held_out:
             asked.append((data.held_out[route], range(len(data.held_out[route]))))
-    return cache_plans(cache, inputs, rows, settings.dtype)
+    return cache_plans(cache, inputs, rows, settings)
 
 
 def filled(
-    stage: AnyStage,
-    recipe: StageRecipe,
-    inputs: Inputs,
-    data: StageData,
-    mixture: Mixture,
-    steps: int,
-    settings: LoadSettings,
+    plans: Mapping[str, CachePlan], recipe: StageRecipe, inputs: Inputs, data: StageData, settings: LoadSettings
 ) -> dict[str, CachedTeacher]:
-    """The run's cached teachers by role, with all that the run asks them; empty without `cache`.
+    """The cached teachers of a run by role, with all that the run asks them; empty where there are no plans.
 
     Raises:
         UserError: a store is damaged, another process fills it, or several processes would have to.
         MachineError: the disk is too small.
     """
-    plans = plans_of_run(stage, recipe, inputs, data, mixture, steps, settings)
-    missing = sum(len(plan.missing) for plan in plans.values())
-    if processes().num_processes > 1:
-        if missing:
+    several = processes().num_processes
+    if several > 1:
+        if not all(plan.is_complete for plan in plans.values()):
+            missing = sum(len(plan.missing) for plan in plans.values())
+            steps = several * int(recipe.train.get("gradient_accumulation_steps", 1))
             raise UserError(
                 f"cache: {missing:,} rows are missing, and several processes cannot fill a cache together; fill it "
-                "first, in one process: dae cache RECIPE"
+                f"first, in one process: dae cache RECIPE train.gradient_accumulation_steps={steps}"
             )
         return cached_teachers(plans, settings)
 
     def check(role: Role) -> None:
         refuse_unfit_rows(recipe, data, vocabulary_rows([role]), learned_positions(role.model))
+        refuse_batch_dependent(role, data.longest)
 
-    return fill(inputs, plans, settings, check)
+    # What a training step passes through the models at once, at most.
+    batch_tokens = data.longest * int(recipe.train.get("per_device_train_batch_size", BATCH_ROWS))
+    return fill(inputs, plans, settings, check, batch_tokens)
 
 
 def with_cached(
@@ -111,11 +113,20 @@ def with_cached(
     live = {role: one for role, one in inputs.items() if role not in left_out}
     roles = stage.build_roles(recipe, live, settings)
     teachers = {**cached, **roles.teachers}
-    return replace(roles, teachers={role: teachers[role] for role in inputs if role in teachers})
+    roles = replace(roles, teachers={role: teachers[role] for role in inputs if role in teachers})
+    for name, one in cached.items():
+        if one.head is None and one.vocabulary_rows > roles.vocabulary_rows:
+            raise UserError(
+                f"cache.kind: topk: the probabilities of {name} are over {one.vocabulary_rows} vocabulary rows, and "
+                f"the models share only {roles.vocabulary_rows}; use cache.kind=hidden"
+            )
+    return roles
 
 
 def with_head_of_backbone(cached: CachedTeacher, student: Role) -> CachedTeacher:
     """The same teacher; where its output layer is the frozen one of the student's backbone, there is one copy of it."""
+    if cached.head is None:
+        return cached
     weight: Any = innermost(unwrapped(student.model).get_output_embeddings()).weight
     own = cached.head.weight_VD
     if weight.requires_grad or weight.dtype != own.dtype or weight.shape != own.shape or not torch.equal(weight, own):
@@ -153,5 +164,5 @@ def fill_cache(stage: Stage[RecipeT], recipe: RecipeT) -> dict[str, CachePlan]:
     mixture = Mixture(data.sources, rows_per_step(args), recipe.seed)
     steps = planned_steps(mixture, args)
     plans = plans_of_run(stage, recipe, inputs, data, mixture, steps, settings)
-    filled(stage, recipe, inputs, data, mixture, steps, settings)
+    filled(plans, recipe, inputs, data, settings)
     return plans

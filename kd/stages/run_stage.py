@@ -25,7 +25,7 @@ from kd.losses.router import refuse_useless_router_loss
 from kd.models.forward import learned_positions
 from kd.models.roles import LoadSettings, check_head, check_packing, refuse_unmergeable
 from kd.runs.run_folder import RunFolder, Start, State
-from kd.stages.caching import filled, with_cached, with_head_of_backbone, without_own_weights
+from kd.stages.caching import filled, plans_of_run, with_cached, with_head_of_backbone, without_own_weights
 from kd.stages.stage import Inputs, RecipeT, Stage, StageRoles, fingerprints
 from kd.training.callbacks import EarlyStopping, StepBookkeeping, StopOnSignal
 from kd.training.model_card import CardFacts
@@ -139,7 +139,8 @@ def prepare(
     """
     mixture = Mixture(data.sources, rows_per_step(args), recipe.seed)
     args.max_steps = planned_steps(mixture, args)
-    cached = filled(stage, recipe, inputs, data, mixture, args.max_steps, settings)
+    plans = plans_of_run(stage, recipe, inputs, data, mixture, args.max_steps, settings)
+    cached = filled(plans, recipe, inputs, data, settings)
     set_seed(recipe.seed)  # a new adapter is drawn from it, whatever went before
     roles = with_cached(stage, recipe, inputs, settings, cached)
     cached = {name: with_head_of_backbone(teacher, roles.student) for name, teacher in cached.items()}

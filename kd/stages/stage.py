@@ -60,7 +60,7 @@ class StageRoles:
         """Rows that the heads share which are compared with each other."""
         if self.own_vocabulary:
             return vocabulary_rows([self.student])
-        cached = [t.head.weight_VD.shape[0] for t in self.teachers.values() if isinstance(t, CachedTeacher)]
+        cached = [one.vocabulary_rows for one in self.teachers.values() if isinstance(one, CachedTeacher)]
         return min(vocabulary_rows(self.all), *cached) if cached else vocabulary_rows(self.all)
 
 

@@ -24,8 +24,8 @@ from kd.losses.auxiliary import AuxiliaryLoss
 from kd.losses.router import experts_per_token, load_balancing_loss, recorded_router_logits
 from kd.losses.token_loss import LossSums, TokenLoss, token_loss_sums
 from kd.models.forward import final_hidden_states, head_of
-from kd.models.head import Head
 from kd.models.roles import Role, activate
+from kd.models.teacher_logits import HiddenTeacher, TeacherLogits
 
 Teacher = Role | CachedTeacher
 
@@ -94,27 +94,19 @@ class RouteSums:
     router_aux: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class TeacherView:
-    """A teacher's output on its route's rows: hidden_NE [N_r, E] at response positions, in row order; its head."""
-
-    hidden_NE: Tensor
-    head: Head
-
-
-def teacher_views(batch: Batch, objective: Objective) -> dict[int, TeacherView]:
-    """Route index -> its teacher's output, for the routes that have rows in the batch.
+def teacher_views(batch: Batch, objective: Objective) -> dict[int, TeacherLogits]:
+    """Route index -> what its teacher says of its response tokens, in row order; for the routes with rows in the batch.
 
     Each row passes its own teacher, once and without gradient; routes that share a teacher go through it together. A
     cached teacher's output is read.
     """
-    views: dict[int, TeacherView] = {}
+    views: dict[int, TeacherLogits] = {}
     groups: list[tuple[Role, list[int]]] = []
     for index in torch.unique(batch["route_ids"]).tolist():
         teacher = objective.routes[index].teacher
         assert teacher is not None, "every route needs a teacher"
         if isinstance(teacher, CachedTeacher):
-            views[index] = TeacherView(teacher.hidden_states(rows_of_routes(batch, [index])), teacher.head)
+            views[index] = teacher.logits(rows_of_routes(batch, [index]))
             continue
         for known, members in groups:
             if known.same_as(teacher):
@@ -128,7 +120,7 @@ def teacher_views(batch: Batch, objective: Objective) -> dict[int, TeacherView]:
             hidden_BTE = final_hidden_states(model, model_inputs(rows))[:, :-1]
             head = head_of(model)
         predicting, route_BT = predicting_positions(rows), route_of_tokens(rows)
-        views |= {index: TeacherView(hidden_BTE[predicting & (route_BT == index)], head) for index in members}
+        views |= {index: HiddenTeacher(hidden_BTE[predicting & (route_BT == index)], head) for index in members}
     return views
 
 
@@ -155,9 +147,8 @@ def route_sums(model: nn.Module, batch: Batch, objective: Objective, *, with_tea
         if index not in present:
             sums.append(LossSums(nothing, nothing.detach(), nothing.detach()))
             continue
-        here, view = predicting & (route_BT == index), teachers.get(index)
-        teacher = (view.hidden_NE, view.head) if view is not None else (None, None)
-        sums.append(token_loss_sums(hidden_BTD[here], head, labels_BT[here], objective.token_loss, *teacher))
+        here, teacher = predicting & (route_BT == index), teachers.get(index)
+        sums.append(token_loss_sums(hidden_BTD[here], head, labels_BT[here], objective.token_loss, teacher))
     loss_R = torch.stack([s.loss for s in sums])
     if objective.token_weight != 1.0:
         loss_R = objective.token_weight * loss_R

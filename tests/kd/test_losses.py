@@ -16,6 +16,7 @@ from kd.losses.analytic_gradients import ANALYTIC
 from kd.losses.divergences import DIVERGENCES
 from kd.losses.token_loss import LossSums, TokenLoss, token_loss_sums
 from kd.models.head import Head
+from kd.models.teacher_logits import HiddenTeacher, TopKTeacher, top_k
 
 N, D, E, V = 11, 5, 7, 13
 SKEW = 0.2
@@ -71,10 +72,8 @@ def learning(case: Case, *names: str) -> dict[str, Tensor]:
 
 def sums_of(case: Case, hidden: Tensor, head: Head, loss: TokenLoss, chunk_tokens: int | None = None) -> LossSums:
     """The losses against the case's teacher."""
-    teacher = Head(case["teacher_weight"])
-    return token_loss_sums(
-        hidden, head, case["labels"], loss, case["teacher_hidden"], teacher, chunk_tokens=chunk_tokens
-    )
+    teacher = HiddenTeacher(case["teacher_hidden"], Head(case["teacher_weight"]))
+    return token_loss_sums(hidden, head, case["labels"], loss, teacher, chunk_tokens=chunk_tokens)
 
 
 def defined_loss(logits_NV: Tensor, teacher_logits_NV: Tensor, labels_N: Tensor, loss: TokenLoss) -> Tensor:
@@ -153,7 +152,9 @@ def test_a_distribution_against_itself_costs_exactly_nothing(
     case = random_case(dtype)
     hidden, weight = learning(case, "hidden", "weight").values()
     loss = TokenLoss(1.0, temperature, divergence, 0.3)
-    sums = token_loss_sums(hidden, Head(weight), case["labels"], loss, hidden, Head(weight), chunk_tokens=4)
+    sums = token_loss_sums(
+        hidden, Head(weight), case["labels"], loss, HiddenTeacher(hidden, Head(weight)), chunk_tokens=4
+    )
     sums.loss.backward()
     assert sums.loss == 0 and sums.kl == 0
     assert hidden.grad is not None and not hidden.grad.any()
@@ -215,14 +216,16 @@ def test_a_skewed_divergence_is_bounded_where_the_plain_one_is_not(divergence: s
     """KL(a || skew a + (1 - skew) b) <= -log skew, whatever a and b are."""
     hidden, eye = torch.tensor([[500.0, 0.0]]), Head(torch.eye(2))
     loss = TokenLoss(1.0, 1.0, divergence, skew=SKEW)
-    found = token_loss_sums(hidden, eye, torch.tensor([0]), loss, hidden.flip(1), eye).loss
+    found = token_loss_sums(hidden, eye, torch.tensor([0]), loss, HiddenTeacher(hidden.flip(1), eye)).loss
     torch.testing.assert_close(found, -torch.tensor(SKEW).log())
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_far_apart_distributions_stay_finite_and_no_divergence_is_negative(divergence: str) -> None:
     hidden, eye = torch.tensor([[100.0, -100.0, 0.0]], requires_grad=True), Head(torch.eye(3))
-    sums = token_loss_sums(hidden, eye, torch.tensor([0]), TokenLoss(divergence=divergence), -hidden, eye)
+    sums = token_loss_sums(
+        hidden, eye, torch.tensor([0]), TokenLoss(divergence=divergence), HiddenTeacher(-hidden, eye)
+    )
     sums.loss.backward()
     assert sums.loss > 0 and torch.isfinite(sums.loss)
     assert hidden.grad is not None and torch.isfinite(hidden.grad).all()
@@ -236,3 +239,71 @@ def test_half_precision_inputs_are_summed_in_fp32() -> None:
     assert found.dtype == torch.float32
     # Only the logits are rounded (8 bits of mantissa), not the sum.
     torch.testing.assert_close(found.double(), exact, rtol=2e-2, atol=1e-3)
+
+
+# -- the K largest probabilities, and one class for the rest ----------------------------------------------------------
+
+
+def merged_classes(probabilities_NV: Tensor, ids_NK: Tensor) -> Tensor:
+    """[N, K + 1]: the K tokens, and the sum of all others."""
+    kept_NK = probabilities_NV.gather(1, ids_NK)
+    rest_N = probabilities_NV.scatter(1, ids_NK, 0.0).sum(1)
+    return torch.cat([kept_NK, rest_N[:, None]], dim=1)
+
+
+def case_of_top_k(k: int) -> tuple[Case, Tensor, TopKTeacher]:
+    """A case, its teacher's logits, and the teacher as its K largest probabilities."""
+    case = random_case()
+    case["weight"], case["bias"] = case["weight"][: case["teacher_weight"].shape[0]], case["bias"][:0]
+    logits_NV = case["teacher_hidden"] @ case["teacher_weight"].T
+    ids_NK, log_q_NK, log_tail_N = top_k(logits_NV, k)
+    return case, logits_NV, TopKTeacher(ids_NK.long(), log_q_NK, log_tail_N, logits_NV.shape[1])
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(
+    ("divergence", "weight"), [("forward_kl", 1.0), ("forward_kl", 0.3), ("jsd", 1.0), ("reverse_kl", 1.0)]
+)
+def test_top_k_is_the_divergence_over_its_classes(divergence: str, weight: float, k: int) -> None:
+    case, logits_NV, teacher = case_of_top_k(k)
+    loss = TokenLoss(weight, divergence=divergence)
+    ours, theirs = (learning(case, "hidden", "weight") for _ in range(2))
+    sums = token_loss_sums(ours["hidden"], Head(ours["weight"]), case["labels"], loss, teacher, chunk_tokens=4)
+    p_NV = (theirs["hidden"] @ theirs["weight"].T).softmax(-1)
+    p_NC, q_NC = (merged_classes(one, teacher.ids_NK) for one in (p_NV, logits_NV.softmax(-1)))
+    expected = sum(DEFINITIONS[divergence](p, q, loss.beta) for p, q in zip(p_NC, q_NC, strict=True))
+    ntp = -p_NV.gather(1, case["labels"][:, None]).log().sum()
+    total = weight * expected + (1 - weight) * ntp
+    # What is stored is float32.
+    torch.testing.assert_close(sums.loss, total, rtol=1e-6, atol=1e-6)
+    sums.loss.backward()
+    total.backward()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor.grad, theirs[name].grad, rtol=1e-5, atol=1e-6)
+
+
+def test_top_k_is_a_lower_bound_that_grows_with_k_to_the_whole() -> None:
+    case, logits_NV, _ = case_of_top_k(1)
+    vocabulary = logits_NV.shape[1]
+    found = []
+    for k in range(1, vocabulary):
+        teacher = case_of_top_k(k)[2]
+        found.append(
+            float(token_loss_sums(case["hidden"], Head(case["weight"]), case["labels"], TokenLoss(), teacher).kl)
+        )
+    whole = float(sums_of(case, case["hidden"], Head(case["weight"]), TokenLoss()).kl)
+    assert found == sorted(found) and found[0] < 0.9 * whole
+    assert found[-1] == pytest.approx(whole, rel=1e-6)  # one token is left in the last class
+
+
+def test_a_teacher_that_is_certain_has_no_tail_and_no_nan() -> None:
+    logits_NV = torch.zeros(2, 6)
+    logits_NV[:, 1] = 200.0
+    ids_NK, log_q_NK, log_tail_N = top_k(logits_NV, 2)
+    teacher = TopKTeacher(ids_NK.long(), log_q_NK, log_tail_N, 6)
+    hidden = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+    sums = token_loss_sums(hidden, Head(weight), torch.tensor([1, 1]), TokenLoss(), teacher)
+    sums.loss.backward()
+    assert float(sums.kl.detach()) == pytest.approx(float(sums.ntp), rel=1e-6)
+    assert hidden.grad is not None and torch.isfinite(hidden.grad).all()

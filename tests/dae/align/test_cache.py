@@ -6,12 +6,14 @@ import json
 import shutil
 from collections import namedtuple
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from align_runs import HELD_OUT, assert_same_student, logits_of, merged, run
+from pico import make_model
 from safetensors.torch import load_file, save_file
 from worlds import align_command, make_rows, metrics_of
 
@@ -102,6 +104,40 @@ def test_smaller_dtypes_are_near(world: Path, dtype: str, tolerance: float) -> N
     assert str(part["hidden"].dtype) == f"torch.{dtype}"
 
 
+def test_the_largest_probabilities_are_a_lower_bound_and_all_of_them_the_live_run(world: Path) -> None:
+    settings = (CACHE, "cache.kind=topk")
+    live, whole = run(output="live"), run(*settings, "cache.top_k=287", output="whole")
+    assert losses(whole) == pytest.approx(losses(live), rel=1e-4, abs=1e-5)
+    few = run(*settings, "cache.top_k=4", "start=base", output="few")
+    at_base = run("start=base", output="at_base")
+    kl = [metrics_of(folder)[0]["initial_domain_kl"] for folder in (few, at_base)]
+    assert 0 < kl[0] < 0.99 * kl[1]
+    part = load_file(stores_of("/expert", top_k=4) / "part-00000.safetensors")
+    assert part["ids"].shape[1] == part["log_q"].shape[1] == 4 and len(part["log_tail"]) == len(part["ids"])
+    torch.testing.assert_close(part["log_q"].exp().sum(1) + part["log_tail"].exp(), torch.ones(len(part["ids"])))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["cache.kind=topk", "temperature=2.0"], "temperature=2.0: the largest probabilities are kept as they are"),
+        (["cache.kind=topk", "cache.dtype=int8"], "cache.dtype=int8: logarithms of probabilities need more"),
+        (["cache.top_k=8"], "cache.top_k=8: is read with `kind: topk` only"),
+        (["cache.kind=logits"], "cache.kind=logits: expected hidden or topk"),
+        (
+            ["cache.path=student/cache"],
+            "cache.path=student/cache: lies in output (student), which one run owns: move it",
+        ),
+    ],
+)
+def test_mistakes_in_the_recipe_are_told(
+    world: Path, settings: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(align_command(CACHE, *settings)) == 2
+    assert words in capsys.readouterr().err
+    assert not Path("cache").exists()
+
+
 def test_a_killed_fill_goes_on_to_the_same_bytes(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kd.cache.filling, "PART_BYTES", 4096)
     assert fill() == 0
@@ -149,10 +185,12 @@ def test_another_teacher_has_a_store_of_its_own(world: Path) -> None:
     assert len(set(Path("cache").iterdir()) - stores) == 1
 
 
-def stores_of(role: str) -> Path:
-    return next(
-        p.parent for p in Path("cache").glob("*/teacher.json") if json.loads(p.read_text())["teacher"].endswith(role)
-    )
+def stores_of(role: str, top_k: int | None = None) -> Path:
+    for file in Path("cache").glob("*/teacher.json"):
+        facts = json.loads(file.read_text())
+        if facts["teacher"].endswith(role) and facts["top_k"] == top_k:
+            return file.parent
+    raise AssertionError(role)
 
 
 def test_foreign_and_damaged_parts_are_refused_by_name(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,6 +204,26 @@ def test_foreign_and_damaged_parts_are_refused_by_name(world: Path, capsys: pyte
     assert f"{ours}/part-00000.safetensors: cannot be read" in capsys.readouterr().err
     shutil.rmtree(ours)
     assert fill() == 0
+    shutil.copy(theirs / "head.safetensors", ours / "head.safetensors")
+    assert fill() == 2
+    assert f"{ours}/head.safetensors: belongs to another teacher ({theirs.name})" in capsys.readouterr().err
+    (ours / "teacher.json").write_text("{}")
+    assert fill() == 2
+    assert f"{ours}/teacher.json: is not that of this teacher" in capsys.readouterr().err
+
+
+def test_what_was_removed_is_answered_again_and_nothing_else(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kd.cache.filling, "PART_BYTES", 4096)
+    assert fill() == 0
+    store = stores_of("/base")
+    whole = bytes_of(store)
+    assert len(whole) >= 5
+    (store / "part-00001.safetensors").unlink()
+    (store / "teacher.json").unlink()
+    assert fill() == 0
+    left = {name: content for name, content in whole.items() if name != "part-00001.safetensors"}
+    assert left.items() <= bytes_of(store).items() and len(bytes_of(store)) == len(whole)
+    assert run(CACHE).exists()
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_answered(
@@ -179,13 +237,48 @@ def test_a_disk_too_small_is_refused_before_anything_is_answered(
     assert not list(Path(".").glob("cache/*/part-*"))
 
 
+def test_the_path_is_looked_at_before_anything_else(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("cache").write_text("mine")
+    for command in (["cache"], ["check"], []):
+        assert cli.run([*command, *align_command(CACHE)]) == 2
+        assert "cache.path: cache: " in capsys.readouterr().err
+    assert Path("cache").read_text() == "mine"
+
+
+def test_a_cache_can_be_moved_between_stop_and_resumption(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = (run(CACHE) / "adapter_model.safetensors").stat().st_mtime_ns
+    Path("cache").rename("moved")
+    assert cli.run(align_command("cache.path=moved")) == 0
+    assert Path("student/adapter_model.safetensors").stat().st_mtime_ns == written
+    assert cli.run(align_command("cache.path=moved", "cache.dtype=bfloat16")) == 2
+    assert "cache.dtype" in capsys.readouterr().err
+
+
+def test_next_token_loss_asks_only_what_is_measured(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fill("lambda=0", "train.max_steps=1000") == 0
+    assert "reference: 60 of 60 rows added" in capsys.readouterr().out
+    assert fill("lambda=0", "budget.general=0.1", "train.max_steps=1000") == 0
+    assert "reference: 60 of 120 rows added" in capsys.readouterr().out
+
+
+def test_two_roles_of_one_teacher_share_a_store(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_rows(Path("more.jsonl"), 7, 5)
+    words = ["--base", "base", "--expert", "a=expert", "--expert", "b=expert", "--domain-data", "a=shop.jsonl"]
+    words += ["--domain-data", "b=shop.jsonl", "--general-data", "general.jsonl", CACHE, "train.max_steps=1000"]
+    assert cli.run(["cache", "align", *words]) == 0
+    out = capsys.readouterr().out
+    assert "expert.a: 120 of 120 rows added" in out and "expert.b: all 120 rows were there" in out
+    assert len(list(Path("cache").iterdir())) == 2
+
+
 def test_several_processes_do_not_fill(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     several = namedtuple("several", "num_processes")(2)
     monkeypatch.setattr("kd.stages.caching.processes", lambda: several)
     assert fill() == 2
-    assert "several processes cannot fill a cache together" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "several processes cannot fill a cache together" in err and "train.gradient_accumulation_steps=2" in err
 
 
 def test_check_says_what_is_left_to_answer(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,12 +304,15 @@ def test_without_a_path_the_command_says_so(world: Path, capsys: pytest.CaptureF
     assert "cache: is required: add `cache: {path: DIR}`" in capsys.readouterr().err
 
 
-def test_a_recipe_file_can_be_given(world: Path) -> None:
+def test_a_recipe_file_can_be_given(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("recipe.yaml").write_text(
         "base: base\nexpert: expert\ndata: {domain: shop.jsonl, general: general.jsonl}\ncache: {path: cache}\n"
     )
     assert cli.run(["cache", "recipe.yaml", "train.max_steps=2"]) == 0
     assert len(list(Path("cache").glob("*/part-00000.safetensors"))) == 2
+    Path("sft.yaml").write_text("base: base\ndata: {train: shop.jsonl}\n")
+    assert cli.run(["cache", "sft.yaml"]) == 2
+    assert "sft.yaml: is a recipe of `dae sft`: expected align or distill" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -229,4 +325,12 @@ def test_a_row_is_found_in_any_batch(packing: bool) -> None:
 
 def test_a_row_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a row of this run is not in the cache"):
-        TeacherStore(tmp_path).hidden_states([b"0" * 32])
+        TeacherStore(tmp_path).answers([b"0" * 32])
+
+
+@pytest.mark.parametrize(("kind", "longest", "is_refused"), [("longrope", 40, True), ("longrope", 16, False)])
+def test_a_teacher_whose_answers_depend_on_the_batch_is_refused(kind: str, longest: int, is_refused: bool) -> None:
+    model = make_model("llama")
+    model.config.rope_parameters = {"rope_type": kind, "original_max_position_embeddings": 16}
+    with pytest.raises(UserError, match="rope_type: longrope") if is_refused else nullcontext():
+        kd.cache.filling.refuse_batch_dependent(kd.models.roles.Role("expert", model, None), longest)
