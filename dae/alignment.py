@@ -127,9 +127,11 @@ class Align(Stage[AlignRecipe]):
     def taught_by(self, recipe: AlignRecipe) -> dict[str, str]:
         return {GENERAL: "reference"} | {name: f"expert.{name}" for name in recipe.expert}
 
-    def in_memory(self, recipe: AlignRecipe, inputs: Inputs) -> set[str]:
+    def in_memory(self, recipe: AlignRecipe, inputs: Inputs, is_new: bool) -> set[str]:
         """The reference where it is the student's own backbone, and experts that the student's start needs."""
-        experts = {role for role in inputs if role.startswith("expert.")} if recipe.start != "base" else set()
+        on_backbone = {role for role, one in inputs.items() if recipe.lora is not None and one.is_adapter}
+        experts = {role for role in inputs if role.startswith("expert.") and (is_new or role in on_backbone)}
+        experts = experts if recipe.start != "base" else set()
         is_backbone = recipe.lora is not None and inputs["reference"].fingerprint == inputs["base"].fingerprint
         return experts | ({"reference"} if is_backbone else set())
 

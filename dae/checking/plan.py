@@ -112,7 +112,7 @@ def make_plan(stage: AnyStage, recipe: StageRecipe) -> Plan:
     assert inputs is not None and data is not None and args is not None and mixture is not None
     assert steps is not None and roles is not None and objective is not None
     cache = plans_of_run(stage, recipe, inputs, data, mixture, steps, settings)
-    loaded = stage.in_memory(recipe, inputs)  # also where it is only for the start
+    loaded = stage.in_memory(recipe, inputs, True)  # also where it is only for the start
     kept = {name: one for name, one in roles.teachers.items() if name not in cache or name in loaded}
     in_memory = replace(roles, teachers=kept)
     return Plan(recipe, inputs, data, args, settings, mixture, steps, in_memory, objective, cache)

@@ -107,9 +107,10 @@ def with_cached(
     inputs: Inputs,
     settings: LoadSettings,
     cached: Mapping[str, CachedTeacher],
+    is_new: bool,
 ) -> StageRoles:
     """The stage's roles; a cached teacher's model is loaded only where the stage wants it in memory."""
-    left_out = cached.keys() - stage.in_memory(recipe, inputs)
+    left_out = cached.keys() - stage.in_memory(recipe, inputs, is_new)
     live = {role: one for role, one in inputs.items() if role not in left_out}
     roles = stage.build_roles(recipe, live, settings)
     teachers = {**cached, **roles.teachers}

@@ -142,7 +142,7 @@ def prepare(
     plans = plans_of_run(stage, recipe, inputs, data, mixture, args.max_steps, settings)
     cached = filled(plans, recipe, inputs, data, settings)
     set_seed(recipe.seed)  # a new adapter is drawn from it, whatever went before
-    roles = with_cached(stage, recipe, inputs, settings, cached)
+    roles = with_cached(stage, recipe, inputs, settings, cached, resume_from is None)
     cached = {name: with_head_of_backbone(teacher, roles.student) for name, teacher in cached.items()}
     objective = stage.objective(recipe, replace(roles, teachers={**roles.teachers, **cached}))
     refuse_useless_router_loss(roles.student.model, recipe.router_aux_loss)

@@ -97,8 +97,11 @@ class Stage(Protocol[RecipeT]):
         """Route -> the role of its teacher, for what a cache can hold."""
         return {}
 
-    def in_memory(self, recipe: RecipeT, inputs: Inputs) -> set[str]:
-        """Roles of cached teachers that are loaded all the same: they cost nothing, or their weights are needed."""
+    def in_memory(self, recipe: RecipeT, inputs: Inputs, is_new: bool) -> set[str]:
+        """Roles of cached teachers that are loaded all the same: they cost nothing, or a new run needs their weights.
+
+        is_new: False where a run goes on, whose student has started.
+        """
         return set()
 
     def start(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections import namedtuple
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,6 +15,8 @@ import pytest
 import torch
 from align_runs import HELD_OUT, assert_same_student, logits_of, merged, run
 from pico import make_model
+from processes import Signal
+from processes import dae as run_dae
 from safetensors.torch import load_file, save_file
 from worlds import align_command, make_rows, metrics_of
 
@@ -334,3 +337,18 @@ def test_a_teacher_whose_answers_depend_on_the_batch_is_refused(kind: str, longe
     model.config.rope_parameters = {"rope_type": kind, "original_max_position_embeddings": 16}
     with pytest.raises(UserError, match="rope_type: longrope") if is_refused else nullcontext():
         kd.cache.filling.refuse_batch_dependent(kd.models.roles.Role("expert", model, None), longest)
+
+
+def test_killed_while_filling_and_while_training_it_ends_as_if_it_had_not_been(world: Path) -> None:
+    whole = run(CACHE, "train.max_steps=6", output="whole")
+    kept = bytes_of(Path("cache"))
+    shutil.rmtree("cache")
+    command = align_command(CACHE, "train.max_steps=6", output="killed")
+    in_filling = Signal("kd.cache.store:TeacherStore.add", 2, signal.SIGKILL)
+    in_training = Signal("kd.training.trainer:RoutedTrainer.training_step", 4, signal.SIGKILL)
+    for one in (in_filling, in_training):
+        assert run_dae(command, world, signals=[one]).status == -signal.SIGKILL
+    assert run_dae(command, world).status == 0
+    assert bytes_of(Path("cache")) == kept
+    assert losses(Path("killed")) == losses(whole)
+    assert torch.equal(logits_of(Path("killed")), logits_of(whole))
