@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,10 +52,12 @@ from kd.models.roles import (
 )
 from kd.models.teacher_logits import top_k
 from kd.runs.claimed_folder import ClaimedFolder, refuse_file
+from kd.runs.lock import HeldError
 
 logger = logging.getLogger("dae")
 
 PART_BYTES = 64 << 20  # of answers in one file
+WAIT_SECONDS = 2.0
 LOGITS_ELEMENTS = 2**23  # at once, for the largest probabilities
 # Rotary embeddings that depend on the longest row of a batch, once it is longer than the model was first trained on.
 OF_THE_BATCH = {"dynamic", "longrope"}
@@ -158,7 +162,7 @@ def fill(
     least one row.
 
     Raises:
-        UserError: a live process fills the same store, a checkpoint cannot be read, or a file cannot be written.
+        UserError: a checkpoint cannot be read, or a file cannot be written.
         MachineError: the disk is too small, which is told before anything is computed.
     """
     torch.set_flush_denormal(True)  # denormals slow a CPU several times over
@@ -167,16 +171,33 @@ def fill(
         if plan.is_complete:
             logger.info("cache: %s: all %s rows are in %s", role, f"{plan.rows:,}", plan.store.folder)
             continue
-        # After a kill there may be parts without teacher.json only where someone removed it: it is written first.
-        own = frozenset({HEAD, *(file.name for file in plan.store.folder.glob("part-*.safetensors"))})
-        try:
-            with ClaimedFolder(plan.store.folder, TEACHER, own).held(lambda: None):
-                now = plan.renewed()
-                if not now.is_complete:
-                    fill_one(inputs, now, settings, check, batch_tokens)
-        except UserError as error:
-            raise UserError(f"cache.path: {error}") from error
+        with held_store(plan.store.folder):
+            now = plan.renewed()
+            if not now.is_complete:
+                fill_one(inputs, now, settings, check, batch_tokens)
     return cached_teachers(plans, settings)
+
+
+@contextmanager
+def held_store(folder: Path) -> Iterator[None]:
+    """Hold a store for this process; a run that fills it is waited for. Raises UserError where it cannot be written."""
+    waits = False
+    while True:
+        # Without teacher.json, which someone has removed, the parts are ours even so.
+        own = frozenset({HEAD, *(file.name for file in folder.glob("part-*.safetensors"))})
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(ClaimedFolder(folder, TEACHER, own).held(lambda: None))
+            except HeldError as error:
+                if not waits:
+                    logger.info("cache: waiting for another run to fill it (%s)", error)
+                waits = True
+            except UserError as error:
+                raise UserError(f"cache.path: {error}") from error
+            else:
+                yield
+                return
+        time.sleep(WAIT_SECONDS)
 
 
 def cached_teachers(plans: Mapping[str, CachePlan], settings: LoadSettings) -> dict[str, CachedTeacher]:

@@ -21,6 +21,10 @@ from kd.runs.files import disk_errors
 _CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
 
 
+class HeldError(UserError):
+    """A live process holds the place."""
+
+
 @contextmanager
 def hold(lock_file: Path, held: str) -> Iterator[None]:
     """Hold `lock_file` while the context lasts; it names the holder's process and host meanwhile, and then is gone.
@@ -28,7 +32,8 @@ def hold(lock_file: Path, held: str) -> Iterator[None]:
     held: what is held, as a message names it.
 
     Raises:
-        UserError: a live process holds it, or the file cannot be written or locked.
+        HeldError: a live process holds it.
+        UserError: the file cannot be written or locked.
     """
     descriptors: list[int] = []
 
@@ -44,7 +49,7 @@ def hold(lock_file: Path, held: str) -> Iterator[None]:
         try:
             lock.acquire()
         except Timeout as error:
-            raise UserError(
+            raise HeldError(
                 f"{held}: held by a live process ({_holder(lock_file)}); wait for it, stop it, or choose another output"
             ) from error
         except OSError as error:

@@ -78,7 +78,7 @@ def filled(
     """The cached teachers of a run by role, with all that the run asks them; empty where there are no plans.
 
     Raises:
-        UserError: a store is damaged, another process fills it, or several processes would have to.
+        UserError: a store is damaged, or several processes would have to fill it.
         MachineError: the disk is too small.
     """
     several = processes().num_processes

@@ -7,7 +7,7 @@ import shutil
 import signal
 from collections import namedtuple
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from kd.cache.store import TeacherStore, batch_digests, row_digest
 from kd.data.mixing import MixedRows, collate
 from kd.data.token_rows import TokenRows
 from kd.errors import UserError
+from kd.runs.claimed_folder import LOCK
+from kd.runs.lock import hold
 
 CACHE = "cache.path=cache"
 NO_MORE_THAN = 1e-6  # padding alone moves a hidden state by 7e-7
@@ -272,6 +274,27 @@ def test_two_roles_of_one_teacher_share_a_store(world: Path, capsys: pytest.Capt
     out = capsys.readouterr().out
     assert "expert.a: 120 of 120 rows added" in out and "expert.b: all 120 rows were there" in out
     assert len(list(Path("cache").iterdir())) == 2
+
+
+def test_a_store_that_another_run_fills_is_waited_for(
+    world: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert fill() == 0
+    store = stores_of("/expert")
+    (store / "part-00000.safetensors").rename("theirs")
+    other = ExitStack()
+    other.enter_context(hold(store / LOCK, "store"))
+
+    def goes_by(_seconds: float) -> None:
+        Path("theirs").rename(store / "part-00000.safetensors")  # the other one is done
+        other.close()
+
+    monkeypatch.setattr(kd.cache.filling.time, "sleep", goes_by)
+    before = (Path("theirs")).read_bytes()
+    with caplog.at_level("INFO", logger="dae"):
+        assert fill() == 0
+    assert (store / "part-00000.safetensors").read_bytes() == before
+    assert len(list(store.glob("part-*"))) == 1
 
 
 def test_several_processes_do_not_fill(
