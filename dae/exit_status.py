@@ -26,7 +26,7 @@ def status_of(error: BaseException) -> tuple[int, str]:
     if isinstance(error, Stopped):
         return 128 + error.signal_number, str(error)
     if isinstance(error, (KeyboardInterrupt, Abort)):
-        return INTERRUPTED, "stopped; run the same command to resume from the last checkpoint"
+        return INTERRUPTED, "stopped; run the same command to continue"
     if isinstance(error, UserError):
         return USER, str(error)
     if isinstance(error, TyperException):
