@@ -129,11 +129,15 @@ class Align(Stage[AlignRecipe]):
 
     def in_memory(self, recipe: AlignRecipe, inputs: Inputs, is_new: bool) -> set[str]:
         """The reference where it is the student's own backbone, and experts that the student's start needs."""
-        on_backbone = {role for role, one in inputs.items() if recipe.lora is not None and one.is_adapter}
-        experts = {role for role in inputs if role.startswith("expert.") and (is_new or role in on_backbone)}
-        experts = experts if recipe.start != "base" else set()
-        is_backbone = recipe.lora is not None and inputs["reference"].fingerprint == inputs["base"].fingerprint
-        return experts | ({"reference"} if is_backbone else set())
+        found = set()
+        for role, one in teacher_inputs(inputs).items():
+            on_backbone = recipe.lora is not None and (one.is_adapter or one.fingerprint == inputs["base"].fingerprint)
+            if role == "reference":
+                wanted = on_backbone and not one.is_adapter
+            else:
+                wanted = recipe.start != "base" and (is_new or on_backbone)
+            found |= {role} if wanted else set()
+        return found
 
     def callbacks(
         self, recipe: AlignRecipe, data: StageData, roles: StageRoles, trainer: RoutedTrainer

@@ -163,7 +163,7 @@ def fill(
 
     Raises:
         UserError: a checkpoint cannot be read, or a file cannot be written.
-        MachineError: the disk is too small, which is told before anything is computed.
+        MachineError: the disk is too small; raised before anything is computed, where that can be foreseen.
     """
     torch.set_flush_denormal(True)  # denormals slow a CPU several times over
     refuse_small_disk(plans.values())
@@ -180,7 +180,7 @@ def fill(
 
 @contextmanager
 def held_store(folder: Path) -> Iterator[None]:
-    """Hold a store for this process; a run that fills it is waited for. Raises UserError where it cannot be written."""
+    """Hold a store for this process, once no other run fills it. Raises UserError where it cannot be written."""
     waits = False
     while True:
         # Without teacher.json, which someone has removed, the parts are ours even so.
@@ -188,9 +188,9 @@ def held_store(folder: Path) -> Iterator[None]:
         with ExitStack() as stack:
             try:
                 stack.enter_context(ClaimedFolder(folder, TEACHER, own).held(lambda: None))
-            except HeldError as error:
+            except HeldError:
                 if not waits:
-                    logger.info("cache: waiting for another run to fill it (%s)", error)
+                    logger.info("cache: waiting for the run that fills %s", folder)
                 waits = True
             except UserError as error:
                 raise UserError(f"cache.path: {error}") from error

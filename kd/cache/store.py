@@ -7,9 +7,9 @@
     answers: kind hidden: hidden [N, E], for int8 also scale [N]; kind topk: ids [N, K], log_q [N, K], log_tail [N]
 
 The folder's name is a digest of what decides the answers: the teacher's weights and config, its base's where it is an
-adapter, its dtype, and what is stored. A row is found by the SHA-256 of its tokens and response mask. So nothing
-depends on shuffling, mixing, batch size or ranks, recipes share what they have in common, and a teacher or row that
-changed is never mistaken for what it was. Parts are written whole and never changed.
+adapter, its dtype, and what is stored. A row is found by the SHA-256 of its tokens and response mask. So
+recipes share what they have in common, whatever their shuffling, shares or batch size, and a teacher or row that
+changed is another one. A change in the code that runs a model is not noticed. Parts are written whole, never changed.
 
 Shape legend: R rows, N response tokens, E width of the teacher, V vocabulary rows, K tokens kept.
 """
@@ -95,7 +95,7 @@ def batch_digests(batch: Batch) -> list[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a row is: tokens first..last of a part."""
+    """Where a row is: response tokens first to last - 1 of a part."""
 
     part: int
     first: int
@@ -108,10 +108,9 @@ class TeacherStore:
     def __init__(self, folder: Path) -> None:
         """Raises UserError where a file in it is damaged or another teacher's."""
         self.folder = folder
-        self._files = sorted(folder.glob("part-*.safetensors"))
         self._parts: list[Any] = []
         self._places: dict[bytes, Place] = {}
-        for index, file in enumerate(self._files):
+        for index, file in enumerate(sorted(folder.glob("part-*.safetensors"))):
             digests, offsets = self._open(file)
             for row, digest in enumerate(digests):
                 self._places[digest] = Place(index, int(offsets[row]), int(offsets[row + 1]))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from kd.cache.filling import CachePlan, cache_plans, cached_teachers, fill, refuse_batch_dependent
 from kd.cache.store import CachedTeacher
@@ -22,8 +23,6 @@ from kd.models.roles import LoadSettings, Role, vocabulary_rows
 from kd.stages.stage import AnyStage, Inputs, RecipeT, Stage, StageRoles, fingerprints
 from kd.training.objective import Teacher
 from kd.training.settings import load_settings, planned_steps, processes, rows_per_step, training_arguments
-
-BATCH_ROWS = 8  # as in training, where the recipe says nothing
 
 
 def cache_of(recipe: StageRecipe) -> CacheRecipe | None:
@@ -73,7 +72,12 @@ def plans_of_run(
 
 
 def filled(
-    plans: Mapping[str, CachePlan], recipe: StageRecipe, inputs: Inputs, data: StageData, settings: LoadSettings
+    plans: Mapping[str, CachePlan],
+    recipe: StageRecipe,
+    inputs: Inputs,
+    data: StageData,
+    settings: LoadSettings,
+    args: TrainingArguments,
 ) -> dict[str, CachedTeacher]:
     """The cached teachers of a run by role, with all that the run asks them; empty where there are no plans.
 
@@ -85,7 +89,7 @@ def filled(
     if several > 1:
         if not all(plan.is_complete for plan in plans.values()):
             missing = sum(len(plan.missing) for plan in plans.values())
-            steps = several * int(recipe.train.get("gradient_accumulation_steps", 1))
+            steps = several * args.gradient_accumulation_steps
             raise UserError(
                 f"cache: {missing:,} rows are missing, and several processes cannot fill a cache together; fill it "
                 f"first, in one process: dae cache RECIPE train.gradient_accumulation_steps={steps}"
@@ -96,9 +100,8 @@ def filled(
         refuse_unfit_rows(recipe, data, vocabulary_rows([role]), learned_positions(role.model))
         refuse_batch_dependent(role, data.longest)
 
-    # What a training step passes through the models at once, at most.
-    batch_tokens = data.longest * int(recipe.train.get("per_device_train_batch_size", BATCH_ROWS))
-    return fill(inputs, plans, settings, check, batch_tokens)
+    # As much as training passes through a model at once, so that a smaller batch helps here, too.
+    return fill(inputs, plans, settings, check, data.longest * args.per_device_train_batch_size)
 
 
 def with_cached(
@@ -165,5 +168,5 @@ def fill_cache(stage: Stage[RecipeT], recipe: RecipeT) -> dict[str, CachePlan]:
     mixture = Mixture(data.sources, rows_per_step(args), recipe.seed)
     steps = planned_steps(mixture, args)
     plans = plans_of_run(stage, recipe, inputs, data, mixture, steps, settings)
-    filled(plans, recipe, inputs, data, settings)
+    filled(plans, recipe, inputs, data, settings, args)
     return plans

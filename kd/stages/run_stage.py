@@ -140,7 +140,7 @@ def prepare(
     mixture = Mixture(data.sources, rows_per_step(args), recipe.seed)
     args.max_steps = planned_steps(mixture, args)
     plans = plans_of_run(stage, recipe, inputs, data, mixture, args.max_steps, settings)
-    cached = filled(plans, recipe, inputs, data, settings)
+    cached = filled(plans, recipe, inputs, data, settings, args)
     set_seed(recipe.seed)  # a new adapter is drawn from it, whatever went before
     roles = with_cached(stage, recipe, inputs, settings, cached, resume_from is None)
     cached = {name: with_head_of_backbone(teacher, roles.student) for name, teacher in cached.items()}
