@@ -76,7 +76,7 @@ def cached_heads(plan: Plan) -> int:
     apart = {
         one.key.fingerprint: one.head_shape[0] * one.head_shape[1]
         for one in plan.cache.values()
-        if one.key.top_k is None and not (on_base and base in (one.key.fingerprint, one.key.base))
+        if one.key.kind == "hidden" and not (on_base and base in (one.key.fingerprint, one.key.base))
     }
     return sum(apart.values())
 

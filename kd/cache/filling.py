@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kd.cache.store import (
@@ -50,7 +51,7 @@ from kd.models.roles import (
     load_model,
     vocabulary_rows,
 )
-from kd.models.teacher_logits import top_k
+from kd.models.teacher_logits import systematic_samples, top_k
 from kd.runs.claimed_folder import ClaimedFolder, refuse_file
 from kd.runs.lock import HeldError
 
@@ -58,7 +59,7 @@ logger = logging.getLogger("dae")
 
 PART_BYTES = 64 << 20  # of answers in one file
 WAIT_SECONDS = 2.0
-LOGITS_ELEMENTS = 2**23  # at once, for the largest probabilities
+LOGITS_ELEMENTS = 2**23  # at once, where probabilities are needed
 # Rotary embeddings that depend on the longest row of a batch, once it is longer than the model was first trained on.
 OF_THE_BATCH = {"dynamic", "longrope"}
 
@@ -95,7 +96,7 @@ class CachePlan:
     def missing_bytes(self) -> int:
         """What filling writes: the answers, and the output layer where it is not there yet."""
         rows, width = self.head_shape
-        is_new = self.key.top_k is None and bool(self.missing) and not self.store.has_teacher
+        is_new = self.key.kind == "hidden" and bool(self.missing) and not self.store.has_teacher
         head = rows * width * STORED[self.key.dtype].itemsize if is_new else 0
         return head + self.missing_tokens * bytes_per_token(width, self.key)
 
@@ -320,7 +321,12 @@ def answers_of(teacher: Role, head: Head, key: TeacherKey, rows: Sequence[Missin
     hidden_NE, counts = hidden_BTE[predicting_BT], predicting_BT.sum(1).tolist()
     if not torch.isfinite(hidden_NE).all():
         raise UserError(f"{teacher.name}: its hidden states are not finite on these rows; save its checkpoint again.")
-    answers = as_stored(hidden_NE, key.stored) if key.top_k is None else largest(hidden_NE, head, key)
+    if key.kind == "hidden":
+        answers = as_stored(hidden_NE, key.stored)
+    elif key.kind == "topk":
+        answers = largest(hidden_NE, head, key)
+    else:
+        answers = drawn(hidden_NE, head, key, [digest for digest, _ in rows], counts)
     by_row = {name: values.cpu().split(counts) for name, values in answers.items()}
     return [{name: parts[row] for name, parts in by_row.items()} for row in range(len(rows))]
 
@@ -328,8 +334,31 @@ def answers_of(teacher: Role, head: Head, key: TeacherKey, rows: Sequence[Missin
 def largest(hidden_NE: torch.Tensor, head: Head, key: TeacherKey) -> Answers:
     """The largest probabilities of each token, and the logarithm of what is left."""
     assert key.top_k is not None
-    vocabulary = head.weight_VD.shape[0]
-    k, chunk = min(key.top_k, vocabulary - 1), max(1, LOGITS_ELEMENTS // vocabulary)
-    parts = [top_k(head.logits(hidden_NE[tokens]), k) for tokens in slices(len(hidden_NE), chunk)]
+    k = min(key.top_k, head.weight_VD.shape[0] - 1)
+    parts = [top_k(head.logits(hidden_NE[tokens]), k) for tokens in logits_chunks(hidden_NE, head)]
     ids_NK, log_q_NK, log_tail_N = (torch.cat(each) for each in zip(*parts, strict=True))
     return {"ids": ids_NK, "log_q": log_q_NK.to(STORED[key.stored]), "log_tail": log_tail_N}
+
+
+def drawn(
+    hidden_NE: torch.Tensor, head: Head, key: TeacherKey, digests: Sequence[bytes], counts: Sequence[int]
+) -> Answers:
+    """Tokens drawn at each position, and the entropy there. A row's digest is the seed of its draws."""
+    assert key.samples is not None
+    offsets = [seeded_offsets(digest, count) for digest, count in zip(digests, counts, strict=True)]
+    offsets_N = torch.cat(offsets).to(hidden_NE.device)
+    parts = [
+        systematic_samples(head.logits(hidden_NE[tokens]), offsets_N[tokens], key.samples)
+        for tokens in logits_chunks(hidden_NE, head)
+    ]
+    ids_NS, entropy_N = (torch.cat(each) for each in zip(*parts, strict=True))
+    return {"ids": ids_NS, "entropy": entropy_N}
+
+
+def seeded_offsets(digest: bytes, count: int) -> torch.Tensor:
+    """[count] fp64, uniform in 0..1."""
+    return torch.from_numpy(np.random.default_rng(np.frombuffer(digest, np.uint32)).random(count))
+
+
+def logits_chunks(hidden_NE: torch.Tensor, head: Head) -> Iterator[slice]:
+    return slices(len(hidden_NE), max(1, LOGITS_ELEMENTS // head.weight_VD.shape[0]))

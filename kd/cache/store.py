@@ -4,14 +4,16 @@
                 head.safetensors         of kind hidden: its output layer, weight [V, E], and bias [V] where it has one
                 part-00000.safetensors   answers, and digests [R, 32], offsets [R + 1] of their rows
 
-    answers: kind hidden: hidden [N, E], for int8 also scale [N]; kind topk: ids [N, K], log_q [N, K], log_tail [N]
+    answers: kind hidden: hidden [N, E], for int8 also scale [N]; kind topk: ids [N, K], log_q [N, K], log_tail [N];
+        kind sampled: ids [N, S], entropy [N]
 
 The folder's name is a digest of what decides the answers: the teacher's weights and config, its base's where it is an
 adapter, its dtype, and what is stored. A row is found by the SHA-256 of its tokens and response mask. So
 recipes share what they have in common, whatever their shuffling, shares or batch size, and a teacher or row that
 changed is another one. A change in the code that runs a model is not noticed. Parts are written whole, never changed.
 
-Shape legend: R rows, N response tokens, E width of the teacher, V vocabulary rows, K tokens kept.
+Shape legend: R rows, N response tokens, E width of the teacher, V vocabulary rows, K tokens kept,
+S tokens drawn.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from kd.data.token_rows import Ids, Mask
 from kd.errors import UserError
 from kd.models.checkpoint import Checkpoint
 from kd.models.head import Head
-from kd.models.teacher_logits import HiddenTeacher, TeacherLogits, TopKTeacher
+from kd.models.teacher_logits import HiddenTeacher, SampledTeacher, TeacherLogits, TopKTeacher
 from kd.runs.files import TEMPORARY_PREFIX, disk_errors, fsync_path, json_text, read_json, write_text_durably
 
 FORMAT = 1
@@ -50,7 +52,7 @@ REMEDY = "remove this folder and fill the cache again"
 class TeacherKey:
     """What decides a teacher's answers. base: fingerprint of an adapter's base; dtype: of its weights.
 
-    stored: the dtype on disk; top_k: of kind topk, None for hidden states.
+    stored: the dtype on disk; top_k: of kind topk, samples: of kind sampled; both None for hidden states.
     """
 
     fingerprint: str
@@ -58,11 +60,19 @@ class TeacherKey:
     dtype: str
     stored: str
     top_k: int | None = None
+    samples: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """As in the recipe."""
+        if self.samples is not None:
+            return "sampled"
+        return "hidden" if self.top_k is None else "topk"
 
     @property
     def digest(self) -> str:
         """Its folder's name: 16 hexadecimal digits."""
-        values = json.dumps([FORMAT, self.fingerprint, self.base, self.dtype, self.stored, self.top_k])
+        values = json.dumps([FORMAT, *astuple(self)])
         return hashlib.sha256(values.encode()).hexdigest()[:16]
 
 
@@ -70,9 +80,12 @@ def teacher_key(teacher: Checkpoint, base: Checkpoint, dtype: torch.dtype, cache
     """base: what the teacher stands on, if it is an adapter; dtype: of the models in memory."""
     name = str(dtype).removeprefix("torch.")
     on = base.fingerprint if teacher.is_adapter else None
-    top_k = cache.top_k if cache.kind == "topk" else None
-    automatic = name if top_k is None else "float32"
-    return TeacherKey(teacher.fingerprint, on, name, automatic if cache.dtype == "auto" else cache.dtype, top_k)
+    automatic = name if cache.kind == "hidden" else "float32"
+    stored = automatic if cache.dtype == "auto" else cache.dtype
+    key = TeacherKey(teacher.fingerprint, on, name, stored)
+    if cache.kind == "topk":
+        return replace(key, top_k=cache.top_k)
+    return replace(key, samples=cache.samples) if cache.kind == "sampled" else key
 
 
 def row_digest(input_ids: Ids, response_mask: Mask) -> bytes:
@@ -162,7 +175,7 @@ class TeacherStore:
 
     def write_teacher(self, head: Head, key: TeacherKey, path: str) -> None:
         """path: the teacher's, for a reader."""
-        if key.top_k is None:
+        if key.kind == "hidden":
             tensors = {"weight": head.weight_VD.detach().cpu().contiguous()}
             if head.bias_V is not None:
                 tensors["bias"] = head.bias_V.detach().cpu().contiguous()
@@ -177,8 +190,8 @@ class TeacherStore:
         expected = {"format": FORMAT, **asdict(key)}
         if {name: facts.get(name) for name in expected} != expected or not {"vocabulary_rows", "scale"} <= facts.keys():
             raise UserError(f"{self.folder / TEACHER}: is not that of this teacher; {REMEDY}")
-        if key.top_k is not None:
-            return CachedTeacher(name, self, None, facts["vocabulary_rows"])
+        if key.kind != "hidden":
+            return CachedTeacher(name, self, key.kind, None, facts["vocabulary_rows"])
         try:
             with safe_open(file, framework="pt") as opened:
                 owner = (opened.metadata() or {}).get("teacher")
@@ -188,18 +201,19 @@ class TeacherStore:
         if owner != self.folder.name:
             raise UserError(f"{file}: belongs to another teacher ({owner}); {REMEDY}")
         head = Head(tensors["weight"], tensors.get("bias"), float(facts["scale"]), facts.get("softcap"))
-        return CachedTeacher(name, self, head, facts["vocabulary_rows"])
+        return CachedTeacher(name, self, key.kind, head, facts["vocabulary_rows"])
 
 
 @dataclass(frozen=True, eq=False)
 class CachedTeacher:
     """What an objective needs of a teacher that is not in memory. Every row that it is asked about is in `store`.
 
-    head: of kind hidden, its output layer; None: the store has the largest probabilities.
+    kind: as in the recipe; head: of kind hidden, its output layer.
     """
 
     name: str
     store: TeacherStore
+    kind: str
     head: Head | None
     vocabulary_rows: int
 
@@ -212,6 +226,8 @@ class CachedTeacher:
         found = {name: values.to(device) for name, values in self.store.answers(batch_digests(rows)).items()}
         if self.head is not None:
             return HiddenTeacher(from_stored(found), self.head)
+        if self.kind == "sampled":
+            return SampledTeacher(found["ids"].long(), found["entropy"], self.vocabulary_rows)
         return TopKTeacher(found["ids"].long(), found["log_q"], found["log_tail"], self.vocabulary_rows)
 
 
@@ -245,6 +261,8 @@ def _save_durably(tensors: dict[str, Tensor], file: Path, metadata: dict[str, st
 def bytes_per_token(width: int, key: TeacherKey) -> int:
     """On disk, without the rows' digests. width: of the teacher's hidden states."""
     each = STORED[key.stored].itemsize
+    if key.samples is not None:
+        return key.samples * torch.int32.itemsize + torch.float32.itemsize
     if key.top_k is not None:
         return key.top_k * (each + torch.int32.itemsize) + torch.float32.itemsize
     return width * each + (torch.float32.itemsize if key.stored == "int8" else 0)

@@ -39,7 +39,7 @@ class DivergenceRecipe(StageRecipe):
     )
     cache: CacheRecipe | None = Field(
         default=None,
-        description="keep what teachers say of the rows on disk: {path, kind, dtype}; null: do not",
+        description="keep what teachers say of the rows on disk: {path, kind, dtype, top_k, samples}; null: do not",
     )
 
     @property
@@ -64,10 +64,13 @@ def cache_problems(raw: Mapping[str, Any]) -> list[Problem]:
     cache, problems = raw.get("cache"), []
     if not isinstance(cache, Mapping):
         return []
-    temperature = raw.get("temperature", 1.0)
-    if cache.get("kind") == "topk" and temperature != 1.0:
-        words = "the largest probabilities are kept as they are: use 1.0, or cache.kind=hidden"
+    kind, temperature, divergence = cache.get("kind"), raw.get("temperature", 1.0), raw.get("divergence", "forward_kl")
+    if kind in ("topk", "sampled") and temperature != 1.0:
+        words = f"`cache.kind: {kind}` keeps probabilities at temperature 1: use 1.0, or cache.kind=hidden"
         problems.append(Problem(("temperature",), temperature, words))
+    if kind == "sampled" and divergence != "forward_kl":
+        words = "samples are right on average for forward_kl only: use that, or another cache.kind"
+        problems.append(Problem(("divergence",), divergence, words))
     path, output = cache.get("path"), raw.get("output")
     if isinstance(path, str) and isinstance(output, str):
         inner, outer = os.path.abspath(path), os.path.abspath(output)

@@ -23,7 +23,7 @@ from kd.losses.analytic_gradients import ANALYTIC, forward_kl_of_logits, log_nor
 from kd.losses.chunked import ChunkedLoss
 from kd.losses.divergences import DIVERGENCES, parameters_of
 from kd.models.head import Head
-from kd.models.teacher_logits import TeacherLogits
+from kd.models.teacher_logits import SampledTeacher, TeacherLogits
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,13 @@ def token_loss_sums(
         partial(block_sums, token_loss),
         chunk_tokens,
     )
-    return LossSums(loss, kl if teacher is not None else torch.full_like(kl, math.nan), ntp)
+    if teacher is None:
+        return LossSums(loss, torch.full_like(kl, math.nan), ntp)
+    if isinstance(teacher, SampledTeacher):
+        assert token_loss.weight == 0.0 or token_loss.is_reported_kl, "samples are unbiased for forward KL only"
+        gap = teacher.entropy_gap().to(kl.dtype)
+        return LossSums(loss + token_loss.weight * gap, kl + gap, ntp)
+    return LossSums(loss, kl, ntp)
 
 
 def block_sums(

@@ -14,6 +14,7 @@ from torch import Tensor
 from kd.models.head import Head
 
 SMALLEST = -80.0  # natural logarithm; exp of it is a normal number in fp32
+ABSENT = -1e30  # a logit whose probability is exactly 0; finite, so that 0 times it is 0
 
 
 class TeacherLogits(Protocol):
@@ -78,6 +79,54 @@ class TopKTeacher:
         log_tail_N = self.log_tail_N[chunk].to(out_NV.dtype)
         out_NV.add_((log_tail_N - torch.logsumexp(out_NV, dim=1))[:, None])
         out_NV.scatter_(1, ids_NK, self.log_q_NK[chunk].to(out_NV.dtype))
+
+
+@dataclass(frozen=True)
+class SampledTeacher:
+    """S tokens drawn from it at each position (arXiv 2503.16870): q' = how often each was drawn / S.
+
+    The expectation of q' is q, so forward KL's gradient p - q' is unbiased. So is its value, once the entropy of q'
+    gives way to the teacher's own: -H(q) - sum q' log p, which may be below 0 for a token. No other divergence is
+    linear in q.
+
+    ids_NS int64, each position's in ascending order; entropy_N: of the whole distribution, in nats.
+    """
+
+    ids_NS: Tensor
+    entropy_N: Tensor
+    vocabulary_rows: int
+
+    def first_rows(self, rows: int) -> SampledTeacher:
+        assert rows == self.vocabulary_rows, "samples are of all rows"
+        return self
+
+    def put(self, chunk: slice, student_logits_NV: Tensor, out_NV: Tensor) -> None:
+        ids_NS = self.ids_NS[chunk]
+        share = torch.full((1, 1), 1.0 / ids_NS.shape[1], dtype=out_NV.dtype, device=out_NV.device)
+        out_NV.zero_().scatter_add_(1, ids_NS, share.expand_as(ids_NS)).log_().clamp_(min=ABSENT)
+
+    def entropy_gap(self) -> Tensor:
+        """Sum over tokens of H(q') - H(q): what makes KL(q' || p) an unbiased estimate of KL(q || p)."""
+        ids_NS = self.ids_NS.contiguous()  # in order, as they are drawn
+        count_NS = torch.searchsorted(ids_NS, ids_NS, right=True) - torch.searchsorted(ids_NS, ids_NS)
+        share_NS = count_NS.to(self.entropy_N.dtype) / ids_NS.shape[1]
+        return (-share_NS.log().mean(-1) - self.entropy_N).sum()
+
+
+def systematic_samples(logits_NV: Tensor, offsets_N: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """S equidistant draws from a distribution given by its logits: (ids [N, S] int32, ascending; entropy [N] fp32).
+
+    offsets_N: uniform in 0..1, fp64. Draw i is the token at (i + offset) / S of the cumulative distribution. So a token
+    is drawn S * q times on average, and always less than one time more or fewer; independent draws scatter more.
+    """
+    log_q_NV = torch.log_softmax(logits_NV.double(), dim=-1)
+    q_NV = log_q_NV.exp()
+    cumulative_NV = q_NV.cumsum(dim=-1)
+    points_NS = (offsets_N[:, None] + torch.arange(samples, device=offsets_N.device)) / samples
+    ids_NS = torch.searchsorted(cumulative_NV, points_NS * cumulative_NV[:, -1:], right=True)
+    # Rounding may put the last point at the end, after the last token that has a probability.
+    last_N1 = cumulative_NV.argmax(dim=-1, keepdim=True)
+    return torch.minimum(ids_NS, last_N1).to(torch.int32), torch.special.entr(q_NV).sum(-1).float()
 
 
 def top_k(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -119,10 +119,10 @@ def with_cached(
     teachers = {**cached, **roles.teachers}
     roles = replace(roles, teachers={role: teachers[role] for role in inputs if role in teachers})
     for name, one in cached.items():
-        if one.head is None and one.vocabulary_rows > roles.vocabulary_rows:
+        if one.kind != "hidden" and one.vocabulary_rows > roles.vocabulary_rows:
             raise UserError(
-                f"cache.kind: topk: the probabilities of {name} are over {one.vocabulary_rows} vocabulary rows, and "
-                f"the models share only {roles.vocabulary_rows}; use cache.kind=hidden"
+                f"cache.kind: {one.kind}: the probabilities of {name} are over {one.vocabulary_rows} vocabulary rows, "
+                f"and the models share only {roles.vocabulary_rows}; use cache.kind=hidden"
             )
     return roles
 

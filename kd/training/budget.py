@@ -89,7 +89,7 @@ class RouteBudget(TrainerCallback, ExportableState):
             self.last_kl += kl
             self.last_tokens += tokens
         if tokens > 0:
-            allowed = AIM * self.nats * (1 + NOISE * (1 - state.global_step / state.max_steps))
+            allowed = AIM * self.nats * (1 + NOISE * (1 - state.global_step / state.max_steps) ** 2)
             over = self.gap * self.recent_kl / self.recent_tokens / allowed - 1.0
             self.log_factor += RATE / state.max_steps * min(1.0, max(-1.0, over))
 

@@ -16,7 +16,7 @@ from kd.losses.analytic_gradients import ANALYTIC
 from kd.losses.divergences import DIVERGENCES
 from kd.losses.token_loss import LossSums, TokenLoss, token_loss_sums
 from kd.models.head import Head
-from kd.models.teacher_logits import HiddenTeacher, TopKTeacher, top_k
+from kd.models.teacher_logits import HiddenTeacher, SampledTeacher, TopKTeacher, systematic_samples, top_k
 
 N, D, E, V = 11, 5, 7, 13
 SKEW = 0.2
@@ -306,4 +306,70 @@ def test_a_teacher_that_is_certain_has_no_tail_and_no_nan() -> None:
     sums = token_loss_sums(hidden, Head(weight), torch.tensor([1, 1]), TokenLoss(), teacher)
     sums.loss.backward()
     assert float(sums.kl.detach()) == pytest.approx(float(sums.ntp), rel=1e-6)
+    assert hidden.grad is not None and torch.isfinite(hidden.grad).all()
+
+
+# -- tokens drawn from the teacher ------------------------------------------------------------------------------------
+
+
+def every_outcome(logits_V: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """(offsets [O], one for each outcome of the draws; probability of each [O]), fp64."""
+    crossings = (logits_V.softmax(-1).cumsum(-1) * samples) % 1.0
+    edges = torch.cat([crossings.new_zeros(1), crossings.sort().values, crossings.new_ones(1)])
+    return (edges[1:] + edges[:-1]) / 2, edges[1:] - edges[:-1]
+
+
+@pytest.mark.parametrize("samples", [1, 3, 12])
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_draws_have_the_value_and_the_gradient_of_forward_kl_on_average(samples: int, weight: float) -> None:
+    case, logits_NV, _ = case_of_top_k(1)
+    loss = TokenLoss(weight)
+    for token in range(len(logits_NV)):
+        row = slice(token, token + 1)
+        one = {**case, "hidden": case["hidden"][row], "teacher_hidden": case["teacher_hidden"][row]}
+        one["labels"] = case["labels"][row]
+        exact = learning(one, "hidden", "weight")
+        sums = sums_of({**one, **exact}, exact["hidden"], Head(exact["weight"]), loss)
+        sums.loss.backward()
+        offsets_O, probability_O = every_outcome(logits_NV[token], samples)
+        drawn = learning(one, "hidden", "weight")
+        mean = torch.zeros((), dtype=torch.float64)
+        for offset, probability in zip(offsets_O, probability_O, strict=True):
+            ids_NS, entropy_N = systematic_samples(logits_NV[row], offset[None], samples)
+            teacher = SampledTeacher(ids_NS.long(), entropy_N, logits_NV.shape[1])
+            found = token_loss_sums(drawn["hidden"], Head(drawn["weight"]), one["labels"], loss, teacher)
+            (probability * found.loss).backward()
+            mean += probability * found.loss.detach()
+        torch.testing.assert_close(mean, sums.loss.detach(), rtol=1e-6, atol=1e-6)  # entropies are stored in float32
+        for name, tensor in drawn.items():
+            torch.testing.assert_close(tensor.grad, exact[name].grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("samples", [2, 5, 12])
+def test_draws_scatter_less_than_independent_ones(samples: int) -> None:
+    _, logits_NV, _ = case_of_top_k(1)
+    for logits_V in logits_NV:
+        q_V = logits_V.softmax(-1)
+        offsets_O, probability_O = every_outcome(logits_V, samples)
+        ids_OS, _ = systematic_samples(logits_V.expand(len(offsets_O), -1), offsets_O, samples)
+        assert torch.equal(ids_OS, ids_OS.sort(-1).values)
+        share_OV = torch.zeros(len(offsets_O), len(q_V), dtype=torch.float64)
+        share_OV.scatter_add_(1, ids_OS.long(), torch.full_like(share_OV[:, :1], 1 / samples).expand(ids_OS.shape))
+        assert ((share_OV - q_V).abs() < 1 / samples + 1e-12).all()
+        variance_V = (probability_O[:, None] * (share_OV - q_V) ** 2).sum(0)
+        assert (variance_V <= q_V * (1 - q_V) / samples + 1e-12).all()
+        assert variance_V.sum() < 0.95 * (q_V * (1 - q_V)).sum() / samples
+
+
+def test_draws_of_a_teacher_that_is_certain() -> None:
+    logits_NV = torch.zeros(2, 6)
+    logits_NV[:, 1] = 1000.0
+    ids_NS, entropy_N = systematic_samples(logits_NV, torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64), 4)
+    assert (ids_NS == 1).all() and (entropy_N == 0).all()
+    hidden = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+    teacher = SampledTeacher(ids_NS.long(), entropy_N, 6)
+    sums = token_loss_sums(hidden, Head(weight), torch.tensor([1, 1]), TokenLoss(), teacher)
+    sums.loss.backward()
+    assert float(sums.kl) == pytest.approx(float(sums.ntp), rel=1e-6)
     assert hidden.grad is not None and torch.isfinite(hidden.grad).all()

@@ -122,13 +122,29 @@ def test_the_largest_probabilities_are_a_lower_bound_and_all_of_them_the_live_ru
     torch.testing.assert_close(part["log_q"].exp().sum(1) + part["log_tail"].exp(), torch.ones(len(part["ids"])))
 
 
+def test_draws_are_near_the_live_run_and_the_same_in_every_run(world: Path) -> None:
+    """Of a vocabulary of 288, 144 draws."""
+    settings = (CACHE, "cache.kind=sampled", *HELD_OUT)
+    live, first = run(*HELD_OUT, output="live"), run(*settings, "cache.samples=144", output="first")
+    assert losses(first) == pytest.approx(losses(live), rel=0.1, abs=0.05)
+    shutil.rmtree("cache")
+    assert losses(run(*settings, "cache.samples=144", output="second")) == losses(first)
+    assert_same_student(Path("second"), first)
+    run(*settings, output="few")
+    part = load_file(stores_of("/expert", samples=12) / "part-00000.safetensors")
+    assert part["ids"].shape == (len(part["entropy"]), 12) and part["ids"].dtype == torch.int32
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["cache.kind=topk", "temperature=2.0"], "temperature=2.0: the largest probabilities are kept as they are"),
+        (["cache.kind=topk", "temperature=2.0"], "temperature=2.0: `cache.kind: topk` keeps probabilities at"),
         (["cache.kind=topk", "cache.dtype=int8"], "cache.dtype=int8: logarithms of probabilities need more"),
         (["cache.top_k=8"], "cache.top_k=8: is read with `kind: topk` only"),
-        (["cache.kind=logits"], "cache.kind=logits: expected hidden or topk"),
+        (["cache.samples=8"], "cache.samples=8: is read with `kind: sampled` only"),
+        (["cache.kind=sampled", "cache.dtype=int8"], "cache.dtype=int8: samples are integers: remove it"),
+        (["cache.kind=sampled", "divergence=jsd"], "divergence=jsd: samples are right on average for forward_kl only"),
+        (["cache.kind=logits"], "cache.kind=logits: expected hidden, topk or sampled"),
         (
             ["cache.path=student/cache"],
             "cache.path=student/cache: lies in output (student), which one run owns: move it",
@@ -190,10 +206,10 @@ def test_another_teacher_has_a_store_of_its_own(world: Path) -> None:
     assert len(set(Path("cache").iterdir()) - stores) == 1
 
 
-def stores_of(role: str, top_k: int | None = None) -> Path:
+def stores_of(role: str, top_k: int | None = None, samples: int | None = None) -> Path:
     for file in Path("cache").glob("*/teacher.json"):
         facts = json.loads(file.read_text())
-        if facts["teacher"].endswith(role) and facts["top_k"] == top_k:
+        if facts["teacher"].endswith(role) and (facts["top_k"], facts["samples"]) == (top_k, samples):
             return file.parent
     raise AssertionError(role)
 
