@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dae_eval.judging.endpoints import EndpointChoice
 from dae_eval.judging.judges import JudgeChoice
 from dae_eval.judging.mt_bench import MtBench, Side, run_mt_bench
 from dae_eval.judging.mt_bench_results import Result
 from judge_server import JudgeServer
+
+from kd.served.connection import EndpointChoice
 
 
 def job_of(world: Path, server: JudgeServer, output: str = "out", **settings: Any) -> MtBench:

@@ -18,8 +18,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"kd": ROOT / "kd", "dae": ROOT / "dae", "dae_eval": ROOT / "eval" / "dae_eval"}
 MODULES = [(name, path) for name, folder in PACKAGES.items() for path in sorted(folder.rglob("*.py"))]
 # A package imports those before it and nothing behind it.
-ORDER = ("errors", "config", "runs", "models", "data", "cache", "losses", "training", "stages")
-FOR_EVALUATION = {"errors", "config", "runs", "models", "data", "losses"}  # packages of kd: nothing that trains
+ORDER = ("errors", "config", "runs", "served", "models", "data", "cache", "losses", "training", "stages")
+FOR_EVALUATION = {
+    "errors",
+    "config",
+    "runs",
+    "served",
+    "models",
+    "data",
+    "losses",
+}  # packages of kd: nothing that trains
 
 
 def imported(path: Path) -> Iterator[str]:

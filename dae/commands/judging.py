@@ -17,9 +17,10 @@ from kd.errors import UserError
 
 if TYPE_CHECKING:
     from dae_eval.judging.authors import Author
-    from dae_eval.judging.endpoints import EndpointChoice
     from dae_eval.judging.judges import JudgeChoice
     from dae_eval.judging.mt_bench import Side
+
+    from kd.served.connection import EndpointChoice
 
 MODEL_KEY, JUDGE_KEY = "MODEL_API_KEY", "OPENAI_API_KEY"
 KEPT = "replies so far are kept"
@@ -120,7 +121,7 @@ class Options:
             return None
         if model is None:
             raise UserError(f"{flag}: {flag.removesuffix('-url')} NAME, the model's name there, is required")
-        from dae_eval.judging.endpoints import EndpointChoice, plain_url
+        from kd.served.connection import EndpointChoice, plain_url
 
         choice = EndpointChoice(url, model, flag, key_name, self.requests_per_minute, self.concurrency)
         plain_url(choice)

@@ -15,12 +15,12 @@ from benchmark_files import make_alpaca, make_mt_bench
 from dae_eval.folders import read_evaluation
 from dae_eval.judging.alpaca import AlpacaEval, AlpacaResult, Annotating, result_lines, run_alpaca_eval, shown_first
 from dae_eval.judging.alpaca_scores import read_annotations, win_rate
-from dae_eval.judging.endpoints import EndpointChoice
 from dae_eval.judging.judges import JudgeChoice
 from dae_eval.judging.readings import LONGER, TRUNCATED
 from judge_server import JudgeServer, verdict_of
 
 from kd.errors import UserError
+from kd.served.connection import EndpointChoice
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "alpaca-eval" / "annotations_alpaca-7b.json"
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 from dae_eval.judging.asking import FILTERED, LENGTH, NO_CHOICES, NO_CONTENT, NO_ROOM, Request
-from dae_eval.judging.endpoints import Dialect, Endpoint, EndpointChoice, Pace, plain_url
+from dae_eval.judging.endpoints import Dialect, Endpoint
 from judge_server import JudgeServer, rating_of
 
 from kd.errors import MachineError, UserError
+from kd.served.connection import EndpointChoice, Pace, plain_url
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from benchmark_files import QUESTIONS, make_chat_checkpoint, make_mt_bench, write_lines
 from dae_eval.folders import read_evaluation
 from dae_eval.judging.authors import Author
-from dae_eval.judging.endpoints import NO_SYSTEM, EndpointChoice
+from dae_eval.judging.endpoints import NO_SYSTEM
 from dae_eval.judging.fastchat_files import (
     NO_RATING,
     Judgment,
@@ -31,6 +31,7 @@ from mt_bench_jobs import job_of, run
 
 from kd.errors import UserError
 from kd.runs.files import file_sha256
+from kd.served.connection import EndpointChoice
 
 
 @pytest.fixture(scope="module")

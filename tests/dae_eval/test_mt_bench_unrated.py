@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from benchmark_files import QUESTIONS, make_mt_bench
 from dae_eval.judging.authors import Author
-from dae_eval.judging.endpoints import EndpointChoice
 from dae_eval.judging.fastchat_files import read_answers, read_pair_judgments
 from dae_eval.judging.mt_bench import Side, run_mt_bench
 from dae_eval.judging.mt_bench_results import result_lines, smallest_margin
@@ -17,6 +16,7 @@ from judge_server import JudgeServer
 from mt_bench_jobs import job_of, run
 
 from kd.errors import UserError
+from kd.served.connection import EndpointChoice
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dae_eval.judging.asking import NO_ROOM, ChatModel, Reply, ReplyLog, Request, ask_all, was_answered
-from dae_eval.judging.endpoints import Endpoint, EndpointChoice
+from dae_eval.judging.endpoints import Endpoint
 from dae_eval.judging.fastchat_files import Answers, Question
 from dae_eval.results import ModelFacts
 from kd.errors import UserError
+from kd.served.connection import EndpointChoice
 
 logger = logging.getLogger("dae")
 

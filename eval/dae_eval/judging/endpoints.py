@@ -1,20 +1,12 @@
-"""Chat models behind an OpenAI-compatible endpoint: retries, rate limit, bounded concurrency, and two known dialects.
-
-The key is read from the environment and sent to the endpoint only; it is never written to a file or a message.
-"""
+"""Chat models behind an OpenAI-compatible endpoint (kd/served/connection.py), in two known dialects."""
 
 from __future__ import annotations
 
 import logging
-import os
-import queue
-import socket
 import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from dae_eval.judging.asking import (
     FILTERED,
@@ -27,33 +19,21 @@ from dae_eval.judging.asking import (
     Request,
     was_answered,
 )
-from kd.errors import MachineError, UserError
+from kd.errors import UserError
+from kd.served.connection import TIMEOUT, TRIES_AGAIN, Connection, EndpointChoice, Wording, concurrent_answers
 
 if TYPE_CHECKING:
     import openai
 
 logger = logging.getLogger("dae")
 
-TRIES_AGAIN = 10  # retries of the client: 0.5 s, 1 s, 2 s, ... 8 s with jitter, or what Retry-After says
 TRIES_FOR_TEXT = 3  # requests to an endpoint that answers without choices or content, or filters the reply
-TIMEOUT = 600.0  # seconds for one reply
 NO_SYSTEM = "asked without a system message: its text is put before the user's"
-# Headers by which the client would describe the machine it runs on.
-_MACHINE_HEADERS = (
-    "Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version", "Async", "Retry-Count", "Read-Timeout",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class EndpointChoice:
-    """An endpoint and a model there. flag: for messages; key_name: environment variable of its key."""
-
-    url: str
-    model: str
-    flag: str
-    key_name: str
-    requests_per_minute: float | None = None
-    concurrency: int = 4
+WORDING = Wording(
+    "chat-completions",
+    "replies so far are kept; run the same command to resume",
+    "lower --requests-per-minute or --concurrency, or check the quota",
+)
 
 
 @dataclass(frozen=True)
@@ -107,64 +87,13 @@ def text_of(content: Any) -> str | None:
     return "".join(str(part.get("text", "")) for part in parts) if parts else None
 
 
-class Pace:
-    """Starts at most `per_minute` requests a minute, evenly spaced, over all threads."""
-
-    def __init__(
-        self,
-        per_minute: float,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self._interval = 60.0 / per_minute
-        self._clock, self._sleep = clock, sleep
-        self._lock = threading.Lock()
-        self._next = clock()
-
-    def wait(self, *_: Any) -> None:
-        """Return when the next request may start."""
-        with self._lock:
-            now = self._clock()
-            begin = max(now, self._next)
-            self._next = begin + self._interval
-        if begin > now:
-            self._sleep(begin - now)
-
-
-def plain_url(choice: EndpointChoice) -> str:
-    """Scheme, host and path of the endpoint: the part that may be written to files.
-
-    Raises:
-        UserError: it is not an http(s) address, or contains a login or parameters.
-    """
-    try:
-        parts = urlsplit(choice.url)
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise UserError(
-            f"{choice.flag}: invalid address ({error}); expected http://localhost:8000/v1 or the like"
-        ) from error
-    if parts.scheme not in ("http", "https") or not host:
-        raise UserError(f"{choice.flag} {choice.url}: expected an address such as http://localhost:8000/v1")
-    if parts.username or parts.password or parts.query:
-        raise UserError(
-            f"{choice.flag}: contains a login or parameters, which would be written to files; give the address without "
-            f"them and set the key in the environment variable {choice.key_name}"
-        )
-    shown = f"[{host}]" if ":" in host else host
-    return f"{parts.scheme}://{shown}{f':{port}' if port else ''}{parts.path}"
-
-
 class Endpoint:
     """A model behind an endpoint (a `dae_eval.judging.asking.ChatModel`)."""
 
     def __init__(self, choice: EndpointChoice, retries: int = TRIES_AGAIN, timeout: float = TIMEOUT) -> None:
-        self.url = plain_url(choice)
+        self._server = Connection(choice, WORDING, retries, timeout)
+        self.url = self._server.url
         self._choice = choice
-        self._key = os.environ.get(choice.key_name, "").strip()
-        self._client = _client(self.url, self._key, choice.requests_per_minute, retries, timeout)
-        self._headers = _headers(self._key)
-        self._tries = retries + 1
         self._dialect = Dialect()
         self._lock = threading.Lock()
 
@@ -177,42 +106,10 @@ class Endpoint:
             UserError: the endpoint refuses the key, the model or the request.
             MachineError: it cannot be reached, or fails after all retries.
         """
-        self._refuse_unreachable()
-        jobs: queue.SimpleQueue[Request] = queue.SimpleQueue()
-        for request in requests:
-            if request.key in wanted:
-                jobs.put(request)
-        outcomes: queue.SimpleQueue[tuple[str, Reply | Exception] | None] = queue.SimpleQueue()
-        stop = threading.Event()
-        # Daemon threads: Ctrl-C must not wait for replies that take minutes.
-        workers = [
-            threading.Thread(target=self._work, args=(jobs, outcomes, stop), daemon=True)
-            for _ in range(min(self._choice.concurrency, len(wanted)))
-        ]
-        for worker in workers:
-            worker.start()
-        try:
-            yield from _until_workers_end(outcomes, len(workers))
-        finally:
-            stop.set()
-
-    def _work(
-        self,
-        jobs: queue.SimpleQueue[Request],
-        outcomes: queue.SimpleQueue[tuple[str, Reply | Exception] | None],
-        stop: threading.Event,
-    ) -> None:
-        while not stop.is_set():
-            try:
-                request = jobs.get_nowait()
-            except queue.Empty:
-                break
-            try:
-                outcomes.put((request.key, self.reply(request)))
-            except Exception as error:  # noqa: BLE001 - raised again in the calling thread
-                stop.set()
-                outcomes.put((request.key, error))
-        outcomes.put(None)
+        self._server.refuse_unreachable()
+        jobs = [request for request in requests if request.key in wanted]
+        for request, reply in concurrent_answers(self.reply, jobs, self._choice.concurrency):
+            yield request.key, reply
 
     def reply(self, request: Request) -> Reply:
         """The reply to one request; `stop` says why, if the endpoint gives none. Raises as `replies` does."""
@@ -230,11 +127,11 @@ class Endpoint:
             length: dict[str, Any] = {dialect.length_key: request.max_tokens}
             messages: Any = dialect.messages(request.messages)
             try:
-                completion = self._client.chat.completions.create(
+                completion = self._server.client.chat.completions.create(
                     model=self._choice.model,
                     messages=messages,
                     temperature=request.temperature,
-                    extra_headers=self._headers,
+                    extra_headers=self._server.headers,
                     **length,
                 )
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
@@ -243,7 +140,7 @@ class Endpoint:
                     return Reply("", stop, dialect.how)
                 self._adapt(dialect, error)
             except (openai.OpenAIError, ValueError) as error:
-                raise self._described(error) from error
+                raise self._server.described(error) from error
             else:
                 return self._read(completion, dialect.how)
 
@@ -251,9 +148,7 @@ class Endpoint:
         """Change the dialect after a refusal, or raise UserError."""
         changed = dialect.after(str(error))
         if changed is None:
-            raise UserError(
-                f"{self.url}: {self._choice.model} refuses the request ({error.status_code}): {self._clean(error)}"
-            ) from error
+            raise self._server.refused(error) from error
         with self._lock:
             if self._dialect != dialect:
                 return  # another thread has changed it already
@@ -275,81 +170,4 @@ class Endpoint:
             stop = FILTERED
         elif text is None and stop != LENGTH:
             stop = NO_CONTENT
-        return Reply(self._without_key((text or "").strip()), stop, how)
-
-    def _refuse_unreachable(self) -> None:
-        """Connect once, so that a server that is down is reported at once and not after all retries."""
-        parts = urlsplit(self.url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        try:
-            socket.create_connection((parts.hostname or "", port), timeout=20).close()
-        except OSError as error:
-            raise MachineError(
-                f"{self.url}: cannot be reached ({error.strerror or error}); start the server or check "
-                f"{self._choice.flag}, then run the same command again"
-            ) from error
-
-    def _described(self, error: Exception) -> UserError | MachineError:
-        import openai
-
-        key_name, cause = self._choice.key_name, self._clean(error)
-        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            remedy = f"check the key in {key_name}" if self._key else f"set its key in the variable {key_name}"
-            return UserError(f"{self.url}: access denied ({error.status_code}): {cause}; {remedy}")
-        if isinstance(error, openai.NotFoundError):
-            return UserError(
-                f"{self.url}: model {self._choice.model} not found (404): {cause}; check {self._choice.flag} (it often "
-                "ends in /v1) and the model's name"
-            )
-        kept = "replies so far are kept; run the same command to resume"
-        if isinstance(error, openai.RateLimitError):
-            slower = "lower --requests-per-minute or --concurrency, or check the quota"
-            return MachineError(f"{self.url}: rate limit (429) after {self._tries} tries: {cause}; {slower}; {kept}")
-        if isinstance(error, openai.APIConnectionError):
-            return MachineError(f"{self.url}: no complete reply after {self._tries} tries ({cause}); {kept}")
-        if isinstance(error, openai.APIStatusError) and error.status_code in (408, 409, *range(500, 600)):
-            return MachineError(f"{self.url}: {error.status_code} after {self._tries} tries: {cause}; {kept}")
-        return UserError(f"{self.url}: not a chat-completions endpoint: {cause}")
-
-    def _clean(self, error: Exception) -> str:
-        cause = f": {error.__cause__}" if error.__cause__ is not None else ""
-        text = " ".join(f"{error}{cause}".split())
-        return self._without_key(text)[:300]
-
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
-
-
-def _until_workers_end(
-    outcomes: queue.SimpleQueue[tuple[str, Reply | Exception] | None], workers: int
-) -> Iterator[tuple[str, Reply]]:
-    failure: Exception | None = None
-    while workers:
-        outcome = outcomes.get()
-        if outcome is None:
-            workers -= 1
-        elif isinstance(outcome[1], Exception):
-            failure = failure or outcome[1]
-        else:
-            yield outcome[0], outcome[1]
-    if failure is not None:
-        raise failure
-
-
-def _client(url: str, key: str, requests_per_minute: float | None, retries: int, timeout: float) -> openai.OpenAI:
-    import openai
-
-    hooks = {"request": [Pace(requests_per_minute).wait]} if requests_per_minute else {}
-    # trust_env: no proxies and no .netrc from the environment.
-    client = openai.DefaultHttpxClient(trust_env=False, event_hooks=hooks, timeout=timeout)
-    return openai.OpenAI(
-        api_key=key or "none", admin_api_key="", base_url=url, max_retries=retries, timeout=timeout, http_client=client
-    )
-
-
-def _headers(key: str) -> dict[str, Any]:
-    """Headers that the client must not send."""
-    import openai
-
-    left_out = [f"X-Stainless-{name}" for name in _MACHINE_HEADERS]
-    return {name: openai.Omit() for name in (left_out if key else [*left_out, "Authorization"])}
+        return Reply(self._server.without_key((text or "").strip()), stop, how)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dae_eval.judging.asking import NO_ROOM, ChatModel, Reply, ReplyLog, Request, ask_all, unanswered
-from dae_eval.judging.endpoints import Endpoint, EndpointChoice
+from dae_eval.judging.endpoints import Endpoint
 from dae_eval.judging.fastchat_files import JudgePrompt
 from kd.errors import UserError
+from kd.served.connection import EndpointChoice
 
 logger = logging.getLogger("dae")
 
