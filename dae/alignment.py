@@ -24,6 +24,7 @@ from dae.recipe import AlignRecipe
 from dae.routing import GENERAL, default_route_shares, teachers_by_route
 from dae.start import Measure, start_student
 from dae.templates import chosen_template, remedy, templates_of_roles, warn_of_other_templates
+from kd.config.served_recipe import ServedTeacher
 from kd.data.drafts import NoChatTemplateError
 from kd.data.stage_data import StageData, load_stage_data
 from kd.errors import UserError
@@ -71,11 +72,14 @@ class Align(Stage[AlignRecipe]):
     recipe = AlignRecipe
 
     def inputs(self, recipe: AlignRecipe) -> dict[str, Checkpoint]:
-        paths = {"base": recipe.base, "reference": recipe.reference or recipe.base}
-        paths |= {f"expert.{name}": path for name, path in recipe.expert.items()}
+        paths = {"base": recipe.base}
+        paths |= {role: teacher for role, teacher in teachers_of(recipe).items() if isinstance(teacher, str)}
         if recipe.student_from is not None:
             paths["student_from"] = recipe.student_from
         return {role: checkpoint(path) for role, path in paths.items()}
+
+    def served(self, recipe: AlignRecipe) -> dict[str, ServedTeacher]:
+        return {role: one for role, one in teachers_of(recipe).items() if isinstance(one, ServedTeacher)}
 
     def check(self, recipe: AlignRecipe, inputs: Inputs) -> AlignRecipe:
         check_checkpoints(recipe, inputs)
@@ -172,6 +176,12 @@ def align(recipe: AlignRecipe) -> RunResult:
     Raises UserError (recipe, data or checkpoints), MachineError (disk, memory), Stopped (Ctrl-C, SIGTERM).
     """
     return run_stage(Align(), recipe)
+
+
+def teachers_of(recipe: AlignRecipe) -> dict[str, str | ServedTeacher]:
+    """What each teacher is, by role."""
+    experts = {f"expert.{name}": one for name, one in recipe.expert.items()}
+    return {"reference": recipe.reference or recipe.base} | experts
 
 
 def teacher_inputs(inputs: Inputs) -> dict[str, Checkpoint]:

@@ -14,6 +14,7 @@ from kd.config.data_recipe import DATA_SETTINGS, ROUTE_NAME, route_problems
 from kd.config.flags import BASE, NAME_RULE, Flag, split_name
 from kd.config.problems import NO_VALUE, Problem, one_of
 from kd.config.schema import Reads
+from kd.config.served_recipe import TeacherChoice, served_problems
 from kd.config.stage_recipe import StageRecipe
 from kd.errors import UserError
 from kd.losses.divergence_recipe import DivergenceRecipe
@@ -41,10 +42,13 @@ class AlignRecipe(DivergenceRecipe):
     }
 
     output: str = Field(default="runs/align", min_length=1, description="the run folder to write")
-    expert: dict[str, str] = Field(
-        description="teacher of each domain: a path, or {name: path}; a LoRA folder, a checkpoint or a hub id"
+    expert: dict[str, TeacherChoice] = Field(
+        description="teacher of each domain: a path, or {name: path}; a LoRA folder, a checkpoint or a hub id, or a "
+        "model on a server: {name: {url, model, top_k}}"
     )
-    reference: str | None = Field(default=None, min_length=1, description="teacher of general rows; null: the base")
+    reference: TeacherChoice | None = Field(
+        default=None, description="teacher of general rows: as for `expert`; null: the base"
+    )
     student_from: str | None = Field(
         default=None, min_length=1, description="train an earlier student further: its run folder"
     )
@@ -129,18 +133,24 @@ class AlignRecipe(DivergenceRecipe):
         if not isinstance(experts, Mapping):
             return problems
         problems += expert_problems(experts)
+        teachers = {("reference",): raw.get("reference")} | {("expert", str(n)): one for n, one in experts.items()}
+        served = [key for key, teacher in teachers.items() if isinstance(teacher, Mapping)]
+        problems += served_problems(raw, served[0]) if served else []
         problems += route_problems(
             raw, {GENERAL: general_remedy(raw)} | {str(n): domain_remedy(n, p) for n, p in experts.items()}
         )
         problems += weight_problems(raw.get("weights"), [GENERAL, *experts])
         problems += budget_problems(raw)
-        return problems + start_problems(raw, list(map(str, experts)))
+        return problems + start_problems(raw, {str(name): one for name, one in experts.items()})
 
 
 def expert_problems(experts: Mapping[str, Any]) -> list[Problem]:
     if not experts:
         return [Problem(("expert",), NO_VALUE, "at least one is required: add --expert PATH")]
     problems = []
+    if "://" in str(experts.get("url")):
+        words = f"a model on a server needs a name: write expert.{UNNAMED}.url and expert.{UNNAMED}.model, say"
+        return [Problem(("expert", "url"), experts["url"], words)]
     for name, path in experts.items():
         if name == GENERAL:
             words = "`general` is the reference's route: rename the expert"
@@ -153,13 +163,16 @@ def expert_problems(experts: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
-def start_problems(raw: Mapping[str, Any], experts: list[str]) -> list[Problem]:
+def start_problems(raw: Mapping[str, Any], experts: Mapping[str, Any]) -> list[Problem]:
     start, problems = raw.get("start"), []
     if start not in (None, "base") and raw.get("student_from") is not None:
         problems.append(Problem(("start",), NO_VALUE, "cannot be combined with student_from: remove one"))
     for name, weight in start.items() if isinstance(start, Mapping) else ():
         if name not in experts:
-            problems.append(Problem(("start", str(name)), weight, f"unknown expert; expected {one_of(experts)}"))
+            problems.append(Problem(("start", str(name)), weight, f"unknown expert; expected {one_of(list(experts))}"))
+        elif isinstance(experts[name], Mapping) and weight:
+            words = "needs the expert's weights, and this one is on a server: remove it"
+            problems.append(Problem(("start", name), weight, words))
         elif isinstance(weight, (int, float)) and not isinstance(weight, bool) and not 0 <= weight <= 1:
             problems.append(Problem(("start", name), weight, "must be from 0 (the base) to 1 (the expert)"))
     return problems

@@ -32,8 +32,8 @@ def template_of_role(source: Checkpoint, trust_remote_code: bool) -> Any:
 def templates_of_roles(recipe: AlignRecipe, inputs: Inputs) -> dict[str, Any]:
     """Role -> its chat template, for experts and reference that have one. Raises UserError."""
     others = {role: one for role, one in inputs.items() if role.startswith("expert.")}
-    if inputs["reference"] is not inputs["base"]:
-        others["reference"] = inputs["reference"]
+    if (reference := inputs.get("reference", inputs["base"])) is not inputs["base"]:
+        others["reference"] = reference
     found = {role: template_of_role(one, recipe.trust_remote_code) for role, one in others.items()}
     return {role: template for role, template in found.items() if template is not None}
 
@@ -43,7 +43,7 @@ def chosen_template(recipe: AlignRecipe, templates: Mapping[str, Any]) -> Any:
     if recipe.data.chat_template != EXPERT:
         return None
     theirs = [templates.get(f"expert.{name}") for name in recipe.expert]
-    without = [path for path, template in zip(recipe.expert.values(), theirs, strict=True) if template is None]
+    without = [str(path) for path, template in zip(recipe.expert.values(), theirs, strict=True) if template is None]
     if without:
         raise UserError(
             f"data.chat_template: {EXPERT}: {without[0]} has no chat template; use `plain` or a .jinja file"

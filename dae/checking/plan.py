@@ -28,7 +28,7 @@ from kd.models.forward import head_of, learned_positions
 from kd.models.roles import LoadSettings, activate, refuse_unmergeable
 from kd.runs.provenance import read_provenance
 from kd.runs.run_folder import RunFolder, Start
-from kd.stages.caching import cache_of, plans_of_run
+from kd.stages.caching import cache_of, plans_of_run, with_unasked
 from kd.stages.stage import AnyStage, Inputs, StageRoles, fingerprints
 from kd.training.objective import Objective
 from kd.training.settings import load_settings, planned_steps, rows_per_step, training_arguments
@@ -93,6 +93,7 @@ def make_plan(stage: AnyStage, recipe: StageRecipe) -> Plan:
     if roles is not None:
         for role in roles.all:  # the adapters' weights were read, the base's were not
             nn.Module.to(role.model, "meta")
+        roles = with_unasked(stage, recipe, roles)
         objective = found.of(lambda: stage.objective(recipe, roles))
     args = found.of(lambda: training_arguments(recipe, settings))
     readable = [found.of(partial(first_record, source)) for source in sources_of(recipe)]

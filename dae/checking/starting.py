@@ -9,6 +9,7 @@ import torch
 from transformers import set_seed
 
 from dae.checking.plan import Plan
+from kd.errors import UserError
 from kd.stages.run_stage import advise_rate, measurement
 from kd.stages.stage import AnyStage
 
@@ -29,6 +30,11 @@ def measured_start(stage: AnyStage, plan: Plan) -> tuple[StartPoint, list[StartP
 
     Raises UserError where the student cannot start there.
     """
+    if served := stage.served(plan.recipe):
+        raise UserError(
+            f"--weights: cannot measure a teacher on a server ({', '.join(served)}); a run writes the same into its "
+            "metrics before the first step"
+        )
     set_seed(plan.recipe.seed)
     torch.set_flush_denormal(True)
     roles = stage.build_roles(plan.recipe, plan.inputs, plan.settings)

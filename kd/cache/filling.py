@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kd.cache.served_answers import ServedAnswers
 from kd.cache.store import (
     HEAD,
     STORED,
@@ -31,9 +32,11 @@ from kd.cache.store import (
     as_stored,
     bytes_per_token,
     row_digest,
+    served_key,
     teacher_key,
 )
 from kd.config.cache_recipe import CacheRecipe
+from kd.config.served_recipe import ServedTeacher
 from kd.data.batches import model_inputs, predicting_positions
 from kd.data.mixing import MixedRows, pad_rows
 from kd.data.token_rows import TokenRows
@@ -58,6 +61,7 @@ from kd.runs.lock import HeldError
 logger = logging.getLogger("dae")
 
 PART_BYTES = 64 << 20  # of answers in one file
+SERVED_PART_BYTES = 4 << 20  # the same for a teacher on a server: what a stopped command asks again, at most
 WAIT_SECONDS = 2.0
 LOGITS_ELEMENTS = 2**23  # at once, where probabilities are needed
 # Rotary embeddings that depend on the longest row of a batch, once it is longer than the model was first trained on.
@@ -72,7 +76,8 @@ class CachePlan:
     """What a teacher's store needs for a run.
 
     rows: how many the run asks it; missing: digest -> (rows, index) of those that are not there yet, and that no plan
-    before this one adds to the same store; head_shape: (V, E) of the teacher's output layer.
+    before this one adds to the same store; head_shape: (V, E) of the teacher's output layer; known: a row that is
+    there.
     """
 
     role: str
@@ -81,6 +86,7 @@ class CachePlan:
     rows: int
     missing: Mapping[bytes, tuple[TokenRows, int]]
     head_shape: tuple[int, int]
+    known: Missing | None = None
 
     @property
     def missing_tokens(self) -> int:
@@ -112,13 +118,18 @@ class CachePlan:
 
 
 def cache_plans(
-    cache: CacheRecipe, inputs: Mapping[str, Checkpoint], rows: Mapping[str, RowsOfRoute], settings: LoadSettings
+    cache: CacheRecipe,
+    inputs: Mapping[str, Checkpoint],
+    served: Mapping[str, ServedTeacher],
+    rows: Mapping[str, RowsOfRoute],
+    settings: LoadSettings,
 ) -> dict[str, CachePlan]:
     """What each teacher's store has and lacks. Opens no weights, writes nothing.
 
     Args:
         cache: of the recipe.
         inputs: the run's checkpoints by role, `base` among them.
+        served: the teachers on servers by role.
         rows: by the role of the teacher that answers them.
         settings: how the models are opened.
 
@@ -132,19 +143,24 @@ def cache_plans(
     plans = {}
     planned: dict[str, set[bytes]] = {}
     for role, several in rows.items():
-        key = teacher_key(inputs[role], inputs["base"], settings.dtype, cache)
+        if role in served:
+            key = served_key(served[role])
+        else:
+            key = teacher_key(inputs[role], inputs["base"], settings.dtype, cache)
         store = TeacherStore(Path(cache.path) / key.digest)
         wanted = {row_digest(*part.arrays(index)): (part, index) for part, indices in several for index in indices}
         before = planned.setdefault(key.digest, set())
         missing = {digest: row for digest, row in wanted.items() if digest not in store and digest not in before}
         before.update(missing)
-        plans[role] = CachePlan(role, key, store, len(wanted), missing, head_shape(role, inputs, settings))
+        known = next(((digest, row) for digest, row in sorted(wanted.items()) if digest in store), None)
+        shape = head_shape(role, inputs, settings)
+        plans[role] = CachePlan(role, key, store, len(wanted), missing, shape, known)
     return plans
 
 
 def head_shape(role: str, inputs: Mapping[str, Checkpoint], settings: LoadSettings) -> tuple[int, int]:
-    """(V, E) of a teacher's output layer; reads no weights."""
-    one = inputs["base"] if inputs[role].is_adapter else inputs[role]
+    """(V, E) of a teacher's output layer, of the base's for a teacher on a server; reads no weights."""
+    one = inputs["base"] if role not in inputs or inputs[role].is_adapter else inputs[role]
     model: Any = unwrapped(one.meta_model(settings.trust_remote_code))
     rows, width = model.get_output_embeddings().weight.shape
     return int(rows), int(width)
@@ -152,15 +168,17 @@ def head_shape(role: str, inputs: Mapping[str, Checkpoint], settings: LoadSettin
 
 def fill(
     inputs: Mapping[str, Checkpoint],
+    served: Mapping[str, ServedTeacher],
     plans: Mapping[str, CachePlan],
     settings: LoadSettings,
     check: Callable[[Role], None],
     batch_tokens: int,
+    text_of: Callable[[int], str],
 ) -> dict[str, CachedTeacher]:
     """Fill what is missing, one teacher after the other, and open the stores.
 
     check: raises UserError for a teacher that cannot answer these rows; batch_tokens: of one pass, at most, but at
-    least one row.
+    least one row; text_of: a token's text, by its id.
 
     Raises:
         UserError: a checkpoint cannot be read, or a file cannot be written.
@@ -175,7 +193,10 @@ def fill(
         with held_store(plan.store.folder):
             now = plan.renewed()
             if not now.is_complete:
-                fill_one(inputs, now, settings, check, batch_tokens)
+                if role in served:
+                    fill_from_server(served[role], now, text_of)
+                else:
+                    fill_one(inputs, now, settings, check, batch_tokens)
     return cached_teachers(plans, settings)
 
 
@@ -221,21 +242,40 @@ def fill_one(
     check_head(teacher, vocabulary_rows([teacher]))
     with activate(teacher) as model:
         head = head_of(model)
-    size, total = plan.missing_bytes / 1e6, len(plan.missing)
+    if not plan.store.has_teacher:
+        plan.store.write_teacher(head, plan.key, inputs[plan.role].lasting_path, head.weight_VD.shape[0])
+
+    def answers(part: Sequence[Missing]) -> list[Answers]:
+        batches = batches_of(part, batch_tokens)
+        return [one for batch in batches for one in answers_of(teacher, head, plan.key, batch)]
+
+    add_parts(plan, PART_BYTES, answers)
+
+
+def fill_from_server(teacher: ServedTeacher, plan: CachePlan, text_of: Callable[[int], str]) -> None:
+    """Ask a server for a teacher's missing rows, and add them to its store, which this process holds."""
+    server = ServedAnswers(plan.role, teacher, plan.head_shape[0], text_of)
+    if plan.known is not None:
+        digest, (rows, index) = plan.known
+        server.refuse_change(rows.arrays(index), plan.store.answers([digest]), plan.store.folder)
+    if not plan.store.has_teacher:
+        plan.store.write_teacher(None, plan.key, str(teacher), plan.head_shape[0])
+
+    def answers(part: Sequence[Missing]) -> list[Answers]:
+        return server.answers([rows.arrays(index) for _, (rows, index) in part])
+
+    add_parts(plan, SERVED_PART_BYTES, answers)
+
+
+def add_parts(plan: CachePlan, part_bytes: int, answers: Callable[[Sequence[Missing]], list[Answers]]) -> None:
+    """Have the missing rows answered part by part, and log how far it is."""
+    total, done = len(plan.missing), 0
     logger.info(
         "cache: %s answers %s of %s rows, %.3g MB, into %s",
-        plan.role,
-        f"{total:,}",
-        f"{plan.rows:,}",
-        size,
-        plan.store.folder,
+        *(plan.role, f"{total:,}", f"{plan.rows:,}", plan.missing_bytes / 1e6, plan.store.folder),
     )
-    if not plan.store.has_teacher:
-        plan.store.write_teacher(head, plan.key, inputs[plan.role].lasting_path)
-    done = 0
-    for part in parts_of(plan):
-        found = [one for batch in batches_of(part, batch_tokens) for one in answers_of(teacher, head, plan.key, batch)]
-        plan.store.add([digest for digest, _ in part], found)
+    for part in parts_of(plan, part_bytes):
+        plan.store.add([digest for digest, _ in part], answers(part))
         done += len(part)
         if done < total:
             logger.info("cache: %s: %s of %s rows", plan.role, f"{done:,}", f"{total:,}")
@@ -280,10 +320,10 @@ def lone_teacher(role: str, inputs: Mapping[str, Checkpoint], settings: LoadSett
     return Role(role, backbone.model, name)
 
 
-def parts_of(plan: CachePlan) -> Iterator[list[Missing]]:
-    """The missing rows, longest first, in parts of PART_BYTES."""
+def parts_of(plan: CachePlan, part_bytes: int) -> Iterator[list[Missing]]:
+    """The missing rows, longest first, in parts of so many bytes of answers."""
     ordered = sorted(plan.missing.items(), key=lambda item: (-length(item), item[0]))
-    tokens = max(1, PART_BYTES // bytes_per_token(plan.head_shape[1], plan.key))
+    tokens = max(1, part_bytes // bytes_per_token(plan.head_shape[1], plan.key))
     part: list[Missing] = []
     held = 0
     for item in ordered:

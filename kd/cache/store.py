@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kd.config.cache_recipe import CacheRecipe
+from kd.config.served_recipe import ServedTeacher
 from kd.data.batches import Batch
 from kd.data.token_rows import Ids, Mask
 from kd.errors import UserError
@@ -86,6 +87,12 @@ def teacher_key(teacher: Checkpoint, base: Checkpoint, dtype: torch.dtype, cache
     if cache.kind == "topk":
         return replace(key, top_k=cache.top_k)
     return replace(key, samples=cache.samples) if cache.kind == "sampled" else key
+
+
+def served_key(teacher: ServedTeacher) -> TeacherKey:
+    """Of a teacher on a server, whose weights are known by its name and address only."""
+    named = hashlib.sha256(json.dumps([teacher.url, teacher.model]).encode()).hexdigest()
+    return TeacherKey(named, None, "served", "float32", top_k=teacher.top_k)
 
 
 def row_digest(input_ids: Ids, response_mask: Mask) -> bytes:
@@ -173,22 +180,24 @@ class TeacherStore:
         """Whether the files beside the parts are there; teacher.json is written last."""
         return (self.folder / TEACHER).is_file()
 
-    def write_teacher(self, head: Head, key: TeacherKey, path: str) -> None:
-        """path: the teacher's, for a reader."""
+    def write_teacher(self, head: Head | None, key: TeacherKey, path: str, vocabulary_rows: int) -> None:
+        """head: None for a teacher on a server; path: the teacher's, for a reader."""
         if key.kind == "hidden":
+            assert head is not None
             tensors = {"weight": head.weight_VD.detach().cpu().contiguous()}
             if head.bias_V is not None:
                 tensors["bias"] = head.bias_V.detach().cpu().contiguous()
             _save_durably(tensors, self.folder / HEAD, {"teacher": self.folder.name})
-        facts = {"format": FORMAT, "teacher": path, **asdict(key), "vocabulary_rows": head.weight_VD.shape[0]}
-        facts |= {"scale": head.scale, "softcap": head.softcap}
+        facts = {"format": FORMAT, "teacher": path, **asdict(key), "vocabulary_rows": vocabulary_rows}
+        facts |= {} if head is None else {"scale": head.scale, "softcap": head.softcap}
         write_text_durably(self.folder / TEACHER, json_text(facts))
 
     def teacher(self, name: str, key: TeacherKey, device: str) -> CachedTeacher:
         """The teacher of this store. Raises UserError where its files are damaged or another teacher's."""
         facts, file = read_json(self.folder / TEACHER), self.folder / HEAD
         expected = {"format": FORMAT, **asdict(key)}
-        if {name: facts.get(name) for name in expected} != expected or not {"vocabulary_rows", "scale"} <= facts.keys():
+        needed = {"vocabulary_rows", *(["scale"] if key.kind == "hidden" else [])}
+        if {name: facts.get(name) for name in expected} != expected or not needed <= facts.keys():
             raise UserError(f"{self.folder / TEACHER}: is not that of this teacher; {REMEDY}")
         if key.kind != "hidden":
             return CachedTeacher(name, self, key.kind, None, facts["vocabulary_rows"])

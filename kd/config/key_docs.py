@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -34,6 +34,8 @@ def key_docs(schema: type[Frozen]) -> list[KeyDoc]:
         nested = nested_schema(field.annotation)
         if nested is not None and name != "eval":
             prefix = f"{key}.0" if nested is SourceRecipe else key
+            if nested is not SourceRecipe and get_origin(field.annotation) is dict:
+                prefix = f"{key}.NAME"
             docs += [KeyDoc(f"{prefix}.{doc.key}", doc.type, doc.default, doc.meaning) for doc in key_docs(nested)]
     return docs
 
@@ -50,6 +52,8 @@ def type_words(annotation: Any) -> str:
     """A field's type as a user would say it."""
     simple = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null", Any: "any"}
     arguments = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return type_words(arguments[0])
     if annotation in simple:
         return simple[annotation]
     if get_origin(annotation) is Literal:

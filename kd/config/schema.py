@@ -36,6 +36,8 @@ def plain(value: Any) -> Any:
     return value
 
 
+# What pydantic puts into the place of an error for the kinds of a value that has several; users do not see it.
+PATH_TAG, SERVER_TAG = "<path>", "<server>"
 # What is to be found at an input of a command.
 Reads = Literal["checkpoint", "full checkpoint", "rows", "evaluation", "suite", "template"]
 
@@ -85,7 +87,8 @@ class Frozen(BaseModel):
                 value = NO_VALUE if line["type"] == "missing" else line["input"]
                 elsewhere = cls.key_elsewhere(str(line["loc"][-1])) if line["type"] == "extra_forbidden" else None
                 words = f"belongs elsewhere: write `{elsewhere}`" if elsewhere else in_plain_words(line, known)
-                problems.append(Problem(line["loc"], value, words))
+                key = tuple(part for part in line["loc"] if part not in (PATH_TAG, SERVER_TAG))
+                problems.append(Problem(key, value, words))
         problems += cls.cross_checks(raw)
         if problems:
             raise ValidationError.from_exception_data(cls.__name__, [as_pydantic(problem) for problem in problems])

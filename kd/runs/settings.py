@@ -19,6 +19,8 @@ from kd.config.problems import Origins, Problem, report
 from kd.config.schema import Frozen
 from kd.errors import UserError
 
+PACE = {"requests_per_minute", "concurrency"}  # of a teacher on a server
+
 _ABSENT = object()
 
 
@@ -46,10 +48,9 @@ def recorded_values(values: Mapping[str, Any], schema: type[Frozen]) -> dict[str
 
 
 def recipe_values(recipe: Frozen) -> dict[str, Any]:
-    """A recipe's values by dotted key, without where things lie: `output`, `cache.path`."""
+    """A recipe's values by dotted key, without where things lie (`output`, `cache.path`) and a server's pace."""
     values = flat(json.loads(recipe.model_dump_json(by_alias=True, exclude={"output"})))
-    values.pop("cache.path", None)
-    return values
+    return {key: value for key, value in values.items() if key != "cache.path" and key.split(".")[-1] not in PACE}
 
 
 def changed_settings(recorded: Mapping[str, Any], current: Mapping[str, Any], schema: type[Frozen]) -> list[str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from kd.cache.filling import CachePlan, cache_plans, cached_teachers, fill, refuse_batch_dependent
-from kd.cache.store import CachedTeacher
+from kd.cache.store import CachedTeacher, TeacherStore
 from kd.config.cache_recipe import CacheRecipe
 from kd.config.stage_recipe import StageRecipe
 from kd.data.mixing import Mixture
@@ -68,10 +70,11 @@ def plans_of_run(
                 asked.append((data.rows[index], sorted(used[index])))
         if route in data.held_out:
             asked.append((data.held_out[route], range(len(data.held_out[route]))))
-    return cache_plans(cache, inputs, rows, settings)
+    return cache_plans(cache, inputs, stage.served(recipe), rows, settings)
 
 
 def filled(
+    stage: AnyStage,
     plans: Mapping[str, CachePlan],
     recipe: StageRecipe,
     inputs: Inputs,
@@ -101,7 +104,13 @@ def filled(
         refuse_batch_dependent(role, data.longest)
 
     # As much as training passes through a model at once, so that a smaller batch helps here, too.
-    return fill(inputs, plans, settings, check, data.longest * args.per_device_train_batch_size)
+    batch_tokens = data.longest * args.per_device_train_batch_size
+    text_of = partial(token_text, data.tokenizer)
+    return fill(inputs, stage.served(recipe), plans, settings, check, batch_tokens, text_of)
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    return str(tokenizer.decode([token]))
 
 
 def with_cached(
@@ -117,7 +126,8 @@ def with_cached(
     live = {role: one for role, one in inputs.items() if role not in left_out}
     roles = stage.build_roles(recipe, live, settings)
     teachers = {**cached, **roles.teachers}
-    roles = replace(roles, teachers={role: teachers[role] for role in inputs if role in teachers})
+    ordered = [*inputs, *stage.served(recipe)]
+    roles = replace(roles, teachers={role: teachers[role] for role in ordered if role in teachers})
     for name, one in cached.items():
         if one.kind != "hidden" and one.vocabulary_rows > roles.vocabulary_rows:
             raise UserError(
@@ -125,6 +135,16 @@ def with_cached(
                 f"and the models share only {roles.vocabulary_rows}; use cache.kind=hidden"
             )
     return roles
+
+
+def with_unasked(stage: AnyStage, recipe: StageRecipe, roles: StageRoles) -> StageRoles:
+    """The roles of a plan: a teacher on a server is there, and cannot be asked."""
+    served = stage.served(recipe)
+    if not served or (cache := cache_of(recipe)) is None:
+        return roles
+    nothing, rows = TeacherStore(Path(cache.path)), roles.vocabulary_rows
+    unasked = {role: CachedTeacher(role, nothing, "topk", None, rows) for role in served}
+    return replace(roles, teachers={**roles.teachers, **unasked})
 
 
 def with_head_of_backbone(cached: CachedTeacher, student: Role) -> CachedTeacher:
@@ -168,5 +188,5 @@ def fill_cache(stage: Stage[RecipeT], recipe: RecipeT) -> dict[str, CachePlan]:
     mixture = Mixture(data.sources, rows_per_step(args), recipe.seed)
     steps = planned_steps(mixture, args)
     plans = plans_of_run(stage, recipe, inputs, data, mixture, steps, settings)
-    filled(plans, recipe, inputs, data, settings, args)
+    filled(stage, plans, recipe, inputs, data, settings, args)
     return plans

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from kd.config.served_recipe import ServedTeacher
 from kd.data.chat import load_tokenizer
 from kd.data.paired_rows import PairedRows, load_paired_rows
 from kd.data.stage_data import StageData, load_stage_data, refuse_unfit_rows
@@ -47,16 +48,20 @@ class Distill(Stage[DistillRecipe]):
     recipe = DistillRecipe
 
     def inputs(self, recipe: DistillRecipe) -> dict[str, Checkpoint]:
-        return {"base": checkpoint(recipe.base), "teacher": checkpoint(recipe.teacher)}
+        paths = {"base": recipe.base} | ({"teacher": recipe.teacher} if isinstance(recipe.teacher, str) else {})
+        return {role: checkpoint(path) for role, path in paths.items()}
+
+    def served(self, recipe: DistillRecipe) -> dict[str, ServedTeacher]:
+        return {"teacher": recipe.teacher} if isinstance(recipe.teacher, ServedTeacher) else {}
 
     def check(self, recipe: DistillRecipe, inputs: Inputs) -> DistillRecipe:
         for role, one in inputs.items():
             one.refuse_adapter(role)
-        if recipe.cross_tokenizer is None:
+        if recipe.cross_tokenizer is None and "teacher" in inputs:
             check_same_tokenizer(recipe, inputs)
         for one in inputs.values():
             check_complete(one, recipe.trust_remote_code)
-        models = [inputs[role].meta_model(recipe.trust_remote_code) for role in ("base", "teacher")]
+        models = [one.meta_model(recipe.trust_remote_code) for one in inputs.values()]
         if recipe.attention is not None:
             pairs_of("attention", recipe.attention.layers, *models)
             head_groups(*(int(text_config(model).num_attention_heads) for model in models))

@@ -11,6 +11,7 @@ from kd.config.data_recipe import route_problems
 from kd.config.flags import BASE, ROWS, Flag
 from kd.config.problems import NO_VALUE, Problem
 from kd.config.schema import Frozen, Reads
+from kd.config.served_recipe import TeacherChoice, served_problems
 from kd.config.stage_recipe import StageRecipe
 from kd.losses.divergence_recipe import DivergenceRecipe
 from kd.losses.layer_pairs import Layers
@@ -64,7 +65,9 @@ class DistillRecipe(DivergenceRecipe):
     reads: ClassVar[Mapping[str, Reads]] = {**StageRecipe.reads, "teacher": "full checkpoint"}
 
     output: str = Field(default="runs/distill", min_length=1, description="the run folder to write")
-    teacher: str = Field(min_length=1, description="the checkpoint to learn from: folder or hub id")
+    teacher: TeacherChoice = Field(
+        description="what to learn from: a folder or hub id, or a model on a server: {url, model, top_k}"
+    )
     attention: AttentionRecipe | None = Field(
         default=None, description="also match attention maps: {weight, layers}; null: do not"
     )
@@ -78,6 +81,8 @@ class DistillRecipe(DivergenceRecipe):
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> list[Problem]:
         problems = [*super().cross_checks(raw), *route_problems(raw, {ROUTE: "add --data PATH"})]
+        if isinstance(raw.get("teacher"), Mapping):
+            problems += served_problems(raw, ("teacher",))
         return problems + cross_tokenizer_problems(raw) + cache_problems(raw)
 
 

@@ -110,7 +110,8 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT) -> RunResult:
 def card_facts(
     stage: Stage[RecipeT], recipe: RecipeT, inputs: Inputs, data: StageData, summary: Mapping[str, Any]
 ) -> CardFacts:
-    return CardFacts(stage.name, stage.describe(recipe), recipe, inputs, data.inputs, data.reports, summary)
+    description, served = stage.describe(recipe), stage.served(recipe)
+    return CardFacts(stage.name, description, recipe, inputs, served, data.inputs, data.reports, summary)
 
 
 def tell_of_rows(data: StageData) -> None:
@@ -140,7 +141,7 @@ def prepare(
     mixture = Mixture(data.sources, rows_per_step(args), recipe.seed)
     args.max_steps = planned_steps(mixture, args)
     plans = plans_of_run(stage, recipe, inputs, data, mixture, args.max_steps, settings)
-    cached = filled(plans, recipe, inputs, data, settings, args)
+    cached = filled(stage, plans, recipe, inputs, data, settings, args)
     set_seed(recipe.seed)  # a new adapter is drawn from it, whatever went before
     roles = with_cached(stage, recipe, inputs, settings, cached, resume_from is None)
     cached = {name: with_head_of_backbone(teacher, roles.student) for name, teacher in cached.items()}

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from kd.cache.store import CachedTeacher
+from kd.config.served_recipe import ServedTeacher
 from kd.config.stage_recipe import StageRecipe
 from kd.data.stage_data import StageData
 from kd.models.checkpoint import Checkpoint
@@ -73,6 +74,10 @@ class Stage(Protocol[RecipeT]):
     def inputs(self, recipe: RecipeT) -> dict[str, Checkpoint]:
         """The checkpoints by role, `base` among them. Raises UserError where one is not found."""
         ...
+
+    def served(self, recipe: RecipeT) -> Mapping[str, ServedTeacher]:
+        """The teachers on servers by role; they are not among the inputs, and answer through the cache only."""
+        return {}
 
     def check(self, recipe: RecipeT, inputs: Inputs) -> RecipeT:
         """The recipe, with what its checkpoints decide filled in; reads no weights of full checkpoints.

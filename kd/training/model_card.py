@@ -17,6 +17,7 @@ from kd.runs.environment import library_versions
 from kd.runs.provenance import HELD_OUT, DataInput
 
 if TYPE_CHECKING:
+    from kd.config.served_recipe import ServedTeacher
     from kd.config.stage_recipe import StageRecipe
     from kd.data.examples import SourceReport
 
@@ -36,7 +37,8 @@ class Description:
 class CardFacts:
     """What a card is made of.
 
-    inputs: the checkpoints by role; data: the sources of each route, eval sets under `eval.NAME`;
+    inputs: the checkpoints by role; served: the teachers on servers by role;
+    data: the sources of each route, eval sets under `eval.NAME`;
     reports: what became of these sources, in the same order; summary: as in run.json.
     """
 
@@ -44,6 +46,7 @@ class CardFacts:
     description: Description
     recipe: StageRecipe
     inputs: Mapping[str, Checkpoint]
+    served: Mapping[str, ServedTeacher]
     data: Mapping[str, Sequence[DataInput]]
     reports: Mapping[str, Sequence[SourceReport]]
     summary: Mapping[str, Any]
@@ -110,12 +113,13 @@ def _models(facts: CardFacts) -> str:
     terms = (
         f"The base's card states the licence `{licence}`. " if licence else "The base's card states no licence. "
     ) + "The terms of the other models and of the data apply as well; they are not known to the toolkit."
-    return f"{models_table(facts.inputs)}\n\n{terms}"
+    return f"{models_table(facts.inputs, facts.served)}\n\n{terms}"
 
 
-def models_table(inputs: Mapping[str, Checkpoint]) -> str:
-    """Checkpoint and fingerprint of each role."""
+def models_table(inputs: Mapping[str, Checkpoint], served: Mapping[str, ServedTeacher] | None = None) -> str:
+    """Checkpoint and fingerprint of each role; of a teacher on a server its name and address."""
     rows = [(role, f"`{one}`", f"`{one.fingerprint}`") for role, one in inputs.items()]
+    rows += [(role, f"`{one}`", "unknown") for role, one in (served or {}).items()]
     return table(("role", "checkpoint", "fingerprint (SHA-256 of weights and config)"), rows)
 
 

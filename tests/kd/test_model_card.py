@@ -50,6 +50,7 @@ def align_facts(base: str, output: str, folder: Path | None = None, **changes: A
             "reference": fake(base, folder or Path(base), "b" * 64),
             "expert.ecom": fake("experts/ecom", Path("experts/ecom"), "e" * 64),
         },
+        served={},
         data={
             "general": [DataInput("some/stories", "1" * 64, 0.9)],
             "ecom": [DataInput("ecom.jsonl", "2" * 64, 0.1)],
@@ -126,7 +127,7 @@ def test_an_sft_card_does_not_cite_the_alignment_paper(tmp_path: Path) -> None:
     data = {"train": [DataInput("rows.jsonl", "1" * 64)]}
     reports = {"train": [SourceReport("rows.jsonl", kept=3, response_tokens=5)]}
     inputs = {"base": fake("b", tmp_path / "base", "b" * 64)}
-    facts = CardFacts("sft", Sft().describe(recipe), recipe, inputs, data, reports, {})
+    facts = CardFacts("sft", Sft().describe(recipe), recipe, inputs, {}, data, reports, {})
     text = write_model_card(tmp_path, facts).read_text()
     assert "2406.19112" not in text
     assert f"| train | `rows.jsonl` | 3 | 0 | 0 |  | 5 | `{'1' * 64}` |" in text

@@ -1,0 +1,239 @@
+"""Teachers on a server: asked once about each row, checked position by position, and never believed blindly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from align_runs import HELD_OUT, assert_same_student, merged
+from safetensors.torch import load_file
+from teacher_server import TeacherServer
+from worlds import align_command, metrics_of
+
+import kd.cache.filling
+from dae import cli
+
+BASE = ("start=base", "cache.path=cache")
+
+
+@pytest.fixture
+def server(world: Path) -> Iterator[TeacherServer]:
+    with TeacherServer(merged("expert", "whole")) as server:
+        yield server
+
+
+def served(server: TeacherServer, top_k: int = 4, key: str = "expert.domain") -> list[str]:
+    return [f"{key}.url={server.url}", f"{key}.model=whole", f"{key}.top_k={top_k}"]
+
+
+def fill(server: TeacherServer, *more: str) -> int:
+    return cli.run(["cache", *align_command(*BASE, *served(server), *more)])
+
+
+def parts() -> dict[str, bytes]:
+    """Of the teacher on the server."""
+    found = sorted(Path("cache").rglob("part-*.safetensors"))
+    return {str(file): file.read_bytes() for file in found if " at http" in (file.parent / "teacher.json").read_text()}
+
+
+def losses(folder: Path) -> list[float]:
+    lines = metrics_of(folder)
+    return [value for line in lines for key, value in line.items() if key.endswith(("loss", "kl", "ntp"))]
+
+
+def test_a_served_teacher_teaches_as_one_in_memory(
+    world: Path, server: TeacherServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all probabilities: those that are not sent are one class, here of one token."""
+    assert cli.run(align_command("start=base", *HELD_OUT, output="live")) == 0
+
+    def refuse(*_: object) -> str:
+        raise AssertionError("no teacher is loaded")
+
+    monkeypatch.setattr("dae.alignment.add_frozen_adapter", refuse)
+    assert cli.run(align_command(*BASE, *HELD_OUT, *served(server, 287), output="student")) == 0
+    live = losses(Path("live"))
+    assert losses(Path("student")) == pytest.approx(live, rel=1e-4, abs=1e-5) and len(live) > 20
+    assert_same_student(Path("student"), Path("live"), 2e-3)
+    rows = [line for name in ("shop", "heldout_shop") for line in Path(f"{name}.jsonl").read_text().splitlines()]
+    asked = [tuple(request["body"]["prompt"]) for request in server.requests]
+    assert len(asked) == len(set(asked)) <= len(rows)
+    assert {request["path"] for request in server.requests} == {"/v1/completions"}
+
+
+def test_what_is_stored_is_what_the_model_says(world: Path, server: TeacherServer) -> None:
+    assert fill(server) == 0
+    local = ["cache.kind=topk", "cache.top_k=4", "cache.path=local", "start=base", "expert=whole"]
+    assert cli.run(["cache", *align_command(*local)]) == 0
+    theirs, ours = (
+        load_file(part)
+        for folder, name in (("cache", "whole at"), ("local", "/whole"))
+        for part in Path(folder).glob("*/part-00000.safetensors")
+        if name in json.loads((part.parent / "teacher.json").read_text())["teacher"]
+    )
+    assert torch.equal(theirs["digests"], ours["digests"]) and torch.equal(theirs["offsets"], ours["offsets"])
+    torch.testing.assert_close(theirs["log_q"], ours["log_q"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(theirs["log_tail"], ours["log_tail"], rtol=1e-4, atol=1e-4)
+    assert (theirs["ids"] == ours["ids"]).float().mean() > 0.99  # equal probabilities may change places
+
+
+def test_failures_and_wrong_answers_are_asked_again(world: Path, server: TeacherServer) -> None:
+    assert fill(server) == 0
+    whole = parts()
+    shutil.rmtree("cache")
+    server.behave("429", "500", "cut", "nan", "shifted", "good", "empty", "short", "429", "good", "missing")
+    assert fill(server, "expert.domain.concurrency=1") == 0
+    assert parts() == whole and len(server.script) == 0
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ("shifted", "is about other tokens than"),
+        ("missing", "has no log probabilities"),
+        ("short", "positions for a row of"),
+        ("nan", "has log probabilities that are none"),
+        ("positive", "has log probabilities that are none"),
+        ("few", "tokens, and top_k is 4"),
+        ("foreign", "names tokens that the student lacks"),
+        ("heavy", "has probabilities whose sum is above 1"),
+        ("empty", "there are no choices in it"),
+        ("plain", "answers without `prompt_logprobs`"),
+        ("html", "not a completions endpoint"),
+        ("400", "refuses the request (400)"),
+        ("401", "access denied (401)"),
+        ("404", "model whole not found (404)"),
+    ],
+)
+def test_a_server_that_lies_is_refused_and_nothing_is_kept(
+    server: TeacherServer, step: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.behave(*[step] * 20)
+    assert fill(server, "expert.domain.concurrency=1") == 2
+    error = capsys.readouterr().err
+    assert words in error and server.url in error and "Traceback" not in error
+    assert not parts()
+
+
+def test_a_stopped_fill_goes_on_to_the_same_bytes(
+    server: TeacherServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kd.cache.filling, "SERVED_PART_BYTES", 2000)
+    assert fill(server) == 0
+    whole = parts()
+    assert len(whole) > 5
+    shutil.rmtree("cache")
+    server.behave(*["good"] * 60, *["400"] * 20)
+    assert fill(server, "expert.domain.concurrency=1") == 2
+    kept = parts()
+    assert 0 < len(kept) < len(whole) and all(whole[name] == content for name, content in kept.items())
+    server.behave()
+    assert fill(server) == 0
+    assert parts() == whole
+    assert len(server.requests) < 100  # those that are there were not asked again
+    server.behave()
+    assert fill(server) == 0 and server.requests == []
+    assert "expert.domain: all 65 rows were there" in capsys.readouterr().out
+
+
+def test_another_model_under_the_same_name_is_noticed(
+    server: TeacherServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fill(server, "train.max_steps=40") == 0
+    with Path("shop.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "KETTLE", "completion": " NINE COINS"}) + "\n")
+    server.serve(Path("base"))
+    assert fill(server, "train.max_steps=40") == 2
+    assert "no longer answers as when" in capsys.readouterr().err
+    server.serve(Path("whole"))
+    assert fill(server, "train.max_steps=40") == 0
+    assert "expert.domain: 1 of " in capsys.readouterr().out
+
+
+def test_another_tokenizer_is_noticed(server: TeacherServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.texts = {token: f"<{text}>" for token, text in server.texts.items()}
+    assert fill(server) == 2
+    assert "has another tokenizer" in capsys.readouterr().err and not parts()
+
+
+def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
+    server: TeacherServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fill(server) == 0
+    assert not any("authorization" in request["headers"] for request in server.requests)
+    shutil.rmtree("cache")
+    monkeypatch.setenv("TEACHER_API_KEY", "sk-secret")
+    server.behave()
+    assert cli.run(align_command(*BASE, *served(server))) == 0
+    assert {request["headers"]["authorization"] for request in server.requests} == {"Bearer sk-secret"}
+    server.behave("401")
+    shutil.rmtree("cache")
+    assert fill(server) == 2
+    assert "sk-secret" not in "".join(capsys.readouterr())
+    files = [file for folder in ("student", "cache") for file in Path(folder).rglob("*") if file.is_file()]
+    assert files and not any(b"sk-secret" in file.read_bytes() for file in files)
+
+
+def test_a_server_that_is_down_is_told_at_once(server: TeacherServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.__exit__()
+    assert fill(server) == 4
+    assert "cannot be reached" in capsys.readouterr().err
+    server.__enter__()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["cache=null"], "cache=null: is required with a teacher on a server"),
+        (["temperature=2.0"], "temperature=2.0: a server gives probabilities at temperature 1 (expert.domain)"),
+        (["start=null", "start.domain=0.5"], "start.domain=0.5: needs the expert's weights"),
+        (["expert.domain.top_k=0"], "expert.domain.top_k=0: must be at least 1"),
+        (["expert.domain.topk=5"], "expert.domain.topk=5: unknown key; did you mean `top_k`?"),
+        (["expert.domain={url: http://host/v1}"], "expert.domain.model: is missing"),
+        (["expert={url: http://host/v1, model: m}"], "a model on a server needs a name"),
+        (["expert.domain.url=http://me:word@host/v1"], "expert.domain.url: contains a login or parameters"),
+        (["expert.domain.url=ftp://host"], "expert.domain.url ftp://host: expected an address such as"),
+    ],
+)
+def test_mistakes_in_the_recipe_are_told(
+    server: TeacherServer, settings: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fill(server, *settings) == 2
+    assert words in capsys.readouterr().err
+    assert server.requests == []
+
+
+def test_both_teachers_can_be_served_and_check_says_what_is_to_be_asked(
+    server: TeacherServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with TeacherServer(Path("base")) as other:
+        both = [*BASE[1:], *served(server), *served(other, 6, "reference"), "data.chat_template=plain"]
+        assert cli.run(["check", *align_command(*both)]) == 0
+        told = capsys.readouterr().out
+        assert "expert.domain" in told and "reference" in told and other.requests == server.requests == []
+        assert cli.run(["check", *align_command(*both), "--weights"]) == 2
+        assert "cannot measure a teacher on a server" in capsys.readouterr().err
+        assert cli.run(align_command(*both)) == 0
+    first = metrics_of(Path("student"))[0]
+    assert first["initial_general_kl"] < 1e-3 and "start" not in first  # the student is still the reference
+    assert f"| expert.domain | `whole at {server.url}` |" in Path("student/README.md").read_text()
+    faster = [*both, "expert.domain.concurrency=2"]
+    assert cli.run(align_command(*faster)) == 0  # finished; the pace is no setting of the run
+
+
+def test_distill_has_a_served_teacher(world: Path, server: TeacherServer) -> None:
+    command = ["distill", "--base", "base", "--data", "shop.jsonl", "--output", "distilled", "cache.path=cache"]
+    command += [
+        "train.max_steps=6",
+        "train.logging_steps=2",
+        "train.learning_rate=1e-2",
+        *served(server, 20, "teacher"),
+    ]
+    assert cli.run(["check", *command]) == 0
+    assert cli.run(command) == 0
+    kl = [line["train/kl"] for line in metrics_of(Path("distilled")) if "train/kl" in line]
+    assert kl[-1] < kl[0]
