@@ -9,8 +9,9 @@ by dual ascent on the factor's logarithm, which keeps it positive: after every o
 KL_route is the mean over the tokens of the last steps, older ones fading. With an eval set it is multiplied by the
 ratio of held-out to training KL at the last evaluation, so that the budget is one for held-out rows. The budget is for
 the result: in runs without one, the KL in the middle of training was two to four times its value at the end, when the
-learning rate is low. So `allowed` falls along a straight line from (1 + NOISE) * AIM * budget before the first step to
-AIM * budget after the last one. All constants are empirical.
+learning rate is low. So `allowed` falls from (1 + NOISE) * AIM * budget before the first step to AIM * budget after the
+last one, with the square of the share of steps that are left: a factor that is too low late in training comes too late
+to have an effect, since the learning rate is low. All constants are empirical.
 """
 
 from __future__ import annotations
