@@ -91,7 +91,7 @@ def teacher_key(teacher: Checkpoint, base: Checkpoint, dtype: torch.dtype, cache
 
 def served_key(teacher: ServedTeacher) -> TeacherKey:
     """Of a teacher on a server, whose weights are known by its name and address only."""
-    named = hashlib.sha256(json.dumps([teacher.url, teacher.model]).encode()).hexdigest()
+    named = hashlib.sha256(json.dumps([teacher.url.rstrip("/"), teacher.model]).encode()).hexdigest()
     return TeacherKey(named, None, "served", "float32", top_k=teacher.top_k)
 
 
