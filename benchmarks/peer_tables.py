@@ -1,6 +1,7 @@
 """The tables and the picture of benchmarks/peers.py, from its record.
 
-python benchmarks/peer_tables.py    # writes them anew from results/peers.json
+python benchmarks/peer_tables.py               # writes them anew from results/peers.json
+python benchmarks/peer_tables.py MORE.json     # after taking in another record's parts, measured on the same machine
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,11 @@ def step_wall(run: Run) -> float:
 def memory(run: Run) -> float:
     """Peak MiB above that after imports."""
     return float(run["peak_mib"] - run["imports_mib"])
+
+
+def steps_memory(run: Run) -> float:
+    """The same, after the first step: loading a checkpoint can take more than training."""
+    return float(run["steps_mib"] - run["imports_mib"])
 
 
 def total_memory(run: Run) -> float:
@@ -86,8 +93,8 @@ def ratio(result: Result, way: str, other: str, measure: Measure) -> Spread | No
 
 
 def beyond_weights(result: Result, way: str) -> float:
-    """Median of peak MiB above imports, less what the way's weights take."""
-    return of_way(result, way, memory).median - float(result["weights_mib"][way])
+    """Median of peak MiB of the steps above imports, less what the way's weights take."""
+    return of_way(result, way, steps_memory).median - float(result["weights_mib"][way])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -205,20 +212,23 @@ def growth_table(what: str, results: Sequence[Result]) -> str:
     for way in results[0]["runs"]:
         first = beyond_weights(results[0], way)
         for result in results:
-            cpu, mib, beyond = of_way(result, way, step_cpu), of_way(result, way, memory), beyond_weights(result, way)
+            cpu, mib = of_way(result, way, step_cpu), of_way(result, way, steps_memory)
+            beyond = beyond_weights(result, way)
             value = f"{result['setting'][what]:,}"
             rows.append(
                 [way, value, f"{cpu.median:.2f}", f"{mib.median:.0f}", f"{beyond:.0f}", f"{beyond / first:.2f}"]
             )
-    header = ["way", what, "CPU s a step", "MiB", "beyond the weights", "of the first"]
+    header = ["way", what, "CPU s a step", "MiB of the steps", "beyond the weights", "of the first"]
     return f"## Growth with {what}: {shape_words(results[0]['setting'])}\n\n{table(header, rows)}\n"
 
 
-def introduction(host: Mapping[str, Any]) -> str:
+def introduction(record: Mapping[str, Any]) -> str:
+    host, calls = record["machine"], record.get("calls", 1)
+    joined_words = f" The parts come from {calls} calls of the script on this machine." if calls > 1 else ""
     versions = ", ".join(f"{name} {number}" for name, number in host["versions"].items())
     return f"""{host["cores"]} CPU cores ({host["cpu"]}), fp32, {versions}.
 Load of the machine when it began: {host["load"]:.1f}. Median (min to max) over the runs; ratios are taken repeat by
-repeat. MiB: peak memory above that after imports.
+repeat. MiB: peak memory above that after imports.{joined_words}
 
 ![CPU time and memory of each way](peers.svg)
 """
@@ -228,7 +238,7 @@ def page(record: Mapping[str, Any]) -> str:
     """All tables as a Markdown page."""
     parts = [
         f"# `dae align` beside the trainers that people use, {record['date']}\n",
-        introduction(record["machine"]),
+        introduction(record),
         wish_table(record),
         *(shape_table(result) for result in record["shapes"]),
         *([first_table(record["first_step"])] if "first_step" in record else []),
@@ -269,20 +279,24 @@ def colour(way: str) -> str:
 
 
 def draw(record: Mapping[str, Any], file: Path) -> None:
-    """CPU time and memory of each way at each shape, and what memory grows with."""
+    """CPU time and memory of each way at each shape, and what memory grows with; nothing where there is neither."""
     shapes, growth = record["shapes"], record.get("growth", {})
+    heights = [3.1 * len(shapes), 3.0 * bool(growth)]
+    if not any(heights):
+        return
     with mpl.rc_context({"svg.hashsalt": "peers", "svg.fonttype": "path", "font.size": 9}):
-        figure = Figure(figsize=(10, 3.1 * len(shapes) + (3.0 if growth else 0)), layout="constrained")
+        figure = Figure(figsize=(10, sum(heights)), layout="constrained")
         FigureCanvasAgg(figure)
-        parts = figure.subfigures(2, 1, height_ratios=[3.1 * len(shapes), 3.0]) if growth else [figure]
-        axes = parts[0].subplots(len(shapes), 2, squeeze=False)
-        for row, result in zip(axes, shapes, strict=True):
-            bars(row[0], result, step_cpu, "CPU seconds a step")
-            bars(row[1], result, memory, "peak MiB above imports")
-        for ax, (what, results) in zip(
-            parts[1].subplots(1, len(growth)) if growth else [], growth.items(), strict=True
-        ):
-            lines(ax, what, results)
+        filled = [height for height in heights if height]
+        parts = list(figure.subfigures(len(filled), 1, height_ratios=filled, squeeze=False)[:, 0])
+        if shapes:
+            for row, result in zip(parts.pop(0).subplots(len(shapes), 2, squeeze=False), shapes, strict=True):
+                bars(row[0], result, step_cpu, "CPU seconds a step")
+                bars(row[1], result, memory, "peak MiB above imports")
+        if growth:
+            axes = parts.pop().subplots(1, len(growth), squeeze=False)[0]
+            for ax, (what, results) in zip(axes, growth.items(), strict=True):
+                lines(ax, what, results)
         drawn = io.BytesIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     write_bytes_durably(file, drawn.getvalue())
@@ -311,8 +325,9 @@ def lines(ax: Axes, what: str, results: Sequence[Result]) -> None:
     """Memory beyond the weights over the value that is varied."""
     values = [result["setting"][what] for result in results]
     for way in results[0]["runs"]:
-        ax.plot(values, [beyond_weights(result, way) for result in results], marker="o", color=colour(way),
-                linestyle="--" if way == "trl-gkd" else "-", label=way)  # fmt: skip
+        beyond = [beyond_weights(result, way) for result in results]
+        style = "s--" if way == "trl-gkd" else "o-"
+        ax.plot(values, beyond, style, color=colour(way), label=way)
     ax.set_xticks(values, [f"{value // 1000}k" if value >= 10_000 else str(value) for value in values])
     ax.set_ylim(bottom=0)
     ax.set_xlabel({"rows": "rows a step", "tokens": "tokens a row"}.get(what, what))
@@ -327,5 +342,24 @@ def write(record: Mapping[str, Any], folder: Path) -> None:
     draw(record, folder / "peers.svg")
 
 
+def joined(record: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with the parts of another: a shape, the first step, growths. Raises ValueError for other versions."""
+    if record["machine"]["versions"] != more["machine"]["versions"]:
+        raise ValueError(f"measured with {more['machine']['versions']}, not {record['machine']['versions']}")
+    shapes = {result["setting"]["name"]: result for result in [*record["shapes"], *more["shapes"]]}
+    parts = {name: more[name] for name in ("first_step", "growth") if name in more}
+    calls = record.get("calls", 1) + more.get("calls", 1)
+    return {**record, **parts, "shapes": list(shapes.values()), "calls": calls}
+
+
+def main() -> None:
+    """Write tables and picture from results/peers.json and the records that are named."""
+    record = json.loads((RESULTS / "peers.json").read_text())
+    for name in sys.argv[1:]:
+        record = joined(record, json.loads(Path(name).read_text()))
+    write_text_durably(RESULTS / "peers.json", json.dumps(record, indent=1) + "\n")
+    write(record, RESULTS)
+
+
 if __name__ == "__main__":
-    write(json.loads((RESULTS / "peers.json").read_text()), RESULTS)
+    main()

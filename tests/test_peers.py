@@ -70,6 +70,8 @@ def test_tables_and_picture_are_written(result: dict[str, Any], tmp_path: Path) 
     assert (tmp_path / "peers.svg").read_text().count("</svg>") == 1
     assert json.loads((tmp_path / "peers.json").read_text())["shapes"][0]["setting"]["name"] == "tiny"
     assert str(tmp_path) not in page
+    for part in ({"shapes": [result]}, {"growth": growth}, {"first_step": result}):  # each may be measured alone
+        peers.write(tmp_path / "part", {"date": "", "machine": peers.machine(), "shapes": [], **part})
 
 
 def test_weights_are_counted_by_copies_and_adapters() -> None:
@@ -90,3 +92,15 @@ def test_ratios_are_taken_repeat_by_repeat() -> None:
     once = peer_tables.ratio({"runs": runs}, "dae-sft", "trl-sft", peer_tables.step_cpu)
     assert once == peer_tables.Spread(2.0, 2.0, 2.0)
     assert peer_tables.ratio({"runs": runs}, "dae-align", "trl-gkd", peer_tables.step_cpu) is None
+
+
+def test_records_are_joined_part_by_part(result: dict[str, Any]) -> None:
+    host = {"versions": {"torch": "1"}}
+    first = {"date": "a", "machine": host, "shapes": [result]}
+    other = copy.deepcopy(result)
+    other["setting"]["name"] = "other"
+    joined = peer_tables.joined(first, {"date": "b", "machine": host, "shapes": [other], "growth": {}})
+    assert [one["setting"]["name"] for one in joined["shapes"]] == ["tiny", "other"]
+    assert (joined["date"], joined["growth"]) == ("a", {})
+    with pytest.raises(ValueError, match="not"):
+        peer_tables.joined(first, {"machine": {"versions": {"torch": "2"}}, "shapes": []})
