@@ -329,7 +329,7 @@ def lines(ax: Axes, what: str, results: Sequence[Result]) -> None:
         style = "s--" if way == "trl-gkd" else "o-"
         ax.plot(values, beyond, style, color=colour(way), label=way)
     ax.set_xticks(values, [f"{value // 1000}k" if value >= 10_000 else str(value) for value in values])
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.15 * max(beyond_weights(result, way) for result in results for way in result["runs"]))
     ax.set_xlabel({"rows": "rows a step", "tokens": "tokens a row"}.get(what, what))
     ax.set_title("MiB beyond the weights", fontsize=9, loc="left")
     ax.legend(fontsize=7, frameon=False)
@@ -347,7 +347,9 @@ def joined(record: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]
     if record["machine"]["versions"] != more["machine"]["versions"]:
         raise ValueError(f"measured with {more['machine']['versions']}, not {record['machine']['versions']}")
     shapes = {result["setting"]["name"]: result for result in [*record["shapes"], *more["shapes"]]}
-    parts = {name: more[name] for name in ("first_step", "growth") if name in more}
+    parts = {"first_step": more["first_step"]} if "first_step" in more else {}
+    if "growth" in more:
+        parts["growth"] = record.get("growth", {}) | more["growth"]
     calls = record.get("calls", 1) + more.get("calls", 1)
     return {**record, **parts, "shapes": list(shapes.values()), "calls": calls}
 
