@@ -1,15 +1,18 @@
 # Each target makes its own .venv when there is none. PYTHON names the interpreter to make it from.
 PYTHON ?= python3
 STAMP := .venv/.installed
+# The trainers that we are compared with have an environment of their own.
+PEERS := .venv-bench/.installed
+TRL := trl==1.16.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench
+.PHONY: help demo test check bench bench-step bench-peers
 
 help:
 	@echo "make demo    the whole story on a small made-up world: no download, no GPU"
 	@echo "make test    all tests"
 	@echo "make check   linter and type checker"
-	@echo "make bench   speed and memory against the straightforward way"
+	@echo "make bench   speed and memory: bench-step (against the straightforward way), then bench-peers (against TRL)"
 
 # torch first, by its exact pin: a range would take another build, several GB larger.
 $(STAMP): pyproject.toml constraints.txt
@@ -31,5 +34,16 @@ check: $(STAMP)
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy kd dae eval/dae_eval
 
-bench: $(STAMP)
+bench: bench-step bench-peers
+
+bench-step: $(STAMP)
 	.venv/bin/python benchmarks/step_cost.py
+
+bench-peers: $(PEERS)
+	.venv-bench/bin/python benchmarks/peers.py
+
+$(PEERS): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt --editable . '$(TRL)'
+	@touch $@
