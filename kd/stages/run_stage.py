@@ -24,6 +24,7 @@ from kd.errors import MachineError, Stopped, UserError
 from kd.losses.router import refuse_useless_router_loss
 from kd.models.forward import learned_positions
 from kd.models.roles import LoadSettings, check_head, check_packing, refuse_unmergeable
+from kd.models.teacher_logits import TeacherLogits
 from kd.runs.run_folder import RunFolder, Start, State
 from kd.stages.caching import filled, plans_of_run, with_cached, with_head_of_backbone, without_own_weights
 from kd.stages.stage import Inputs, RecipeT, Stage, StageRoles, fingerprints
@@ -213,11 +214,15 @@ def collator(recipe: StageRecipe, data: StageData) -> Callable[[list[Any]], dict
 def measurement(
     recipe: StageRecipe, roles: StageRoles, objective: Objective, data: StageData, args: TrainingArguments
 ) -> Callable[[], dict[str, float]]:
-    """A function that gives the loss and KL of the student as it is, by route, on a fixed sample of training rows."""
+    """A function that gives the loss and KL of the student as it is, by route, on a fixed sample of training rows.
+
+    The teachers are asked once: they say the same of each student.
+    """
+    sample = sample_batches(data, collator(recipe, data), args.per_device_train_batch_size)
+    answers: list[Mapping[int, TeacherLogits]] = []
 
     def measure() -> dict[str, float]:
-        sample = sample_batches(data, collator(recipe, data), args.per_device_train_batch_size)
-        return evaluate_routes(roles.student.model, sample, objective, args.device)
+        return evaluate_routes(roles.student.model, sample, objective, args.device, answers)
 
     return measure
 

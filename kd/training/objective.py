@@ -6,6 +6,7 @@ Shape legend: B rows, T positions, N response tokens, R routes, D and E widths o
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -124,17 +125,27 @@ def teacher_views(batch: Batch, objective: Objective) -> dict[int, TeacherLogits
     return views
 
 
-def route_sums(model: nn.Module, batch: Batch, objective: Objective, *, with_teachers: bool = True) -> RouteSums:
+def route_sums(
+    model: nn.Module,
+    batch: Batch,
+    objective: Objective,
+    *,
+    with_teachers: bool = True,
+    views: Mapping[int, TeacherLogits] | None = None,
+) -> RouteSums:
     """Run the teachers, then the student, and sum the token loss of every route.
 
     model: the (wrapped) student. with_teachers False leaves the teachers out, which needs a token loss of weight 0;
-    `kl` is then NaN. A batch without response tokens gives zeros that are still connected to the graph.
+    `kl` is then NaN. views: what `teacher_views` gave for this batch, where that is known.
+
+    A batch without response tokens gives zeros that are still connected to the graph.
     """
     with contextlib.ExitStack() as stack:
         term_sums = [stack.enter_context(term.recording(batch)) for term in objective.terms]
         with_router = objective.router_aux_weight > 0
         router_logits = stack.enter_context(recorded_router_logits(model)) if with_router else []
-        teachers = teacher_views(batch, objective) if with_teachers else {}
+        if views is None:
+            views = teacher_views(batch, objective) if with_teachers else {}
         hidden_BTD = final_hidden_states(model, model_inputs(batch))[:, :-1]
     head = head_of(model)
     labels_BT = batch["input_ids"][:, 1:]
@@ -147,7 +158,7 @@ def route_sums(model: nn.Module, batch: Batch, objective: Objective, *, with_tea
         if index not in present:
             sums.append(LossSums(nothing, nothing.detach(), nothing.detach()))
             continue
-        here, teacher = predicting & (route_BT == index), teachers.get(index)
+        here, teacher = predicting & (route_BT == index), views.get(index)
         sums.append(token_loss_sums(hidden_BTD[here], head, labels_BT[here], objective.token_loss, teacher))
     loss_R = torch.stack([s.loss for s in sums])
     if objective.token_weight != 1.0:

@@ -23,11 +23,12 @@ from kd.data.batches import Batch, response_token_counts
 from kd.data.mixing import StepBatchSampler
 from kd.errors import UserError
 from kd.models.roles import STUDENT_ADAPTER
+from kd.models.teacher_logits import TeacherLogits
 from kd.runs.files import disk_errors
 from kd.runs.run_folder import RunFolder
 from kd.training.budget import RouteBudget
 from kd.training.metrics import MetricsWindow, peak_memory_bytes
-from kd.training.objective import Objective, route_sums
+from kd.training.objective import Objective, route_sums, teacher_views
 
 logger = logging.getLogger(__name__)
 
@@ -237,17 +238,27 @@ def save_student(model: nn.Module, folder: Path, state_dict: Any = None) -> None
 
 
 def evaluate_routes(
-    model: nn.Module, batches: Mapping[str, Iterable[Batch]], objective: Objective, device: torch.device
+    model: nn.Module,
+    batches: Mapping[str, Iterable[Batch]],
+    objective: Objective,
+    device: torch.device,
+    answers: list[Mapping[int, TeacherLogits]] | None = None,
 ) -> dict[str, float]:
-    """{"loss", "NAME_loss", "NAME_kl", "NAME_ntp"} in nats per response token over held-out batches, in eval mode."""
+    """{"loss", "NAME_loss", "NAME_kl", "NAME_ntp"} in nats per response token over held-out batches, in eval mode.
+
+    answers: the teachers' to each batch, filled by the first call with a list; the same batches again need no teacher.
+    """
     was_training = model.training
     model.eval()
     totals = MetricsWindow(objective)
     with_teachers = all(route.teacher is not None for route in objective.routes)
     with torch.no_grad():
-        for batch in (batch for several in batches.values() for batch in several):
+        for index, batch in enumerate(batch for several in batches.values() for batch in several):
             placed = {key: value.to(device) for key, value in batch.items()}
-            totals.add(route_sums(model, placed, objective, with_teachers=with_teachers))
+            if answers is not None and with_teachers and index == len(answers):
+                answers.append(teacher_views(placed, objective))
+            views = answers[index] if answers else None
+            totals.add(route_sums(model, placed, objective, with_teachers=with_teachers, views=views))
     model.train(was_training)
     means = totals.drain(lambda tensor, _how: tensor)  # every rank evaluates the same rows
     result = {"loss": float((objective.weights(means.tokens_R) * means.loss_R).sum())}

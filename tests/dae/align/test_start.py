@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from worlds import align_command, make_adapter, metrics_of
 
 import dae.start
+import kd.training.trainer
 from dae import cli
 from dae.start import STEPS
 from kd.models.line import Pull, described, start_adapter
@@ -194,6 +195,21 @@ def test_the_start_is_in_the_card_and_in_the_first_line_of_the_metrics(world: Pa
     card = (student / "README.md").read_text()
     assert "## Start" in card and f"On the line from the base to the experts: {described(told['weights'])}." in card
     assert all(f"| {described(point['weights'])} | " in card for point in told["curve"])
+
+
+@pytest.mark.parametrize("lora", ["lora.rank=8", "lora=null"])
+def test_the_teachers_are_asked_once_and_the_curve_is_that_of_starts_given_by_hand(
+    world: Path, monkeypatch: pytest.MonkeyPatch, lora: str
+) -> None:
+    asked: list[int] = []
+    original = kd.training.trainer.teacher_views
+    monkeypatch.setattr("kd.training.trainer.teacher_views", lambda *given: asked.append(1) or original(*given))
+    facts = metrics_of(run(lora, *STILL, output="auto"))[0]["start"]
+    assert len(facts["curve"]) > 3
+    assert len(asked) == 2 * 64 / 8  # batches of 64 rows of both routes
+    for point in facts["curve"][:3]:
+        by_hand = run(lora, f"start={point['weights']['domain']}", *STILL, output=f"at-{point['weights']['domain']}")
+        assert point["kl"] == pytest.approx(start_of(by_hand), rel=1e-5, abs=1e-7)
 
 
 def test_a_run_that_goes_on_does_not_look_for_its_start_again(world: Path) -> None:
