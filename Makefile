@@ -6,13 +6,14 @@ PEERS := .venv-bench/.installed
 TRL := trl==1.16.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-step bench-peers
+.PHONY: help demo test check bench bench-step bench-peers bench-gpu
 
 help:
 	@echo "make demo    the whole story on a small made-up world: no download, no GPU"
 	@echo "make test    all tests"
 	@echo "make check   linter and type checker"
 	@echo "make bench   speed and memory: bench-step (against the straightforward way), then bench-peers (against TRL)"
+	@echo "make bench-gpu   a 7B-shaped step on the CUDA device that is there"
 
 # torch first, by its exact pin: a range would take another build, several GB larger.
 $(STAMP): pyproject.toml constraints.txt
@@ -35,6 +36,9 @@ check: $(STAMP)
 	.venv/bin/mypy kd dae eval/dae_eval
 
 bench: bench-step bench-peers
+
+bench-gpu: $(STAMP)
+	.venv/bin/python benchmarks/gpu.py
 
 bench-step: $(STAMP)
 	.venv/bin/python benchmarks/step_cost.py

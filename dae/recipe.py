@@ -12,7 +12,7 @@ from dae.recorded_rows import complete_from_run_folders, domain_remedy, general_
 from dae.routing import GENERAL, UNNAMED
 from kd.config.data_recipe import DATA_SETTINGS, ROUTE_NAME, route_problems
 from kd.config.flags import BASE, NAME_RULE, Flag, split_name
-from kd.config.problems import NO_VALUE, Problem, one_of
+from kd.config.problems import NO_VALUE, Key, Problem, one_of
 from kd.config.schema import Reads
 from kd.config.served_recipe import TeacherChoice, served_problems
 from kd.config.stage_recipe import StageRecipe
@@ -133,9 +133,10 @@ class AlignRecipe(DivergenceRecipe):
         if not isinstance(experts, Mapping):
             return problems
         problems += expert_problems(experts)
-        teachers = {("reference",): raw.get("reference")} | {("expert", str(n)): one for n, one in experts.items()}
-        served = [key for key, teacher in teachers.items() if isinstance(teacher, Mapping)]
-        problems += served_problems(raw, served[0]) if served else []
+        teachers: dict[Key, Any] = {("reference",): raw.get("reference")} | {
+            ("expert", str(n)): one for n, one in experts.items()
+        }
+        problems += served_problems(raw, teachers)
         problems += route_problems(
             raw, {GENERAL: general_remedy(raw)} | {str(n): domain_remedy(n, p) for n, p in experts.items()}
         )
@@ -148,9 +149,9 @@ def expert_problems(experts: Mapping[str, Any]) -> list[Problem]:
     if not experts:
         return [Problem(("expert",), NO_VALUE, "at least one is required: add --expert PATH")]
     problems = []
-    if "://" in str(experts.get("url")):
+    if isinstance(experts.get("url"), str) and isinstance(experts.get("model"), str):
         words = f"a model on a server needs a name: write expert.{UNNAMED}.url and expert.{UNNAMED}.model, say"
-        return [Problem(("expert", "url"), experts["url"], words)]
+        return [Problem(("expert",), NO_VALUE, words)]
     for name, path in experts.items():
         if name == GENERAL:
             words = "`general` is the reference's route: rename the expert"
@@ -179,10 +180,13 @@ def start_problems(raw: Mapping[str, Any], experts: Mapping[str, Any]) -> list[P
 
 
 def budget_problems(raw: Mapping[str, Any]) -> list[Problem]:
-    budget = raw.get("budget")
+    budget, cache = raw.get("budget"), raw.get("cache")
     if not isinstance(budget, Mapping) or not budget:
         return []
     problems = []
+    if isinstance(cache, Mapping) and cache.get("kind") == "sampled":
+        words = "cannot be combined with budget: a student learns its rows' draws, so their KL is too low; use another"
+        problems.append(Problem(("cache", "kind"), "sampled", words))
     for name, nats in budget.items():
         if name != GENERAL:
             problems.append(Problem(("budget", str(name)), nats, f"unknown route; expected {GENERAL}"))

@@ -5,7 +5,8 @@
 
 Steps: good, 429 (with Retry-After), 500, 401, 404, 400 (too long), cut (in the middle of the body), html, and answers
 that are wrong: shifted (about other tokens), missing (a position is null), short (too few positions), nan, positive,
-few (not all that were asked for), foreign (a token that the student does not have), heavy (probabilities above 1),
+few (not all that were asked for), first (probabilities at the first position), prompt (a token of the prompt is
+another), cut_off (-9999), null, foreign (a token that the student does not have), heavy (probabilities above 1),
 plain (without prompt_logprobs), empty (no choices).
 """
 
@@ -115,6 +116,13 @@ def spoiled(step: str, positions: list[dict[str, Any] | None]) -> list[dict[str,
     first = next(iter(last))
     if step == "shifted":
         return [None, *positions[2:], {"1": {"logprob": -1.0}}]
+    if step == "first":
+        return [last, *positions[1:]]
+    if step == "prompt":
+        return [None, {"1": {"logprob": -1.0}}, *positions[2:]]
+    if step in ("cut_off", "null"):
+        value = -9999.0 if step == "cut_off" else None
+        return [*positions[:-1], {token: {"logprob": value} for token in last}]
     if step == "missing":
         return [*positions[:-1], None]
     if step == "short":

@@ -165,8 +165,11 @@ def show_effort(console: Console, plan: Plan) -> None:
     micro = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size} process"
     trained = tokens_of_run(plan.data, rows, plan.data.route_names)
     taught = trained if plan.roles.teachers else 0
+    served = 0
     if plan.cache:
-        taught = sum(one.missing_input_tokens for one in plan.cache.values())
+        missing = {role: one.missing_input_tokens for role, one in plan.cache.items()}
+        served = sum(tokens for role, tokens in missing.items() if plan.cache[role].key.is_served)
+        taught = sum(missing.values()) - served
     place = plan.settings.device if plan.settings.device != "cpu" else "the CPU"
     dtype = str(plan.settings.dtype).removeprefix("torch.")
     console.print(
@@ -174,6 +177,7 @@ def show_effort(console: Console, plan: Plan) -> None:
     )
     console.print(
         f"tokens    {trained:,} through the student (forward, backward), {taught:,} through teachers (forward)"
+        + (f", {served:,} through teachers on servers" if served else "")
     )
     needed = memory(plan)
     show_items(console, f"memory on {place} in {dtype}, estimated", needed)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,9 @@ from kd.runs.lock import HeldError
 logger = logging.getLogger("dae")
 
 PART_BYTES = 64 << 20  # of answers in one file
-SERVED_PART_BYTES = 4 << 20  # the same for a teacher on a server: what a stopped command asks again, at most
+# The same for a teacher on a server: what a stopped command asks again, at most; enough rows to be asked side by side.
+SERVED_PART_BYTES, SERVED_PART_ROWS = 4 << 20, 512
+KNOWN_ROWS = 16  # among which one is asked again
 WAIT_SECONDS = 2.0
 LOGITS_ELEMENTS = 2**23  # at once, where probabilities are needed
 # Rotary embeddings that depend on the longest row of a batch, once it is longer than the model was first trained on.
@@ -114,7 +117,8 @@ class CachePlan:
         """As things are now: two roles may be one teacher, and another run may have filled its store meanwhile."""
         store = TeacherStore(self.store.folder)
         missing = {digest: place for digest, place in self.missing.items() if digest not in store}
-        return replace(self, store=store, missing=missing)
+        known = self.known or known_row(store, self.missing)
+        return replace(self, store=store, missing=missing, known=known)
 
 
 def cache_plans(
@@ -141,10 +145,13 @@ def cache_plans(
     except UserError as error:
         raise UserError(f"cache.path: {error}") from error
     plans = {}
+    shared_rows = min(head_shape(role, inputs, settings)[0] for role in inputs)
     planned: dict[str, set[bytes]] = {}
     for role, several in rows.items():
+        shape = head_shape(role, inputs, settings)
         if role in served:
-            key = served_key(served[role])
+            shape = (shared_rows, shape[1])
+            key = served_key(served[role], shared_rows)
         else:
             key = teacher_key(inputs[role], inputs["base"], settings.dtype, cache)
         store = TeacherStore(Path(cache.path) / key.digest)
@@ -152,10 +159,14 @@ def cache_plans(
         before = planned.setdefault(key.digest, set())
         missing = {digest: row for digest, row in wanted.items() if digest not in store and digest not in before}
         before.update(missing)
-        known = next(((digest, row) for digest, row in sorted(wanted.items()) if digest in store), None)
-        shape = head_shape(role, inputs, settings)
-        plans[role] = CachePlan(role, key, store, len(wanted), missing, shape, known)
+        plans[role] = CachePlan(role, key, store, len(wanted), missing, shape, known_row(store, wanted))
     return plans
+
+
+def known_row(store: TeacherStore, rows: Mapping[bytes, tuple[TokenRows, int]]) -> Missing | None:
+    """Of the first rows that are in the store, by digest, the one with the most response tokens."""
+    there = islice(((digest, rows[digest]) for digest in sorted(rows) if digest in store), KNOWN_ROWS)
+    return max(there, key=lambda one: int(one[1][0].arrays(one[1][1])[1].sum()), default=None)
 
 
 def head_shape(role: str, inputs: Mapping[str, Checkpoint], settings: LoadSettings) -> tuple[int, int]:
@@ -249,7 +260,7 @@ def fill_one(
         batches = batches_of(part, batch_tokens)
         return [one for batch in batches for one in answers_of(teacher, head, plan.key, batch)]
 
-    add_parts(plan, PART_BYTES, answers)
+    add_parts(plan, parts_of(plan, PART_BYTES), answers)
 
 
 def fill_from_server(teacher: ServedTeacher, plan: CachePlan, text_of: Callable[[int], str]) -> None:
@@ -264,17 +275,19 @@ def fill_from_server(teacher: ServedTeacher, plan: CachePlan, text_of: Callable[
     def answers(part: Sequence[Missing]) -> list[Answers]:
         return server.answers([rows.arrays(index) for _, (rows, index) in part])
 
-    add_parts(plan, SERVED_PART_BYTES, answers)
+    add_parts(plan, parts_of(plan, SERVED_PART_BYTES, SERVED_PART_ROWS), answers)
 
 
-def add_parts(plan: CachePlan, part_bytes: int, answers: Callable[[Sequence[Missing]], list[Answers]]) -> None:
+def add_parts(
+    plan: CachePlan, parts: Iterable[Sequence[Missing]], answers: Callable[[Sequence[Missing]], list[Answers]]
+) -> None:
     """Have the missing rows answered part by part, and log how far it is."""
     total, done = len(plan.missing), 0
     logger.info(
         "cache: %s answers %s of %s rows, %.3g MB, into %s",
         *(plan.role, f"{total:,}", f"{plan.rows:,}", plan.missing_bytes / 1e6, plan.store.folder),
     )
-    for part in parts_of(plan, part_bytes):
+    for part in parts:
         plan.store.add([digest for digest, _ in part], answers(part))
         done += len(part)
         if done < total:
@@ -320,8 +333,8 @@ def lone_teacher(role: str, inputs: Mapping[str, Checkpoint], settings: LoadSett
     return Role(role, backbone.model, name)
 
 
-def parts_of(plan: CachePlan, part_bytes: int) -> Iterator[list[Missing]]:
-    """The missing rows, longest first, in parts of so many bytes of answers."""
+def parts_of(plan: CachePlan, part_bytes: int, part_rows: int = 1) -> Iterator[list[Missing]]:
+    """The missing rows, longest first, in parts of at least so many bytes of answers and so many rows."""
     ordered = sorted(plan.missing.items(), key=lambda item: (-length(item), item[0]))
     tokens = max(1, part_bytes // bytes_per_token(plan.head_shape[1], plan.key))
     part: list[Missing] = []
@@ -330,7 +343,7 @@ def parts_of(plan: CachePlan, part_bytes: int) -> Iterator[list[Missing]]:
         rows, index = item[1]
         part.append(item)
         held += int(rows.arrays(index)[1].sum())
-        if held >= tokens:
+        if held >= tokens and len(part) >= part_rows:
             yield part
             part, held = [], 0
     if part:

@@ -9,7 +9,9 @@ Shape legend: T positions of a row, N response tokens, K tokens kept.
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,16 @@ from kd.config.served_recipe import KEY_NAME, ServedTeacher
 from kd.data.token_rows import Ids, Mask
 from kd.errors import UserError
 from kd.models.teacher_logits import SMALLEST
-from kd.served.connection import TIMEOUT, TRIES_AGAIN, Connection, EndpointChoice, Wording, concurrent_answers
+from kd.served.connection import TRIES_AGAIN, Connection, EndpointChoice, Wording, concurrent_answers
+
+logger = logging.getLogger("dae")
 
 TRIES = 3  # requests for a row whose answer is wrong
+TIMEOUT = 300.0  # seconds for one row
+TELL_SECONDS = 60.0  # between two lines of progress
+# A server's defaults may come from the model's generation_config.json: the distribution is wanted as it is.
+UNCHANGED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+CUT = -9999.0  # what vLLM sends for a logarithm of 0
 EXCESS = 1e-2  # by which rounding may lift a sum of probabilities above 1
 CHANGED = 0.1  # of the stored probability differs between two answers to one row: another model, not rounding
 FEWEST_TEXTS = 4  # tokens with a text, to tell whether they are the student's
@@ -68,8 +77,18 @@ class ServedAnswers:
             UserError: the server refuses, or answers something else than what it was asked.
             MachineError: it cannot be reached, or fails after all retries. Earlier parts are in the store.
         """
-        found = concurrent_answers(lambda index: self.answer(rows[index]), range(len(rows)), self._teacher.concurrency)
-        return [answer for _, answer in sorted(found, key=lambda one: one[0])]
+        found: dict[int, Answers] = {}
+        told = time.monotonic()
+
+        def ask(index: int) -> Answers:
+            return self.answer(rows[index])
+
+        for index, answer in concurrent_answers(ask, range(len(rows)), self._teacher.concurrency):
+            found[index] = answer
+            if time.monotonic() - told > TELL_SECONDS:
+                told = time.monotonic()
+                logger.info("cache: %s: %d of the next %d rows", self._role, len(found), len(rows))
+        return [found[index] for index in range(len(rows))]
 
     def answer(self, row: Row) -> Answers:
         """Of one row."""
@@ -102,9 +121,18 @@ class ServedAnswers:
                 prompt=[int(token) for token in ids],
                 max_tokens=1,
                 temperature=1.0,
+                top_p=1.0,
+                presence_penalty=0.0,
+                frequency_penalty=0.0,
                 extra_headers=self._server.headers,
-                extra_body={"prompt_logprobs": self._teacher.top_k},
+                extra_body={**UNCHANGED, "prompt_logprobs": self._teacher.top_k},
             )
+        except openai.BadRequestError as error:
+            raise UserError(
+                f"{self._server.refused(error)}; a row of {len(ids)} tokens needs a server with --max-model-len of at "
+                f"least {len(ids) + 1}, and top_k {self._teacher.top_k} one with --max-logprobs of at least that (or "
+                f"lower data.max_length or {self._role}.top_k)"
+            ) from error
         except (openai.OpenAIError, ValueError) as error:
             raise self._server.described(error) from error
         choices = getattr(completion, "choices", None)
@@ -127,8 +155,10 @@ class ServedAnswers:
         if not isinstance(positions, Sequence) or len(positions) != len(ids):
             count = len(positions) if isinstance(positions, Sequence) else "no"
             raise WrongAnswerError(f"{count} positions for a row of {len(ids)} tokens")
-        wanted = [position for position in range(1, len(ids)) if mask[position]]
-        read = [self._position(positions[position], int(ids[position]), position) for position in wanted]
+        if positions[0] is not None:
+            raise WrongAnswerError("the first position has probabilities, which no token before it can give")
+        entries = [log_probabilities(positions[at], int(ids[at]), at) for at in range(1, len(ids))]
+        read = [self._largest(entry, at) for at, entry in enumerate(entries, 1) if mask[at]]
         self._refuse_other_tokens(positions, ids)
         ids_NK, log_q_NK = (np.array([one[part] for one in read]) for part in (0, 1))
         left_N = 1.0 - np.exp(log_q_NK).sum(axis=1)
@@ -141,22 +171,28 @@ class ServedAnswers:
             "log_tail": torch.from_numpy(log_tail_N.astype(np.float32)),
         }
 
-    def _position(self, entry: Any, own: int, position: int) -> tuple[list[int], list[float]]:
+    def _largest(self, entry: Mapping[int, Any], position: int) -> tuple[list[int], list[float]]:
         """(token ids [K], log probabilities [K]) of one position, the largest first."""
         try:
-            found = {int(token): float(value["logprob"]) for token, value in entry.items()}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise WrongAnswerError(f"position {position} has no log probabilities ({error!r})") from error
-        if own not in found:
-            raise WrongAnswerError(f"position {position} is about other tokens than {own}, which was sent")
-        if not all(math.isfinite(value) and value <= EXCESS for value in found.values()):
-            raise WrongAnswerError(f"position {position} has log probabilities that are none")
-        if not all(0 <= token < self._vocabulary_rows for token in found):
-            raise WrongAnswerError(f"position {position} names tokens that the student lacks")
+            found = {token: float(value) for token, value in entry.items() if value is not None}
+        except (TypeError, ValueError) as error:
+            raise WrongAnswerError(f"position {position} has something else than numbers ({error})") from error
         kept = min(self._teacher.top_k, self._vocabulary_rows - 1)
+        if any(math.isnan(value) or value > EXCESS for value in found.values()):
+            raise WrongAnswerError(f"position {position} has values that are no logarithms of probabilities")
         largest = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:kept]
         if len(largest) < kept:
             raise WrongAnswerError(f"position {position} has {len(largest)} tokens, and top_k is {self._teacher.top_k}")
+        if largest[-1][1] <= CUT:
+            raise WrongAnswerError(
+                f"position {position} has {largest[-1][1]:g} instead of a probability: the server cuts the "
+                "distribution; start it with --logprobs-mode raw_logprobs"
+            )
+        if not all(0 <= token < self._vocabulary_rows for token, _ in largest):
+            raise WrongAnswerError(
+                f"position {position} names tokens that the student lacks (it has {self._vocabulary_rows}); a teacher "
+                "needs the student's tokenizer"
+            )
         if sum(math.exp(value) for _, value in largest) > 1 + EXCESS:
             raise WrongAnswerError(f"position {position} has probabilities whose sum is above 1")
         return [token for token, _ in largest], [value for _, value in largest]
@@ -176,6 +212,17 @@ class ServedAnswers:
                 f"{self._server.url}: {self._teacher.model} has another tokenizer (a token that is {ours!r} here is "
                 f"{theirs!r} there); a teacher needs the student's"
             )
+
+
+def log_probabilities(entry: Any, own: int, position: int) -> dict[int, Any]:
+    """Token -> what is sent as its log probability, at one position. own: the row's token there."""
+    try:
+        found = {int(token): value["logprob"] for token, value in entry.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise WrongAnswerError(f"position {position} has no log probabilities") from error
+    if own not in found:
+        raise WrongAnswerError(f"position {position} is about other tokens than the one that was sent ({own})")
+    return found
 
 
 def changed_share(stored: Answers, now: Answers) -> float:

@@ -44,6 +44,7 @@ from kd.runs.files import TEMPORARY_PREFIX, disk_errors, fsync_path, json_text, 
 
 FORMAT = 1
 Answers = dict[str, Tensor]  # by name, as in the files; dimension 0 is response tokens
+SERVED = "served"  # in place of a dtype
 TEACHER, HEAD = "teacher.json", "head.safetensors"
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 REMEDY = "remove this folder and fill the cache again"
@@ -62,6 +63,11 @@ class TeacherKey:
     stored: str
     top_k: int | None = None
     samples: int | None = None
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the teacher is on a server."""
+        return self.dtype == SERVED
 
     @property
     def kind(self) -> str:
@@ -89,10 +95,13 @@ def teacher_key(teacher: Checkpoint, base: Checkpoint, dtype: torch.dtype, cache
     return replace(key, samples=cache.samples) if cache.kind == "sampled" else key
 
 
-def served_key(teacher: ServedTeacher) -> TeacherKey:
-    """Of a teacher on a server, whose weights are known by its name and address only."""
-    named = hashlib.sha256(json.dumps([teacher.url.rstrip("/"), teacher.model]).encode()).hexdigest()
-    return TeacherKey(named, None, "served", "float32", top_k=teacher.top_k)
+def served_key(teacher: ServedTeacher, vocabulary_rows: int) -> TeacherKey:
+    """Of a teacher on a server, whose weights are known by its name and address only.
+
+    vocabulary_rows: that the run's models share; what is beyond them is part of the tail.
+    """
+    named = hashlib.sha256(json.dumps([teacher.url, teacher.model, vocabulary_rows]).encode()).hexdigest()
+    return TeacherKey(named, None, SERVED, "float32", top_k=teacher.top_k)
 
 
 def row_digest(input_ids: Ids, response_mask: Mask) -> bytes:

@@ -20,7 +20,8 @@ class CacheRecipe(Frozen):
     kind: Literal["hidden", "topk", "sampled"] = Field(
         default="hidden",
         description="hidden: final hidden states, so that losses are exact; topk: the largest probabilities, and the "
-        "rest as one class; sampled: tokens drawn from the teacher, so that forward KL is right on average",
+        "rest as one class; sampled: tokens drawn from the teacher, so that forward KL is right on average as long "
+        "as rows are not seen often",
     )
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         default="auto",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, field_validator
 
-from kd.config.problems import Key, Problem
+from kd.config.address import plain_address
+from kd.config.problems import NO_VALUE, Key, Problem
 from kd.config.schema import PATH_TAG, SERVER_TAG, Frozen
 
 KEY_NAME = "TEACHER_API_KEY"  # environment variable
@@ -30,6 +31,11 @@ class ServedTeacher(Frozen):
     )
     concurrency: int = Field(default=8, ge=1, description="of a server: requests at a time, each of one row")
 
+    @field_validator("url")
+    @classmethod
+    def _without_slash(cls, value: str) -> str:
+        return value.rstrip("/")
+
     def __str__(self) -> str:
         return f"{self.model} at {self.url}"
 
@@ -44,9 +50,20 @@ TeacherChoice = Annotated[
 ]
 
 
-def served_problems(raw: Mapping[str, Any], key: Key) -> list[Problem]:
-    """What a teacher on a server, at this key, does not go with."""
+def served_problems(raw: Mapping[str, Any], teachers: Mapping[Key, Any]) -> list[Problem]:
+    """Addresses that cannot be used, and what a teacher on a server does not go with. teachers: all, by their keys."""
+    served = {key: one for key, one in teachers.items() if isinstance(one, Mapping)}
+    if not served:
+        return []
     problems = []
+    for key, teacher in served.items():
+        if not isinstance(url := teacher.get("url"), str):
+            continue
+        try:
+            plain_address(url, KEY_NAME)
+        except ValueError as error:
+            problems.append(Problem((*key, "url"), NO_VALUE, str(error)))
+    key = next(iter(served))
     if raw.get("cache") is None:
         words = "is required with a teacher on a server, whose answers are kept on disk: add cache.path=DIR"
         problems.append(Problem(("cache",), None, words))

@@ -86,8 +86,8 @@ class SampledTeacher:
     """S tokens drawn from it at each position (arXiv 2503.16870): q' = how often each was drawn / S.
 
     The expectation of q' is q, so forward KL's gradient p - q' is unbiased. So is its value, once the entropy of q'
-    gives way to the teacher's own: -H(q) - sum q' log p, which may be below 0 for a token. No other divergence is
-    linear in q.
+    gives way to the teacher's own: -H(q) - sum q' log p, which may be below 0 for a token. Both hold for a student that
+    does not depend on the draws: not for one that has learnt from them. No other divergence is linear in q.
 
     ids_NS int64, each position's in ascending order; entropy_N: of the whole distribution, in nats.
     """

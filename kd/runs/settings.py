@@ -8,6 +8,8 @@ as far as both sides have them.
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from kd.config.problems import Origins, Problem, report
 from kd.config.schema import Frozen
 from kd.errors import UserError
 
-PACE = {"requests_per_minute", "concurrency"}  # of a teacher on a server
+PACE = re.compile(r"(expert\.[^.]+|reference|teacher)\.(requests_per_minute|concurrency)")  # of a teacher on a server
+NOWHERE = os.path.join(os.sep, ".recorded")  # an output that contains nothing
 
 _ABSENT = object()
 
@@ -41,7 +44,7 @@ def recorded_recipe(path: Path, schema: type[Frozen]) -> dict[str, Any]:
 def recorded_values(values: Mapping[str, Any], schema: type[Frozen]) -> dict[str, Any]:
     """The same for a recipe that was recorded as JSON, without `output`."""
     try:
-        return recipe_values(schema.model_validate({**values, "output": "."}))
+        return recipe_values(schema.model_validate({**values, "output": NOWHERE}))
     except ValidationError as error:
         problems = [Problem(line["loc"], line["input"], line["msg"]) for line in error.errors()]
         raise report(problems, Origins(), "recorded settings, which this release does not take") from error
@@ -50,7 +53,7 @@ def recorded_values(values: Mapping[str, Any], schema: type[Frozen]) -> dict[str
 def recipe_values(recipe: Frozen) -> dict[str, Any]:
     """A recipe's values by dotted key, without where things lie (`output`, `cache.path`) and a server's pace."""
     values = flat(json.loads(recipe.model_dump_json(by_alias=True, exclude={"output"})))
-    return {key: value for key, value in values.items() if key != "cache.path" and key.split(".")[-1] not in PACE}
+    return {key: value for key, value in values.items() if key != "cache.path" and not PACE.fullmatch(key)}
 
 
 def changed_settings(recorded: Mapping[str, Any], current: Mapping[str, Any], schema: type[Frozen]) -> list[str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
+from kd.config.address import plain_address
 from kd.errors import MachineError, UserError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 TRIES_AGAIN = 10  # retries of the client: 0.5 s, 1 s, 2 s, ... 8 s with jitter, or what Retry-After says
 TIMEOUT = 600.0  # seconds for one reply
-# Headers by which the client would describe the machine it runs on.
+# Headers by which the client would describe the machine it runs on, and that are for its own maker's servers.
 _MACHINE_HEADERS = (
     "Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version", "Async", "Retry-Count", "Read-Timeout",
 )  # fmt: skip
@@ -74,21 +75,9 @@ def plain_url(choice: EndpointChoice) -> str:
         UserError: it is not an http(s) address, or contains a login or parameters.
     """
     try:
-        parts = urlsplit(choice.url)
-        host, port = parts.hostname, parts.port
+        return plain_address(choice.url, choice.key_name)
     except ValueError as error:
-        raise UserError(
-            f"{choice.flag}: invalid address ({error}); expected http://localhost:8000/v1 or the like"
-        ) from error
-    if parts.scheme not in ("http", "https") or not host:
-        raise UserError(f"{choice.flag} {choice.url}: expected an address such as http://localhost:8000/v1")
-    if parts.username or parts.password or parts.query:
-        raise UserError(
-            f"{choice.flag}: contains a login or parameters, which would be written to files; give the address without "
-            f"them and set the key in the environment variable {choice.key_name}"
-        )
-    shown = f"[{host}]" if ":" in host else host
-    return f"{parts.scheme}://{shown}{f':{port}' if port else ''}{parts.path}"
+        raise UserError(f"{choice.flag}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -237,5 +226,5 @@ def _headers(key: str) -> dict[str, Any]:
     """Headers that the client must not send."""
     import openai
 
-    left_out = [f"X-Stainless-{name}" for name in _MACHINE_HEADERS]
+    left_out = [f"X-Stainless-{name}" for name in _MACHINE_HEADERS] + ["OpenAI-Organization", "OpenAI-Project"]
     return {name: openai.Omit() for name in (left_out if key else [*left_out, "Authorization"])}

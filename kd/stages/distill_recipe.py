@@ -81,8 +81,7 @@ class DistillRecipe(DivergenceRecipe):
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> list[Problem]:
         problems = [*super().cross_checks(raw), *route_problems(raw, {ROUTE: "add --data PATH"})]
-        if isinstance(raw.get("teacher"), Mapping):
-            problems += served_problems(raw, ("teacher",))
+        problems += served_problems(raw, {("teacher",): raw.get("teacher")})
         return problems + cross_tokenizer_problems(raw) + cache_problems(raw)
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from align_runs import HELD_OUT, assert_same_student, merged
+from pico import make_checkpoint
 from safetensors.torch import load_file
 from teacher_server import TeacherServer
 from worlds import align_command, metrics_of
@@ -96,15 +98,19 @@ def test_failures_and_wrong_answers_are_asked_again(world: Path, server: Teacher
         ("shifted", "is about other tokens than"),
         ("missing", "has no log probabilities"),
         ("short", "positions for a row of"),
-        ("nan", "has log probabilities that are none"),
-        ("positive", "has log probabilities that are none"),
+        ("nan", "has values that are no logarithms of probabilities"),
+        ("positive", "has values that are no logarithms of probabilities"),
         ("few", "tokens, and top_k is 4"),
         ("foreign", "names tokens that the student lacks"),
         ("heavy", "has probabilities whose sum is above 1"),
         ("empty", "there are no choices in it"),
         ("plain", "answers without `prompt_logprobs`"),
         ("html", "not a completions endpoint"),
-        ("400", "refuses the request (400)"),
+        ("first", "the first position has probabilities"),
+        ("prompt", "position 1 is about other tokens"),
+        ("cut_off", "has -9999 instead of a probability"),
+        ("null", "tokens, and top_k is 4"),
+        ("400", "needs a server with --max-model-len of at least"),
         ("401", "access denied (401)"),
         ("404", "model whole not found (404)"),
     ],
@@ -123,6 +129,7 @@ def test_a_stopped_fill_goes_on_to_the_same_bytes(
     server: TeacherServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(kd.cache.filling, "SERVED_PART_BYTES", 2000)
+    monkeypatch.setattr(kd.cache.filling, "SERVED_PART_ROWS", 1)
     assert fill(server) == 0
     whole = parts()
     assert len(whole) > 5
@@ -195,15 +202,20 @@ def test_a_server_that_is_down_is_told_at_once(server: TeacherServer, capsys: py
         (["expert.domain.topk=5"], "expert.domain.topk=5: unknown key; did you mean `top_k`?"),
         (["expert.domain={url: http://host/v1}"], "expert.domain.model: is missing"),
         (["expert={url: http://host/v1, model: m}"], "a model on a server needs a name"),
-        (["expert.domain.url=http://me:word@host/v1"], "expert.domain.url: contains a login or parameters"),
-        (["expert.domain.url=ftp://host"], "expert.domain.url ftp://host: expected an address such as"),
+        (["expert.domain.url=http://me:word@host/v1"], "contains a login or parameters"),
+        (["expert.domain.url=http://host/v1#word"], "contains a login or parameters"),
+        (["expert.domain.url=ftp://host"], "expected an address such as"),
+        (["expert.domain.url=localhost:8000/v1"], "expected an address such as"),
+        (["cache.kind=sampled", "budget.general=0.1"], "cache.kind=sampled: cannot be combined with budget"),
     ],
 )
 def test_mistakes_in_the_recipe_are_told(
     server: TeacherServer, settings: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert fill(server, *settings) == 2
-    assert words in capsys.readouterr().err
+    command = align_command(*BASE, *served(server), *settings)
+    for way in (["cache", *command], ["check", *command], command):
+        assert cli.run(way) == 2
+        assert words in capsys.readouterr().err
     assert server.requests == []
 
 
@@ -237,3 +249,48 @@ def test_distill_has_a_served_teacher(world: Path, server: TeacherServer) -> Non
     assert cli.run(command) == 0
     kl = [line["train/kl"] for line in metrics_of(Path("distilled")) if "train/kl" in line]
     assert kl[-1] < kl[0]
+
+
+def test_models_of_unlike_vocabularies_have_stores_of_their_own(world: Path, server: TeacherServer) -> None:
+    """Another output layer is another tail; the run is the one of a live teacher either way."""
+    make_checkpoint(Path("padded"), vocab_size=304)
+    first = ["reference=padded", "expert.domain.concurrency=2"]
+    assert fill(server) == 0
+    assert fill(server, *first) == 0
+    stores = [json.loads(file.read_text()) for file in Path("cache").glob("*/teacher.json")]
+    assert len([facts for facts in stores if " at http" in facts["teacher"]]) == 1  # 288 are shared by both
+
+
+def test_an_address_with_a_slash_and_another_pace_are_the_same_run(world: Path, server: TeacherServer) -> None:
+    command = align_command(*BASE, *served(server))
+    assert cli.run([*command, "train.max_steps=4"]) == 0
+    server.behave()
+    other = [f"expert.domain.url={server.url}/", "expert.domain.concurrency=1"]
+    assert cli.run([*command, "train.max_steps=4", *other]) == 0
+    assert server.requests == []
+
+
+def test_weights_of_an_expert_named_as_a_pace_are_compared(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--expert", "concurrency=expert", "--domain-data", "concurrency=shop.jsonl", "start=base"]
+    command = ["align", "--base", "base", *command, "--general-data", "general.jsonl", "--output", "named"]
+    command += ["train.max_steps=2", "lora.rank=4"]
+    assert cli.run([*command, "weights={general: 1.0, concurrency: 1.0}"]) == 0
+    assert cli.run([*command, "weights={general: 1.0, concurrency: 9.0}"]) == 2
+    assert "weights.concurrency" in capsys.readouterr().err
+
+
+def test_a_pipeline_with_a_served_teacher_runs_twice(world: Path, server: TeacherServer) -> None:
+    student = {
+        "stage": "align", "base": "base", "expert": {"domain": {"url": server.url, "model": "whole", "top_k": 4}},
+        "start": "base", "cache": {"path": "cache"}, "data": {"domain": "shop.jsonl", "general": "general.jsonl"},
+        "lora": {"rank": 4}, "train": {"max_steps": 2},
+    }  # fmt: skip
+    Path("path.yaml").write_text(yaml.safe_dump({"output": "path", "stages": {"student": student}}))
+    assert cli.run(["run", "path.yaml"]) == 0
+    server.behave()
+    assert cli.run(["run", "path.yaml"]) == 0
+    assert server.requests == []
+    student["expert"]["domain"]["url"] = "http://me:word@host/v1"  # type: ignore[index]
+    Path("path.yaml").write_text(yaml.safe_dump({"output": "other", "stages": {"student": student}}))
+    assert cli.run(["run", "path.yaml"]) == 2
+    assert not Path("other").exists()
