@@ -33,11 +33,16 @@ def key_docs(schema: type[Frozen]) -> list[KeyDoc]:
         docs.append(KeyDoc(key, words, default_words(field), field.description or ""))
         nested = nested_schema(field.annotation)
         if nested is not None and name != "eval":
-            prefix = f"{key}.0" if nested is SourceRecipe else key
-            if nested is not SourceRecipe and get_origin(field.annotation) is dict:
-                prefix = f"{key}.NAME"
+            prefix = key + place_of_nested(field.annotation, nested)
             docs += [KeyDoc(f"{prefix}.{doc.key}", doc.type, doc.default, doc.meaning) for doc in key_docs(nested)]
     return docs
+
+
+def place_of_nested(annotation: Any, nested: type[Frozen]) -> str:
+    """How a key reaches what is nested in it: `.0` in lists of sources, `.NAME` in mappings."""
+    if nested is SourceRecipe:
+        return ".0"
+    return ".NAME" if get_origin(annotation) is dict else ""
 
 
 def nested_schema(annotation: Any) -> type[Frozen] | None:

@@ -52,10 +52,15 @@ TeacherChoice = Annotated[
 
 def served_problems(raw: Mapping[str, Any], teachers: Mapping[Key, Any]) -> list[Problem]:
     """Addresses that cannot be used, and what a teacher on a server does not go with. teachers: all, by their keys."""
+    problems = []
+    for key, teacher in teachers.items():
+        if isinstance(teacher, str) and teacher.startswith(("http://", "https://")):
+            name = ".".join(map(str, key))
+            words = f"is the address of a server: write {name}.url=ADDRESS and {name}.model=NAME"
+            problems.append(Problem(key, NO_VALUE, words))
     served = {key: one for key, one in teachers.items() if isinstance(one, Mapping)}
     if not served:
-        return []
-    problems = []
+        return problems
     for key, teacher in served.items():
         if not isinstance(url := teacher.get("url"), str):
             continue

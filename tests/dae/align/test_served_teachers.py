@@ -204,6 +204,7 @@ def test_a_server_that_is_down_is_told_at_once(server: TeacherServer, capsys: py
         (["expert={url: http://host/v1, model: m}"], "a model on a server needs a name"),
         (["expert.domain.url=http://me:word@host/v1"], "contains a login or parameters"),
         (["expert.domain.url=http://host/v1#word"], "contains a login or parameters"),
+        (["expert=http://host/v1"], "is the address of a server: write expert.domain.url=ADDRESS"),
         (["expert.domain.url=ftp://host"], "expected an address such as"),
         (["expert.domain.url=localhost:8000/v1"], "expected an address such as"),
         (["cache.kind=sampled", "budget.general=0.1"], "cache.kind=sampled: cannot be combined with budget"),
