@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import starts
+from benchmarks import starts, starts_picture
 from benchmarks.starts import SEEDS, WAYS, Run
 from dae.pipeline.recipe import read_pipeline
 from dae.recipe import AlignRecipe
@@ -67,3 +67,5 @@ def test_tables_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     text = starts.markdown(starts.results())
     assert "| auto | 0.30 | DAE | 300 | 0.0005 (search not complete) | 1 | 50.0 | 1.500 |" in text
     assert "| base |  |  |  |  | 1 | 25.0 | 25.0 | 25.0 | 25.0 |" in text
+    starts_picture.draw(starts.results(), tmp_path / "starts.svg")
+    assert "<!-- 300 -->" in (tmp_path / "starts.svg").read_text()

@@ -1,0 +1,84 @@
+"""The picture of results/starts.md: what a start gains beyond the rows, and what it costs there.
+
+    python benchmarks/starts_picture.py [--results benchmarks/results]
+
+reads starts.json and writes starts.svg. Points are means over seeds, lines reach from the lowest to the highest,
+numbers are steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+COLOURS = {"DAE": "#1f6aa5", "next-token loss": "#c8553d", "DAE with a budget": "#8a8a8a"}
+MARKERS = {"base": "o", "auto": "^", "0.5": "s"}
+PANELS = {
+    "world": ("shop, not aligned", "general, not aligned", 100.0, "The demo's world: accuracy in %"),
+    "category": ("category", "stories", 1.0, "Titles to categories: accuracy in %, bits per byte"),
+}
+
+
+def draw(record: Mapping[str, Any], file: Path) -> None:
+    """Both pairs side by side: the domain to the right, what should not be lost upwards."""
+    figure = Figure(figsize=(10.5, 4.2))
+    for panel, pair in zip(figure.subplots(1, 2), PANELS, strict=True):
+        draw_pair(panel, pair, [line for line in record["lines"] if line["pair"] == pair and line["figures"]])
+    handles = [Line2D([], [], color=colour, marker="o", linestyle="", label=name) for name, colour in COLOURS.items()]
+    used = {line["start"] for line in record["lines"] if line["figures"]}
+    handles += [
+        Line2D([], [], color="black", marker=marker, linestyle="", fillstyle="none", label=f"start {name}")
+        for name, marker in MARKERS.items()
+        if name in used
+    ]
+    figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    with rc_context({"svg.hashsalt": "starts"}):  # else every run writes another file
+        figure.savefig(file, metadata={"Date": None})
+
+
+def draw_pair(panel: Axes, pair: str, lines: Sequence[Mapping[str, Any]]) -> None:
+    across, up, unit_up, title = PANELS[pair]
+    for line in lines:
+        points = list(line["figures"].values())
+        x, y = [100 * point[across] for point in points], [unit_up * point[up] for point in points]
+        middle = sum(x) / len(x), sum(y) / len(y)
+        loss = {"dae": "DAE", "ntp": "next-token loss"}.get(line["loss"], line["loss"])
+        name = "DAE with a budget" if line["budget"] is not None else loss
+        spread = {"xerr": ranges(x), "yerr": ranges(y)} if len(points) > 1 else {}
+        colour = COLOURS.get(name, "black")
+        panel.errorbar(*middle, **spread, color=colour, marker=MARKERS[line["start"]], markersize=7, elinewidth=0.8)
+        panel.annotate(str(line["steps"]), middle, (6, 4), textcoords="offset points", fontsize=8, color=colour)
+    panel.margins(0.12)
+    panel.set_title(title, fontsize=10)
+    panel.set_xlabel(across)
+    panel.set_ylabel(f"{up} (lower is better)" if up == "stories" else up)
+    if up == "stories":
+        panel.invert_yaxis()
+    panel.grid(color="#e5e5e5")
+    panel.set_axisbelow(True)
+
+
+def ranges(values: Sequence[float]) -> list[list[float]]:
+    """From the mean to the lowest and to the highest, as matplotlib takes them."""
+    mean = sum(values) / len(values)
+    return [[mean - min(values)], [max(values) - mean]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    folder = parser.parse_args().results
+    draw(json.loads((folder / "starts.json").read_text(encoding="utf-8")), folder / "starts.svg")
+
+
+if __name__ == "__main__":
+    main()
