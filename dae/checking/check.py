@@ -17,7 +17,7 @@ from dae.checking.loss_shares import LossShare, loss_shares
 from dae.checking.overlap import overlaps
 from dae.checking.plan import Plan, make_plan
 from dae.checking.starting import measured_start
-from kd.cache.filling import refuse_small_disk
+from kd.cache.plans import refuse_small_disk
 from kd.cache.store import bytes_per_token
 from kd.config.data_recipe import DataRecipe
 from kd.config.stage_recipe import StageRecipe

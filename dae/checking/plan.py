@@ -16,7 +16,7 @@ from typing import TypeVar
 from torch import nn
 from transformers import TrainingArguments
 
-from kd.cache.filling import CachePlan
+from kd.cache.plans import CachePlan
 from kd.config.data_recipe import SourceRecipe
 from kd.config.stage_recipe import StageRecipe
 from kd.data.mixing import Mixture

@@ -9,18 +9,16 @@ Shape legend: R rows, T positions, N response tokens, E width of the teacher, V 
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from kd.cache.plans import CachePlan, Missing, refuse_small_disk
 from kd.cache.served_answers import ServedAnswers
 from kd.cache.store import (
     HEAD,
@@ -32,16 +30,11 @@ from kd.cache.store import (
     TeacherStore,
     as_stored,
     bytes_per_token,
-    row_digest,
-    served_key,
-    teacher_key,
 )
-from kd.config.cache_recipe import CacheRecipe
 from kd.config.served_recipe import ServedTeacher
 from kd.data.batches import model_inputs, predicting_positions
 from kd.data.mixing import MixedRows, pad_rows
-from kd.data.token_rows import TokenRows
-from kd.errors import MachineError, UserError
+from kd.errors import UserError
 from kd.models.checkpoint import Checkpoint
 from kd.models.forward import final_hidden_states, head_of, unwrapped
 from kd.models.head import Head, slices
@@ -56,7 +49,7 @@ from kd.models.roles import (
     vocabulary_rows,
 )
 from kd.models.teacher_logits import systematic_samples, top_k
-from kd.runs.claimed_folder import ClaimedFolder, refuse_file
+from kd.runs.claimed_folder import ClaimedFolder
 from kd.runs.lock import HeldError
 
 logger = logging.getLogger("dae")
@@ -64,117 +57,10 @@ logger = logging.getLogger("dae")
 PART_BYTES = 64 << 20  # of answers in one file
 # The same for a teacher on a server: what a stopped command asks again, at most; enough rows to be asked side by side.
 SERVED_PART_BYTES, SERVED_PART_ROWS = 4 << 20, 512
-KNOWN_ROWS = 16  # among which one is asked again
 WAIT_SECONDS = 2.0
 LOGITS_ELEMENTS = 2**23  # at once, where probabilities are needed
 # Rotary embeddings that depend on the longest row of a batch, once it is longer than the model was first trained on.
 OF_THE_BATCH = {"dynamic", "longrope"}
-
-RowsOfRoute = Sequence[tuple[TokenRows, Sequence[int]]]  # rows, and which of them
-Missing = tuple[bytes, tuple[TokenRows, int]]  # digest, and where the row is
-
-
-@dataclass(frozen=True)
-class CachePlan:
-    """What a teacher's store needs for a run.
-
-    rows: how many the run asks it; missing: digest -> (rows, index) of those that are not there yet, and that no plan
-    before this one adds to the same store; head_shape: (V, E) of the teacher's output layer; known: a row that is
-    there.
-    """
-
-    role: str
-    key: TeacherKey
-    store: TeacherStore
-    rows: int
-    missing: Mapping[bytes, tuple[TokenRows, int]]
-    head_shape: tuple[int, int]
-    known: Missing | None = None
-
-    @property
-    def missing_tokens(self) -> int:
-        """Response tokens of the missing rows."""
-        return sum(int(rows.arrays(index)[1].sum()) for rows, index in self.missing.values())
-
-    @property
-    def missing_input_tokens(self) -> int:
-        """All tokens of the missing rows: what the teacher reads."""
-        return sum(len(rows.arrays(index)[0]) for rows, index in self.missing.values())
-
-    @property
-    def missing_bytes(self) -> int:
-        """What filling writes: the answers, and the output layer where it is not there yet."""
-        rows, width = self.head_shape
-        is_new = self.key.kind == "hidden" and bool(self.missing) and not self.store.has_teacher
-        head = rows * width * STORED[self.key.dtype].itemsize if is_new else 0
-        return head + self.missing_tokens * bytes_per_token(width, self.key)
-
-    @property
-    def is_complete(self) -> bool:
-        return not self.missing and self.store.has_teacher
-
-    def renewed(self) -> CachePlan:
-        """As things are now: two roles may be one teacher, and another run may have filled its store meanwhile."""
-        store = TeacherStore(self.store.folder)
-        missing = {digest: place for digest, place in self.missing.items() if digest not in store}
-        known = self.known or known_row(store, self.missing)
-        return replace(self, store=store, missing=missing, known=known)
-
-
-def cache_plans(
-    cache: CacheRecipe,
-    inputs: Mapping[str, Checkpoint],
-    served: Mapping[str, ServedTeacher],
-    rows: Mapping[str, RowsOfRoute],
-    settings: LoadSettings,
-) -> dict[str, CachePlan]:
-    """What each teacher's store has and lacks. Opens no weights, writes nothing.
-
-    Args:
-        cache: of the recipe.
-        inputs: the run's checkpoints by role, `base` among them.
-        served: the teachers on servers by role.
-        rows: by the role of the teacher that answers them.
-        settings: how the models are opened.
-
-    Raises:
-        UserError: the path is a file, or a file of a store is damaged or another teacher's.
-    """
-    try:
-        refuse_file(Path(cache.path))
-    except UserError as error:
-        raise UserError(f"cache.path: {error}") from error
-    plans = {}
-    shared_rows = min(head_shape(role, inputs, settings)[0] for role in inputs)
-    planned: dict[str, set[bytes]] = {}
-    for role, several in rows.items():
-        shape = head_shape(role, inputs, settings)
-        if role in served:
-            shape = (shared_rows, shape[1])
-            key = served_key(served[role], shared_rows)
-        else:
-            key = teacher_key(inputs[role], inputs["base"], settings.dtype, cache)
-        store = TeacherStore(Path(cache.path) / key.digest)
-        wanted = {row_digest(*part.arrays(index)): (part, index) for part, indices in several for index in indices}
-        before = planned.setdefault(key.digest, set())
-        missing = {digest: row for digest, row in wanted.items() if digest not in store and digest not in before}
-        before.update(missing)
-        plans[role] = CachePlan(role, key, store, len(wanted), missing, shape, known_row(store, wanted))
-    return plans
-
-
-def known_row(store: TeacherStore, rows: Mapping[bytes, tuple[TokenRows, int]]) -> Missing | None:
-    """Of the first rows that are in the store, by digest, the one with the most response tokens."""
-    there = islice(((digest, rows[digest]) for digest in sorted(rows) if digest in store), KNOWN_ROWS)
-    return max(there, key=lambda one: int(one[1][0].arrays(one[1][1])[1].sum()), default=None)
-
-
-def head_shape(role: str, inputs: Mapping[str, Checkpoint], settings: LoadSettings) -> tuple[int, int]:
-    """(V, E) of a teacher's output layer, of the base's for a teacher on a server; reads no weights."""
-    one = inputs["base"] if role not in inputs or inputs[role].is_adapter else inputs[role]
-    model: Any = unwrapped(one.meta_model(settings.trust_remote_code))
-    rows, width = model.get_output_embeddings().weight.shape
-    return int(rows), int(width)
 
 
 def fill(
@@ -292,22 +178,6 @@ def add_parts(
         done += len(part)
         if done < total:
             logger.info("cache: %s: %s of %s rows", plan.role, f"{done:,}", f"{total:,}")
-
-
-def refuse_small_disk(plans: Iterable[CachePlan]) -> None:
-    """Raise MachineError where the disk has no room for what is missing."""
-    several = list(plans)
-    needed = sum(plan.missing_bytes for plan in several)
-    if not needed:
-        return
-    folder = several[0].store.folder.parent
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise MachineError(
-            f"{folder}: the cache needs {needed / 1e6:,.0f} MB more, and the disk has {free / 1e6:,.0f} MB free; free "
-            "some space, set cache.path to another disk, or store less (cache.dtype=int8, cache.kind=topk)"
-        )
 
 
 def refuse_batch_dependent(role: Role, longest: int) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from kd.cache.filling import CachePlan, cache_plans, cached_teachers, fill, refuse_batch_dependent
+from kd.cache.filling import cached_teachers, fill, refuse_batch_dependent
+from kd.cache.plans import CachePlan, cache_plans
 from kd.cache.store import CachedTeacher, TeacherStore
 from kd.config.cache_recipe import CacheRecipe
 from kd.config.stage_recipe import StageRecipe

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from worlds import align_command, make_rows, metrics_of
 
 import kd.cache.filling
+import kd.cache.plans
 import kd.models.roles
 from dae import cli
 from kd.cache.store import TeacherStore, batch_digests, row_digest
@@ -251,7 +252,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_answered(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(kd.cache.filling.shutil, "disk_usage", lambda _path: usage(1, 1, 1000))
+    monkeypatch.setattr(kd.cache.plans.shutil, "disk_usage", lambda _path: usage(1, 1, 1000))
     assert fill() == 4
     assert "the cache needs" in capsys.readouterr().err
     assert cli.run(["check", *align_command(CACHE)]) == 4
