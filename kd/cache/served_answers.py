@@ -53,21 +53,16 @@ class WrongAnswerError(ValueError):
 class ServedAnswers:
     """One teacher on a server."""
 
-    def __init__(
-        self,
-        role: str,
-        teacher: ServedTeacher,
-        vocabulary_rows: int,
-        text_of: Callable[[int], str],
-        retries: int = TRIES_AGAIN,
-        timeout: float = TIMEOUT,
-    ) -> None:
-        """Raises UserError for an address that is none, MachineError where nothing answers there."""
+    def __init__(self, role: str, teacher: ServedTeacher, vocabulary_rows: int, text_of: Callable[[int], str]) -> None:
+        """vocabulary_rows: that the run's models share; text_of: a token's text in the student's tokenizer.
+
+        Raises MachineError where nothing answers at the address.
+        """
         pace = teacher.requests_per_minute, teacher.concurrency
         choice = EndpointChoice(teacher.url, teacher.model, f"{role}.url", KEY_NAME, *pace)
         self._role, self._teacher = role, teacher
         self._vocabulary_rows, self._text_of = vocabulary_rows, text_of
-        self._server = Connection(choice, WORDING, retries, timeout)
+        self._server = Connection(choice, WORDING, TRIES_AGAIN, TIMEOUT)
         self._server.refuse_unreachable()
 
     def answers(self, rows: Sequence[Row]) -> list[Answers]:
@@ -91,17 +86,17 @@ class ServedAnswers:
         return [found[index] for index in range(len(rows))]
 
     def answer(self, row: Row) -> Answers:
-        """Of one row."""
-        for left in reversed(range(TRIES)):
+        """Of one row. Raises as `answers` does."""
+        wrong: WrongAnswerError | None = None
+        for _ in range(TRIES):
             try:
                 return self._read(self._ask(row[0]), row)
             except WrongAnswerError as error:
-                if not left:
-                    raise UserError(
-                        f"{self._server.url}: {self._role}: {self._teacher.model} answers wrongly: {error}; nothing of "
-                        "this row was kept"
-                    ) from error
-        raise AssertionError
+                wrong = error
+        raise UserError(
+            f"{self._server.url}: {self._role}: {self._teacher.model} answers wrongly: {wrong}; nothing of this row was "
+            "kept"
+        ) from wrong
 
     def refuse_change(self, row: Row, stored: Answers, folder: Path) -> None:
         """Raise UserError where the server now says something else of a row than what is stored."""
