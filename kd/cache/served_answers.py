@@ -94,8 +94,8 @@ class ServedAnswers:
             except WrongAnswerError as error:
                 wrong = error
         raise UserError(
-            f"{self._server.url}: {self._role}: {self._teacher.model} answers wrongly: {wrong}; nothing of this row was "
-            "kept"
+            f"{self._server.url}: {self._role}: {self._teacher.model} answers wrongly: {wrong}; nothing of this row "
+            "was kept"
         ) from wrong
 
     def refuse_change(self, row: Row, stored: Answers, folder: Path) -> None:
