@@ -6,10 +6,10 @@ python benchmarks/peer_tables.py MORE.json     # after taking in another record'
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -356,9 +356,11 @@ def joined(record: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]
 
 def main() -> None:
     """Write tables and picture from results/peers.json and the records that are named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", nargs="*", type=Path, help="peers.json of other calls, whose parts are added")
     record = json.loads((RESULTS / "peers.json").read_text())
-    for name in sys.argv[1:]:
-        record = joined(record, json.loads(Path(name).read_text()))
+    for file in parser.parse_args().records:
+        record = joined(record, json.loads(file.read_text()))
     write_text_durably(RESULTS / "peers.json", json.dumps(record, indent=1) + "\n")
     write(record, RESULTS)
 
