@@ -63,8 +63,8 @@ Students: mean over seeds, with the lowest and the highest; differences seed by 
 Category: accuracy in per cent on test documents (standard error of one accuracy 2.3 points), bits per byte of stories
 (lower is better). Start auto, DAE, the same rows and learning rate.
 """
-COST_NOTES = "One thread, start base, medians of three. Filling includes the start of the command.\n"
-SHORT, LONG, REPEATS = 10, 40, 3  # steps of the runs whose difference is a step's cost
+COST_NOTES = "One thread, start base, medians over repeats: {}. Filling includes the start of the command.\n"
+SHORT, LONG = 10, 40  # steps of the runs whose difference is a step's cost
 
 
 @dataclass(frozen=True)
@@ -134,12 +134,12 @@ def results() -> dict[str, Any]:
     return {"date": dt.date.today().isoformat(), "results": found, "costs": costs}
 
 
-def measured_costs() -> dict[str, dict[str, float]]:
+def measured_costs(repeats: int) -> dict[str, dict[str, float]]:
     """By kind: CPU seconds to fill, bytes on disk, and CPU seconds of a step; medians over alternating repeats."""
     seconds: dict[str, dict[str, list[float]]] = {kind: {"fill": [], "step": []} for kind in (LIVE, *KINDS)}
     sizes: dict[str, float] = {}
     recipe = ["--recipe", "benchmarks/recipes/starts_category.yaml"]
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         with tempfile.TemporaryDirectory() as name:
             for kind in (LIVE, *KINDS):
                 keys = [f"cache.path={name}/{kind}", *KINDS[kind]] if kind != LIVE else []
@@ -183,7 +183,7 @@ def markdown(record: Mapping[str, Any]) -> str:
                 rows.append([f"{TITLES[kind]}, minus live", str(len(of)), *cells(differences(of, live), UNITS[pair])])
         parts.append(f"## {names[pair]}\n\n{table(head, rows)}\n")
     if costs := record["costs"]:
-        live = costs[LIVE]["step"]
+        live = costs["kinds"][LIVE]["step"]
         head = ["teachers", "MB on disk", "CPU seconds to fill", "CPU seconds of a step", "of a live step"]
         rows = [
             [
@@ -193,9 +193,10 @@ def markdown(record: Mapping[str, Any]) -> str:
                 f"{of['step']:.2f}",
                 f"{of['step'] / live:.2f}",
             ]
-            for kind, of in costs.items()
+            for kind, of in costs["kinds"].items()
         ]
-        parts.append(f"## Costs, title to category, the rows of {LONG} steps\n\n{table(head, rows)}\n\n{COST_NOTES}")
+        title = f"## Costs, title to category, the rows of {LONG} steps"
+        parts.append(f"{title}\n\n{table(head, rows)}\n\n{COST_NOTES.format(costs['repeats'])}")
     parts.append(NOTES)
     return "\n".join(parts)
 
@@ -211,11 +212,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the results from what is there")
     parser.add_argument("--costs", action="store_true", help="measure CPU seconds and bytes")
+    parser.add_argument("--repeats", type=int, default=3, help="of --costs")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go")
     arguments = parser.parse_args()
     if arguments.costs:
         COSTS.parent.mkdir(parents=True, exist_ok=True)
-        COSTS.write_text(json.dumps(measured_costs(), indent=1) + "\n")
+        costs = {"repeats": arguments.repeats, "kinds": measured_costs(arguments.repeats)}
+        COSTS.write_text(json.dumps(costs, indent=1) + "\n")
     elif arguments.write:
         record = results()
         (arguments.output / "cached.json").write_text(json.dumps(record, indent=1) + "\n")

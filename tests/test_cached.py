@@ -45,7 +45,7 @@ def test_the_page_shows_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(cached, "COSTS", tmp_path / "costs.json")
     cost = {"step": 2.0, "bytes": 0}
     costs = {LIVE: cost} | {kind: {"step": 1.5, "fill": 20.0, "bytes": 1e6} for kind in KINDS}
-    (tmp_path / "costs.json").write_text(json.dumps(costs))
+    (tmp_path / "costs.json").write_text(json.dumps({"repeats": 3, "kinds": costs}))
     page = cached.markdown(cached.results())
     assert "| live teachers | 3 | 50.0 (50.0 to 50.0) |" in page
     assert f"| live teachers | {len(SEEDS['category'])} | 50.0 |" in page and "int8`, minus" not in page
