@@ -41,8 +41,8 @@ class CachePlan:
     """What a teacher's store needs for a run.
 
     rows: how many the run asks it; missing: digest -> (rows, index) of those that are not there yet, and that no plan
-    before this one adds to the same store; head_shape: (V, E) of the teacher's output layer; known: a row that is
-    there.
+    before this one adds to the same store; head_shape: (V, E) of the teacher's output layer, of a teacher on a
+    server (shared V, 0); known: a row that is there, if any.
     """
 
     role: str
@@ -107,15 +107,14 @@ def cache_plans(
     except UserError as error:
         raise UserError(f"cache.path: {error}") from error
     plans = {}
-    shared_rows = min(head_shape(role, inputs, settings)[0] for role in inputs)
+    shapes = {role: head_shape(role, inputs, settings) for role in inputs}
+    shared_rows = min(rows for rows, _ in shapes.values())
     planned: dict[str, set[bytes]] = {}
     for role, several in rows.items():
-        shape = head_shape(role, inputs, settings)
         if role in served:
-            shape = (shared_rows, shape[1])
-            key = served_key(served[role], shared_rows)
+            key, shape = served_key(served[role], shared_rows), (shared_rows, 0)
         else:
-            key = teacher_key(inputs[role], inputs["base"], settings.dtype, cache)
+            key, shape = teacher_key(inputs[role], inputs["base"], settings.dtype, cache), shapes[role]
         store = TeacherStore(Path(cache.path) / key.digest)
         wanted = {row_digest(*part.arrays(index)): (part, index) for part, indices in several for index in indices}
         before = planned.setdefault(key.digest, set())
@@ -132,8 +131,8 @@ def known_row(store: TeacherStore, rows: Mapping[bytes, tuple[TokenRows, int]]) 
 
 
 def head_shape(role: str, inputs: Mapping[str, Checkpoint], settings: LoadSettings) -> tuple[int, int]:
-    """(V, E) of a teacher's output layer, of the base's for a teacher on a server; reads no weights."""
-    one = inputs["base"] if role not in inputs or inputs[role].is_adapter else inputs[role]
+    """(V, E) of a checkpoint's output layer; reads no weights."""
+    one = inputs["base"] if inputs[role].is_adapter else inputs[role]
     model: Any = unwrapped(one.meta_model(settings.trust_remote_code))
     rows, width = model.get_output_embeddings().weight.shape
     return int(rows), int(width)

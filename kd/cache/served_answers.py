@@ -136,7 +136,7 @@ class ServedAnswers:
                 f"{self._server.url}: not a completions endpoint; check {self._role}.url (it often ends in /v1)"
             )
         if not choices:
-            raise WrongAnswerError("there are no choices in it")
+            raise WrongAnswerError("it has no choices")
         extra = getattr(choices[0], "model_extra", None) or {}
         if extra.get("prompt_logprobs") is None:
             raise UserError(
@@ -151,7 +151,7 @@ class ServedAnswers:
             count = len(positions) if isinstance(positions, Sequence) else "no"
             raise WrongAnswerError(f"{count} positions for a row of {len(ids)} tokens")
         if positions[0] is not None:
-            raise WrongAnswerError("the first position has probabilities, which no token before it can give")
+            raise WrongAnswerError("the first position has probabilities, and no token comes before it")
         entries = [log_probabilities(positions[at], int(ids[at]), at) for at in range(1, len(ids))]
         read = [self._largest(entry, at) for at, entry in enumerate(entries, 1) if mask[at]]
         self._refuse_other_tokens(positions, ids)
@@ -171,7 +171,7 @@ class ServedAnswers:
         try:
             found = {token: float(value) for token, value in entry.items() if value is not None}
         except (TypeError, ValueError) as error:
-            raise WrongAnswerError(f"position {position} has something else than numbers ({error})") from error
+            raise WrongAnswerError(f"position {position} has values that are no numbers ({error})") from error
         kept = min(self._teacher.top_k, self._vocabulary_rows - 1)
         if any(math.isnan(value) or value > EXCESS for value in found.values()):
             raise WrongAnswerError(f"position {position} has values that are no logarithms of probabilities")

@@ -103,7 +103,7 @@ def test_failures_and_wrong_answers_are_asked_again(world: Path, server: Teacher
         ("few", "tokens, and top_k is 4"),
         ("foreign", "names tokens that the student lacks"),
         ("heavy", "has probabilities whose sum is above 1"),
-        ("empty", "there are no choices in it"),
+        ("empty", "it has no choices"),
         ("plain", "answers without `prompt_logprobs`"),
         ("html", "not a completions endpoint"),
         ("first", "the first position has probabilities"),
