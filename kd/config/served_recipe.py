@@ -71,7 +71,7 @@ def served_problems(raw: Mapping[str, Any], teachers: Mapping[Key, Any]) -> list
     key = next(iter(served))
     if raw.get("cache") is None:
         words = "is required with a teacher on a server, whose answers are kept on disk: add cache.path=DIR"
-        problems.append(Problem(("cache",), None, words))
+        problems.append(Problem(("cache",), NO_VALUE, words))
     if raw.get("temperature", 1.0) != 1.0:
         words = f"a server gives probabilities at temperature 1 ({'.'.join(map(str, key))}): use 1.0"
         problems.append(Problem(("temperature",), raw["temperature"], words))
