@@ -53,7 +53,7 @@ TITLES = {
 }
 RATES = {"world": 1e-3, "category": 1.5e-3}
 STEPS = {"world": 900, "category": 300}
-SEEDS = {"world": (0, 1, 2), "category": (0,)}
+SEEDS = {"world": (0, 1, 2), "category": (0, 1, 2)}
 UNITS = {
     "world": dict.fromkeys(GROUPS, 100.0),
     "category": {"category": 100.0, "stories": 1.0},
