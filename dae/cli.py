@@ -23,7 +23,7 @@ from dae.commands.pipeline import run_recipe
 from dae.commands.recipe_command import recipe_command
 from dae.commands.report import report
 from dae.commands.sources import rank_teachers, sample
-from dae.commands.stages import is_first_rank, stage_command
+from dae.commands.stages import says_errors, stage_command
 from dae.exit_status import BROKEN_PIPE, INTERRUPTED, MACHINE, OURS, USER, status_of, traceback_log
 from dae.process import prepare_process
 from dae.rank_teachers.recipe import RankRecipe
@@ -112,7 +112,7 @@ def run(arguments: Sequence[str]) -> int:
         command = " ".join(["dae", *arguments[:1]])
         if status == OURS:
             typer.echo(f"{command}: {traceback_log(error)}", err=True)
-        elif is_first_rank():
+        elif says_errors():
             typer.echo(f"{command}: {message}", err=True)
         return status
 

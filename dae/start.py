@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+from accelerate.utils import reduce
 from torch import nn
 
 from dae.recipe import AlignRecipe
@@ -21,6 +23,7 @@ from dae.routing import GENERAL
 from kd.errors import UserError
 from kd.models.line import Energy, Pull, described, start_adapter, start_all_weights
 from kd.models.roles import Role
+from kd.models.sharding import is_sharded, own_part, reshard
 from kd.stages.stage import StageRoles
 
 logger = logging.getLogger("dae")
@@ -70,20 +73,22 @@ class Line:
     """The student on its way from the base to the experts."""
 
     def __init__(self, student: Role, experts: Mapping[str, Role]) -> None:
-        """student: as it is at the base. A copy of what trains is kept in the CPU's memory."""
+        """student: as it is at the base. A copy of what trains is kept in the CPU's memory, of split weights a part."""
         self._student = student
         self.experts = experts
-        self._at_base = {name: weight.detach().to("cpu", copy=True) for name, weight in self._trained()}
+        self._at_base = {name: own_part(weight.detach()).to("cpu", copy=True) for name, weight in self._trained()}
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters of the student's adapter; all parameters if all weights train."""
+        for role in (self._student, *self.experts.values()):
+            reshard(role.model)
         adapter, parameters = self._student.adapter, self._student.model.named_parameters()
         return [(name, weight) for name, weight in parameters if adapter is None or adapter in name.split(".")]
 
     def place(self, weights: Mapping[str, float]) -> Energy | None:
         """Put the student at these weights; what its adapter took of the difference, None if all weights train."""
         for name, weight in self._trained():
-            weight.data.copy_(self._at_base[name])
+            own_part(weight.data).copy_(self._at_base[name])
         pulls = [Pull(role, weights[name]) for name, role in self.experts.items()]
         if self._student.adapter is not None:
             return start_adapter(self._student, pulls)
@@ -93,11 +98,17 @@ class Line:
     def distance(self) -> float:
         """Root mean square of how far what trains has been moved; of an adapter, its factors B, which began as 0."""
         moved = [
-            (weight.detach().cpu().double() - self._at_base[name].double()).square()
+            (own_part(weight.detach()).cpu().double() - self._at_base[name].double()).square()
             for name, weight in self._trained()
             if self._student.adapter is None or "lora_B" in name
         ]
-        return math.sqrt(sum(float(one.sum()) for one in moved) / max(1, sum(one.numel() for one in moved)))
+        sums = torch.tensor(
+            [sum(float(one.sum()) for one in moved), sum(one.numel() for one in moved)], dtype=torch.float64
+        )
+        if is_sharded(self._student.model):
+            sums = reduce(sums.to(self._student.model.device), "sum")
+        squares, count = sums.tolist()
+        return math.sqrt(squares / max(1.0, count))
 
 
 def chosen_weights(line: Line, measure: Measure) -> tuple[Weights, list[dict[str, Any]]]:

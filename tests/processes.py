@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -25,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PRELOADED = ["dae.alignment", "kd.stages.sft", "transformers.models.llama.modeling_llama"]
 PATIENCE = 120  # seconds after which a command of a few steps is given up as hung
+FSDP_ON_CPUS = "FSDP_ON_CPUS"  # in a command's environment: accelerate shards over its CPU processes
 _numbers = itertools.count()
 
 
@@ -124,6 +126,31 @@ def dae(arguments: Sequence[str], cwd: Path, **settings: Any) -> Ended:
     return Running(arguments, cwd, **settings).end()
 
 
+def ranks(
+    arguments: Sequence[str],
+    cwd: Path,
+    signals: Sequence[Sequence[Signal]] = ((), ()),
+    environment: Mapping[str, str] | None = None,
+) -> list[Ended]:
+    """The command on several ranks, with the environment that a launcher gives them; signals: of each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    count = str(len(signals))
+    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    running = [
+        Running(
+            arguments,
+            cwd,
+            proof=False,
+            signals=own,
+            environment={**common, **(environment or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, own in enumerate(signals)
+    ]
+    return [one.end() for one in running]
+
+
 @cache
 def server() -> ForkServerContext:
     """The process that has imported all that a command imports."""
@@ -161,8 +188,11 @@ def _dae(
         import torch
 
         import kd.training.publishing
+        from benchmarks.fsdp_on_cpus import tell_accelerate
         from dae import cli
 
+        if FSDP_ON_CPUS in environment:
+            tell_accelerate()
         torch.set_num_threads(1)
         cli.prepare_process(os.environ)
         if not proof:

@@ -20,8 +20,8 @@ from kd.losses.chunked import (
 )
 from kd.models.roles import Role
 from kd.stages.distill import text_config
+from kd.training.gathering import TRAINING_ONLY
 from kd.training.settings import student_dtype
-from kd.training.trainer import TRAINING_ONLY
 
 ADAPTER_BYTES = 4  # peft keeps adapters in float32
 ADAMW_BYTES = 8  # two moments in float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from kd.stages.run_stage import RunResult
 
 KEY_SWITCHES = {"merge": Annotated[bool | None, typer.Option("--merge", help="also write merged full weights")]}
+SECONDS_FOR_FIRST_RANK = 10  # to end with its message, and the launcher to end the others
 SWITCHES = {
     "check": Annotated[bool | None, typer.Option("--check", help="only check, as `dae check` does; train nothing")],
     "load_weights": Annotated[
@@ -94,3 +96,17 @@ def nats(value: float) -> str:
 def is_first_rank() -> bool:
     """Whether this process prints for the run (torchrun and accelerate number their processes)."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def says_errors() -> bool:
+    """Whether this process prints the error that ends it: the first rank, and a rank that fails without the first.
+
+    torchrun and accelerate end all processes once one has ended, so that another rank's end could come before the first
+    rank's message. It waits to be ended.
+    """
+    if is_first_rank():
+        return True
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    time.sleep(SECONDS_FOR_FIRST_RANK)
+    return True

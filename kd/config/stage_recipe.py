@@ -65,6 +65,9 @@ class StageRecipe(CommandRecipe):
         default=None, description="of the models, as in transformers: sdpa, eager, ..."
     )
     trust_remote_code: bool = Field(default=False, description="run code that comes with a checkpoint")
+    allow_fallback: bool = Field(
+        default=False, description="train on where accelerate gives less than its config asks for: DDP, one process"
+    )
     merge: bool = Field(default=False, description="also write the merged full weights of a LoRA student")
     router_aux_loss: float = Field(
         default=0.0,

@@ -5,11 +5,13 @@ Types come from transformers.TrainingArguments itself, which is imported only wh
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import os
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +77,8 @@ SET_BY_TOOLKIT = _split(
         "load_best_model_at_end metric_for_best_model greater_is_better prediction_loss_only": "with an eval set "
         "(`data.eval`), routes are scored and the best checkpoint is kept automatically",
         "push_to_hub hub_model_id": "a run only writes a folder; upload the finished folder with `hf upload`",
-        "fsdp fsdp_config deepspeed": "shared roles are trained with DDP only (torchrun, accelerate launch)",
+        "fsdp fsdp_config": "use accelerate launch --config_file recipes/accelerate/fsdp2.yaml",
+        "deepspeed": "no stage was tested with it; FSDP2 splits the same weights (recipes/accelerate/fsdp2.yaml)",
         "local_rank": "torchrun sets it",
         "use_cpu": _DEVICE,
         "disable_tqdm": "progress is a bar in a terminal and lines elsewhere",
@@ -255,7 +258,7 @@ def refused_together(train: Mapping[str, Any], held_out: bool) -> str | None:
     tried = {"save_steps": 0.1} | {name: value for name, value in train.items() if name not in _NOT_TRIED}
     if held_out:
         tried = {"eval_strategy": "steps", "eval_steps": tried["save_steps"], "load_best_model_at_end": True} | tried
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_deepspeed():
         warnings.simplefilter("ignore")
         try:
             try_optimizer(Unplaced(**{"report_to": "none", **tried, "output_dir": "unused", "use_cpu": True}))
@@ -263,6 +266,17 @@ def refused_together(train: Mapping[str, Any], held_out: bool) -> str | None:
             reason = str(error).replace("--", "")
             return reason.replace("load_best_model_at_end", "keeping the best checkpoint (`data.eval`)")
     return None
+
+
+@contextlib.contextmanager
+def _without_deepspeed() -> Iterator[None]:
+    """A launcher's DeepSpeed is no part of the recipe, and is refused where the run starts."""
+    asked = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = asked
 
 
 def try_optimizer(arguments: TrainingArguments) -> None:

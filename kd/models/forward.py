@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -12,10 +12,13 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from kd.errors import UserError
 from kd.models.head import Head
+from kd.models.sharding import class_of, is_sharded, whole
 
 # Names of tables of positions (wpe, embed_positions, position_embeddings, pos_encoding), and how many rows such a table
 # may have before that of position 0.
@@ -24,11 +27,43 @@ _OF_POSITIONS = re.compile(r"(^|\.)[^.]*(wpe|pos)[^.]*")
 
 _MOST_ROWS_AHEAD = 8
 
+_INSIDE = "forward_pass_inside"  # of a model, while a function runs inside of its forward pass
+Output = TypeVar("Output")
+
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside wrappers of peft and of data parallelism."""
     inner = model.module if hasattr(model, "module") else model
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner  # type: ignore[return-value]
+
+
+def admit_functions(model: nn.Module) -> None:
+    """Let `run_in_forward` run functions inside of this model's forward pass; done before it is wrapped."""
+    plain: Any = model.forward
+
+    def forward(*arguments: Any, function: Callable[[], Any] | None = None, **named: Any) -> Any:
+        if function is None:
+            return plain(*arguments, **named)
+        vars(model)[_INSIDE] = plain
+        try:
+            return function()
+        finally:
+            del vars(model)[_INSIDE]
+
+    model.forward = forward
+
+
+def run_in_forward(model: nn.Module, function: Callable[[], Output]) -> Output:
+    """What a function returns, which runs the model and works on its hidden states.
+
+    Under DDP and FSDP2 it runs inside of the wrapped model's forward pass, so that all weights are gathered and the
+    tensors it returns (a tensor, or a tuple of them) are the pass's outputs, on which the gathering for the backward
+    pass depends. Such a model must admit functions.
+    """
+    if isinstance(model, DistributedDataParallel) or is_sharded(model):
+        output: Output = model(function=function)
+        return output
+    return function()
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -49,9 +84,10 @@ def final_hidden_states(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tenso
     def catch(_module: nn.Module, _args: Any, output: Any) -> None:
         caught.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
+    inside = vars(getattr(model, "module", model)).get(_INSIDE)
     handle = decoder_of(model).register_forward_hook(catch)
     try:
-        model(**inputs, logits_to_keep=no_position, use_cache=False)
+        (inside or model)(**inputs, logits_to_keep=no_position, use_cache=False)
     finally:
         handle.remove()
     return caught[-1]
@@ -102,8 +138,10 @@ def _output_weights(layer: nn.Module | None, architecture: str) -> tuple[Tensor,
                 own_V = layer.scaling[name] * layer.lora_B[name].bias.to(weight_VD.dtype)
                 bias_V = own_V if bias_V is None else bias_V + own_V
         return weight_VD, bias_V
-    if type(layer) is nn.Linear:
-        return layer.weight, layer.bias
+    if isinstance(layer, nn.Linear) and class_of(layer) is nn.Linear:
+        if isinstance(layer, FSDPModule):
+            layer.unshard()
+        return whole(layer.weight), None if layer.bias is None else whole(layer.bias)
     raise UserError(f"{architecture}: output layer {type(layer).__name__} is not supported.")
 
 

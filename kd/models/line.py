@@ -27,6 +27,7 @@ from kd.errors import UserError
 from kd.models.adapters import base_weights
 from kd.models.low_rank import low_rank
 from kd.models.roles import STUDENT_ADAPTER, Role
+from kd.models.sharding import put, whole
 
 LEAST_ENERGY = 0.5  # part of the squared difference that an adapter must be able to take
 
@@ -141,21 +142,21 @@ def start_all_weights(student: nn.Module, pulls: Sequence[Pull]) -> None:
     for pull in pulls:
         refuse_unsummable(pull, student)
     with torch.no_grad():
-        for name, weight in student.named_parameters():
-            update = sum((pull.weight * _difference(pull.expert, name, weight) for pull in pulls), torch.zeros(()))
-            if pulls:
-                weight.add_(update.to(weight))
+        for name, weight in student.named_parameters() if pulls else ():
+            base = whole(weight)
+            update = sum((pull.weight * _difference(pull.expert, name, base) for pull in pulls), torch.zeros(()))
+            put(weight, base + update.to(base))
 
 
 def _difference(expert: Role, name: str, base: Tensor) -> Tensor:
-    """W_expert - W_base of one parameter, float32 on the base's device."""
+    """W_expert - W_base of one parameter, float32 on the base's device; base is whole."""
     if expert.adapter is None:
-        theirs = dict(expert.model.named_parameters(remove_duplicate=False))[name]
+        theirs = whole(dict(expert.model.named_parameters(remove_duplicate=False))[name])
         return theirs.detach().to(base.device).float() - base.detach().float()
     base_model: Any = expert.model.get_base_model()  # type: ignore[operator]
     owner: Any = base_model.get_submodule(name.rpartition(".")[0])
     if name.endswith(".weight") and expert.adapter in getattr(owner, "lora_A", {}):
-        update: Tensor = owner.get_delta_weight(expert.adapter)
+        update = whole(owner.get_delta_weight(expert.adapter))
         return update.detach().to(base.device).float()
     return torch.zeros((), device=base.device)
 
@@ -178,9 +179,11 @@ def _start_layer(name: str, layer: Any, pulls: Sequence[Pull]) -> Energy:
     a_RI, b_OR, energy = _nearest(thin, dense, int(layer.r[STUDENT_ADAPTER]))
     ours_a, ours_b = layer.lora_A[STUDENT_ADAPTER].weight, layer.lora_B[STUDENT_ADAPTER].weight
     rank = len(a_RI)
-    with torch.no_grad():
-        ours_a[:rank] = a_RI.to(ours_a)
-        ours_b[:, :rank] = (b_OR / layer.scaling[STUDENT_ADAPTER]).to(ours_b)
+    whole_a_RI, whole_b_OR = whole(ours_a.detach()).clone(), whole(ours_b.detach()).clone()
+    whole_a_RI[:rank] = a_RI.to(whole_a_RI)
+    whole_b_OR[:, :rank] = (b_OR / layer.scaling[STUDENT_ADAPTER]).to(whole_b_OR)
+    put(ours_a, whole_a_RI)
+    put(ours_b, whole_b_OR)
     return energy
 
 
@@ -189,8 +192,11 @@ def _thin(layer: Any, pulls: Sequence[Pull]) -> tuple[Tensor, Tensor] | None:
     of_adapters = [(pull, pull.expert.adapter) for pull in pulls if pull.expert.adapter in layer.lora_A]
     if not of_adapters:
         return None
-    a = [layer.lora_A[name].weight.detach().float() for _, name in of_adapters]
-    b = [pull.weight * layer.scaling[name] * layer.lora_B[name].weight.detach().float() for pull, name in of_adapters]
+    a = [whole(layer.lora_A[name].weight.detach()).float() for _, name in of_adapters]
+    b = [
+        pull.weight * layer.scaling[name] * whole(layer.lora_B[name].weight.detach()).float()
+        for pull, name in of_adapters
+    ]
     return torch.cat(a), torch.cat(b, dim=1)
 
 
@@ -198,9 +204,9 @@ def _dense(name: str, layer: Any, pulls: Sequence[Pull]) -> Tensor | None:
     """The summed differences [O, I] of experts with weights of their own; None without any."""
     differences = []
     for pull in (pull for pull in pulls if pull.expert.adapter is None):
-        base = layer.get_base_layer().weight.detach().float()
+        base = whole(layer.get_base_layer().weight.detach()).float()
         theirs: Any = pull.expert.model.get_submodule(name)
-        difference = theirs.weight.detach().to(base.device).float() - base
+        difference = whole(theirs.weight.detach()).to(base.device).float() - base
         differences.append(pull.weight * (difference.T if getattr(layer, "fan_in_fan_out", False) else difference))
     return sum(differences[1:], differences[0]) if differences else None
 
@@ -240,7 +246,7 @@ def _left_out(student: Role, layers: set[str], pulls: Sequence[Pull]) -> float:
     assert isinstance(student.model, PeftModel)
     for name, weight in base_weights(student.model).items():
         if name not in carried:
-            base = weight.detach()
+            base = whole(weight.detach())
             update = sum((pull.weight * _difference(pull.expert, name, base) for pull in pulls), torch.zeros(()))
             total += float(update.double().square().sum())
     return total

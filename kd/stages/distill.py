@@ -36,9 +36,9 @@ from kd.stages.distill_recipe import ROUTE, DistillRecipe
 from kd.stages.run_stage import RunResult, run_stage
 from kd.stages.sft import student_alone
 from kd.stages.stage import Inputs, Stage, StageRoles
+from kd.training.gathering import TRAINING_ONLY
 from kd.training.model_card import Description
 from kd.training.objective import Objective, Route
-from kd.training.trainer import TRAINING_ONLY
 
 
 class Distill(Stage[DistillRecipe]):

@@ -32,9 +32,10 @@ from kd.training.callbacks import EarlyStopping, StepBookkeeping, StopOnSignal
 from kd.training.model_card import CardFacts
 from kd.training.objective import Objective
 from kd.training.progress import TrainingProgress, doing
-from kd.training.publishing import publish, summarise
+from kd.training.publishing import publish, summarise, trained
 from kd.training.settings import load_settings, planned_steps, processes, rows_per_step, training_arguments
 from kd.training.trainer import RoutedTrainer, evaluate_routes
+from kd.training.wrapping import refuse_wrapping, shards, wrap, wrapping
 
 logger = logging.getLogger("dae")
 
@@ -75,6 +76,7 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT) -> RunResult:
 
     Raises UserError (recipe, data or checkpoints), MachineError (disk, memory), Stopped (Ctrl-C, SIGTERM).
     """
+    refuse_wrapping(recipe)
     inputs = stage.inputs(recipe)
     fingerprints(inputs)  # torn files are refused before anything else reads them
     recipe = stage.check(recipe, inputs)
@@ -91,6 +93,8 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT) -> RunResult:
         resume_from = run.checkpoints.latest() if state == "resume" else None
         with doing("loading the models"):
             trainer, stop, start = prepare(stage, recipe, inputs, args, settings, data, run, resume_from)
+        if processes().num_processes > 1:
+            logger.info("training on %s", wrapping(trainer.accelerator))
         with doing("measuring before the first step"):
             first_kl = start_metrics(trainer, data, run, resume_from, start)
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
@@ -101,9 +105,10 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT) -> RunResult:
                 f"a checkpoint is in {run.checkpoints.folder}. The same command resumes from there.",
             )
         summary = summarise(trainer, data, first_kl) | ({"start": dict(start)} if start else {})
+        result = trained(trainer, data)
         if processes().is_main_process:
             with doing("writing the result, and loading it in a fresh process"):
-                publish(card_facts(stage, recipe, inputs, data, summary), run, trainer, data, settings)
+                publish(card_facts(stage, recipe, inputs, data, summary), run, trainer, data, settings, result)
         processes().wait_for_everyone()
         return RunResult(run.path, summary)
 
@@ -144,7 +149,8 @@ def prepare(
     plans = plans_of_run(stage, recipe, inputs, data, mixture, args.max_steps, settings)
     cached = filled(stage, plans, recipe, inputs, data, settings, args)
     set_seed(recipe.seed)  # a new adapter is drawn from it, whatever went before
-    roles = with_cached(stage, recipe, inputs, settings, cached, resume_from is None)
+    loading = replace(settings, device="cpu") if shards() else settings  # each process keeps a part on its device
+    roles = with_cached(stage, recipe, inputs, loading, cached, resume_from is None)
     cached = {name: with_head_of_backbone(teacher, roles.student) for name, teacher in cached.items()}
     objective = stage.objective(recipe, replace(roles, teachers={**roles.teachers, **cached}))
     refuse_useless_router_loss(roles.student.model, recipe.router_aux_loss)
@@ -155,6 +161,7 @@ def prepare(
             check_packing(role, roles.vocabulary_rows)
     if recipe.merge:
         refuse_unmergeable(roles.student.model)
+    wrap(args, roles.student.model, [role.model for role in roles.live_teachers.values()])
     collate_rows = collator(recipe, data)
     if resume_from is None:
         start = stage.start(recipe, roles, measurement(recipe, roles, objective, data, args))

@@ -6,7 +6,7 @@ Shape legend: B rows, T positions, N response tokens, R routes, D and E widths o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +24,10 @@ from kd.data.batches import (
 from kd.losses.auxiliary import AuxiliaryLoss
 from kd.losses.router import experts_per_token, load_balancing_loss, recorded_router_logits
 from kd.losses.token_loss import LossSums, TokenLoss, token_loss_sums
-from kd.models.forward import final_hidden_states, head_of
+from kd.models.forward import final_hidden_states, head_of, run_in_forward
+from kd.models.head import Head
 from kd.models.roles import Role, activate
+from kd.models.sharding import is_sharded
 from kd.models.teacher_logits import HiddenTeacher, TeacherLogits
 
 Teacher = Role | CachedTeacher
@@ -100,24 +102,34 @@ def teacher_views(batch: Batch, objective: Objective) -> dict[int, TeacherLogits
 
     Each row passes its own teacher, once and without gradient; routes that share a teacher go through it together. A
     cached teacher's output is read.
+
+    A teacher whose weights are split over the ranks runs on every rank, in the order of the routes: its weights are
+    gathered by all of them. A rank without rows for it gives it two tokens, and ignores the output.
     """
     views: dict[int, TeacherLogits] = {}
     groups: list[tuple[Role, list[int]]] = []
-    for index in torch.unique(batch["route_ids"]).tolist():
-        teacher = objective.routes[index].teacher
-        assert teacher is not None, "every route needs a teacher"
+    present = set(torch.unique(batch["route_ids"]).tolist())
+    for index, route in enumerate(objective.routes):
+        teacher = route.teacher
         if isinstance(teacher, CachedTeacher):
-            views[index] = teacher.logits(rows_of_routes(batch, [index]))
+            if index in present:
+                views[index] = teacher.logits(rows_of_routes(batch, [index]))
             continue
-        for known, members in groups:
-            if known.same_as(teacher):
-                members.append(index)
-                break
-        else:
-            groups.append((teacher, [index]))
+        assert teacher is not None, "every route needs a teacher"
+        members = next((members for known, members in groups if known.same_as(teacher)), None)
+        if members is None:
+            members = []
+            groups.append((teacher, members))
+        if index in present:
+            members.append(index)
     for teacher, members in groups:
-        rows = rows_of_routes(batch, members)
+        if not members and not is_sharded(teacher.model):
+            continue
         with activate(teacher) as model, torch.no_grad():
+            if not members:
+                final_hidden_states(model, {"input_ids": batch["input_ids"][:1, :2]})
+                continue
+            rows = rows_of_routes(batch, members)
             hidden_BTE = final_hidden_states(model, model_inputs(rows))[:, :-1]
             head = head_of(model)
         predicting, route_BT = predicting_positions(rows), route_of_tokens(rows)
@@ -140,13 +152,45 @@ def route_sums(
 
     A batch without response tokens gives zeros that are still connected to the graph.
     """
+    tokens_R = response_token_counts(batch, len(objective.routes))
+    loss_R, kl_R, ntp_R, *others = run_in_forward(
+        model, lambda: _sums(model, batch, objective, with_teachers=with_teachers, views=views)
+    )
+    terms = tuple(others[: len(objective.terms)])
+    return RouteSums(loss_R, kl_R, ntp_R, tokens_R, terms, *others[len(terms) :])
+
+
+def _sums(
+    model: nn.Module,
+    batch: Batch,
+    objective: Objective,
+    *,
+    with_teachers: bool,
+    views: Mapping[int, TeacherLogits] | None,
+) -> tuple[Tensor, ...]:
+    """loss, kl, ntp, then the terms' values, each [R], and the router's loss where there is one."""
+    device = batch["input_ids"].device.type
     with contextlib.ExitStack() as stack:
         term_sums = [stack.enter_context(term.recording(batch)) for term in objective.terms]
         with_router = objective.router_aux_weight > 0
         router_logits = stack.enter_context(recorded_router_logits(model)) if with_router else []
         if views is None:
-            views = teacher_views(batch, objective) if with_teachers else {}
+            with torch.autocast(device, enabled=False):
+                views = teacher_views(batch, objective) if with_teachers else {}
         hidden_BTD = final_hidden_states(model, model_inputs(batch))[:, :-1]
+    with torch.autocast(device, enabled=False):  # inside of a wrapped model's forward pass it is on
+        return _losses(hidden_BTD, model, batch, objective, views, term_sums, router_logits)
+
+
+def _losses(
+    hidden_BTD: Tensor,
+    model: nn.Module,
+    batch: Batch,
+    objective: Objective,
+    views: Mapping[int, TeacherLogits],
+    term_sums: Sequence[Callable[[Tensor, Head], Tensor]],
+    router_logits: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
     head = head_of(model)
     labels_BT = batch["input_ids"][:, 1:]
     predicting, route_BT = predicting_positions(batch), route_of_tokens(batch)
@@ -166,13 +210,8 @@ def route_sums(
     terms = [term_sum(hidden_BTD, head).reshape(1) for term_sum in term_sums]
     for term, value_R in zip(objective.terms, terms, strict=True):
         loss_R = loss_R + term.weight * value_R
-    return RouteSums(
-        loss_R,
-        torch.stack([s.kl for s in sums]),
-        torch.stack([s.ntp for s in sums]),
-        response_token_counts(batch, len(objective.routes)),
-        tuple(value_R.detach() for value_R in terms),
-        load_balancing_loss(router_logits, experts_per_token(model), batch.get("attention_mask"))
-        if router_logits
-        else None,
-    )
+    router_aux = []
+    if router_logits:
+        router_aux = [load_balancing_loss(router_logits, experts_per_token(model), batch.get("attention_mask"))]
+    kl_R, ntp_R = torch.stack([s.kl for s in sums]), torch.stack([s.ntp for s in sums])
+    return loss_R, kl_R, ntp_R, *(value_R.detach() for value_R in terms), *router_aux

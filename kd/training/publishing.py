@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 from kd.data.stage_data import StageData
 from kd.models.forward import final_hidden_states, head_of
 from kd.models.merged import merged
 from kd.models.roles import STUDENT_ADAPTER, LoadSettings
+from kd.models.sharding import is_sharded
 from kd.runs.run_folder import RunFolder
+from kd.training.gathering import gathered_student
 from kd.training.metrics import peak_memory_bytes
 from kd.training.model_card import CardFacts, write_model_card
 from kd.training.trainer import RoutedTrainer, save_student
 from kd.training.verify import verify_saved
+from kd.training.wrapping import wrapping
 
 
 def summarise(trainer: RoutedTrainer, data: StageData, first_kl: Mapping[str, float]) -> dict[str, Any]:
@@ -38,6 +43,7 @@ def summarise(trainer: RoutedTrainer, data: StageData, first_kl: Mapping[str, fl
         "rows": data.counts(lambda report: report.kept),
         "dropped": data.counts(lambda report: sum(report.dropped.values())),
         "truncated": data.counts(lambda report: report.truncated),
+        "wrapping": wrapping(trainer.accelerator),
         "peak_memory_bytes": peak_memory_bytes(),
     }
 
@@ -49,22 +55,43 @@ def final_evaluation(trainer: RoutedTrainer) -> Mapping[str, Any]:
     return (best or evaluations or [{}])[-1]
 
 
-def publish(facts: CardFacts, run: RunFolder, trainer: RoutedTrainer, data: StageData, settings: LoadSettings) -> None:
-    """Write the result, load it in a fresh process and compare, then call the run finished."""
+@dataclass(frozen=True)
+class Trained:
+    """The student at the end of a run: a few tokens, its logits for them [T, V], and its weights where they were split.
+
+    weights: by name in the model, on the main process; None where each process has all of them.
+    """
+
+    probe_ids: Sequence[int]
+    logits_TV: Tensor
+    weights: Mapping[str, Tensor] | None
+
+
+def trained(trainer: RoutedTrainer, data: StageData) -> Trained:
+    """What `publish` writes and compares with. All processes call it: weights may be split over them."""
     student = trainer.accelerator.unwrap_model(trainer.model)
     student.eval()
-    ids = torch.tensor([data.rows[0][0].input_ids[:32]])
+    ids = data.rows[0][0].input_ids[:32]
     with torch.no_grad():
-        hidden = final_hidden_states(student, {"input_ids": ids.to(trainer.args.device)})
-        expected = head_of(student).logits(hidden[0]).cpu()
+        hidden = final_hidden_states(student, {"input_ids": torch.tensor([ids], device=trainer.args.device)})
+        logits_TV = head_of(student).logits(hidden[0]).cpu()
+    weights = gathered_student(student, is_main=trainer.args.should_save) if is_sharded(student) else None
+    return Trained(list(ids), logits_TV, weights)
+
+
+def publish(
+    facts: CardFacts, run: RunFolder, trainer: RoutedTrainer, data: StageData, settings: LoadSettings, result: Trained
+) -> None:
+    """Write the result, load it in a fresh process and compare, then call the run finished."""
+    student = trainer.accelerator.unwrap_model(trainer.model)
 
     def write_files(folder: Path) -> None:
-        save_student(student, folder)
+        save_student(student, folder, result.weights)
         data.tokenizer.save_pretrained(str(folder))
         write_model_card(folder, facts)
 
     run.publish(write_files)
-    verify_saved(run.path, ids[0].tolist(), expected, settings, facts.inputs["base"])
+    verify_saved(run.path, result.probe_ids, result.logits_TV, settings, facts.inputs["base"])
     if facts.recipe.merge and isinstance(student, PeftModel):
         whole = merged(student, STUDENT_ADAPTER, facts.recipe.output)
 
@@ -73,5 +100,5 @@ def publish(facts: CardFacts, run: RunFolder, trainer: RoutedTrainer, data: Stag
             data.tokenizer.save_pretrained(str(folder / "merged"))
 
         run.publish(write_merged)
-        verify_saved(run.path / "merged", ids[0].tolist(), expected, settings)
+        verify_saved(run.path / "merged", result.probe_ids, result.logits_TV, settings)
     run.mark_finished(facts.summary)

@@ -18,22 +18,30 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from kd.data.batches import Batch, response_token_counts
 from kd.data.mixing import StepBatchSampler
 from kd.errors import UserError
 from kd.models.roles import STUDENT_ADAPTER
+from kd.models.sharding import is_sharded, put, reshard
 from kd.models.teacher_logits import TeacherLogits
 from kd.runs.files import disk_errors
 from kd.runs.run_folder import RunFolder
 from kd.training.budget import RouteBudget
+from kd.training.gathering import (
+    TRAINING_ONLY,
+    gathered_optimizer,
+    gathered_student,
+    scatter_student,
+    scattered_optimizer,
+    training_only_weights,
+)
 from kd.training.metrics import MetricsWindow, peak_memory_bytes
 from kd.training.objective import Objective, route_sums, teacher_views
 
 logger = logging.getLogger(__name__)
 
-# A module that trains with the student and is not part of the result: checkpoints keep it in a file of its own.
-TRAINING_ONLY = "training_only"
 TRAINING_ONLY_WEIGHTS = f"{TRAINING_ONLY}.safetensors"
 
 # Methods of transformers.Trainer that RoutedTrainer overrides, with the parameters they had when it was written. The
@@ -50,6 +58,12 @@ OVERRIDDEN = {
     "_save_checkpoint": "(self, model, trial)",
     "_save": "(self, output_dir=None, state_dict=None)",
     "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
+    "_load_best_model": "(self)",
+    "_save_optimizer_and_scheduler": "(self, output_dir)",
+    "_load_optimizer_and_scheduler": "(self, checkpoint)",
+    "create_optimizer": "(self, model=None)",
+    "create_scheduler": "(self, num_training_steps, optimizer=None)",
+    "save_model": "(self, output_dir=None, _internal_call=False)",
 }
 PRIVATE_ARGUMENTS = ("_n_gpu",)  # attributes of TrainingArguments that it sets
 
@@ -203,23 +217,89 @@ class RoutedTrainer(Trainer):
         best = self.run_folder.checkpoints.at(self.state.best_global_step or 0)
         self.state.best_model_checkpoint = str(best) if best.exists() else None
 
+    # -- weights, also where they are split over the ranks (kd/models/sharding.py): files are those of one process
+
+    @property
+    def _is_split(self) -> bool:
+        return isinstance(self.model, nn.Module) and is_sharded(self.model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As one process saves it, where weights are split, too: transformers would write each rank's part."""
+        if self._is_split:
+            self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Weights only, as safetensors: the student's adapter (not the teachers'), or all weights."""
+        student = self.accelerator.unwrap_model(self.model)
+        if is_sharded(student):
+            state_dict = gathered_student(student, is_main=self.args.should_save)
         if not self.args.should_save:
             return
         target = Path(output_dir or self.args.output_dir or "")
-        student = self.accelerator.unwrap_model(self.model)
         save_student(student, target, state_dict)
         if hasattr(student, TRAINING_ONLY):
-            save_file(getattr(student, TRAINING_ONLY).state_dict(), target / TRAINING_ONLY_WEIGHTS)
+            save_file(training_only_weights(student, state_dict), target / TRAINING_ONLY_WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Also load the weights that only train (TRAINING_ONLY)."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
         student = self.accelerator.unwrap_model(model or self.model)
+        if is_sharded(student):
+            scatter_student(student, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if hasattr(student, TRAINING_ONLY):
             weights = load_file(Path(resume_from_checkpoint) / TRAINING_ONLY_WEIGHTS)
-            getattr(student, TRAINING_ONLY).load_state_dict(weights)
+            for name, weight in getattr(student, TRAINING_ONLY).state_dict().items():
+                put(weight, weights[name])
+
+    def _load_best_model(self) -> None:
+        if self._is_split:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Remember the parameters that it was made of, where they are parts of weights (create_scheduler)."""
+        if self._is_split:
+            reshard(self.accelerator.unwrap_model(self.model))
+        optimizer = super().create_optimizer(model)
+        self._optimized = [list(group["params"]) for group in optimizer.param_groups]
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Give the optimizer its parameters back, where they are parts of weights; then make the schedule.
+
+        accelerate has just replaced each by the one at its address. Empty parts (a rank of 2 over 4 processes) share
+        the address 0.
+        """
+        if self._is_split:
+            made: Any = self.optimizer
+            for group, parameters in zip(made.param_groups, self._optimized, strict=True):
+                group["params"] = parameters
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer: Any = self.optimizer
+        schedule: Any = self.lr_scheduler
+        if not self._is_split:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = gathered_optimizer(optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._is_split:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer: Any = self.optimizer
+        schedule: Any = self.lr_scheduler
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(scattered_optimizer(state, optimizer.param_groups))
+        schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
 
 def save_student(model: nn.Module, folder: Path, state_dict: Any = None) -> None:
@@ -247,7 +327,10 @@ def evaluate_routes(
     """{"loss", "NAME_loss", "NAME_kl", "NAME_ntp"} in nats per response token over held-out batches, in eval mode.
 
     answers: the teachers' to each batch, filled by the first call with a list; the same batches again need no teacher.
+    Not where weights are split over ranks: an answer has the teacher's head, which is whole for a moment only.
     """
+    if is_sharded(model):
+        answers = None
     was_training = model.training
     model.eval()
     totals = MetricsWindow(objective)

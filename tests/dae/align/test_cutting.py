@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import pytest
 import torch
 from align_runs import HELD_OUT, assert_same_student, cut, held_out, run, start_of, trained_steps
 from pico import FAMILIES, make_checkpoint
-from processes import ROOT, Ended, Running, Signal
+from processes import ROOT, Signal, ranks
 from safetensors.torch import load_file
 from worlds import align_command, make_adapter, metrics_of
 
@@ -35,26 +34,6 @@ def test_accumulation_does_not_matter(world: Path, weights: str, micro_batches: 
                 assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6)
             for key in ("general/tokens", "domain/tokens"):
                 assert other[key] == one[key]
-
-
-def ranks(arguments: Sequence[str], world: Path, signals: Sequence[Sequence[Signal]] = ((), ())) -> list[Ended]:
-    """The command on several ranks, with the environment that a launcher gives them; signals: of each rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    count = str(len(signals))
-    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    running = [
-        Running(
-            arguments,
-            world,
-            proof=False,
-            signals=own,
-            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank, own in enumerate(signals)
-    ]
-    return [one.end() for one in running]
 
 
 @pytest.mark.slow

@@ -1,0 +1,136 @@
+"""How a run's weights lie on its processes: what the launcher's config asks for, and what accelerate makes of it.
+
+DDP: every process has all weights. FSDP2: each has a part of them, and gathers a layer when it is needed. accelerate
+falls back in silence where it cannot do what its config asks for, as with FSDP on CPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import nn
+from transformers import TrainingArguments
+
+from kd.config.stage_recipe import StageRecipe
+from kd.errors import UserError
+from kd.models.forward import admit_functions
+from kd.models.sharding import is_sharded
+from kd.training.settings import processes
+
+# Keys of accelerate's fsdp_config, the variable each becomes, the value that is refused, and why.
+_REFUSED = (
+    ("fsdp_offload_params", "FSDP_OFFLOAD_PARAMS", "true", "was never tested here; set it to false"),
+    (
+        "fsdp_cpu_ram_efficient_loading",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING",
+        "true",
+        "leaves all processes but the first without weights to check and to start from; set it to false",
+    ),
+    (
+        "fsdp_activation_checkpointing",
+        "FSDP_ACTIVATION_CHECKPOINTING",
+        "true",
+        "does not know the adapters that share the weights; set it to false, and train.gradient_checkpointing=true",
+    ),
+    (
+        "fsdp_auto_wrap_policy",
+        "FSDP_AUTO_WRAP_POLICY",
+        "SIZE_BASED_WRAP",
+        "can part the output layer from what reads it; use TRANSFORMER_BASED_WRAP",
+    ),
+)
+
+
+def asks_for_fsdp() -> bool:
+    """Whether the launcher's config asks for FSDP."""
+    return _is_on("ACCELERATE_USE_FSDP")
+
+
+def refuse_wrapping(recipe: StageRecipe) -> None:
+    """Raise UserError for a launcher's config that this run cannot have, or that was never tried."""
+    if _is_on("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "accelerate's config asks for DeepSpeed, with which no stage was tested; use FSDP2, which splits the same "
+            "weights (recipes/accelerate/fsdp2.yaml)"
+        )
+    if started_one_of_several() and not recipe.allow_fallback:
+        raise UserError(
+            "accelerate launch was told to start several processes and started one, as it does with --cpu: leave --cpu "
+            "out (without a GPU the processes use the CPU). allow_fallback=true trains in one process."
+        )
+    if not asks_for_fsdp():
+        return
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(f"accelerate's config: fsdp_version: {version}: only FSDP2 is supported; set it to 2")
+    for key, variable, refused, reason in _REFUSED:
+        if os.environ.get(variable, "").lower() == refused.lower():
+            raise UserError(f"accelerate's config: {key}: {refused} {reason}")
+    if not can_shard():
+        if not recipe.allow_fallback:
+            state = processes()
+            raise UserError(
+                f"accelerate's config asks for FSDP2, which accelerate does not do on {_described(state.device.type)}: "
+                f"it would train as {words(state.distributed_type, state.num_processes)} and not say so. "
+                "allow_fallback=true trains so; recipes/accelerate/ddp.yaml asks for no more than that."
+            )
+    elif recipe.merge:
+        raise UserError(
+            "merge: true: under FSDP2 no process has all weights to merge into; remove it, and merge the finished run: "
+            "dae merge weights"
+        )
+
+
+def started_one_of_several() -> bool:
+    """Whether accelerate was told to start several processes, prepared an address for them, and started one."""
+    variables = os.environ
+    return "ACCELERATE_MIXED_PRECISION" in variables and "MASTER_ADDR" in variables and "WORLD_SIZE" not in variables
+
+
+def can_shard() -> bool:
+    """Whether accelerate can split weights over these processes."""
+    return processes().distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU)
+
+
+def shards() -> bool:
+    """Whether this run's weights are split over its processes."""
+    return asks_for_fsdp() and can_shard()
+
+
+def wrap(args: TrainingArguments, student: nn.Module, teachers: Iterable[nn.Module]) -> None:
+    """Prepare the models for several processes; under FSDP2 split their weights, the teachers' own, too.
+
+    Before the first forward pass on batches, so that a model need not fit one device; and after all adapters are on.
+    """
+    if processes().num_processes == 1:
+        return
+    admit_functions(student)
+    if not shards():
+        return
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    for model in (student, *teachers):
+        if not is_sharded(model):
+            fsdp2_prepare_model(accelerator, model)
+
+
+def wrapping(accelerator: Accelerator) -> str:
+    """What a run really has: `1 process`, `2 processes, DDP`, `8 processes, FSDP2`."""
+    return words(accelerator.distributed_type, accelerator.num_processes)
+
+
+def words(kind: DistributedType, count: int) -> str:
+    if count == 1:
+        return "1 process"
+    return f"{count} processes, {'FSDP2' if kind == DistributedType.FSDP else 'DDP'}"
+
+
+def _described(device: str) -> str:
+    return "CPUs" if device == "cpu" else f"one {device.upper()} process"
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1")

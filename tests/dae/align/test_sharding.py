@@ -1,0 +1,190 @@
+"""FSDP2: weights split over processes give the student of one process, and its files.
+
+accelerate's own preparation runs on CPUs here (benchmarks/fsdp_on_cpus.py).
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from align_runs import HELD_OUT, assert_same_student, cut, merged, run
+from pico import make_checkpoint
+from processes import FSDP_ON_CPUS, Ended, Signal, dae, ranks
+from safetensors.torch import load_file
+from worlds import align_command, make_rows, metrics_of
+
+from benchmarks.fsdp_on_cpus import FSDP2
+from dae import cli
+
+SHARDED = {**FSDP2, FSDP_ON_CPUS: "yes"}
+SIX = "train.max_steps=6"
+
+
+def sharded(arguments: Sequence[str], world: Path, count: int = 2, plan: Mapping[str, str] | None = None) -> None:
+    ended = ranks(arguments, world, [()] * count, {**SHARDED, **(plan or {})})
+    assert [(rank.status, rank.err) for rank in ended][1:] == [(0, "")] * (count - 1), ended[0].err
+    assert (ended[0].status, "Traceback" in ended[0].err) == (0, False), ended[0].err
+
+
+def assert_same_run(first: Path, second: Path, count: int = 2) -> None:
+    assert summary_of(second)["wrapping"] == f"{count} processes, FSDP2"
+    assert_same_student(first, second)
+    for one, other in zip(metrics_of(first), metrics_of(second), strict=True):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"response_tokens_per_second", "peak_memory_gib", "start"}:
+            assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), key
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((folder / "run.json").read_text())["summary"]
+    return summary
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["start=0.3", *HELD_OUT],
+        ["lora=null", "start=0.3", "train.learning_rate=1e-3"],
+        ["train.gradient_checkpointing=true", "data.packing=true", "start=base"],
+        ["lora.target_modules=[q_proj, lm_head]", "start=base"],
+        ["budget.general=0.001", "start=base"],
+        ["data.domain.0.share=0.04", "data.general.0.share=0.96", "start=base"],
+    ],
+    ids=str,
+)
+def test_two_processes_give_the_student_of_one(world: Path, more: list[str]) -> None:
+    """Also with few domain rows: then a process has steps without any of them, and another has some."""
+    sharded(align_command(*cut(4, 1), SIX, *more, output="two"), world)
+    assert_same_run(run(*cut(8, 1), SIX, *more, output="one"), Path("two"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "plan",
+    [{"FSDP_RESHARD_AFTER_FORWARD": "false"}, {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}],
+    ids=str,
+)
+def test_every_plan(world: Path, plan: Mapping[str, str]) -> None:
+    sharded(align_command(*cut(4, 1), SIX, "start=0.3", output="two"), world, plan=plan)
+    assert_same_run(run(*cut(8, 1), SIX, "start=0.3", output="one"), Path("two"))
+
+
+@pytest.mark.slow
+def test_four_processes_with_parts_that_are_empty(world: Path) -> None:
+    """A rank of 2 over four processes: two of them hold nothing of it."""
+    more = [SIX, "lora.rank=2", "start=base"]
+    sharded(align_command(*cut(2, 1), *more, output="four"), world, count=4)
+    assert_same_run(run(*cut(8, 1), *more, output="one"), Path("four"), count=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", ["lora.rank=4", "lora=null"])
+def test_teachers_of_their_own_are_split_too(world: Path, lora: str) -> None:
+    """A full expert and a separate reference, tied embeddings among them."""
+    merged("expert", "whole")
+    make_checkpoint(world / "other", seed=5)
+    more = [SIX, lora, "expert=whole", "reference=other", "start=base", "train.learning_rate=1e-3"]
+    sharded(align_command(*cut(4, 1), *more, output="two"), world)
+    assert_same_run(run(*cut(8, 1), *more, output="one"), Path("two"))
+
+
+@pytest.mark.slow
+def test_stopped_runs_go_on_split_or_not(world: Path) -> None:
+    """A checkpoint is that of one process: it goes on under another number of processes, split or not."""
+    one = run(*cut(8, 1), "start=base", output="one")
+    in_step_five = Signal("kd.training.trainer:RoutedTrainer.training_step", 5, signal.SIGTERM)
+    command = align_command(*cut(4, 1), "start=base", output="two")
+    stopped = ranks(command, world, [[], [in_step_five]], SHARDED)
+    assert [rank.status for rank in stopped] == [143, 143], stopped[0].err
+    sharded(command, world)
+    assert_same_student(one, Path("two"))
+    assert summary_of(Path("two"))["wrapping"] == "2 processes, FSDP2"
+
+    command = align_command(*cut(4, 1), "start=base", output="three")
+    assert [rank.status for rank in ranks(command, world, [[], [in_step_five]], SHARDED)] == [143, 143]
+    assert [rank.status for rank in ranks(command, world)] == [0, 0]  # DDP
+    assert_same_student(one, Path("three"))
+    assert summary_of(Path("three"))["wrapping"] == "2 processes, DDP"
+
+
+@pytest.mark.slow
+def test_checkpoints_hold_what_one_process_saves(world: Path) -> None:
+    for lora in ("lora.rank=4", "lora=null"):
+        for folder, launch in (("one", run), ("two", None)):
+            more = [*cut(8 if launch else 4, 1), SIX, lora, "start=base", "train.learning_rate=1e-3"]
+            if launch:
+                run(*more, output=f"{folder}-{lora}")
+            else:
+                sharded(align_command(*more, output=f"{folder}-{lora}"), world)
+        ours, theirs = (Path(f"{name}-{lora}/checkpoints/step-000006") for name in ("one", "two"))
+        same = {"rng_state.pth", "rng_state_0.pth", "rng_state_1.pth"}
+        assert {p.name for p in ours.iterdir()} - same == {p.name for p in theirs.iterdir()} - same
+        weights = next(p.name for p in ours.glob("*.safetensors"))
+        mine, split = load_file(ours / weights), load_file(theirs / weights)
+        assert mine.keys() == split.keys()
+        first, second = (torch.load(p / "optimizer.pt", weights_only=True) for p in (ours, theirs))
+        assert first["param_groups"] == second["param_groups"]
+        for index, moments in first["state"].items():
+            for key, value in moments.items():
+                torch.testing.assert_close(second["state"][index][key], value, rtol=1e-3, atol=1e-5)
+
+
+def refused(arguments: Sequence[str], world: Path, environment: Mapping[str, str]) -> str:
+    ended: Ended = dae(arguments, world, environment=environment)
+    assert ended.status == 2, ended.err
+    assert ended.err.count("\n") == 1, ended.err
+    assert not (world / "student").exists()
+    return ended.err
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, "accelerate's config asks for FSDP2, which accelerate does not do on CPUs: it would train as 1 process"),
+        ({"FSDP_VERSION": "1"}, "only FSDP2 is supported; set it to 2"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "True"}, "fsdp_cpu_ram_efficient_loading: true"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: true"),
+        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "fsdp_auto_wrap_policy: SIZE_BASED_WRAP"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "train.gradient_checkpointing=true"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed, with which no stage was tested"),
+    ],
+    ids=str,
+)
+def test_less_than_asked_for_is_refused(world: Path, variables: Mapping[str, str], words: str) -> None:
+    assert words in refused(align_command(), world, {**FSDP2, **variables})
+
+
+def test_less_than_asked_for_can_be_allowed(world: Path) -> None:
+    more = ["train.max_steps=2", "start=base", "allow_fallback=true"]
+    assert dae(align_command(*more), world, proof=False, environment=FSDP2).status == 0
+    assert summary_of(world / "student")["wrapping"] == "1 process"
+
+
+def test_merging_is_refused_where_no_process_has_all_weights(world: Path) -> None:
+    ended = ranks(align_command("merge=true"), world, environment=SHARDED)
+    assert [rank.status for rank in ended] == [2, 2]
+    assert "under FSDP2 no process has all weights to merge into" in ended[0].err
+    assert not (world / "student").exists()
+
+
+@pytest.mark.slow
+def test_distill_with_attention_and_hidden_states(world: Path) -> None:
+    """Also what trains beside the student and is no part of the result."""
+    make_checkpoint(world / "wide", seed=5, hidden_size=24)
+    make_rows(world / "rows.jsonl", 0)
+    command = ["distill", "--base", "base", "--teacher", "wide", "--data", "general.jsonl", "attention.weight=0.5"]
+    command += ["hidden.weight=0.5", "hidden.loss=mse", "train.max_steps=4", "train.learning_rate=1e-3", "lora.rank=4"]
+    command += ["train.logging_steps=2", "train.save_steps=2"]
+    assert cli.run([*command, "--output", "one"]) == 0
+    sharded([*command, "--output", "two", "train.per_device_train_batch_size=4"], world)
+    assert_same_run(Path("one"), Path("two"))
+    file = "checkpoints/step-000004/training_only.safetensors"
+    for name, weight in load_file(Path("one") / file).items():
+        torch.testing.assert_close(load_file(Path("two") / file)[name], weight, rtol=0, atol=1e-4)
