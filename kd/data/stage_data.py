@@ -54,12 +54,22 @@ class StageData:
         return {name: sum(map(of_source, reports)) for name, reports in self.reports.items()}
 
 
-SAMPLED_ROWS = 64  # of a source, for what is measured before the first step
+# Of a source, for what is measured before the first step. Long rows: fewer of them, so that the first step comes soon.
+SAMPLED_ROWS = 64
+FEWEST_SAMPLED_ROWS = 8
+SAMPLED_TOKENS = 4096
 
 
 def sampled_rows(rows: TokenRows) -> range:
-    """At most SAMPLED_ROWS rows, spread over the whole file, which may be sorted."""
-    return range(0, len(rows), -(-len(rows) // SAMPLED_ROWS))
+    """At most SAMPLED_ROWS rows, spread over the whole file, which may be sorted.
+
+    Fewer where they have more than SAMPLED_TOKENS tokens, prompts included, but no fewer than FEWEST_SAMPLED_ROWS.
+    """
+    for most in range(SAMPLED_ROWS, FEWEST_SAMPLED_ROWS, -1):
+        chosen = range(0, len(rows), -(-len(rows) // most))
+        if int(rows.lengths[list(chosen)].sum()) <= SAMPLED_TOKENS:
+            return chosen
+    return range(0, len(rows), -(-len(rows) // FEWEST_SAMPLED_ROWS))
 
 
 LoadRows = Callable[..., tuple[list[TokenRows], list[SourceReport]]]

@@ -46,6 +46,7 @@ from kd.data.drafts import (
     Dropped,
 )
 from kd.data.examples import NO_RESPONSE, PROMPT_TOO_LONG, encode_record, load_rows, marked_text, mask_from_offsets
+from kd.data.stage_data import sampled_rows
 from kd.data.token_rows import TokenRow, TokenRows
 from kd.errors import UserError
 from kd.models.checkpoint import checkpoint
@@ -589,3 +590,18 @@ def test_normalizers_that_change_lengths_do_not_move_the_mask():
         unicodedata.normalize("NFKD", "fi é<|im_end|>"),
         "x<|im_end|>",
     ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "sampled"),
+    [(1000, 20, 63), (40, 20, 40), (1000, 256, 16), (1000, 4000, 8), (5, 4000, 5)],
+)
+def test_what_is_measured_before_the_first_step_has_few_rows_and_few_tokens(
+    rows: int, length: int, sampled: int
+) -> None:
+    """Rows over the whole file: it may be sorted."""
+    row = ([1] * length, [False] + [True] * (length - 1))
+    chosen = sampled_rows(TokenRows.from_rows([row] * rows))
+    assert len(chosen) == sampled
+    assert chosen[0] == 0
+    assert chosen[-1] >= 0.8 * (rows - 1)
