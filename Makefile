@@ -6,11 +6,12 @@ PEERS := .venv-bench/.installed
 TRL := trl==1.16.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-step bench-peers bench-gpu
+.PHONY: help demo test test-gpu check bench bench-step bench-peers bench-gpu
 
 help:
 	@echo "make demo    the whole story on a small made-up world: no download, no GPU"
 	@echo "make test    all tests"
+	@echo "make test-gpu   tests of what differs on a CUDA device, on the one that is there"
 	@echo "make check   linter and type checker"
 	@echo "make bench   speed and memory: bench-step (against the straightforward way), then bench-peers (against TRL)"
 	@echo "make bench-gpu   a 7B-shaped step on the CUDA device that is there"
@@ -29,6 +30,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+
+test-gpu: $(STAMP)
+	@.venv/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch finds no CUDA device; nothing was tested")'
+	OMP_NUM_THREADS=4 .venv/bin/python -m pytest -rs tests/dae/align/test_gpu.py
 
 check: $(STAMP)
 	.venv/bin/ruff check .

@@ -106,9 +106,8 @@ def wrap(args: TrainingArguments, student: nn.Module, teachers: Iterable[nn.Modu
 
     Before the first forward pass on batches, so that a model need not fit one device; and after all adapters are on.
     """
-    if processes().num_processes == 1:
-        return
-    admit_functions(student)
+    if processes().num_processes > 1 or shards():
+        admit_functions(student)
     if not shards():
         return
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
@@ -123,9 +122,10 @@ def wrapping(accelerator: Accelerator) -> str:
 
 
 def words(kind: DistributedType, count: int) -> str:
-    if count == 1:
-        return "1 process"
-    return f"{count} processes, {'FSDP2' if kind == DistributedType.FSDP else 'DDP'}"
+    text = "1 process" if count == 1 else f"{count} processes"
+    if kind == DistributedType.FSDP:
+        return f"{text}, FSDP2"
+    return text if count == 1 else f"{text}, DDP"
 
 
 def _described(device: str) -> str:
