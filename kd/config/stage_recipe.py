@@ -16,6 +16,8 @@ from kd.config.problems import Problem, suggestion
 from kd.config.schema import LARGEST_SEED, Frozen, Reads
 from kd.config.training_arguments import ALLOWED, training_argument_problems
 
+Quantization = Literal["nf4", "int8"]
+
 
 class LoraRecipe(Frozen):
     """The student's adapter."""
@@ -61,6 +63,10 @@ class StageRecipe(CommandRecipe):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="of the weights; auto: bfloat16 on a GPU that has it, else float32"
     )
+    quantization: Quantization | None = Field(
+        default=None,
+        description="of frozen weights in memory (bitsandbytes): nf4 (4 bits) or int8; the adapter is not quantised",
+    )
     attn_implementation: str | None = Field(
         default=None, description="of the models, as in transformers: sdpa, eager, ..."
     )
@@ -100,6 +106,7 @@ class StageRecipe(CommandRecipe):
             problems.append(Problem(("data", "chat_template"), "expert", words))
         if raw.get("merge") is True and "lora" in raw and raw["lora"] is None:
             problems.append(Problem(("merge",), True, "with `lora: null` the weights are written whole: remove it"))
+        problems += quantization_problems(raw)
         if isinstance(data, Mapping) and not data.get("eval"):
             words = "needs an eval set: add `data.eval`"
             if raw.get("early_stopping_patience") is not None:
@@ -115,3 +122,20 @@ class StageRecipe(CommandRecipe):
         if found or suggestion(name, cls.model_fields):
             return found
         return f"train.{name}" if name in ALLOWED else None
+
+
+def quantization_problems(raw: Mapping[str, Any]) -> list[Problem]:
+    quantization, problems = raw.get("quantization"), []
+    if quantization is None:
+        return []
+    if "lora" in raw and raw["lora"] is None:
+        words = "quantised weights cannot train: remove `lora: null`, so that an adapter trains on them, or remove this"
+        problems.append(Problem(("quantization",), quantization, words))
+    elif raw.get("merge") is True:
+        words = (
+            "the adapter is trained on quantised weights, and merged into the whole ones it is another model: remove "
+            "it. If that model is wanted, make it afterwards and evaluate it by itself: dae merge weights --method "
+            "linear --base BASE --expert OUTPUT --output MERGED weight=1"
+        )
+        problems.append(Problem(("merge",), True, words))
+    return problems
