@@ -129,13 +129,12 @@ def quantization_problems(raw: Mapping[str, Any]) -> list[Problem]:
     if quantization is None:
         return []
     if "lora" in raw and raw["lora"] is None:
-        words = "quantised weights cannot train: remove `lora: null`, so that an adapter trains on them, or remove this"
+        words = "quantised weights cannot train: remove it, or `lora: null`"
         problems.append(Problem(("quantization",), quantization, words))
     elif raw.get("merge") is True:
         words = (
-            "the adapter is trained on quantised weights, and merged into the whole ones it is another model: remove "
-            "it. If that model is wanted, make it afterwards and evaluate it by itself: dae merge weights --method "
-            "linear --base BASE --expert OUTPUT --output MERGED weight=1"
+            "the adapter is trained on quantised weights; merged into the others it is another model: remove it. "
+            "`dae merge weights` makes that model afterwards; evaluate it by itself"
         )
         problems.append(Problem(("merge",), True, words))
     return problems
