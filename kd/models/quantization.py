@@ -98,7 +98,12 @@ def refuse_unquantisable(source: Checkpoint, quantization: Quantization) -> None
 
 
 def with_exact_products(model: nn.Module) -> None:
-    """Let the layers of bitsandbytes compute with their dequantised weights, and nothing else (see above)."""
+    """Let the layers of bitsandbytes compute with their dequantised weights, and nothing else (see above).
+
+    Also where the files were quantised.
+    """
+    if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
+        return
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     for module in model.modules():

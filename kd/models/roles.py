@@ -115,8 +115,7 @@ def load_model(source: Checkpoint, settings: LoadSettings, dtype: torch.dtype | 
     model = opened_whole(source, open_model)
     if settings.quantization is None:
         model.to(settings.device)  # type: ignore[arg-type]
-    else:
-        with_exact_products(model)
+    with_exact_products(model)
     model.requires_grad_(False)
     model.eval()
     state_ties(model)

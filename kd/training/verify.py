@@ -174,7 +174,7 @@ def _open(request: Mapping[str, Any]) -> PreTrainedModel:
         how["quantization_config"] = BitsAndBytesConfig(**request["quantization"])
         how["device_map"] = {"": _device(files, request["device"])}
     model: Any = AutoModelForCausalLM.from_pretrained(source, **how)
-    if request["quantization"]:
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         _use_exact_products(model)
     if is_adapter:
         from peft import PeftModel

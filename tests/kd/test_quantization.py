@@ -217,6 +217,16 @@ def test_bad_weights_are_found_before_they_are_rounded(
         quantised(base, quantization)
 
 
+@pytest.mark.parametrize("quantization", BOTH)
+def test_files_that_are_quantised_compute_in_the_same_way(quantization: Quantization, tmp_path: Path) -> None:
+    model = quantised(make_checkpoint(tmp_path / "base", **WIDE), quantization)
+    model.save_pretrained(tmp_path / "small")
+    stored = load_model(checkpoint(tmp_path / "small"), LoadSettings(torch.float32))
+    with torch.no_grad():
+        for mode in (False, True):
+            assert torch.equal(stored.train(mode)(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
 def test_files_that_are_quantised_already_are_refused(tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base", **WIDE)
     quantised(base, "nf4").save_pretrained(tmp_path / "small")
