@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from dae.earlier_student import with_lora_of_student
 from dae.recipe import AlignRecipe
 from dae.routing import GENERAL, default_route_shares, teachers_by_route
-from dae.start import Measure, start_student
+from dae.start import Measure, refuse_unreachable_start, start_student
 from dae.templates import chosen_template, remedy, templates_of_roles, warn_of_other_templates
 from kd.config.served_recipe import ServedTeacher
 from kd.data.drafts import NoChatTemplateError
@@ -31,6 +31,7 @@ from kd.errors import UserError
 from kd.losses.token_loss import TokenLoss
 from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.compatibility import check_adapter, check_complete, check_tokenizers
+from kd.models.quantization import check_quantization
 from kd.models.roles import (
     STUDENT_ADAPTER,
     Backbone,
@@ -83,6 +84,8 @@ class Align(Stage[AlignRecipe]):
 
     def check(self, recipe: AlignRecipe, inputs: Inputs) -> AlignRecipe:
         check_checkpoints(recipe, inputs)
+        check_quantization(recipe.quantization, inputs)
+        refuse_unreachable_start(recipe, inputs)
         return with_lora_of_student(recipe, inputs)
 
     def load_data(self, recipe: AlignRecipe, inputs: Inputs) -> StageData:
@@ -198,7 +201,7 @@ def check_checkpoints(recipe: AlignRecipe, inputs: Inputs) -> None:
     first_role: dict[str, str] = {}
     for role, one in inputs.items():
         if one.is_adapter and first_role.setdefault(one.path, role) == role:
-            check_adapter(role, one, base, recipe.trust_remote_code, shares=True)
+            check_adapter(role, one, base, recipe.trust_remote_code, shares=True, quantization=recipe.quantization)
     if recipe.student_from is not None and inputs["student_from"].is_adapter != (recipe.lora is not None):
         kind, way = ("an adapter", "merge it") if recipe.lora is None else ("a full checkpoint", "set `lora: null`")
         raise UserError(f"student_from: {recipe.student_from}: is {kind}, which does not fit `lora`; {way}.")

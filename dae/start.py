@@ -21,10 +21,10 @@ from torch import nn
 from dae.recipe import AlignRecipe
 from dae.routing import GENERAL
 from kd.errors import UserError
-from kd.models.line import Energy, Pull, described, start_adapter, start_all_weights
+from kd.models.line import Energy, Pull, described, no_line_to_quantised, start_adapter, start_all_weights
 from kd.models.roles import Role
 from kd.models.sharding import is_sharded, own_part, reshard
-from kd.stages.stage import StageRoles
+from kd.stages.stage import Inputs, StageRoles
 
 logger = logging.getLogger("dae")
 
@@ -67,6 +67,17 @@ def start_student(recipe: AlignRecipe, roles: StageRoles, measure: Measure) -> d
         cut = "" if energy.share > 0.9995 else f"; the adapter keeps {energy.share:.1%} of that difference"
     logger.info("start: %s%s", described(weights), cut)
     return facts
+
+
+def refuse_unreachable_start(recipe: AlignRecipe, inputs: Inputs) -> None:
+    """Raise UserError where the recipe names a start that its quantised models do not allow."""
+    if recipe.quantization is None or not isinstance(recipe.start, Mapping):
+        return
+    for name, weight in recipe.start.items():
+        expert = inputs.get(f"expert.{name}")
+        whole = expert is not None and not expert.is_adapter and expert.fingerprint != inputs["base"].fingerprint
+        if weight and whole:
+            raise UserError(no_line_to_quantised(f"expert.{name}"))
 
 
 class Line:

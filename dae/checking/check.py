@@ -180,7 +180,8 @@ def show_effort(console: Console, plan: Plan) -> None:
         + (f", {served:,} through teachers on servers" if served else "")
     )
     needed = memory(plan)
-    show_items(console, f"memory on {place} in {dtype}, estimated", needed)
+    quantised = f" and {plan.recipe.quantization}" if plan.recipe.quantization else ""
+    show_items(console, f"memory on {place} in {dtype}{quantised}, estimated", needed)
     written = disk(plan)
     show_items(console, "disk, at most", written)
     folder = next(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dae.checking.plan import Plan
+from kd.config.stage_recipe import Quantization
 from kd.data.stage_data import StageData
 from kd.losses.attention import AttentionLoss
 from kd.losses.chunked import (
@@ -18,6 +19,7 @@ from kd.losses.chunked import (
     block_elements,
     logits_elements,
 )
+from kd.models.quantization import quantised_bytes, quantised_shapes
 from kd.models.roles import Role
 from kd.stages.distill import text_config
 from kd.training.gathering import TRAINING_ONLY
@@ -54,7 +56,7 @@ def weights(plan: Plan) -> list[Item]:
         if not student_trains:
             names = ", ".join(role.name for role in sharing)
             name = f"base: {names}" if model is roles.shared else names
-            items.append(Item(name, parameters(model) * element))
+            items.append(Item(name, weight_bytes(model, element, recipe.quantization)))
         for role in sharing:
             if role.adapter is not None and role is not roles.student:
                 adapters.setdefault((id(model), role.adapter), Item(f"{role.name} adapter", adapter_bytes(role)))
@@ -92,6 +94,22 @@ def parameters(model: nn.Module) -> int:
     return sum(weight.numel() for name, weight in model.named_parameters() if not others & {*name.split(".")})
 
 
+def weight_bytes(model: nn.Module, element: int, quantization: Quantization | None) -> int:
+    """Of a model's weights in memory; element: bytes of one that is not quantised."""
+    whole = parameters(model) * element
+    if quantization is None:
+        return whole
+    layers = list(quantised_shapes(model))
+    quantised = sum(quantised_bytes(outputs, inputs, quantization) for outputs, inputs in layers)
+    return whole - sum(outputs * inputs for outputs, inputs in layers) * element + quantised
+
+
+def dequantised_bytes(plan: Plan) -> int:
+    """Of the largest quantised layer, whose weights are made whole while it computes."""
+    sizes = [rows * width for role in plan.roles.all for rows, width in quantised_shapes(role.model)]
+    return max(sizes, default=0) * plan.settings.dtype.itemsize
+
+
 def adapter_bytes(role: Role) -> int:
     of_role = (w.numel() for name, w in role.model.named_parameters() if role.adapter in name.split("."))
     return sum(of_role) * ADAPTER_BYTES
@@ -105,7 +123,7 @@ def trainable(student: Role) -> int:
 
 def memory(plan: Plan) -> list[Item]:
     """Peak memory of one process, by part: weights per role, training state, activations, one chunk of the loss."""
-    args, settings, roles = plan.args, plan.settings, plan.roles
+    recipe, args, settings, roles = plan.recipe, plan.args, plan.settings, plan.roles
     config = text_config(roles.student.model)
     width, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * width
@@ -131,6 +149,7 @@ def memory(plan: Plan) -> list[Item]:
         Item("gradients and AdamW", trainable(roles.student) * (GRADIENT_BYTES + ADAMW_BYTES)),
         Item(f"{name}, {args.per_device_train_batch_size} x {longest} tokens", kept),
         *terms,
+        *([Item("one layer, dequantised", dequantised_bytes(plan))] if recipe.quantization else []),
         # Not both at once: the losses are computed one after the other.
         Item(f"logits{' or attention maps' if maps else ''}, one chunk at a time", max(logits, maps)),
     ]

@@ -114,7 +114,7 @@ def cache_plans(
         if role in served:
             key, shape = served_key(served[role], shared_rows), (shared_rows, 0)
         else:
-            key, shape = teacher_key(inputs[role], inputs["base"], settings.dtype, cache), shapes[role]
+            key, shape = teacher_key(inputs[role], inputs["base"], settings, cache), shapes[role]
         store = TeacherStore(Path(cache.path) / key.digest)
         wanted = {row_digest(*part.arrays(index)): (part, index) for part, indices in several for index in indices}
         before = planned.setdefault(key.digest, set())

@@ -8,8 +8,8 @@
         kind sampled: ids [N, S], entropy [N]
 
 The folder's name is a digest of what decides the answers: the teacher's weights and config, its base's where it is an
-adapter, its dtype, and what is stored. A row is found by the SHA-256 of its tokens and response mask. So
-recipes share what they have in common, whatever their shuffling, shares or batch size, and a teacher or row that
+adapter, its dtype and quantisation, and what is stored. A row is found by the SHA-256 of its tokens and response mask.
+So recipes share what they have in common, whatever their shuffling, shares or batch size, and a teacher or row that
 changed is another one. A change in the code that runs a model is not noticed. Parts are written whole, never changed.
 
 Shape legend: R rows, N response tokens, E width of the teacher, V vocabulary rows, K tokens kept,
@@ -34,11 +34,13 @@ from torch import Tensor
 
 from kd.config.cache_recipe import CacheRecipe
 from kd.config.served_recipe import ServedTeacher
+from kd.config.stage_recipe import Quantization
 from kd.data.batches import Batch
 from kd.data.token_rows import Ids, Mask
 from kd.errors import UserError
 from kd.models.checkpoint import Checkpoint
 from kd.models.head import Head
+from kd.models.roles import LoadSettings
 from kd.models.teacher_logits import HiddenTeacher, SampledTeacher, TeacherLogits, TopKTeacher
 from kd.runs.files import TEMPORARY_PREFIX, disk_errors, fsync_path, json_text, read_json, write_text_durably
 
@@ -55,6 +57,7 @@ class TeacherKey:
     """What decides a teacher's answers. base: fingerprint of an adapter's base; dtype: of its weights.
 
     stored: the dtype on disk; top_k: of kind topk, samples: of kind sampled; both None for hidden states.
+    quantization: of its weights in memory.
     """
 
     fingerprint: str
@@ -63,6 +66,7 @@ class TeacherKey:
     stored: str
     top_k: int | None = None
     samples: int | None = None
+    quantization: Quantization | None = None
 
     @property
     def is_served(self) -> bool:
@@ -79,17 +83,19 @@ class TeacherKey:
     @property
     def digest(self) -> str:
         """Its folder's name: 16 hexadecimal digits."""
-        values = json.dumps([FORMAT, *astuple(self)])
+        *decided, quantization = astuple(self)
+        decided += [quantization] if quantization else []  # without it, folders keep the names they have always had
+        values = json.dumps([FORMAT, *decided])
         return hashlib.sha256(values.encode()).hexdigest()[:16]
 
 
-def teacher_key(teacher: Checkpoint, base: Checkpoint, dtype: torch.dtype, cache: CacheRecipe) -> TeacherKey:
-    """base: what the teacher stands on, if it is an adapter; dtype: of the models in memory."""
-    name = str(dtype).removeprefix("torch.")
+def teacher_key(teacher: Checkpoint, base: Checkpoint, settings: LoadSettings, cache: CacheRecipe) -> TeacherKey:
+    """base: what the teacher stands on, if it is an adapter; settings: how the models are opened."""
+    name = str(settings.dtype).removeprefix("torch.")
     on = base.fingerprint if teacher.is_adapter else None
     automatic = name if cache.kind == "hidden" else "float32"
     stored = automatic if cache.dtype == "auto" else cache.dtype
-    key = TeacherKey(teacher.fingerprint, on, name, stored)
+    key = TeacherKey(teacher.fingerprint, on, name, stored, quantization=settings.quantization)
     if cache.kind == "topk":
         return replace(key, top_k=cache.top_k)
     return replace(key, samples=cache.samples) if cache.kind == "sampled" else key

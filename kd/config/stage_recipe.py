@@ -16,6 +16,8 @@ from kd.config.problems import Problem, suggestion
 from kd.config.schema import LARGEST_SEED, Frozen, Reads
 from kd.config.training_arguments import ALLOWED, training_argument_problems
 
+Quantization = Literal["nf4", "int8"]
+
 
 class LoraRecipe(Frozen):
     """The student's adapter."""
@@ -61,6 +63,10 @@ class StageRecipe(CommandRecipe):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="of the weights; auto: bfloat16 on a GPU that has it, else float32"
     )
+    quantization: Quantization | None = Field(
+        default=None,
+        description="of frozen weights in memory (bitsandbytes): nf4 (4 bits) or int8; the adapter is not quantised",
+    )
     attn_implementation: str | None = Field(
         default=None, description="of the models, as in transformers: sdpa, eager, ..."
     )
@@ -103,6 +109,7 @@ class StageRecipe(CommandRecipe):
             problems.append(Problem(("data", "chat_template"), "expert", words))
         if raw.get("merge") is True and "lora" in raw and raw["lora"] is None:
             problems.append(Problem(("merge",), True, "with `lora: null` the weights are written whole: remove it"))
+        problems += quantization_problems(raw)
         if isinstance(data, Mapping) and not data.get("eval"):
             words = "needs an eval set: add `data.eval`"
             if raw.get("early_stopping_patience") is not None:
@@ -118,3 +125,19 @@ class StageRecipe(CommandRecipe):
         if found or suggestion(name, cls.model_fields):
             return found
         return f"train.{name}" if name in ALLOWED else None
+
+
+def quantization_problems(raw: Mapping[str, Any]) -> list[Problem]:
+    quantization, problems = raw.get("quantization"), []
+    if quantization is None:
+        return []
+    if "lora" in raw and raw["lora"] is None:
+        words = "quantised weights cannot train: remove it, or `lora: null`"
+        problems.append(Problem(("quantization",), quantization, words))
+    elif raw.get("merge") is True:
+        words = (
+            "the adapter is trained on quantised weights; merged into the others it is another model: remove it. "
+            "`dae merge weights` makes that model afterwards; evaluate it by itself"
+        )
+        problems.append(Problem(("merge",), True, words))
+    return problems

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
+from kd.config.stage_recipe import Quantization
 from kd.errors import UserError
 from kd.models.adapter_features import refuse_unknown_features, refuse_unshareable
 from kd.models.adapters import put_adapter
@@ -21,7 +22,7 @@ from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.completeness import opened_whole, some
 from kd.models.meta_model import meta_tensors
 from kd.models.opening import opening, refuse_broken_json
-from kd.runs.provenance import base_fingerprint_of
+from kd.runs.provenance import base_fingerprint_of, base_quantization_of
 
 logger = logging.getLogger("dae")
 
@@ -122,12 +123,19 @@ def _warn_of_added_tokens(
 
 
 def check_adapter(
-    role: str, adapter: Checkpoint, base: Checkpoint, trust_remote_code: bool = False, *, shares: bool = False
+    role: str,
+    adapter: Checkpoint,
+    base: Checkpoint,
+    trust_remote_code: bool = False,
+    *,
+    shares: bool = False,
+    quantization: Quantization | None = None,
 ) -> None:
     """An adapter must be LoRA (or DoRA), complete, and made for these base weights.
 
     With a recorded base fingerprint (runs of this toolkit) that decides; without, its tensors must fit the base's
-    modules, and another recorded base gives a warning. shares: other roles are to speak through the same base weights.
+    modules, and another recorded base gives a warning. So does a base that was quantised in another way when the
+    adapter was trained. shares: other roles are to speak through the same base weights; quantization: of these.
 
     Raises UserError naming what does not fit, is missing, or cannot be carried out.
     """
@@ -152,8 +160,20 @@ def check_adapter(
         put_adapter(meta_model, adapter, "checked", shared_with=base if shares else None)
     except UserError as error:
         raise UserError(f"{role} {error}") from error
+    if recorded is not None and (before := base_quantization_of(adapter.folder)) != quantization:
+        _warn_of_other_quantization(role, adapter, before, quantization)
     if recorded is None:
         _warn_of_other_base(role, adapter, str(config.get("base_model_name_or_path") or ""), base)
+
+
+def _warn_of_other_quantization(role: str, adapter: Checkpoint, before: str | None, now: str | None) -> None:
+    """Warn, once for each adapter, that its base does not compute what it did when the adapter was trained."""
+    logger.warning(
+        "%s %s: was trained on a base that was %s, and is used on one that is %s: it is another model than was trained",
+        role,
+        adapter,
+        *(f"quantised ({how})" if how else "not quantised" for how in (before, now)),
+    )
 
 
 def _warn_of_other_base(role: str, adapter: Checkpoint, named: str, base: Checkpoint) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from kd.errors import UserError
 from kd.models.adapters import base_weights
 from kd.models.low_rank import low_rank
+from kd.models.quantization import is_quantised
 from kd.models.roles import STUDENT_ADAPTER, Role
 from kd.models.sharding import put, whole
 
@@ -69,10 +70,13 @@ def moving(pulls: Sequence[Pull]) -> list[Pull]:
 def refuse_unsummable(pull: Pull, student: nn.Module) -> None:
     """Raise UserError if a difference to the base cannot be summed.
 
-    Of an adapter: more than plain low-rank updates of linear layers. Of another expert: other weights than the base.
+    Of an adapter: more than plain low-rank updates of linear layers. Of another expert: other weights than the base,
+    or quantised ones.
     """
     role = pull.expert
     if role.adapter is None:
+        if is_quantised(student) or is_quantised(role.model):
+            raise UserError(no_line_to_quantised(role.name))
         theirs, base = (_shapes(model) for model in (role.model, student))
         if odd := sorted(theirs.items() ^ base.items()):
             raise UserError(
@@ -86,6 +90,18 @@ def refuse_unsummable(pull: Pull, student: nn.Module) -> None:
                 f"start: {role.name}: {name} {found}, which is no sum of low-rank updates; use start=base, or merge "
                 "the expert (`dae merge weights ... weight=1`) and give the checkpoint"
             )
+
+
+def no_line_to_quantised(expert: str) -> str:
+    """Why there is no line to an expert with weights of its own that are quantised, and what helps.
+
+    Of two quantised matrices the difference is for the most part that of their rounding.
+    """
+    return (
+        f"start: {expert}: has weights of its own, and with `quantization` their difference to the base is lost in "
+        "rounding; make an adapter of it (dae merge to-lora --reference BASE --expert EXPERT --output ADAPTER) and "
+        "give that, or use start=base"
+    )
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -21,9 +21,9 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from kd.config.stage_recipe import LoraRecipe
+from kd.config.stage_recipe import LoraRecipe, Quantization
 from kd.errors import UserError
 from kd.models.adapters import put_adapter
 from kd.models.checkpoint import Checkpoint
@@ -32,6 +32,7 @@ from kd.models.completeness import first_line, opened_whole
 from kd.models.forward import decoder_of, final_hidden_states, head_of, innermost, unwrapped
 from kd.models.merged import state_ties
 from kd.models.opening import opening
+from kd.models.quantization import loading_settings, refuse_unquantisable, with_exact_products
 
 STUDENT_ADAPTER = "default"  # the name under which peft saves an adapter so that plain loading finds it
 
@@ -41,12 +42,16 @@ Model = PreTrainedModel | PeftModel
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """How every model of a run is opened. dtype is a torch dtype; the device is the accelerator if there is one."""
+    """How every model of a run is opened. dtype is a torch dtype; the device is the accelerator if there is one.
+
+    quantization: of the weights of linear layers (kd/models/quantization.py); dtype is then that of all others.
+    """
 
     dtype: torch.dtype
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     device: str = "cpu"
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,15 @@ def load_model(source: Checkpoint, settings: LoadSettings, dtype: torch.dtype | 
         trust_remote_code=settings.trust_remote_code,
         use_safetensors=True,
     )
+    if settings.quantization is not None:
+        refuse_unquantisable(source, settings.quantization)
+        config = BitsAndBytesConfig(**loading_settings(settings.quantization, settings.dtype))
+        # Each weight is quantised where it stays: bitsandbytes' layers are not moved.
+        open_model = partial(open_model, quantization_config=config, device_map={"": settings.device})
     model = opened_whole(source, open_model)
-    model.to(settings.device)  # type: ignore[arg-type]
+    if settings.quantization is None:
+        model.to(settings.device)  # type: ignore[arg-type]
+    with_exact_products(model)
     model.requires_grad_(False)
     model.eval()
     state_ties(model)

@@ -13,7 +13,7 @@ from typing import Any
 
 LIBRARIES = (
     "dae-align", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors",
-    "huggingface_hub", "numpy", "mergekit",
+    "huggingface_hub", "numpy", "mergekit", "bitsandbytes",
 )  # fmt: skip
 
 # next-token is what this field calls a loss, and so a fair name for a model.

@@ -33,7 +33,8 @@ class DataInput:
 def read_provenance(folder: str | Path) -> dict[str, Any] | None:
     """The recorded provenance of a run folder; None if `folder` is not a run folder of dae.
 
-    Keys: `stage`; `processes`: how many; `base`: {path, fingerprint}; `data`: {route: [{path, sha256, share}]};
+    Keys: `stage`; `processes`: how many; `base`: {path, fingerprint}, of a base that was quantised in memory also
+    {quantization}; `data`: {route: [{path, sha256, share}]};
     `inputs`: {role: fingerprint}.
 
     Raises:
@@ -53,10 +54,19 @@ def read_provenance(folder: str | Path) -> dict[str, Any] | None:
 
 def base_fingerprint_of(adapter_folder: str | Path) -> str | None:
     """Fingerprint of the adapter's base as recorded in its run folder; None if it is not a run folder of dae."""
+    return _of_base(adapter_folder, "fingerprint")
+
+
+def base_quantization_of(adapter_folder: str | Path) -> str | None:
+    """How the adapter's base was quantised when it was trained; None if it was not, or its folder does not say."""
+    return _of_base(adapter_folder, "quantization")
+
+
+def _of_base(adapter_folder: str | Path, key: str) -> str | None:
     provenance = read_provenance(adapter_folder)
     base = provenance.get("base") if provenance else None
-    fingerprint = base.get("fingerprint") if isinstance(base, dict) else None
-    return fingerprint if isinstance(fingerprint, str) else None
+    value = base.get(key) if isinstance(base, dict) else None
+    return value if isinstance(value, str) else None
 
 
 def changed_inputs(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

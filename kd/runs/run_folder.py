@@ -85,11 +85,13 @@ class Start:
 
     def provenance(self) -> dict[str, Any]:
         """The content of provenance.json."""
+        quantization = getattr(self.recipe, "quantization", None)
+        quantised = {"quantization": quantization} if quantization else {}
         return {
             "toolkit": TOOLKIT,
             "stage": self.stage,
             "processes": self.processes,
-            "base": {"path": self.base, "fingerprint": self.inputs["base"]},
+            "base": {"path": self.base, "fingerprint": self.inputs["base"]} | quantised,
             "inputs": dict(self.inputs),
             "data": {route: [asdict(source) for source in sources] for route, sources in self.data.items()},
         }

@@ -31,6 +31,7 @@ from kd.losses.token_loss import TokenLoss
 from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.compatibility import check_complete, check_tokenizers
 from kd.models.forward import learned_positions, unwrapped
+from kd.models.quantization import check_quantization
 from kd.models.roles import LoadSettings, Role, load_model
 from kd.stages.distill_recipe import ROUTE, DistillRecipe
 from kd.stages.run_stage import RunResult, run_stage
@@ -61,6 +62,7 @@ class Distill(Stage[DistillRecipe]):
             check_same_tokenizer(recipe, inputs)
         for one in inputs.values():
             check_complete(one, recipe.trust_remote_code)
+        check_quantization(recipe.quantization, inputs)
         models = [one.meta_model(recipe.trust_remote_code) for one in inputs.values()]
         if recipe.attention is not None:
             pairs_of("attention", recipe.attention.layers, *models)

@@ -7,6 +7,7 @@ from kd.data.stage_data import StageData, load_stage_data
 from kd.losses.token_loss import TokenLoss
 from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.compatibility import check_complete
+from kd.models.quantization import check_quantization
 from kd.models.roles import (
     STUDENT_ADAPTER,
     Backbone,
@@ -36,6 +37,7 @@ class Sft(Stage[SftRecipe]):
     def check(self, recipe: SftRecipe, inputs: Inputs) -> SftRecipe:
         inputs["base"].refuse_adapter("base")
         check_complete(inputs["base"], recipe.trust_remote_code)
+        check_quantization(recipe.quantization, inputs)
         return recipe
 
     def load_data(self, recipe: SftRecipe, inputs: Inputs) -> StageData:

@@ -13,8 +13,10 @@ from kd.config.loading import resolved_yaml
 from kd.data.records import FILE_ENDINGS, HUB_ID
 from kd.models.checkpoint import Checkpoint
 from kd.models.line import described
+from kd.models.quantization import loading_settings
 from kd.runs.environment import library_versions
 from kd.runs.provenance import HELD_OUT, DataInput
+from kd.training.settings import load_settings
 
 if TYPE_CHECKING:
     from kd.config.served_recipe import ServedTeacher
@@ -63,7 +65,7 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
         "Data": _data(facts),
         **_start(facts.summary.get("start", {})),
         "Results": table(("measure", "value"), result_rows(_results(facts.summary))),
-        "How to load it": _loading_code(facts.recipe),
+        "How to load it": _loading_code(facts.recipe) + _quantised_base(facts.recipe),
         "Recipe": f"```yaml\n{resolved_yaml(facts.recipe).rstrip()}\n```",
         "Made with": ", ".join(f"{name} {version}" for name, version in library_versions().items()),
     }
@@ -191,7 +193,14 @@ def _loading_code(recipe: StageRecipe) -> str:
         lines.append(f'model = AutoModelForCausalLM.from_pretrained("{output}", dtype="auto"{remote})')
     else:
         lines.insert(0, "from peft import PeftModel")
-        lines.append(f'base = AutoModelForCausalLM.from_pretrained("{recipe.base}", dtype="auto"{remote})')
+        how = 'dtype="auto"'
+        if recipe.quantization is not None:
+            dtype = load_settings(recipe).dtype
+            given = ", ".join(f"{key}={value!r}" for key, value in loading_settings(recipe.quantization, dtype).items())
+            lines[1] += ", BitsAndBytesConfig"
+            lines.append(f"quantised = BitsAndBytesConfig({given})".replace("'", '"'))
+            how = f'dtype="{str(dtype).removeprefix("torch.")}", quantization_config=quantised'
+        lines.append(f'base = AutoModelForCausalLM.from_pretrained("{recipe.base}", {how}{remote})')
         lines.append(f'model = PeftModel.from_pretrained(base, "{output}")')
     lines += [
         f'tokenizer = AutoTokenizer.from_pretrained("{output}"{remote})',
@@ -199,6 +208,19 @@ def _loading_code(recipe: StageRecipe) -> str:
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))",
     ]
     return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _quantised_base(recipe: StageRecipe) -> str:
+    """What whoever loads an adapter should know of the base that it was trained on."""
+    if recipe.quantization is None:
+        return ""
+    text = (
+        f"\n\nThe adapter was trained on a base whose linear layers were quantised ({recipe.quantization}, by "
+        "bitsandbytes), as above. On the base as it is, or merged into it, it is another model, to be evaluated by "
+        "itself."
+    )
+    rounded = " bitsandbytes also rounds the inputs of these layers to 8 bits, which the training did not."
+    return text + (rounded if recipe.quantization == "int8" else "")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]] | Iterator[Sequence[str]]) -> str:

@@ -28,7 +28,9 @@ def load_settings(recipe: StageRecipe) -> LoadSettings:
         dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
     if device == "cuda":
         device = f"cuda:{processes().local_process_index}"
-    return LoadSettings(dtype, recipe.attn_implementation, recipe.trust_remote_code, device)
+    return LoadSettings(
+        dtype, recipe.attn_implementation, recipe.trust_remote_code, device, quantization=recipe.quantization
+    )
 
 
 def student_dtype(recipe: StageRecipe) -> torch.dtype:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,9 +64,9 @@ def verify_saved(
 ) -> Verification:
     """Open `folder` in a fresh process and compare its logits on one row with those of the model it was saved from.
 
-    An adapter folder is opened on the base that its adapter_config.json names, in the dtype of `settings`; a full
-    checkpoint in the dtype it was saved in. The fresh process uses the accelerator of `settings` if a second copy of
-    the model fits beside the first, else the CPU.
+    An adapter folder is opened on the base that its adapter_config.json names, in the dtype of `settings` and
+    quantised as there; a full checkpoint in the dtype it was saved in. The fresh process uses the accelerator of
+    `settings` if a second copy of the model fits beside the first, else the CPU.
 
     Args:
         folder: adapter folder (PEFT) or full checkpoint.
@@ -82,6 +83,7 @@ def verify_saved(
     import torch
     from safetensors.torch import save_file
 
+    from kd.models.quantization import loading_settings
     from kd.runs.files import disk_errors
 
     tensors = {
@@ -94,6 +96,7 @@ def verify_saved(
         "attn_implementation": settings.attn_implementation,
         "trust_remote_code": settings.trust_remote_code,
         "device": settings.device,
+        "quantization": settings.quantization and loading_settings(settings.quantization, settings.dtype),
         "downloaded": {} if base is None else {base.path: str(base.folder)},
     }
     with tempfile.TemporaryDirectory(prefix="dae-verify-") as scratch:
@@ -157,28 +160,56 @@ def _open(request: Mapping[str, Any]) -> PreTrainedModel:
     adapter_config = folder / "adapter_config.json"
     is_adapter = adapter_config.is_file()
     base = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"] if is_adapter else folder
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        request["downloaded"].get(base, base),
-        dtype=getattr(torch, request["dtype"]) if is_adapter else "auto",
-        attn_implementation=request["attn_implementation"],
-        trust_remote_code=request["trust_remote_code"],
-        use_safetensors=True,
-    )
+    source = request["downloaded"].get(base, base)
+    how: dict[str, Any] = {
+        "dtype": getattr(torch, request["dtype"]) if is_adapter else "auto",
+        "attn_implementation": request["attn_implementation"],
+        "trust_remote_code": request["trust_remote_code"],
+        "use_safetensors": True,
+    }
+    if request["quantization"]:
+        from transformers import BitsAndBytesConfig
+
+        files = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
+        how["quantization_config"] = BitsAndBytesConfig(**request["quantization"])
+        how["device_map"] = {"": _device(files, request["device"])}
+    model: Any = AutoModelForCausalLM.from_pretrained(source, **how)
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        _use_exact_products(model)
     if is_adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(folder))
-    opened: PreTrainedModel = model.eval().to(_device(model, request["device"]))
+    opened: PreTrainedModel = model.eval()
+    if not request["quantization"]:
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        opened = model.to(_device(weights, request["device"]))
     return opened
 
 
-def _device(model: torch.nn.Module, wanted: str) -> str:
-    """The accelerator where half as much again as the weights is free on it, else the CPU."""
+def _use_exact_products(model: Any) -> None:
+    """As a run computes. bitsandbytes by itself goes to bfloat16 on some CPUs, and rounds inputs of 8-bit layers."""
+    from bitsandbytes.autograd._functions import MatMul8bitFp
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    def product(layer: Any, x: torch.Tensor) -> Any:
+        if layer.weight.CB is not None:
+            layer.init_8bit_state()
+        return MatMul8bitFp.apply(x, layer.weight, None, layer.bias, layer.state)
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+        elif isinstance(module, Linear8bitLt):
+            module.forward = partial(product, module)  # type: ignore[method-assign]
+
+
+def _device(weights: int, wanted: str) -> str:
+    """The accelerator where half as much again as the weights (in bytes) is free on it, else the CPU."""
     import torch
 
     if not wanted.startswith("cuda") or not torch.cuda.is_available():
         return "cpu"
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return wanted if torch.cuda.mem_get_info(wanted)[0] > 1.5 * weights else "cpu"
 
 

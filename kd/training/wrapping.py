@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from kd.config.stage_recipe import StageRecipe
 from kd.errors import UserError
 from kd.models.forward import admit_functions
+from kd.models.quantization import is_quantised
 from kd.models.sharding import is_sharded
 from kd.training.settings import processes
 
@@ -78,6 +79,11 @@ def refuse_wrapping(recipe: StageRecipe) -> None:
                 f"it would train as {words(state.distributed_type, state.num_processes)} and not say so. "
                 "allow_fallback=true trains so; recipes/accelerate/ddp.yaml asks for no more than that."
             )
+    elif recipe.quantization is not None:
+        raise UserError(
+            f"quantization: {recipe.quantization}: FSDP2 cannot split quantised weights; use DDP "
+            "(recipes/accelerate/ddp.yaml), or remove it"
+        )
     elif recipe.merge:
         raise UserError(
             "merge: true: under FSDP2 no process has all weights to merge into; remove it, and merge the finished run: "
@@ -112,6 +118,8 @@ def wrap(args: TrainingArguments, student: nn.Module, teachers: Iterable[nn.Modu
         return
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     for model in (student, *teachers):
+        if is_quantised(model):
+            raise UserError("FSDP2 cannot split weights that are quantised in a checkpoint's files; use DDP")
         if not is_sharded(model):
             fsdp2_prepare_model(accelerator, model)
 

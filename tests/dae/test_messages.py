@@ -77,6 +77,8 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no rows given": (nothing, ("sft", "--base", "base", "--output", "out")),
     "shares that are not 1": (nothing, (*ALIGN, "data.general.0.share=0.5", "data.domain.0.share=0.6")),
     "early stopping without an eval set": (nothing, (*SFT, "early_stopping_patience=2")),
+    "quantised weights that would train": (nothing, (*SFT, "quantization=nf4", "lora=null")),
+    "merging into a quantised base": (nothing, (*SFT, "quantization=nf4", "merge=true")),
     "no such recipe": (nothing, ("sft", "--recipe", "nowhere.yaml")),
     "recipe that is no YAML": (write("r.yaml", "base: [\n"), ("sft", "--recipe", "r.yaml")),
     "key twice": (write("r.yaml", "base: base\nbase: other\n"), ("sft", "--recipe", "r.yaml")),

@@ -167,10 +167,17 @@ def test_less_than_asked_for_can_be_allowed(world: Path) -> None:
     assert summary_of(world / "student")["wrapping"] == "1 process"
 
 
-def test_merging_is_refused_where_no_process_has_all_weights(world: Path) -> None:
-    ended = ranks(align_command("merge=true"), world, environment=SHARDED)
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("merge=true", "under FSDP2 no process has all weights to merge into"),
+        ("quantization=nf4", "FSDP2 cannot split quantised weights"),
+    ],
+)
+def test_what_split_weights_cannot_do_is_refused(world: Path, key: str, words: str) -> None:
+    ended = ranks(align_command(key), world, environment=SHARDED)
     assert [rank.status for rank in ended] == [2, 2]
-    assert "under FSDP2 no process has all weights to merge into" in ended[0].err
+    assert words in ended[0].err
     assert not (world / "student").exists()
 
 
