@@ -264,7 +264,8 @@ NOTES = """## How it was done
   GKD computes.
 - **three-models** is written with care: each row passes its own teacher alone, softmax at response positions only. What
   is usually written costs more ([step_cost.md](step_cost.md)).
-- **First step.** Before it trains, `dae align` measures the KL of at most 64 rows of each file; the others do not.
+- **First step.** Before it trains, `dae align` measures the KL of a few rows of each file (at most 64, about 4,096
+  tokens); the others do not.
   `dae-align` has `start=base`. `dae-align-auto` has the default `start=auto`, which measures that sample at several
   starts. Data set caches are empty at each start.
 - **Rows** are random letters, one token each, without padding; weights are random.

@@ -47,7 +47,7 @@ DISTILL = [
 STAGES: Mapping[str, Sequence[str]] = {
     "align, LoRA, all roles on one backbone": ["align", "--recipe", "align.yaml"],
     "align, LoRA, gradient checkpointing": ["align", "--recipe", "align.yaml", "train.gradient_checkpointing=true"],
-    "align, LoRA, from 0.3": ["align", "--recipe", "align.yaml", "start=0.3"],
+    "align, LoRA, from a point between the experts": ["align", "--recipe", "align.yaml", "start={domain0: 0.3, domain1: 0.2}"],
     "align, all weights": ["align", "--recipe", "align.yaml", "lora=null", "train.learning_rate=1e-3"],
     "align, teachers with weights of their own": ["align", "--recipe", "align.yaml", *OWN_WEIGHTS],
     "distill, attention maps and hidden states": ["distill", *DISTILL],
