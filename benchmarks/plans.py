@@ -39,6 +39,7 @@ OWN_WEIGHTS = [
     "expert.domain0=experts/domain0-merged", "expert.domain1=experts/domain1-merged",
     "reference=experts/domain1-merged",
 ]  # fmt: skip
+BETWEEN = "start={domain0: 0.3, domain1: 0.2}"
 DISTILL = [
     "--base", "base", "--teacher", "experts/domain0-merged", "--data", "general.jsonl", "attention.weight=0.5",
     "hidden.weight=0.5", "hidden.loss=mse", "lora.rank=4", f"train.max_steps={SETTING.steps}",
@@ -47,7 +48,7 @@ DISTILL = [
 STAGES: Mapping[str, Sequence[str]] = {
     "align, LoRA, all roles on one backbone": ["align", "--recipe", "align.yaml"],
     "align, LoRA, gradient checkpointing": ["align", "--recipe", "align.yaml", "train.gradient_checkpointing=true"],
-    "align, LoRA, from a point between the experts": ["align", "--recipe", "align.yaml", "start={domain0: 0.3, domain1: 0.2}"],
+    "align, LoRA, from a point between the experts": ["align", "--recipe", "align.yaml", BETWEEN],
     "align, all weights": ["align", "--recipe", "align.yaml", "lora=null", "train.learning_rate=1e-3"],
     "align, teachers with weights of their own": ["align", "--recipe", "align.yaml", *OWN_WEIGHTS],
     "distill, attention maps and hidden states": ["distill", *DISTILL],
