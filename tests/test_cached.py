@@ -48,7 +48,9 @@ def test_the_page_shows_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / "costs.json").write_text(json.dumps({"repeats": 3, "kinds": costs}))
     page = cached.markdown(cached.results())
     assert "| live teachers | 3 | 50.0 (50.0 to 50.0) |" in page
-    assert f"| live teachers | {len(SEEDS['category'])} | 50.0 |" in page and "int8`, minus" not in page
+    seeds = len(SEEDS["category"])
+    assert f"| live teachers | {seeds} | 50.0 (50.0 to 50.0) | 0.500 (0.500 to 0.500) |" in page
+    assert "int8`, minus" not in page
     assert "| `kind: sampled, samples: 12`, minus live | 3 | 0.0 (0.0 to 0.0) |" in page
     assert "| `kind: sampled, samples: 12` | 1.00 | 20 | 1.50 | 0.75 |" in page
     assert all("int8" in line for line in cached.missing_commands())
