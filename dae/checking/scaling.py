@@ -54,7 +54,7 @@ def scaled_memory(plan: Plan, scaling: Scaling) -> list[Item]:
     part = partial(part_of, processes=scaling.processes)
     items = memory(plan, part)
     student = plan.roles.student.model
-    if plan.args.bf16 and student_dtype(plan.recipe) == torch.bfloat16:
+    if plan.args.bf16 and plan.recipe.lora is None and student_dtype(plan.recipe) == torch.bfloat16:
         upcast = torch.float32.itemsize - torch.bfloat16.itemsize
         items.append(Item("student in float32 (mixed precision)", trainable(plan.roles.student, part) * upcast))
     of_student = groups(student, plan, scaling)
@@ -122,9 +122,9 @@ def gathered_apart(model: nn.Module) -> list[nn.Module]:
     kinds = set(inner._no_split_modules or ())
     found = [module for module in inner.modules() if type(module).__name__ in kinds]
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
-    if embedding is not None and getattr(embedding, "weight", None) is not getattr(head, "weight", None):
-        found.append(embedding)
-    return found
+    weight = getattr(embedding, "weight", None)
+    is_tied = weight is not None and weight is getattr(head, "weight", None)
+    return [*found, embedding] if embedding is not None and not is_tied else found
 
 
 def gradient_bytes(plan: Plan, scaling: Scaling) -> int:
