@@ -16,6 +16,8 @@ from dae.checking.estimates import Item, disk, memory, tokens_of_run
 from dae.checking.loss_shares import LossShare, loss_shares
 from dae.checking.overlap import overlaps
 from dae.checking.plan import Plan, make_plan
+from dae.checking.processes import Scaling
+from dae.checking.scaling import communication, scaled_memory
 from dae.checking.starting import measured_start
 from kd.cache.plans import refuse_small_disk
 from kd.cache.store import bytes_per_token
@@ -35,10 +37,17 @@ ROWS_SHOWN = 2  # per route
 CHARACTERS_SHOWN = 240  # per segment of a row
 
 
-def check(stage: AnyStage, recipe: StageRecipe, console: Console | None = None, *, load_weights: bool = False) -> None:
+def check(
+    stage: AnyStage,
+    recipe: StageRecipe,
+    console: Console | None = None,
+    *,
+    load_weights: bool = False,
+    scaling: Scaling | None = None,
+) -> None:
     """Print what the run would do. Raises UserError with everything that would stop it.
 
-    load_weights: also where the student would start.
+    load_weights: also where the student would start. scaling: also what it would take on these processes.
     """
     plan = make_plan(stage, recipe)
     console = console or Console(highlight=False)
@@ -46,6 +55,8 @@ def check(stage: AnyStage, recipe: StageRecipe, console: Console | None = None, 
     show_rows(console, plan)
     show_eval_sets(console, plan.recipe.data, plan.data)
     show_effort(console, plan)
+    if scaling is not None:
+        show_scaling(console, plan, scaling)
     show_cache(console, plan)
     if load_weights:
         show_start(console, stage, plan)
@@ -192,6 +203,27 @@ def show_effort(console: Console, plan: Plan) -> None:
         console.print(f"[bold]warning:[/] {folder} has only {in_words(free)} free", soft_wrap=True)
 
 
+def show_scaling(console: Console, plan: Plan, scaling: Scaling) -> None:
+    """Memory of one process alone and of each of several, and what each sends in an optimizer step."""
+    alone, scaled = memory(plan), scaled_memory(plan, scaling)
+    table = plain_table(f"memory of a process, {scaling.name}", "1 process", f"each of {scaling.processes}")
+    table.add_row("together", *(in_words(sum(item.bytes for item in items)) for items in (alone, scaled)))
+    for index, item in enumerate(scaled):
+        table.add_row(item.name, in_words(alone[index].bytes) if index < len(alone) else "", in_words(item.bytes))
+    console.print()
+    console.print(table)
+    show_items(console, "sent by each process in a step", communication(plan, scaling))
+    args = plan.args
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    console.print(
+        f"A step of {scaling.processes} processes has {args.per_device_train_batch_size} x "
+        f"{args.gradient_accumulation_steps} x {scaling.processes} = {rows * scaling.processes:,} rows (rows of a "
+        "process x train.gradient_accumulation_steps x processes); steps and rows above are those of "
+        f"{args.world_size} process.",
+        soft_wrap=True,
+    )
+
+
 def show_cache(console: Console, plan: Plan) -> None:
     """The rows that teachers answer once, and what that takes on disk. Raises MachineError where the disk is small."""
     if not plan.cache:
@@ -233,8 +265,8 @@ def show_items(console: Console, title: str, items: Sequence[Item]) -> None:
 
 
 def in_words(count: float) -> str:
-    power = min(3, int(math.log(count, 1000))) if count >= 1 else 0
-    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"
+    power = min(4, int(math.log(count, 1000))) if count >= 1 else 0
+    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def plain_table(first: str, *others: str) -> Table:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dae.checking.plan import Plan
 from kd.config.stage_recipe import Quantization
@@ -37,14 +37,20 @@ LIVE_BLOCKS = 6  # both sides' probabilities and their logarithms, gradient, one
 LIVE_MAP_CHUNKS = 8
 
 
+Size = Callable[[Tensor], int]
+
+
 @dataclass(frozen=True)
 class Item:
     name: str
     bytes: float
 
 
-def weights(plan: Plan) -> list[Item]:
-    """A run's models in memory: each copy of full weights once, adapters, trained weights."""
+def weights(plan: Plan, size: Size = Tensor.numel) -> list[Item]:
+    """A run's models in memory: each copy of full weights once, adapters, trained weights.
+
+    size: elements of a weight that this process holds.
+    """
     recipe, roles = plan.recipe, plan.roles
     element, items = plan.settings.dtype.itemsize, list[Item]()
     adapters: dict[tuple[int, str], Item] = {}
@@ -56,29 +62,29 @@ def weights(plan: Plan) -> list[Item]:
         if not student_trains:
             names = ", ".join(role.name for role in sharing)
             name = f"base: {names}" if model is roles.shared else names
-            items.append(Item(name, weight_bytes(model, element, recipe.quantization)))
+            items.append(Item(name, weight_bytes(model, element, recipe.quantization, size)))
         for role in sharing:
             if role.adapter is not None and role is not roles.student:
-                adapters.setdefault((id(model), role.adapter), Item(f"{role.name} adapter", adapter_bytes(role)))
+                adapters.setdefault((id(model), role.adapter), Item(f"{role.name} adapter", adapter_bytes(role, size)))
     items.sort(key=lambda item: not item.name.startswith("base: "))
     items += adapters.values()
-    if count := sum(w.numel() for name, w in roles.student.model.named_parameters() if is_training_only(name)):
+    if count := sum(size(w) for name, w in roles.student.model.named_parameters() if is_training_only(name)):
         items.append(Item("projections, their gradients and AdamW", count * (4 + GRADIENT_BYTES + ADAMW_BYTES)))
     if heads := cached_heads(plan):
         items.append(Item("output layers of cached teachers", heads * element))
-    size = ADAPTER_BYTES if recipe.lora else student_dtype(recipe).itemsize
+    each = ADAPTER_BYTES if recipe.lora else student_dtype(recipe).itemsize
     name = "student adapter" if recipe.lora else "student, all weights"
-    return [*items, Item(name, trainable(roles.student) * size)]
+    return [*items, Item(name, trainable(roles.student, size) * each)]
 
 
 def cached_heads(plan: Plan) -> int:
     """Elements of the output layers that come with cached teachers; the frozen base's own is there already."""
-    base = plan.inputs["base"].fingerprint
     on_base = plan.recipe.lora is not None
     apart = {
         one.key.fingerprint: one.head_shape[0] * one.head_shape[1]
         for one in plan.cache.values()
-        if one.key.kind == "hidden" and not (on_base and base in (one.key.fingerprint, one.key.base))
+        if one.key.kind == "hidden"
+        and not (on_base and plan.inputs["base"].fingerprint in (one.key.fingerprint, one.key.base))
     }
     return sum(apart.values())
 
@@ -88,15 +94,15 @@ def is_training_only(name: str) -> bool:
     return TRAINING_ONLY in name.split(".")
 
 
-def parameters(model: nn.Module) -> int:
+def parameters(model: nn.Module, size: Size = Tensor.numel) -> int:
     """Number of weights without adapters and training-only ones; tied weights once."""
     others = {TRAINING_ONLY, *getattr(model, "peft_config", ())}
-    return sum(weight.numel() for name, weight in model.named_parameters() if not others & {*name.split(".")})
+    return sum(size(weight) for name, weight in model.named_parameters() if not others & {*name.split(".")})
 
 
-def weight_bytes(model: nn.Module, element: int, quantization: Quantization | None) -> int:
-    """Of a model's weights in memory; element: bytes of one that is not quantised."""
-    whole = parameters(model) * element
+def weight_bytes(model: nn.Module, element: int, quantization: Quantization | None, size: Size = Tensor.numel) -> float:
+    """Of a model's weights in memory; element: bytes of one that is not quantised. Quantised ones are never split."""
+    whole = parameters(model, size) * element
     if quantization is None:
         return whole
     layers = list(quantised_shapes(model))
@@ -110,19 +116,22 @@ def dequantised_bytes(plan: Plan) -> int:
     return max(sizes, default=0) * plan.settings.dtype.itemsize
 
 
-def adapter_bytes(role: Role) -> int:
-    of_role = (w.numel() for name, w in role.model.named_parameters() if role.adapter in name.split("."))
+def adapter_bytes(role: Role, size: Size = Tensor.numel) -> int:
+    of_role = (size(w) for name, w in role.model.named_parameters() if role.adapter in name.split("."))
     return sum(of_role) * ADAPTER_BYTES
 
 
-def trainable(student: Role) -> int:
+def trainable(student: Role, size: Size = Tensor.numel) -> int:
     """Number of the student's weights that train and are published."""
     weights = student.model.named_parameters()
-    return sum(weight.numel() for name, weight in weights if weight.requires_grad and not is_training_only(name))
+    return sum(size(weight) for name, weight in weights if weight.requires_grad and not is_training_only(name))
 
 
-def memory(plan: Plan) -> list[Item]:
-    """Peak memory of one process, by part: weights per role, training state, activations, one chunk of the loss."""
+def memory(plan: Plan, size: Size = Tensor.numel) -> list[Item]:
+    """Peak memory of one process, by part: weights per role, training state, activations, one chunk of the loss.
+
+    size: elements of a weight that this process holds.
+    """
     recipe, args, settings, roles = plan.recipe, plan.args, plan.settings, plan.roles
     config = text_config(roles.student.model)
     width, layers = config.hidden_size, config.num_hidden_layers
@@ -145,8 +154,8 @@ def memory(plan: Plan) -> list[Item]:
             terms.append(Item("attention: queries and keys until the loss, and their gradients", held))
             maps = LIVE_MAP_CHUNKS * 4 * chunk
     return [
-        *weights(plan),
-        Item("gradients and AdamW", trainable(roles.student) * (GRADIENT_BYTES + ADAMW_BYTES)),
+        *weights(plan, size),
+        Item("gradients and AdamW", trainable(roles.student, size) * (GRADIENT_BYTES + ADAMW_BYTES)),
         Item(f"{name}, {args.per_device_train_batch_size} x {longest} tokens", kept),
         *terms,
         *([Item("one layer, dequantised", dequantised_bytes(plan))] if recipe.quantization else []),

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from dae.checking.processes import asked_scaling
 from dae.commands.recipe_command import Assignments
 from dae.commands.stage_or_recipe import RECIPE_FORM, RecipeArgument, StageOption, as_command, recipe_of_file
-from dae.commands.stages import check_stage, stage_command
+from dae.commands.stages import PlanOption, ProcessesOption, check_stage, stage_command
 from dae.stages import STAGES
 
 
@@ -44,6 +45,9 @@ def checks() -> None:
     Without --stage its keys decide: align if it has `expert`, distill if it
     has `teacher`, else sft.
 
+    --processes 8 --plan fsdp2 also shows what a run of 8 processes takes on
+    each, and what it sends in a step.
+
     For a file named like a stage, write ./align.
     """
 
@@ -55,6 +59,9 @@ def check_recipe(
     weights: Annotated[
         bool, typer.Option("--weights", help="also load the weights and measure where training starts")
     ] = False,
+    processes: ProcessesOption = None,
+    plan: PlanOption = None,
 ) -> None:
     """Check a recipe file."""
-    check_stage(*recipe_of_file(recipe, assignments, stage, "check", list(STAGES)), weights)
+    scaling = asked_scaling(processes, plan)
+    check_stage(*recipe_of_file(recipe, assignments, stage, "check", list(STAGES)), weights, scaling)

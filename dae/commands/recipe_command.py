@@ -29,8 +29,8 @@ def recipe_command(
 ) -> Callable[..., None]:
     """The command that builds a recipe of this schema and runs it.
 
-    run: gets the recipe, and every switch by its name, True where it was given. switches: options without a value, by
-    name; key_switches: those that set the recipe's key of their name, and do not go to `run`.
+    run: gets the recipe, and every switch by its name, None where it was not given. switches: options of the command
+    itself, by name; key_switches: those that set the recipe's key of their name, and do not go to `run`.
     """
     flags = schema.flags if OUTPUT.name in {flag.name for flag in schema.flags} else (*schema.flags, OUTPUT)
     options: dict[str, Any] = {"assignments": Assignments}
@@ -41,7 +41,7 @@ def recipe_command(
         values, names = schema.from_flags(given)
         values |= {name: given[name] for name in key_switches or ()}
         recipe = load_recipe(schema, given["recipe"], values, given["assignments"] or [], names)
-        run(recipe, **{name: bool(given[name]) for name in switches or ()})
+        run(recipe, **{name: given[name] for name in switches or ()})
 
     kind = inspect.Parameter.KEYWORD_ONLY
     signature = [inspect.Parameter(name, kind, default=None, annotation=option) for name, option in options.items()]

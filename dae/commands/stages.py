@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dae.checking.processes import Scaling, asked_scaling
 from dae.commands.recipe_command import recipe_command
 from dae.stages import STAGES, StageEntry
 from kd.config.stage_recipe import StageRecipe
@@ -20,24 +21,35 @@ if TYPE_CHECKING:
 
 KEY_SWITCHES = {"merge": Annotated[bool | None, typer.Option("--merge", help="also write merged full weights")]}
 SECONDS_FOR_FIRST_RANK = 10  # to end with its message, and the launcher to end the others
+ProcessesOption = Annotated[
+    int | None, typer.Option("--processes", metavar="N", help="with --check: also for N processes; needs --plan")
+]
+PlanOption = Annotated[
+    str | None, typer.Option("--plan", metavar="PLAN", help="of these processes: ddp, or fsdp2, which splits weights")
+]
 SWITCHES = {
     "check": Annotated[bool | None, typer.Option("--check", help="only check, as `dae check` does; train nothing")],
     "load_weights": Annotated[
         bool | None, typer.Option("--weights", help="with --check: load the weights and measure where training starts")
     ],
+    "processes": ProcessesOption,
+    "plan": PlanOption,
 }
 
 
 def stage_command(name: str) -> Callable[..., None]:
     entry = STAGES[name]
 
-    def run(recipe: StageRecipe, check: bool, load_weights: bool) -> None:
+    def run(
+        recipe: StageRecipe, check: bool | None, load_weights: bool | None, processes: int | None, plan: str | None
+    ) -> None:
         if check:
-            check_stage(entry, recipe, load_weights)
-        elif load_weights:
-            raise UserError(f"--weights: works with --check only: dae check {name} ... --weights")
-        else:
-            run_stage(entry, recipe)
+            check_stage(entry, recipe, bool(load_weights), asked_scaling(processes, plan))
+            return
+        for option, value in (("--weights", load_weights), ("--processes", processes), ("--plan", plan)):
+            if value:
+                raise UserError(f"{option}: works with --check only: dae check {name} ... {option}")
+        run_stage(entry, recipe)
 
     return recipe_command(entry.recipe, run, SWITCHES, KEY_SWITCHES)
 
@@ -48,11 +60,13 @@ def run_stage(entry: StageEntry, recipe: StageRecipe) -> None:
     report_run(run_stage(entry.load(), recipe))
 
 
-def check_stage(entry: StageEntry, recipe: StageRecipe, load_weights: bool = False) -> None:
+def check_stage(
+    entry: StageEntry, recipe: StageRecipe, load_weights: bool = False, scaling: Scaling | None = None
+) -> None:
     """Show what a run of this recipe would do. Raises UserError with everything that would stop it."""
     from dae.checking.check import check
 
-    check(entry.load(), recipe, load_weights=load_weights)
+    check(entry.load(), recipe, load_weights=load_weights, scaling=scaling)
 
 
 def report_run(result: RunResult) -> None:
