@@ -72,8 +72,7 @@ def _of_base(adapter_folder: str | Path, key: str) -> str | None:
 def changed_inputs(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """One line for each input of a run whose content differs, as far as both records have it.
 
-    The number of processes counts among them: it decides how many rows make an optimizer step. Tokens are
-    compared only if the rows are the same.
+    Tokens are compared only if the rows are the same.
     """
     records = (recorded, current)
     before, now = (_sources(record) for record in records)
@@ -92,7 +91,7 @@ def changed_inputs(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> l
 def _contents(provenance: Mapping[str, Any]) -> dict[str, Any]:
     models = {f"content of {role}": sha256 for role, sha256 in provenance["inputs"].items()}
     rows = {f"content of {name}": source["sha256"] for name, source in _sources(provenance).items()}
-    return {"processes": provenance.get("processes", 1), **models, **rows}
+    return {**models, **rows}
 
 
 def _sources(provenance: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

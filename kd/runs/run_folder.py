@@ -47,7 +47,7 @@ from kd.runs.files import (
     write_text_durably,
 )
 from kd.runs.provenance import FINISHED, PROVENANCE, TOOLKIT, DataInput, changed_inputs, read_provenance
-from kd.runs.settings import changed, recipe_values, recorded_recipe, refuse_changes
+from kd.runs.settings import as_rows_per_step, changed, recipe_values, recorded_recipe, refuse_changes
 
 logger = logging.getLogger("dae")
 
@@ -172,7 +172,11 @@ class RunFolder:
     def _changes(self, before: Mapping[str, Any], start: Start) -> list[str]:
         if stage := changed({"stage": before.get("stage")}, {"stage": start.stage}):
             return stage  # all else follows from it
-        recipes = recorded_recipe(self.path / RECIPE, type(start.recipe)), recipe_values(start.recipe)
+        recorded = recorded_recipe(self.path / RECIPE, type(start.recipe))
+        recipes = (
+            as_rows_per_step(recorded, before.get("processes", 1)),
+            as_rows_per_step(recipe_values(start.recipe), start.processes),
+        )
         return changed(*recipes) + changed_inputs(before, start.provenance())
 
     def _check_published(self) -> None:

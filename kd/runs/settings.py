@@ -8,6 +8,7 @@ as far as both sides have them.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from kd.config.schema import Frozen
 from kd.errors import UserError
 
 PACE = re.compile(r"(expert\.[^.]+|reference|teacher)\.(requests_per_minute|concurrency)")  # of a teacher on a server
+DEFAULT_BATCH_SIZE = 8  # rows of a micro-batch where a recipe names none
 NOWHERE = os.path.join(os.sep, ".recorded")  # an output that contains nothing
 
 _ABSENT = object()
@@ -54,6 +56,18 @@ def recipe_values(recipe: Frozen) -> dict[str, Any]:
     """A recipe's values by dotted key, without where things lie (`output`, `cache.path`) and a server's pace."""
     values = flat(json.loads(recipe.model_dump_json(by_alias=True, exclude={"output"})))
     return {key: value for key, value in values.items() if key != "cache.path" and not PACE.fullmatch(key)}
+
+
+def as_rows_per_step(values: Mapping[str, Any], processes: int) -> dict[str, Any]:
+    """A stage's values with the rows of an optimizer step in place of how the step is cut.
+
+    Rows follow from seed and step alone, so that a run goes on with another micro-batch, accumulation or number of
+    processes, as long as their product is the same.
+    """
+    cut = (("train.per_device_train_batch_size", DEFAULT_BATCH_SIZE), ("train.gradient_accumulation_steps", 1))
+    rows = processes * math.prod(int(values.get(key, default)) for key, default in cut)
+    kept = {key: value for key, value in values.items() if key not in dict(cut)}
+    return {**kept, "rows of an optimizer step (batch size x accumulation x processes)": rows}
 
 
 def changed_settings(recorded: Mapping[str, Any], current: Mapping[str, Any], schema: type[Frozen]) -> list[str]:

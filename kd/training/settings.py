@@ -12,6 +12,7 @@ from kd.config.stage_recipe import StageRecipe
 from kd.data.mixing import Mixture
 from kd.errors import UserError
 from kd.models.roles import LoadSettings
+from kd.runs.settings import DEFAULT_BATCH_SIZE
 
 
 def processes() -> PartialState:
@@ -49,7 +50,7 @@ def training_arguments(recipe: StageRecipe, settings: LoadSettings) -> TrainingA
         "num_train_epochs": 2,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
-        "per_device_train_batch_size": 8,
+        "per_device_train_batch_size": DEFAULT_BATCH_SIZE,
         "save_steps": 0.1,
         "save_total_limit": 2,
         "logging_steps": 10,

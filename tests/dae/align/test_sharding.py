@@ -97,21 +97,28 @@ def test_teachers_of_their_own_are_split_too(world: Path, lora: str) -> None:
 
 @pytest.mark.slow
 def test_stopped_runs_go_on_split_or_not(world: Path) -> None:
-    """A checkpoint is that of one process: it goes on under another number of processes, split or not."""
+    """A checkpoint is that of one process: it goes on under another number of them with the same rows in a step."""
     one = run(*cut(8, 1), "start=base", output="one")
     in_step_five = Signal("kd.training.trainer:RoutedTrainer.training_step", 5, signal.SIGTERM)
-    command = align_command(*cut(4, 1), "start=base", output="two")
-    stopped = ranks(command, world, [[], [in_step_five]], SHARDED)
-    assert [rank.status for rank in stopped] == [143, 143], stopped[0].err
-    sharded(command, world)
-    assert_same_student(one, Path("two"))
-    assert summary_of(Path("two"))["wrapping"] == "2 processes, FSDP2"
 
-    command = align_command(*cut(4, 1), "start=base", output="three")
-    assert [rank.status for rank in ranks(command, world, [[], [in_step_five]], SHARDED)] == [143, 143]
-    assert [rank.status for rank in ranks(command, world)] == [0, 0]  # DDP
-    assert_same_student(one, Path("three"))
-    assert summary_of(Path("three"))["wrapping"] == "2 processes, DDP"
+    def stopped(output: str) -> None:
+        command = align_command(*cut(4, 1), "start=base", output=output)
+        ended = ranks(command, world, [[], [in_step_five]], SHARDED)
+        assert [rank.status for rank in ended] == [143, 143], ended[0].err
+
+    for output, batch, count, plan, wrapping in (
+        ("again", (4, 1), 2, SHARDED, "2 processes, FSDP2"),
+        ("more", (2, 1), 4, SHARDED, "4 processes, FSDP2"),
+        ("whole", (2, 2), 2, {}, "2 processes, DDP"),
+    ):
+        stopped(output)
+        ended = ranks(align_command(*cut(*batch), "start=base", output=output), world, [()] * count, plan)
+        assert [rank.status for rank in ended] == [0] * count, ended[0].err
+        assert summary_of(Path(output))["wrapping"] == wrapping
+        assert_same_student(one, Path(output))
+    stopped("alone")
+    assert cli.run(align_command(*cut(4, 1), "start=base", output="alone")) == 2  # other rows in a step
+    assert_same_student(one, run(*cut(8, 1), "start=base", output="alone"))
 
 
 @pytest.mark.slow
