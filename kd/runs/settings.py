@@ -62,8 +62,10 @@ def as_rows_per_step(values: Mapping[str, Any], processes: int) -> dict[str, Any
     """A stage's values with the rows of an optimizer step in place of how the step is cut.
 
     Rows follow from seed and step alone, so that a run goes on with another micro-batch, accumulation or number of
-    processes, as long as their product is the same.
+    processes, as long as their product is the same. Not with `router_aux_loss`: that is a mean over a micro-batch.
     """
+    if values.get("router_aux_loss"):
+        return {**values, "processes": processes}
     cut = (("train.per_device_train_batch_size", DEFAULT_BATCH_SIZE), ("train.gradient_accumulation_steps", 1))
     rows = processes * math.prod(int(values.get(key, default)) for key, default in cut)
     kept = {key: value for key, value in values.items() if key not in dict(cut)}

@@ -147,6 +147,7 @@ class RoutedTrainer(Trainer):
     ) -> Tensor:
         assert isinstance(num_items_in_batch, Tensor) and not return_outputs
         sums = route_sums(model, inputs, self.objective, with_teachers=self.objective.trains_with_teachers)
+        assert sums.loss.dtype.itemsize >= 4, "a wrapper has rounded the loss"
         self._window.add(sums)
         objective = self.objective
         if (budget := self.budget) is not None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from transformers import TrainingArguments
@@ -117,11 +118,18 @@ def wrap(args: TrainingArguments, student: nn.Module, teachers: Iterable[nn.Modu
     if not shards():
         return
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    keep_precise_outputs(accelerator.state.fsdp_plugin)
     for model in (student, *teachers):
         if is_quantised(model):
             raise UserError("FSDP2 cannot split weights that are quantised in a checkpoint's files; use DDP")
         if not is_sharded(model):
             fsdp2_prepare_model(accelerator, model)
+
+
+def keep_precise_outputs(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Under mixed precision accelerate would round what a forward pass returns: here losses, summed in float32."""
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def wrapping(accelerator: Accelerator) -> str:

@@ -202,3 +202,14 @@ def test_distill_with_attention_and_hidden_states(world: Path) -> None:
     file = "checkpoints/step-000004/training_only.safetensors"
     for name, weight in load_file(Path("one") / file).items():
         torch.testing.assert_close(load_file(Path("two") / file)[name], weight, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_mixed_precision_leaves_losses_in_float32(world: Path) -> None:
+    """accelerate would round what the forward pass returns, and with it the weight of each route in the gradient."""
+    more = [SIX, "lora=null", "train.bf16=true", "train.learning_rate=1e-3", "start=base"]
+    sharded(align_command(*cut(4, 1), *more, output="two"), world)
+    assert dae(align_command(*cut(8, 1), *more, output="one"), world, proof=False).status == 0
+    for first, second in zip(metrics_of(Path("one")), metrics_of(Path("two")), strict=True):
+        for key in ("loss", "domain/ntp"):
+            assert second.get(key, 0.0) == pytest.approx(first.get(key, 0.0), rel=2e-2), key
