@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -64,6 +65,21 @@ def run_in_forward(model: nn.Module, function: Callable[[], Output]) -> Output:
         output: Output = model(function=function)
         return output
     return function()
+
+
+@contextlib.contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Inside, `final_hidden_states` of this model computes in the dtype of its weights, as anybody does who opens it.
+
+    For training in mixed precision accelerate has put autocast around its forward pass, and kept what it was.
+    """
+    plain = vars(model).get("_original_forward")
+    if plain is not None:
+        vars(model)[_INSIDE] = plain
+    try:
+        yield
+    finally:
+        vars(model).pop(_INSIDE, None)
 
 
 def decoder_of(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from kd.data.stage_data import StageData
-from kd.models.forward import final_hidden_states, head_of
+from kd.models.forward import final_hidden_states, head_of, without_autocast
 from kd.models.merged import merged
 from kd.models.roles import STUDENT_ADAPTER, LoadSettings
 from kd.models.sharding import is_sharded
@@ -59,7 +59,8 @@ def final_evaluation(trainer: RoutedTrainer) -> Mapping[str, Any]:
 class Trained:
     """The student at the end of a run: a few tokens, its logits for them [T, V], and its weights where they were split.
 
-    weights: by name in the model, on the main process; None where each process has all of them.
+    logits_TV: in the dtype in which they were computed. weights: by name in the model, on the main process; None where
+    each process has all of them.
     """
 
     probe_ids: Sequence[int]
@@ -72,9 +73,9 @@ def trained(trainer: RoutedTrainer, data: StageData) -> Trained:
     student = trainer.accelerator.unwrap_model(trainer.model)
     student.eval()
     ids = data.rows[0][0].input_ids[:32]
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(student):
         hidden = final_hidden_states(student, {"input_ids": torch.tensor([ids], device=trainer.args.device)})
-        logits_TV = head_of(student).logits(hidden[0]).cpu()
+        logits_TV = head_of(student).logits(hidden[0]).to("cpu", hidden.dtype)
     weights = gathered_student(student, is_main=trainer.args.should_save) if is_sharded(student) else None
     return Trained(list(ids), logits_TV, weights)
 

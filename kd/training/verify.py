@@ -65,13 +65,15 @@ def verify_saved(
     """Open `folder` in a fresh process and compare its logits on one row with those of the model it was saved from.
 
     An adapter folder is opened on the base that its adapter_config.json names, in the dtype of `settings` and
-    quantised as there; a full checkpoint in the dtype it was saved in. The fresh process uses the accelerator of
+    quantised as there; a full checkpoint in the dtype it was saved in, or in bfloat16 where that is how the trained
+    model computes (FSDP2's mixed precision). The fresh process uses the accelerator of
     `settings` if a second copy of the model fits beside the first, else the CPU.
 
     Args:
         folder: adapter folder (PEFT) or full checkpoint.
         probe_input_ids: T token ids of one row, without padding.
-        expected_logits_TV: [T, V] logits of the trained model in eval mode, any float dtype, on any device.
+        expected_logits_TV: [T, V] logits of the trained model in eval mode, on any device, in the dtype in which they
+            were computed.
         settings: how the run opens its models.
         base: what an adapter was trained on; a hub id is not asked for again.
 
@@ -93,6 +95,7 @@ def verify_saved(
     request = {
         "folder": str(folder),
         "dtype": str(settings.dtype).removeprefix("torch."),
+        "computed_in": str(expected_logits_TV.dtype).removeprefix("torch."),
         "attn_implementation": settings.attn_implementation,
         "trust_remote_code": settings.trust_remote_code,
         "device": settings.device,
@@ -153,7 +156,6 @@ def _compare(probe: str, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _open(request: Mapping[str, Any]) -> PreTrainedModel:
-    import torch
     from transformers import AutoModelForCausalLM
 
     folder = Path(request["folder"])
@@ -161,8 +163,9 @@ def _open(request: Mapping[str, Any]) -> PreTrainedModel:
     is_adapter = adapter_config.is_file()
     base = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"] if is_adapter else folder
     source = request["downloaded"].get(base, base)
+    full = "bfloat16" if request["computed_in"] == "bfloat16" else "auto"
     how: dict[str, Any] = {
-        "dtype": getattr(torch, request["dtype"]) if is_adapter else "auto",
+        "dtype": request["dtype"] if is_adapter else full,
         "attn_implementation": request["attn_implementation"],
         "trust_remote_code": request["trust_remote_code"],
         "use_safetensors": True,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from align_runs import HELD_OUT, assert_same_student, cut, held_out, run, start_of, trained_steps
 from pico import FAMILIES, make_checkpoint
-from processes import ROOT, Signal, ranks
+from processes import ROOT, Signal, dae, ranks
 from safetensors.torch import load_file
 from worlds import align_command, make_adapter, metrics_of
 
@@ -140,3 +140,11 @@ def test_every_family(world: Path, family: str, lora: str) -> None:
     assert cli.run([*command, lora, "start=base", "train.gradient_checkpointing=true"]) == 0
     assert start_of(Path("student"))["general"] == 0
     assert math.isfinite(trained_steps(Path("student"))[-1]["loss"])
+
+
+@pytest.mark.slow
+def test_mixed_precision_of_all_weights_is_proved_in_their_own(world: Path) -> None:
+    """The default of a GPU: float32 weights, products in bfloat16. The result is compared as anybody opens it."""
+    more = ["lora=null", "train.bf16=true", "train.learning_rate=1e-3", "train.max_steps=2", "start=base"]
+    ended = dae(align_command(*more), world)  # with the fresh process
+    assert ended.status == 0, ended.err
