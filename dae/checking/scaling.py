@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dae.checking.estimates import ADAPTER_BYTES, Item, is_training_only, memory, trainable
+from dae.checking.estimates import ADAPTER_BYTES, GRADIENT_BYTES, Item, is_training_only, memory, trainable
 from dae.checking.plan import Plan
 from dae.checking.processes import Scaling
 from kd.models.forward import unwrapped
@@ -130,15 +130,16 @@ def gathered_apart(model: nn.Module) -> list[nn.Module]:
 def gradient_bytes(plan: Plan, scaling: Scaling) -> int:
     """Bytes of all gradients of the student, with padding where they are split."""
     model, parts = plan.roles.student.model, scaling.processes if scaling.plan == "fsdp2" else 1
+    casts = scaling.plan == "fsdp2" and plan.args.bf16  # weights only: gradients are sent in float32
     return sum(
-        parts * part_of(weight, parts) * element_bytes(name, model, plan, scaling)
+        parts * part_of(weight, parts) * (GRADIENT_BYTES if casts else element_bytes(name, model, plan, scaling))
         for name, weight in model.named_parameters()
         if weight.requires_grad
     )
 
 
 def element_bytes(name: str, model: nn.Module, plan: Plan, scaling: Scaling) -> int:
-    """Bytes of an element of a weight, or of its gradient, as it is sent."""
+    """Bytes of an element of a weight as it is sent, and of its gradient without mixed precision."""
     if scaling.plan == "fsdp2" and plan.args.bf16:
         return torch.bfloat16.itemsize  # accelerate's mixed precision casts before it sends
     if is_training_only(name):

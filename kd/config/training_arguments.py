@@ -43,7 +43,7 @@ _ALLOWED = {
         trackio_bucket_id trackio_static_space_id""",
     "precision and memory": """bf16 bf16_full_eval tf32 gradient_checkpointing gradient_checkpointing_kwargs
         activation_checkpointing activation_checkpointing_kwargs torch_empty_cache_steps""",
-    "distributed": """ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+    "distributed": """ddp_backend ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
         ddp_static_graph""",
 }
 ALLOWED = frozenset(name for names in _ALLOWED.values() for name in names.split())
@@ -80,6 +80,7 @@ SET_BY_TOOLKIT = _split(
         "fsdp fsdp_config": "use accelerate launch --config_file recipes/accelerate/fsdp2.yaml",
         "deepspeed": "no stage was tested with it; FSDP2 splits the same weights (recipes/accelerate/fsdp2.yaml)",
         "local_rank": "torchrun sets it",
+        "ddp_timeout": "processes wait three hours for each other, as the first one writes and proves the result",
         "use_cpu": _DEVICE,
         "disable_tqdm": "progress is a bar in a terminal and lines elsewhere",
         "logging_nan_inf_filter": "a loss that is not finite must stop the run, not be hidden",

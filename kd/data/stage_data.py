@@ -65,11 +65,15 @@ def sampled_rows(rows: TokenRows) -> range:
 
     Fewer where they have more than SAMPLED_TOKENS tokens, prompts included, but no fewer than FEWEST_SAMPLED_ROWS.
     """
-    for most in range(SAMPLED_ROWS, FEWEST_SAMPLED_ROWS, -1):
-        chosen = range(0, len(rows), -(-len(rows) // most))
-        if int(rows.lengths[list(chosen)].sum()) <= SAMPLED_TOKENS:
-            return chosen
-    return range(0, len(rows), -(-len(rows) // FEWEST_SAMPLED_ROWS))
+    chosen = range(0, len(rows), -(-len(rows) // SAMPLED_ROWS))
+    every = 1
+    while len(chosen[:: every + 1]) >= FEWEST_SAMPLED_ROWS and tokens_of(rows, chosen[::every]) > SAMPLED_TOKENS:
+        every += 1
+    return chosen[::every]
+
+
+def tokens_of(rows: TokenRows, chosen: range) -> int:
+    return int(rows.lengths[list(chosen)].sum())
 
 
 LoadRows = Callable[..., tuple[list[TokenRows], list[SourceReport]]]

@@ -104,7 +104,9 @@ def distance_sum(
     with torch.autocast(hidden_ND.device.type, enabled=False):
         ours_NE, theirs_NE = hidden_ND.to(dtype), teacher_hidden_NE.detach().to(dtype)
         if projection is not None:
-            ours_NE = projection(ours_NE)
+            # In float32 also where FSDP2's mixed precision has cast it.
+            weight_ED: Any = projection.weight
+            ours_NE = nn.functional.linear(ours_NE, weight_ED.to(dtype))
         if distance == "cosine":
             return (1.0 - nn.functional.cosine_similarity(ours_NE, theirs_NE, dim=-1)).sum()
         return (ours_NE - theirs_NE).square().mean(-1).sum()

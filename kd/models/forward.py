@@ -25,10 +25,9 @@ from kd.models.sharding import class_of, is_sharded, whole
 # may have before that of position 0.
 _OF_POSITIONS = re.compile(r"(^|\.)[^.]*(wpe|pos)[^.]*")
 
-
 _MOST_ROWS_AHEAD = 8
-
 _INSIDE = "forward_pass_inside"  # of a model, while a function runs inside of its forward pass
+
 Output = TypeVar("Output")
 
 
@@ -62,6 +61,7 @@ def run_in_forward(model: nn.Module, function: Callable[[], Output]) -> Output:
     pass depends. Such a model must admit functions.
     """
     if isinstance(model, DistributedDataParallel) or is_sharded(model):
+        assert "forward" in vars(getattr(model, "module", model)), "admit_functions was not called"
         output: Output = model(function=function)
         return output
     return function()

@@ -151,17 +151,18 @@ def prepare(
     set_seed(recipe.seed)  # a new adapter is drawn from it, whatever went before
     loading = replace(settings, device="cpu") if shards() else settings  # each process keeps a part on its device
     roles = with_cached(stage, recipe, inputs, loading, cached, resume_from is None)
-    cached = {name: with_head_of_backbone(teacher, roles.student) for name, teacher in cached.items()}
+    if not shards():  # where weights are split, no process keeps the backbone's output layer
+        cached = {name: with_head_of_backbone(teacher, roles.student) for name, teacher in cached.items()}
     objective = stage.objective(recipe, replace(roles, teachers={**roles.teachers, **cached}))
     refuse_useless_router_loss(roles.student.model, recipe.router_aux_loss)
+    if recipe.merge:
+        refuse_unmergeable(roles.student.model)
+    wrap(args, roles.student.model, [role.model for role in roles.live_teachers.values()])
     for role in roles.all:
         refuse_unfit_rows(recipe, data, roles.vocabulary_rows, learned_positions(role.model))
         check_head(role, roles.vocabulary_rows)
         if recipe.data.packing:
             check_packing(role, roles.vocabulary_rows)
-    if recipe.merge:
-        refuse_unmergeable(roles.student.model)
-    wrap(args, roles.student.model, [role.model for role in roles.live_teachers.values()])
     collate_rows = collator(recipe, data)
     if resume_from is None:
         start = stage.start(recipe, roles, measurement(recipe, roles, objective, data, args))
@@ -223,13 +224,17 @@ def measurement(
 ) -> Callable[[], dict[str, float]]:
     """A function that gives the loss and KL of the student as it is, by route, on a fixed sample of training rows.
 
-    The teachers are asked once: they say the same of each student.
+    The teachers are asked once: they say the same of each student. All processes get the values of the first one, as
+    what they decide by them must be the same.
     """
     sample = sample_batches(data, collator(recipe, data), args.per_device_train_batch_size)
     answers: list[Mapping[int, TeacherLogits]] = []
 
     def measure() -> dict[str, float]:
-        return evaluate_routes(roles.student.model, sample, objective, args.device, answers)
+        values = [evaluate_routes(roles.student.model, sample, objective, args.device, answers)]
+        if processes().num_processes > 1:
+            broadcast_object_list(values)
+        return values[0]
 
     return measure
 

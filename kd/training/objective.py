@@ -156,6 +156,7 @@ def route_sums(
     loss_R, kl_R, ntp_R, *others = run_in_forward(
         model, lambda: _sums(model, batch, objective, with_teachers=with_teachers, views=views)
     )
+    assert loss_R.dtype.itemsize >= 4, "a wrapper has rounded the losses"
     terms = tuple(others[: len(objective.terms)])
     return RouteSums(loss_R, kl_R, ntp_R, tokens_R, terms, *others[len(terms) :])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import os
 from typing import Any
 
 import torch
@@ -14,10 +16,13 @@ from kd.errors import UserError
 from kd.models.roles import LoadSettings
 from kd.runs.settings import DEFAULT_BATCH_SIZE
 
+# How long processes wait for each other: the others for the first one, while it writes and proves a large result.
+PATIENCE = dt.timedelta(hours=3)
+
 
 def processes() -> PartialState:
     """This process among those that a launcher (torchrun, accelerate) started; alone without one."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=not torch.cuda.is_available(), **({"timeout": PATIENCE} if "RANK" in os.environ else {}))
 
 
 def load_settings(recipe: StageRecipe) -> LoadSettings:
@@ -55,7 +60,11 @@ def training_arguments(recipe: StageRecipe, settings: LoadSettings) -> TrainingA
         "save_total_limit": 2,
         "logging_steps": 10,
         "report_to": "none",
-        "bf16": not on_cpu and recipe.lora is None and settings.dtype == torch.bfloat16,
+        # Float32 weights with products in bfloat16; `dtype: bfloat16` has bfloat16 weights, and needs no autocast.
+        "bf16": not on_cpu
+        and recipe.lora is None
+        and settings.dtype == torch.bfloat16
+        and student_dtype(recipe) == torch.float32,
         "dataloader_pin_memory": not on_cpu,
         "ddp_find_unused_parameters": False,  # every trainable weight has its part in every row
         "optim": "adamw_torch",

@@ -33,6 +33,7 @@ from kd.training.gathering import (
     TRAINING_ONLY,
     gathered_optimizer,
     gathered_student,
+    is_training_only,
     scatter_student,
     scattered_optimizer,
     training_only_weights,
@@ -59,6 +60,7 @@ OVERRIDDEN = {
     "_save": "(self, output_dir=None, state_dict=None)",
     "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
     "_load_best_model": "(self)",
+    "_issue_warnings_after_load": "(self, load_result)",
     "_save_optimizer_and_scheduler": "(self, output_dir)",
     "_load_optimizer_and_scheduler": "(self, checkpoint)",
     "create_optimizer": "(self, model=None)",
@@ -112,6 +114,7 @@ class RoutedTrainer(Trainer):
         self.run_folder = run
         self.eval_batches = eval_batches or {}
         self._window = MetricsWindow(objective)
+        self._optimized: list[list[nn.Parameter]] = []  # see create_optimizer
 
     @property
     def budget(self) -> RouteBudget | None:
@@ -147,7 +150,6 @@ class RoutedTrainer(Trainer):
     ) -> Tensor:
         assert isinstance(num_items_in_batch, Tensor) and not return_outputs
         sums = route_sums(model, inputs, self.objective, with_teachers=self.objective.trains_with_teachers)
-        assert sums.loss.dtype.itemsize >= 4, "a wrapper has rounded the loss"
         self._window.add(sums)
         objective = self.objective
         if (budget := self.budget) is not None:
@@ -239,7 +241,7 @@ class RoutedTrainer(Trainer):
         if not self.args.should_save:
             return
         target = Path(output_dir or self.args.output_dir or "")
-        save_student(student, target, state_dict)
+        save_student(student, target, state_dict, by_module=True)
         if hasattr(student, TRAINING_ONLY):
             save_file(training_only_weights(student, state_dict), target / TRAINING_ONLY_WEIGHTS)
 
@@ -254,6 +256,16 @@ class RoutedTrainer(Trainer):
             weights = load_file(Path(resume_from_checkpoint) / TRAINING_ONLY_WEIGHTS)
             for name, weight in getattr(student, TRAINING_ONLY).state_dict().items():
                 put(weight, weights[name])
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that lacks a weight that trains: the run would go on with another one, silently."""
+        known = {name for name, _ in self.accelerator.unwrap_model(self.model).named_parameters()}
+        missing = [name for name in load_result.missing_keys if name in known and not is_training_only(name)]
+        if missing:
+            raise UserError(
+                f"{self.run_folder.path}: its checkpoint lacks {len(missing)} weights ({missing[0]}), so this run "
+                "cannot go on from it; choose another output"
+            )
 
     def _load_best_model(self) -> None:
         if self._is_split:
@@ -303,8 +315,12 @@ class RoutedTrainer(Trainer):
         schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
 
-def save_student(model: nn.Module, folder: Path, state_dict: Any = None) -> None:
-    """Write the student in PEFT format (adapter `default` in the root) or as full weights, without TRAINING_ONLY."""
+def save_student(model: nn.Module, folder: Path, state_dict: Any = None, *, by_module: bool = False) -> None:
+    """Write the student in PEFT format (adapter `default` in the root) or as full weights, without TRAINING_ONLY.
+
+    by_module: full weights under the names that they have in the model, for Trainer to load. transformers publishes a
+    mixture's experts under those of the architecture's first release.
+    """
     if isinstance(model, PeftModel):
         # No base weights, even if the embedding or the head has an adapter: training does not change them.
         model.save_pretrained(
@@ -315,7 +331,8 @@ def save_student(model: nn.Module, folder: Path, state_dict: Any = None) -> None
         if hasattr(model, TRAINING_ONLY):
             weights = model.state_dict() if state_dict is None else state_dict
             state_dict = {name: w for name, w in weights.items() if not name.startswith(f"{TRAINING_ONLY}.")}
-        model.save_pretrained(str(folder), state_dict=state_dict)  # type: ignore[operator]
+        save: Any = model.save_pretrained
+        save(str(folder), state_dict=state_dict, save_original_format=not by_module)
 
 
 def evaluate_routes(

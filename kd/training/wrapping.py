@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -46,6 +47,9 @@ _REFUSED = (
     ),
 )
 
+# Beginnings of names of optimizers of torch, which know split weights.
+_SPLIT_OPTIMIZERS = ("adamw_torch", "sgd", "rmsprop", "adagrad")
+
 
 def asks_for_fsdp() -> bool:
     """Whether the launcher's config asks for FSDP."""
@@ -64,6 +68,11 @@ def refuse_wrapping(recipe: StageRecipe) -> None:
             "accelerate launch was told to start several processes and started one, as it does with --cpu: leave --cpu "
             "out (without a GPU the processes use the CPU). allow_fallback=true trains in one process."
         )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        raise UserError(
+            f"accelerate's config: mixed_precision: {precision}: the recipe decides (dtype, train.bf16); set it to no"
+        )
     if not asks_for_fsdp():
         return
     version = os.environ.get("FSDP_VERSION", "1")
@@ -80,6 +89,11 @@ def refuse_wrapping(recipe: StageRecipe) -> None:
                 f"it would train as {words(state.distributed_type, state.num_processes)} and not say so. "
                 "allow_fallback=true trains so; recipes/accelerate/ddp.yaml asks for no more than that."
             )
+    elif not str(recipe.train.get("optim", "adamw_torch")).startswith(_SPLIT_OPTIMIZERS):
+        raise UserError(
+            f"train.optim: {recipe.train['optim']}: was not tested on weights that FSDP2 splits, on which several "
+            f"optimizers fail; use one of {', '.join(_SPLIT_OPTIMIZERS)}"
+        )
     elif recipe.quantization is not None:
         raise UserError(
             f"quantization: {recipe.quantization}: FSDP2 cannot split quantised weights; use DDP "
@@ -118,18 +132,30 @@ def wrap(args: TrainingArguments, student: nn.Module, teachers: Iterable[nn.Modu
     if not shards():
         return
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    keep_precise_outputs(accelerator.state.fsdp_plugin)
+    plugin = accelerator.state.fsdp_plugin
+    keep_float32(plugin)
+    policy, layers = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
     for model in (student, *teachers):
         if is_quantised(model):
             raise UserError("FSDP2 cannot split weights that are quantised in a checkpoint's files; use DDP")
-        if not is_sharded(model):
+        if is_sharded(model):
+            continue
+        # accelerate keeps what it found in the first model, and models may be of several architectures.
+        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = policy, layers
+        try:
             fsdp2_prepare_model(accelerator, model)
+        except ValueError as error:  # a layer class of the config that this model does not have
+            raise UserError(f"accelerate's config: {error} Remove fsdp_transformer_layer_cls_to_wrap.") from error
 
 
-def keep_precise_outputs(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Under mixed precision accelerate would round what a forward pass returns: here losses, summed in float32."""
+def keep_float32(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Losses and gradients stay in float32 under mixed precision, as they do under DDP and in one process.
+
+    accelerate would round what a forward pass returns, and add up gradients of micro-batches and processes in 16 bits.
+    """
     if plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+        policy = replace(plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32)
+        plugin.mixed_precision_policy = policy
 
 
 def wrapping(accelerator: Accelerator) -> str:

@@ -148,3 +148,18 @@ def test_mixed_precision_of_all_weights_is_proved_in_their_own(world: Path) -> N
     more = ["lora=null", "train.bf16=true", "train.learning_rate=1e-3", "train.max_steps=2", "start=base"]
     ended = dae(align_command(*more), world)  # with the fresh process
     assert ended.status == 0, ended.err
+
+
+@pytest.mark.slow
+def test_a_stopped_mixture_goes_on_with_its_experts(world: Path) -> None:
+    """transformers publishes a mixture's experts under other names than they have in the model."""
+    for folder, seed in (("base", 0), ("expert", 3)):
+        shutil.rmtree(world / folder)
+        make_checkpoint(world / folder, "mixtral", seed=seed)
+    more = [*cut(8, 1), "lora=null", "start=base", "train.learning_rate=1e-3", "train.max_steps=6"]
+    command = [word for word in align_command(*more, output="stopped") if word != "lora.rank=4"]
+    stop = Signal("kd.training.trainer:RoutedTrainer.training_step", 4, signal.SIGTERM)
+    assert dae(command, world, signals=[stop], proof=False).status == 143
+    assert cli.run(command) == 0
+    assert cli.run([*command, "--output", "one"]) == 0
+    assert_same_student(Path("one"), Path("stopped"))
