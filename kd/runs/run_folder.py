@@ -47,7 +47,7 @@ from kd.runs.files import (
     write_text_durably,
 )
 from kd.runs.provenance import FINISHED, PROVENANCE, TOOLKIT, DataInput, changed_inputs, read_provenance
-from kd.runs.settings import as_rows_per_step, changed, recipe_values, recorded_recipe, refuse_changes
+from kd.runs.settings import as_rows_per_step, changed, cut_of, recipe_values, recorded_recipe, refuse_changes
 
 logger = logging.getLogger("dae")
 
@@ -164,6 +164,8 @@ class RunFolder:
             if self._has_results():
                 raise
             return "new"  # a first try that trained no step leaves nothing to go on with
+        if self._is_cut_otherwise(before, start) and not self._has_results():
+            return "new"  # the recipe that is recorded is that of the first step
         if not (self.path / FINISHED).is_file():
             return "resume"
         self._check_published()
@@ -178,6 +180,11 @@ class RunFolder:
             as_rows_per_step(recipe_values(start.recipe), start.processes),
         )
         return changed(*recipes) + changed_inputs(before, start.provenance())
+
+    def _is_cut_otherwise(self, before: Mapping[str, Any], start: Start) -> bool:
+        """Whether the same rows of a step are cut into other micro-batches or processes."""
+        recorded = recorded_recipe(self.path / RECIPE, type(start.recipe))
+        return cut_of(recorded, before.get("processes", 1)) != cut_of(recipe_values(start.recipe), start.processes)
 
     def _check_published(self) -> None:
         for name, sha256 in self._finished()["files"].items():

@@ -24,6 +24,7 @@ from kd.errors import UserError
 
 PACE = re.compile(r"(expert\.[^.]+|reference|teacher)\.(requests_per_minute|concurrency)")  # of a teacher on a server
 DEFAULT_BATCH_SIZE = 8  # rows of a micro-batch where a recipe names none
+CUT = {"train.per_device_train_batch_size": DEFAULT_BATCH_SIZE, "train.gradient_accumulation_steps": 1}
 NOWHERE = os.path.join(os.sep, ".recorded")  # an output that contains nothing
 
 _ABSENT = object()
@@ -66,10 +67,14 @@ def as_rows_per_step(values: Mapping[str, Any], processes: int) -> dict[str, Any
     """
     if values.get("router_aux_loss"):
         return {**values, "processes": processes}
-    cut = (("train.per_device_train_batch_size", DEFAULT_BATCH_SIZE), ("train.gradient_accumulation_steps", 1))
-    rows = processes * math.prod(int(values.get(key, default)) for key, default in cut)
-    kept = {key: value for key, value in values.items() if key not in dict(cut)}
+    kept = {key: value for key, value in values.items() if key not in CUT}
+    rows = math.prod(cut_of(values, processes))
     return {**kept, "rows of an optimizer step (batch size x accumulation x processes)": rows}
+
+
+def cut_of(values: Mapping[str, Any], processes: int) -> tuple[int, ...]:
+    """How an optimizer step is cut: batch size, accumulation, processes."""
+    return *(int(values.get(key, default)) for key, default in CUT.items()), processes
 
 
 def changed_settings(recorded: Mapping[str, Any], current: Mapping[str, Any], schema: type[Frozen]) -> list[str]:

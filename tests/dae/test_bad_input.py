@@ -255,7 +255,9 @@ COMMANDS = {
     "wrong type of a training argument": Case(nothing, ("train.max_steps=ten: expected ",), ("train.max_steps=ten",)),
     "out of range": Case(nothing, ("lambda", "1.5"), ("lambda=1.5",)),
     "owned by the toolkit": Case(nothing, ("train.output_dir=x: ", "`output`"), ("train.output_dir=x",)),
-    "an optimizer that is not installed": Case(nothing, ("train: ", "bitsandbytes"), ("train.optim=adamw_bnb_8bit",)),
+    "an optimizer that is not installed": Case(
+        nothing, ("train: ", "schedulefree"), ("train.optim=schedule_free_adamw",)
+    ),
     "a schedule without its settings": Case(
         nothing, ("train: ", "min_lr"), ("train.lr_scheduler_type=cosine_with_min_lr",)
     ),

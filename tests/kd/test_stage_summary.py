@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate.utils import DistributedType
 
 import kd.training.publishing
 from kd.training.publishing import summarise
@@ -23,7 +24,8 @@ def test_each_route_has_its_newest_figures_though_the_last_step_had_no_row_of_it
         {"train_runtime": 3.0},
     ]
     state = SimpleNamespace(log_history=history, global_step=3, best_global_step=None)
-    trainer: Any = SimpleNamespace(state=state, budget=None)
+    alone = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1)
+    trainer: Any = SimpleNamespace(state=state, budget=None, accelerator=alone)
     data: Any = SimpleNamespace(counts=lambda _: {})
     summary = summarise(trainer, data, {})
     assert summary["last"] == {"loss": 0.7, "general/kl": 0.1, "shop/kl": 0.2, "shop/ntp": 2.0}
