@@ -1,4 +1,6 @@
-"""accelerate's own FSDP2 preparation on CPUs, where it would fall back to DDP: its state is told of a GPU's processes.
+"""Run accelerate's own FSDP2 preparation on CPUs, where accelerate would fall back to DDP.
+
+PartialState reports MULTI_GPU in place of MULTI_CPU, so that accelerate takes its branch for FSDP.
 
 Everything but the device is what a GPU's run has: the plugin that a config makes, the plan, torch's fully_shard, gloo
 in place of nccl. `python -m benchmarks.fsdp_on_cpus ARGUMENTS` is `dae ARGUMENTS` so.

@@ -189,7 +189,7 @@ def page(record: Mapping[str, Any]) -> str:
             "",
             "Columns: wrapping plan, number of processes. Cells: the largest relative difference of a loss or gradient",
             f"norm over {record['setting']['steps']} steps, and of a published weight over the largest of its tensor.",
-            "FSDP2 is accelerate's preparation, which it does not do on CPUs by itself (`benchmarks/fsdp_on_cpus.py`).",
+            "FSDP2 is accelerate's own preparation, which `benchmarks/fsdp_on_cpus.py` makes it run on CPUs, too.",
             "",
         ]
     )

@@ -1,7 +1,7 @@
-"""Weights that FSDP2 has split over the ranks: which they are, whole ones to read, and how to write to them.
+"""Weights that FSDP2 has sharded over the ranks: which they are, whole ones to read, and how to write to them.
 
-Outside of a forward pass a split weight is a DTensor that holds this rank's part. Whatever reads or writes one whole is
-a collective call: every rank has to make it, in the same order.
+Outside of a forward pass a sharded weight is a DTensor that holds this rank's part. Whatever reads or writes one whole
+is a collective call: every rank has to make it, in the same order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has split the model's weights over the ranks."""
+    """Whether FSDP2 has sharded the model's weights over the ranks."""
     return isinstance(model, FSDPModule)
 
 
@@ -32,18 +32,18 @@ def reshard(model: nn.Module) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a weight; the same tensor where it is not split."""
+    """All of a weight; the same tensor where it is not sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a weight, which shares its memory; the same tensor where it is not split."""
+    """This rank's part of a weight, which shares its memory; the same tensor where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def put(weight: Tensor, value: Tensor) -> None:
-    """Copy all of a weight's values into it, split or not; of a split one those of the first rank."""
+    """Copy all of a weight's values into it, sharded or not; of a sharded one those of the first rank."""
     if isinstance(weight, DTensor):
         value = distribute_tensor(value.to(weight.device, weight.dtype), weight.device_mesh, weight.placements)
     weight.copy_(value)

@@ -151,18 +151,14 @@ def prepare(
     set_seed(recipe.seed)  # a new adapter is drawn from it, whatever went before
     loading = replace(settings, device="cpu") if shards() else settings  # each process keeps a part on its device
     roles = with_cached(stage, recipe, inputs, loading, cached, resume_from is None)
-    if not shards():  # where weights are split, no process keeps the backbone's output layer
+    if not shards():  # under FSDP2 no process keeps the backbone's whole output layer
         cached = {name: with_head_of_backbone(teacher, roles.student) for name, teacher in cached.items()}
     objective = stage.objective(recipe, replace(roles, teachers={**roles.teachers, **cached}))
     refuse_useless_router_loss(roles.student.model, recipe.router_aux_loss)
     if recipe.merge:
         refuse_unmergeable(roles.student.model)
     wrap(args, roles.student.model, [role.model for role in roles.live_teachers.values()])
-    for role in roles.all:
-        refuse_unfit_rows(recipe, data, roles.vocabulary_rows, learned_positions(role.model))
-        check_head(role, roles.vocabulary_rows)
-        if recipe.data.packing:
-            check_packing(role, roles.vocabulary_rows)
+    check_roles(recipe, roles, data)
     collate_rows = collator(recipe, data)
     if resume_from is None:
         start = stage.start(recipe, roles, measurement(recipe, roles, objective, data, args))
@@ -191,6 +187,15 @@ def prepare(
     for callback in stage.callbacks(recipe, data, roles, trainer):
         trainer.add_callback(callback)
     return trainer, stop, start
+
+
+def check_roles(recipe: StageRecipe, roles: StageRoles, data: StageData) -> None:
+    """Raise UserError where a model cannot read the rows, or is not read as it is: its output layer, packed rows."""
+    for role in roles.all:
+        refuse_unfit_rows(recipe, data, roles.vocabulary_rows, learned_positions(role.model))
+        check_head(role, roles.vocabulary_rows)
+        if recipe.data.packing:
+            check_packing(role, roles.vocabulary_rows)
 
 
 def advise_rate(start: Mapping[str, Any], steps: int, learning_rate: float) -> None:

@@ -1,7 +1,7 @@
-"""A student's weights and its optimizer's state, gathered from the parts that ranks hold under FSDP2, and split again.
+"""A student's weights and its optimizer's state, gathered from the ranks' parts under FSDP2, and sharded again.
 
 What is gathered is what one process without FSDP2 has: checkpoints are the same files, and a run goes on under another
-number of processes, split or not. All functions are collective: every rank calls them, in the same order.
+number of processes, sharded or not. All functions are collective: every rank calls them, in the same order.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def is_training_only(name: str) -> bool:
 
 
 def training_only_weights(student: nn.Module, gathered: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """What only trains with the student, by name in its own module; gathered: from `gathered_student`, if split."""
+    """What only trains with the student, by name in its own module; gathered: from `gathered_student`, if sharded."""
     if gathered is None:
         weights: dict[str, Tensor] = getattr(student, TRAINING_ONLY).state_dict()
         return weights
@@ -77,7 +77,7 @@ def gathered_optimizer(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scattered_optimizer(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A `state_dict` of whole tensors, those of each parameter split as it is; groups: of the optimizer to load it."""
+    """A `state_dict` of whole tensors, each sharded as its parameter is; groups: of the optimizer to load it."""
     parameters = [parameter for group in groups for parameter in group["params"]]
     return {
         **state,

@@ -103,7 +103,7 @@ def teacher_views(batch: Batch, objective: Objective) -> dict[int, TeacherLogits
     Each row passes its own teacher, once and without gradient; routes that share a teacher go through it together. A
     cached teacher's output is read.
 
-    A teacher whose weights are split over the ranks runs on every rank, in the order of the routes: its weights are
+    A teacher whose weights are sharded over the ranks runs on every rank, in the order of the routes: its weights are
     gathered by all of them. A rank without rows for it gives it two tokens, and ignores the output.
     """
     views: dict[int, TeacherLogits] = {}

@@ -57,7 +57,7 @@ def final_evaluation(trainer: RoutedTrainer) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Trained:
-    """The student at the end of a run: a few tokens, its logits for them [T, V], and its weights where they were split.
+    """The student at the end of a run: a few tokens, its logits for them [T, V], and sharded weights.
 
     logits_TV: in the dtype in which they were computed. weights: by name in the model, on the main process; None where
     each process has all of them.
@@ -69,7 +69,7 @@ class Trained:
 
 
 def trained(trainer: RoutedTrainer, data: StageData) -> Trained:
-    """What `publish` writes and compares with. All processes call it: weights may be split over them."""
+    """What `publish` writes and compares with. All processes call it: weights may be sharded over them."""
     student = trainer.accelerator.unwrap_model(trainer.model)
     student.eval()
     ids = data.rows[0][0].input_ids[:32]

@@ -220,15 +220,15 @@ class RoutedTrainer(Trainer):
         best = self.run_folder.checkpoints.at(self.state.best_global_step or 0)
         self.state.best_model_checkpoint = str(best) if best.exists() else None
 
-    # -- weights, also where they are split over the ranks (kd/models/sharding.py): files are those of one process
+    # -- weights, also where they are sharded over the ranks (kd/models/sharding.py): files are those of one process
 
     @property
-    def _is_split(self) -> bool:
+    def _is_sharded(self) -> bool:
         return isinstance(self.model, nn.Module) and is_sharded(self.model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As one process saves it, where weights are split, too: transformers would write each rank's part."""
-        if self._is_split:
+        """As one process saves it, where weights are sharded, too: transformers would write each rank's part."""
+        if self._is_sharded:
             self._save(output_dir)
         else:
             super().save_model(output_dir, _internal_call)
@@ -268,14 +268,14 @@ class RoutedTrainer(Trainer):
             )
 
     def _load_best_model(self) -> None:
-        if self._is_split:
+        if self._is_sharded:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Remember the parameters that it was made of, where they are parts of weights (create_scheduler)."""
-        if self._is_split:
+        if self._is_sharded:
             reshard(self.accelerator.unwrap_model(self.model))
         optimizer = super().create_optimizer(model)
         self._optimized = [list(group["params"]) for group in optimizer.param_groups]
@@ -287,7 +287,7 @@ class RoutedTrainer(Trainer):
         accelerate has just replaced each by the one at its address. Empty parts (a rank of 2 over 4 processes) share
         the address 0.
         """
-        if self._is_split:
+        if self._is_sharded:
             made: Any = self.optimizer
             for group, parameters in zip(made.param_groups, self._optimized, strict=True):
                 group["params"] = parameters
@@ -296,7 +296,7 @@ class RoutedTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer: Any = self.optimizer
         schedule: Any = self.lr_scheduler
-        if not self._is_split:
+        if not self._is_sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
         state = gathered_optimizer(optimizer.state_dict())
@@ -305,7 +305,7 @@ class RoutedTrainer(Trainer):
             torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self._is_split:
+        if checkpoint is None or not self._is_sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         optimizer: Any = self.optimizer
@@ -345,7 +345,7 @@ def evaluate_routes(
     """{"loss", "NAME_loss", "NAME_kl", "NAME_ntp"} in nats per response token over held-out batches, in eval mode.
 
     answers: the teachers' to each batch, filled by the first call with a list; the same batches again need no teacher.
-    Not where weights are split over ranks: an answer has the teacher's head, which is whole for a moment only.
+    Not where weights are sharded over ranks: an answer has the teacher's head, which is whole for a moment only.
     """
     if is_sharded(model):
         answers = None

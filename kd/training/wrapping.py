@@ -26,7 +26,7 @@ from kd.training.settings import processes
 
 # Keys of accelerate's fsdp_config, the variable each becomes, the value that is refused, and why.
 _REFUSED = (
-    ("fsdp_offload_params", "FSDP_OFFLOAD_PARAMS", "true", "was never tested here; set it to false"),
+    ("fsdp_offload_params", "FSDP_OFFLOAD_PARAMS", "true", "is not supported; set it to false"),
     (
         "fsdp_cpu_ram_efficient_loading",
         "FSDP_CPU_RAM_EFFICIENT_LOADING",
@@ -47,8 +47,8 @@ _REFUSED = (
     ),
 )
 
-# Beginnings of names of optimizers of torch, which know split weights.
-_SPLIT_OPTIMIZERS = ("adamw_torch", "sgd", "rmsprop", "adagrad")
+# Beginnings of names of optimizers of torch, which can step sharded weights.
+_SHARDED_OPTIMIZERS = ("adamw_torch", "sgd", "rmsprop", "adagrad")
 
 
 def asks_for_fsdp() -> bool:
@@ -58,15 +58,33 @@ def asks_for_fsdp() -> bool:
 
 def refuse_wrapping(recipe: StageRecipe) -> None:
     """Raise UserError for a launcher's config that this run cannot have, or that was never tried."""
-    if _is_on("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(
-            "accelerate's config asks for DeepSpeed, with which no stage was tested; use FSDP2, which splits the same "
-            "weights (recipes/accelerate/fsdp2.yaml)"
-        )
     if started_one_of_several() and not recipe.allow_fallback:
         raise UserError(
-            "accelerate launch was told to start several processes and started one, as it does with --cpu: leave --cpu "
-            "out (without a GPU the processes use the CPU). allow_fallback=true trains in one process."
+            "accelerate launch has started one process although its config or --num_processes asks for more; with "
+            "--cpu it always does. Leave out --cpu: without a GPU the processes use the CPU. (allow_fallback=true trains in "
+            "one process.)"
+        )
+    refuse_config()
+    if not asks_for_fsdp():
+        return
+    if can_shard():
+        refuse_unshardable(recipe)
+    elif not recipe.allow_fallback:
+        state = processes()
+        place = "CPUs" if state.device.type == "cpu" else "a single process"
+        raise UserError(
+            f"accelerate's config asks for FSDP2, which accelerate does not support on {place}: without a warning it "
+            f"would train with {words(state.distributed_type, state.num_processes)}. Use "
+            "recipes/accelerate/ddp.yaml, or set allow_fallback=true."
+        )
+
+
+def refuse_config() -> None:
+    """Raise UserError for what no run supports in accelerate's config, whatever its recipe."""
+    if _is_on("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "accelerate's config asks for DeepSpeed, which is not supported; FSDP2 shards the same weights "
+            "(recipes/accelerate/fsdp2.yaml)"
         )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no":
@@ -81,49 +99,46 @@ def refuse_wrapping(recipe: StageRecipe) -> None:
     for key, variable, refused, reason in _REFUSED:
         if os.environ.get(variable, "").lower() == refused.lower():
             raise UserError(f"accelerate's config: {key}: {refused} {reason}")
-    if not can_shard():
-        if not recipe.allow_fallback:
-            state = processes()
-            raise UserError(
-                f"accelerate's config asks for FSDP2, which accelerate does not do on {_described(state.device.type)}: "
-                f"it would train as {words(state.distributed_type, state.num_processes)} and not say so. "
-                "allow_fallback=true trains so; recipes/accelerate/ddp.yaml asks for no more than that."
-            )
-    elif not str(recipe.train.get("optim", "adamw_torch")).startswith(_SPLIT_OPTIMIZERS):
+
+
+def refuse_unshardable(recipe: StageRecipe) -> None:
+    """Raise UserError for what a recipe asks that FSDP2 cannot do."""
+    optimizer = str(recipe.train.get("optim", "adamw_torch"))
+    if not optimizer.startswith(_SHARDED_OPTIMIZERS):
         raise UserError(
-            f"train.optim: {recipe.train['optim']}: was not tested on weights that FSDP2 splits, on which several "
-            f"optimizers fail; use one of {', '.join(_SPLIT_OPTIMIZERS)}"
+            f"train.optim: {optimizer}: was not tested with FSDP2, under which several optimizers fail; use one of "
+            f"{', '.join(_SHARDED_OPTIMIZERS)}"
         )
-    elif recipe.quantization is not None:
+    if recipe.quantization is not None:
         raise UserError(
-            f"quantization: {recipe.quantization}: FSDP2 cannot split quantised weights; use DDP "
+            f"quantization: {recipe.quantization}: FSDP2 cannot shard quantised weights; use DDP "
             "(recipes/accelerate/ddp.yaml), or remove it"
         )
-    elif recipe.merge:
+    if recipe.merge:
         raise UserError(
-            "merge: true: under FSDP2 no process has all weights to merge into; remove it, and merge the finished run: "
-            "dae merge weights"
+            "merge: true: under FSDP2 no process has all weights to merge into; remove it, and merge the finished run "
+            "with dae merge weights"
         )
 
 
 def started_one_of_several() -> bool:
-    """Whether accelerate was told to start several processes, prepared an address for them, and started one."""
+    """Whether accelerate was asked for several processes (then it sets MASTER_ADDR) and started one (no WORLD_SIZE)."""
     variables = os.environ
     return "ACCELERATE_MIXED_PRECISION" in variables and "MASTER_ADDR" in variables and "WORLD_SIZE" not in variables
 
 
 def can_shard() -> bool:
-    """Whether accelerate can split weights over these processes."""
+    """Whether accelerate can shard weights over these processes."""
     return processes().distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU)
 
 
 def shards() -> bool:
-    """Whether this run's weights are split over its processes."""
+    """Whether this run's weights are sharded over its processes."""
     return asks_for_fsdp() and can_shard()
 
 
 def wrap(args: TrainingArguments, student: nn.Module, teachers: Iterable[nn.Module]) -> None:
-    """Prepare the models for several processes; under FSDP2 split their weights, the teachers' own, too.
+    """Prepare the models for several processes; under FSDP2 shard their weights, the teachers' own, too.
 
     Before the first forward pass on batches, so that a model need not fit one device; and after all adapters are on.
     """
@@ -137,14 +152,16 @@ def wrap(args: TrainingArguments, student: nn.Module, teachers: Iterable[nn.Modu
     policy, layers = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
     for model in (student, *teachers):
         if is_quantised(model):
-            raise UserError("FSDP2 cannot split weights that are quantised in a checkpoint's files; use DDP")
+            raise UserError("FSDP2 cannot shard a checkpoint whose files are quantised; use DDP")
         if is_sharded(model):
             continue
         # accelerate keeps what it found in the first model, and models may be of several architectures.
         plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = policy, layers
         try:
             fsdp2_prepare_model(accelerator, model)
-        except ValueError as error:  # a layer class of the config that this model does not have
+        except ValueError as error:
+            if "transformer layer class" not in str(error):
+                raise
             raise UserError(f"accelerate's config: {error} Remove fsdp_transformer_layer_cls_to_wrap.") from error
 
 
@@ -168,10 +185,6 @@ def words(kind: DistributedType, count: int) -> str:
     if kind == DistributedType.FSDP:
         return f"{text}, FSDP2"
     return text if count == 1 else f"{text}, DDP"
-
-
-def _described(device: str) -> str:
-    return "CPUs" if device == "cpu" else f"one {device.upper()} process"
 
 
 def _is_on(variable: str) -> bool:
