@@ -60,9 +60,9 @@ def refuse_wrapping(recipe: StageRecipe) -> None:
     """Raise UserError for a launcher's config that this run cannot have, or that was never tried."""
     if started_one_of_several() and not recipe.allow_fallback:
         raise UserError(
-            "accelerate launch has started one process although its config or --num_processes asks for more; with "
-            "--cpu it always does. Leave out --cpu: without a GPU the processes use the CPU. (allow_fallback=true trains in "
-            "one process.)"
+            "accelerate launch has started one process although its config or --num_processes asks for more, as it "
+            "always does with --cpu. Leave out --cpu: without a GPU the processes use the CPU. (allow_fallback=true "
+            "trains in one process.)"
         )
     refuse_config()
     if not asks_for_fsdp():
