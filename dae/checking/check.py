@@ -30,6 +30,7 @@ from kd.data.token_rows import TokenRows
 from kd.models.line import described
 from kd.runs.provenance import HELD_OUT
 from kd.stages.stage import AnyStage
+from kd.training.wrapping import refuse_unshardable
 
 SMALL_SHARE = 0.05  # of the loss: a route with less is hardly learnt
 MANY_STEPS = 0.1  # of the run: a route missing from more steps gets noticeably less of the loss than its weight
@@ -49,6 +50,8 @@ def check(
 
     load_weights: also where the student would start. scaling: also what it would take on these processes.
     """
+    if scaling is not None and scaling.plan == "fsdp2":
+        refuse_unshardable(recipe)
     plan = make_plan(stage, recipe)
     console = console or Console(highlight=False)
     show_routes(console, plan)

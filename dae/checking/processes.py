@@ -1,4 +1,4 @@
-"""What `dae check` is asked about several processes: how many, and how a run's weights lie on them."""
+"""The options `--processes` and `--plan` of `dae check`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ScalingPlan = Literal["ddp", "fsdp2"]
 
 @dataclass(frozen=True)
 class Scaling:
-    """On how many processes a run is planned, and how its weights lie on them."""
+    """A number of processes and how they share a run: `ddp` or `fsdp2`."""
 
     processes: int
     plan: ScalingPlan
@@ -23,12 +23,12 @@ class Scaling:
 
 
 def asked_scaling(processes: int | None, plan: str | None) -> Scaling | None:
-    """What `--processes` and `--plan` ask for, if anything. Raises UserError."""
+    """The two options, checked together; None without them. Raises UserError."""
     if processes is None and plan is None:
         return None
     known = get_args(ScalingPlan)
     if processes is None:
-        raise UserError(f"--plan {plan}: says how weights lie on several processes; add --processes N, such as 8")
+        raise UserError(f"--plan {plan}: needs a number of processes; add --processes N, such as 8")
     if plan is None:
         raise UserError(f"--processes {processes}: add --plan {' or --plan '.join(known)}")
     chosen = next((one for one in known if one == plan), None)

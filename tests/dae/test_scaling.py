@@ -192,7 +192,7 @@ def test_the_command_shows_both_tables(world: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--plan", "ddp"], "--plan ddp: says how weights lie on several processes; add --processes N, such as 8"),
+        (["--plan", "ddp"], "--plan ddp: needs a number of processes; add --processes N, such as 8"),
         (["--processes", "8"], "--processes 8: add --plan ddp or --plan fsdp2"),
         (["--processes", "8", "--plan", "zero3"], "--plan zero3: expected ddp or fsdp2"),
         (["--processes", "1", "--plan", "ddp"], "--processes 1: expected 2 or more"),
@@ -207,3 +207,9 @@ def test_half_a_question_is_refused(
         assert told in capsys.readouterr().err
     assert cli.run([*align_command(), *words]) == 2
     assert "works with --check only: dae check align ... --" in capsys.readouterr().err
+
+
+def test_what_fsdp2_would_refuse_is_refused_by_its_check(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*align_command("quantization=nf4"), "--check", "--processes", "2", "--plan"]
+    assert cli.run([*command, "fsdp2"]) == cli.USER
+    assert "FSDP2 cannot shard quantised weights" in capsys.readouterr().err
