@@ -93,7 +93,7 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT) -> RunResult:
         resume_from = run.checkpoints.latest() if state == "resume" else None
         with doing("loading the models"):
             trainer, stop, start = prepare(stage, recipe, inputs, args, settings, data, run, resume_from)
-        if processes().num_processes > 1:
+        if processes().num_processes > 1 or shards():
             logger.info("training on %s", wrapping(trainer.accelerator))
         with doing("measuring before the first step"):
             first_kl = start_metrics(trainer, data, run, resume_from, start)
