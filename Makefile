@@ -6,12 +6,13 @@ PEERS := .venv-bench/.installed
 TRL := trl==1.16.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu check bench bench-step bench-peers bench-gpu
+.PHONY: help demo docs test test-gpu check bench bench-step bench-peers bench-gpu
 
 help:
 	@echo "make demo    the whole story on a small made-up world: no download, no GPU"
 	@echo "make test    all tests"
 	@echo "make test-gpu   tests of what differs on a CUDA device, on the one that is there"
+	@echo "make docs    the documentation as a site, in site/"
 	@echo "make check   linter and type checker"
 	@echo "make bench   speed and memory: bench-step (against the straightforward way), then bench-peers (against TRL)"
 	@echo "make bench-gpu   a 7B-shaped step on the CUDA device that is there"
@@ -22,11 +23,16 @@ $(STAMP): pyproject.toml constraints.txt
 	  || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	@touch $@
 
 demo: $(STAMP)
 	.venv/bin/dae demo
+
+# Links and anchors are checked: a broken one fails. Search needs a server, pages alone do not.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
+	@echo "site/index.html; with search: .venv/bin/python -m http.server --directory site"
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2

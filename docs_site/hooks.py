@@ -1,4 +1,4 @@
-"""What mkdocs calls while it builds the site: generated parts of pages, and files of the repository that pages link to."""
+"""What mkdocs calls while it builds the site: generated parts of pages, files of the repository, and links to them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
     """Put the generated parts in, and turn links between files of the repository into links of the site."""
     uri = page.file.src_uri
     folder = PurePosixPath(repository_path(uri)).parent

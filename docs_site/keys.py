@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from dae.commands.keys import schemas
+from docs_site.inline import with_code
 from kd.config.key_docs import KeyDoc, key_docs
 
 
@@ -29,5 +30,5 @@ def key_item(recipe: str, doc: KeyDoc) -> str:
     default = "required" if doc.default == "required" else f"default <code>{escape(doc.default)}</code>"
     return (
         f"<dt id='{escape(f'{recipe}.{doc.key}')}'><code>{escape(doc.key)}</code> "
-        f"<span>{escape(doc.type)}, {default}</span></dt><dd>{escape(doc.meaning)}</dd>"
+        f"<span>{escape(doc.type)}, {default}</span></dt><dd>{with_code(doc.meaning)}</dd>"
     )

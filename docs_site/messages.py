@@ -1,4 +1,4 @@
-"""Every message of an error, from the code that raises it, with its remedy and, where one was written down, its cause."""
+"""Every message of an error, from the code that raises it, with its remedy and, where one is known, its cause."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from html import escape
 
 from docs_site.areas import AREAS, MACHINE
 from docs_site.causes import CAUSES
+from docs_site.inline import with_code
 from docs_site.templates import Template, all_templates
 
 # Words that begin a remedy where it is a sentence of its own.
 IMPERATIVES = (
-    "Choose", "Convert", "Evaluate", "Give", "If they", "Install", "Leave", "Merge", "Pass", "Remove", "Save", "Set", "Train", "Use",
-    "Where the method allows it",
+    "Choose", "Convert", "Evaluate", "Give", "If they", "Install", "Leave", "Merge", "Pass", "Remove", "Save", "Set",
+    "Train", "Use", "Where the method allows it",
 )  # fmt: skip
 # A remedy behind a colon.
-REMEDY = re.compile(r": ((?:add|change|evaluate|give|let|move|name|pass|pip install|put|remove|rename|set|use|write)\b.*)$", re.DOTALL)
+REMEDY = re.compile(
+    r": ((?:add|change|evaluate|give|let|move|name|pass|pip install|put|remove|rename|set|use|write)\b.*)$", re.DOTALL
+)
 FILLED = re.compile("«[^»]*»")
 
 
@@ -46,14 +49,19 @@ def by_area(templates: Sequence[Template]) -> dict[str, list[Entry]]:
 
 def says_something(template: Template) -> bool:
     """Whether a message has words of its own; others repeat what a library or another message says."""
-    return re.search(r"[A-Za-z]{2}", FILLED.sub("", template.text)) is not None
+    return len(re.findall(r"[A-Za-z]{2,}", FILLED.sub("", template.text))) > 1
 
 
 def area_of(template: Template) -> str:
     """Where a message is listed: the machine's on their own, others by the longest prefix of their file."""
     if template.error == "MachineError":
         return MACHINE
-    fitting = [(len(prefix), area) for area, prefixes in AREAS.items() for prefix in prefixes if template.file.startswith(prefix)]
+    fitting = [
+        (len(prefix), area)
+        for area, prefixes in AREAS.items()
+        for prefix in prefixes
+        if template.file.startswith(prefix)
+    ]
     assert fitting, f"docs_site/areas.py: no area for {template.file}"
     return max(fitting)[1]
 
@@ -70,9 +78,9 @@ def in_two(text: str) -> tuple[str, str]:
             return text[:sentence].rstrip(), text[sentence:]
     if told := REMEDY.search(text):
         return text[: told.start()], told[1]
-    problem, mark, remedy = text.rpartition("; ")
-    if mark and not inside_brackets(text, len(problem)):
-        return problem, remedy
+    clauses = [place for place in range(len(text)) if text.startswith("; ", place) and not inside_brackets(text, place)]
+    if clauses:
+        return text[: clauses[-1]], text[clauses[-1] + 2 :]
     problem, mark, remedy = text.rpartition(": ")
     return (problem, remedy) if mark and remedy.startswith("expected ") else (text, "")
 
@@ -87,12 +95,11 @@ def inside_brackets(text: str, place: int) -> bool:
 
 def table(entries: Sequence[Entry]) -> str:
     """Messages in HTML, one below the other on a narrow screen."""
-    head = "<thead><tr><th>message</th><th>cause</th><th>remedy</th></tr></thead>"
-    rows = (
-        f"<tr><td><code>{shown(one.problem)}</code></td><td>{escape(one.cause)}</td><td>{shown(one.remedy)}</td></tr>" for one in entries
-    )
-    return f"<div class='messages'><table>{head}<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div>"
+    head = "<thead><tr><th>message, and its cause</th><th>remedy</th></tr></thead>"
+    return "\n".join(["<div class='messages'><table>", head, "<tbody>", *map(line, entries), "</tbody></table></div>"])
 
 
-def shown(text: str) -> str:
-    return escape(text).replace("\n", "<br>")
+def line(one: Entry) -> str:
+    cause = f"<p>Cause: {with_code(one.cause)}</p>" if one.cause else ""
+    problem = escape(one.problem).replace("\n", "<br>")
+    return f"<tr><td><code>{problem}</code>{cause}</td><td>{with_code(one.remedy)}</td></tr>"

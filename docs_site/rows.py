@@ -1,4 +1,4 @@
-"""Rows of each form with the response tokens that the toolkit finds in them, computed by the code behind `dae check`."""
+"""Rows of each form with the response tokens that are found in them, computed by the code behind `dae check`."""
 
 from __future__ import annotations
 
@@ -26,22 +26,16 @@ CALLS = (
     "{% for call in m.tool_calls or [] %}"
     "{{ '<call>' + call.function.name + ' ' + (call.function.arguments | tojson) + '</call>' }}{% endfor %}"
 )
-PLAIN = (
-    f"{{% for m in messages %}}{HEADER}"
-    "{{ m.content + '<|im_end|>\\n' }}"
-    f"{{% endfor %}}{ASK}"
-)
+PLAIN = f"{{% for m in messages %}}{HEADER}{{{{ m.content + '<|im_end|>\\n' }}}}{{% endfor %}}{ASK}"
 WITH_TOOLS = (
-    f"{TOOLS}{{% for m in messages %}}{HEADER}"
-    f"{{{{ m.content }}}}{CALLS}"
-    "{{ '<|im_end|>\\n' }}"
-    f"{{% endfor %}}{ASK}"
+    f"{TOOLS}{{% for m in messages %}}{HEADER}{{{{ m.content }}}}{CALLS}{{{{ '<|im_end|>\\n' }}}}{{% endfor %}}{ASK}"
 )
 # Marks what comes after a thought, not the thought.
 MARKED = (
     f"{{% for m in messages %}}{HEADER}"
-    "{% if m.role == 'assistant' %}{% set thought, answer = m.content.split('</think>') %}{{ thought + '</think>' }}"
-    "{% generation %}{{ answer }}{% endgeneration %}{{ '<|im_end|>\\n' }}"
+    "{% if m.role == 'assistant' %}{% set parts = m.content.split('</think>') %}"
+    "{% if parts | length > 1 %}{{ parts[0] + '</think>' }}{% endif %}"
+    "{% generation %}{{ parts[-1] }}{% endgeneration %}{{ '<|im_end|>\\n' }}"
     "{% else %}{{ m.content + '<|im_end|>\\n' }}{% endif %}"
     f"{{% endfor %}}{ASK}"
 )
@@ -68,7 +62,14 @@ CASES: tuple[Case, ...] = (
     Case(
         "A conversation",
         "Every assistant turn carries loss, with its end token.",
-        {"messages": [QUESTION, ANSWER, {"role": "user", "content": "And the cup?"}, {"role": "assistant", "content": "3."}]},
+        {
+            "messages": [
+                QUESTION,
+                ANSWER,
+                {"role": "user", "content": "And the cup?"},
+                {"role": "assistant", "content": "3."},
+            ]
+        },
     ),
     Case(
         "With a system prompt",
@@ -77,8 +78,8 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "With tools",
-        "`tools` is a list of functions, or the same as JSON text. The call of a tool is part of the response; its result is not. "
-        "The chat template must render tools.",
+        "`tools` is a list of functions, or the same as JSON text. The call of a tool is part of the response; its "
+        "result is not. The chat template must render tools.",
         {
             "messages": [
                 QUESTION,
@@ -97,7 +98,8 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "An answer that was cut off",
-        "With `finish_reason: length` the row ends where the answer was cut, without an end token, so the student does not learn to stop there.",
+        "With `finish_reason: length` the row ends where the answer was cut, without an end token, so the student does "
+        "not learn to stop there.",
         {"messages": [QUESTION, {**ANSWER, "content": "It costs"}], "finish_reason": "length"},
     ),
     Case(
@@ -122,9 +124,14 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "A pair of strings",
-        "No chat template. The completion carries loss, and the end token is appended (`data.append_eos: false` leaves it out). Tokens are "
-        "those that lm-eval scores. `response` instead of `completion` does the same.",
+        "No chat template. The completion carries loss, and the end token is appended (`data.append_eos: false` leaves "
+        "it out). Tokens are those that lm-eval scores.",
         {"prompt": "Price?", "completion": " 9 coins."},
+    ),
+    Case(
+        "The same with `response`",
+        "Another name of `completion`.",
+        {"prompt": "Price?", "response": " 9 coins."},
     ),
     Case(
         "A pair of message lists",
@@ -133,25 +140,27 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "Text",
-        "Every token carries loss but the first: nothing comes before it that could predict it. (Most tokenizers put BOS there; this one adds "
-        "none.) `data.append_eos: true` appends the end token.",
+        "Every token carries loss but the first: nothing comes before it that could predict it. (Many tokenizers put "
+        "BOS there; this one adds none.) `data.append_eos: true` appends the end token.",
         {"text": "The kettle costs 9 coins."},
     ),
     Case(
         "A row that is too long",
-        "It is cut on the right at `data.max_length`, here 40, end token included. A row whose prompt alone fills it is dropped and counted.",
+        "It is cut on the right at `data.max_length`, here 40, end token included. A row whose prompt alone fills it "
+        "is dropped and counted.",
         {"prompt": "Price?", "completion": " The kettle costs 9 coins, and the cup 3."},
         settings={"max_length": 40},
     ),
     Case(
         "A template without `{% generation %}`",
-        "The response is found by comparing renderings: all that the template writes for the turn, up to and including its end token.",
+        "The response is found by comparing renderings: all that the template writes for the turn, up to and including "
+        "its end token.",
         {"messages": [QUESTION, THINKS]},
     ),
     Case(
         "A template with `{% generation %}`",
-        "What the template marks is the response, as in transformers. This template marks the answer and not the thought before it. The end "
-        "token behind a marked part is added, so that the student learns to stop.",
+        "What the template marks is the response, as in transformers. This template marks the answer and not the "
+        "thought before it. The end token behind a marked part is added, so that the student learns to stop.",
         {"messages": [QUESTION, THINKS]},
         MARKED,
     ),
@@ -169,7 +178,15 @@ def section() -> str:
 
 
 def as_json(case: Case) -> str:
-    return f"```json\n{json.dumps(case.row, ensure_ascii=False)}\n```"
+    """The row, with a line for each message; in a JSONL file it is one line."""
+    parts = (f"{json.dumps(key)}: {value_as_json(value)}" for key, value in case.row.items())
+    return "```json\n{" + ", ".join(parts) + "}\n```"
+
+
+def value_as_json(value: Any) -> str:
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(f"    {json.dumps(item)}" for item in value) + "\n]"
+    return json.dumps(value)
 
 
 def rendering(case: Case) -> str:
@@ -203,7 +220,7 @@ def make_tokenizer(template: str) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE({token: place for place, token in enumerate([*control, *letters])}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")  # noqa: S106
     tokenizer.add_special_tokens({"additional_special_tokens": control[2:]})
     tokenizer.chat_template = template
     return tokenizer

@@ -1,4 +1,4 @@
-"""The messages in the source: what is given to the classes of kd.errors, with a name for each part that is filled in."""
+"""The messages in the source: what is given to the classes of errors, with a name for each part that is filled in."""
 
 from __future__ import annotations
 
@@ -105,7 +105,11 @@ def texts(node: ast.expr, scope: ast.FunctionDef, module: Module, source: Source
 
 def values_of(name: ast.Name, scope: ast.FunctionDef) -> Iterator[ast.expr]:
     """What a name was last set to: in branches before the statement that reads it, or once at its level."""
-    around = (one for one in ast.walk(scope) if isinstance(one, ast.stmt) and one.lineno <= name.lineno <= (one.end_lineno or 0))
+    around = (
+        one
+        for one in ast.walk(scope)
+        if isinstance(one, ast.stmt) and one.lineno <= name.lineno <= (one.end_lineno or 0)
+    )
     level = max(statement.col_offset for statement in around)
     before = [
         one
@@ -150,7 +154,11 @@ def placeholder(node: ast.expr) -> str:
         return node.id.strip("_").lower().replace("_", " ")
     if isinstance(node, ast.Attribute):
         owner = placeholder(node.value)
-        return owner if node.attr in ("name", "strerror", "msg", "url") and owner != "self" else node.attr.strip("_").replace("_", " ")
+        return (
+            owner
+            if node.attr in ("name", "strerror", "msg", "url") and owner != "self"
+            else node.attr.strip("_").replace("_", " ")
+        )
     if isinstance(node, ast.Subscript | ast.Starred):
         return placeholder(node.value)
     if isinstance(node, ast.IfExp):
