@@ -13,7 +13,7 @@ AREAS: dict[str, tuple[str, ...]] = {
                                       "kd/data/tokenizer_audit.py", "dae/templates.py", "dae/alignment.py"),
     "Checkpoints and adapters": ("kd/models/", "dae/earlier_student.py", "kd/stages/", "dae/start.py"),
     "Losses": ("kd/losses/",),
-    "Run folder, resuming, pipelines": ("kd/runs/", "kd/training/", "dae/pipeline/"),
+    "Run folder, resuming, pipelines": ("kd/runs/", "kd/training/", "dae/pipeline/", "dae/exit_status.py"),
     "Cache and teachers on servers": ("kd/cache/", "kd/served/", "kd/stages/caching.py"),
     "Several processes": ("kd/training/wrapping.py", "dae/checking/processes.py"),
     "Sampling": ("dae/sampling/",),

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd.config.problems import BOUNDS, PLAIN_WORDS
 from kd.data.drafts import NoChatTemplateError
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kd", "dae", "eval/dae_eval")
 ERRORS = ("UserError", "MachineError", "NoChatTemplateError", "HeldError", "LostPartError")
 PROBLEM = "Problem"  # kd.config.problems: key, value, message; gathered into one UserError
+VALIDATORS = ("kd/config/", "dae/recipe.py", "eval/dae_eval/suites.py")  # where a ValueError is what pydantic reports
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,24 @@ def all_templates() -> list[Template]:
     """Every message, in the order of the files and lines."""
     source = read_source()
     found = [template for module in source.values() for template in templates_of(module, source)]
+    found += statuses(source["dae.exit_status"], source)
+    plain = [*PLAIN_WORDS.values(), *(f"{words} «bound»" for _, words in BOUNDS.values())]
+    found += [Template("kd/config/problems.py", 0, PROBLEM, f"«key» = «value»: {words}") for words in plain]
     return sorted(set(found), key=lambda template: (template.file, template.line, template.text))
+
+
+def statuses(module: Module, source: Source) -> Iterator[Template]:
+    """The messages that the command line has for errors of Python and the machine: returned with their exit status."""
+    errors = {"MACHINE": "MachineError", "USER": "UserError"}
+    for node in ast.walk(module.tree):
+        if (
+            isinstance(node, ast.Return)
+            and isinstance(node.value, ast.Tuple)
+            and isinstance(node.value.elts[0], ast.Name)
+        ):
+            status, message = node.value.elts[0].id, node.value.elts[1]
+            if status in errors and isinstance(message, ast.JoinedStr):
+                yield Template(module.file, node.lineno, errors[status], text_of(message, module, source))
 
 
 def templates_of(module: Module, source: Source) -> Iterator[Template]:
@@ -70,18 +89,20 @@ def templates_of(module: Module, source: Source) -> Iterator[Template]:
                 continue
             name, arguments = node.func.id, node.args
             place = {PROBLEM: 2} | dict.fromkeys(ERRORS, 0)
+            if module.file.startswith(VALIDATORS):
+                place["ValueError"] = 0
             if name in place and len(arguments) > place[name]:
-                before = key_of(arguments[0]) if name == PROBLEM else ""
+                before = {PROBLEM: key_of(arguments[0]), "ValueError": "«key»: "}.get(name, "")
                 after = f"; {remedy}" if name == "NoChatTemplateError" and len(arguments) == 1 else ""
                 for text in texts(arguments[place[name]], scope, module, source):
                     yield Template(module.file, node.lineno, name, before + text + after)
 
 
 def key_of(node: ast.expr) -> str:
-    """The key of a problem as a user writes it; nothing where it is only known when the recipe is read."""
+    """The key of a problem as a user writes it."""
     parts = node.elts if isinstance(node, ast.Tuple) else []
     words = [str(part.value) if isinstance(part, ast.Constant) else f"«{placeholder(part)}»" for part in parts]
-    return f"{'.'.join(words)}: ".replace("data.routes.", "data.") if words else ""
+    return f"{'.'.join(words) or '«key»'}: ".replace("data.routes.", "data.")
 
 
 def texts(node: ast.expr, scope: ast.FunctionDef, module: Module, source: Source) -> Iterator[str]:

@@ -127,6 +127,8 @@ def test_every_message_is_listed() -> None:
     files = [path for package in ("kd", "dae", "eval/dae_eval") for path in sorted((ROOT / package).rglob("*.py"))]
     found = [(path, text) for path in files for text in literals(path)]
     assert len(found) > 400
+    assert letters("out of memory; halve train.per_device_train_batch_size") in page
+    assert letters("«key» = «value»: expected an integer") in page
     assert [(str(path), text) for path, text in found if letters(text) not in page] == []
 
 
