@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
@@ -14,6 +15,7 @@ import typer
 
 from dae.cli import command_line
 from dae.commands.keys import schemas
+from dae.recipe import AlignRecipe
 from dae.stages import STAGES
 from docs_site import keys, messages, rows
 from docs_site.areas import AREAS
@@ -21,6 +23,7 @@ from docs_site.causes import CAUSES
 from docs_site.templates import ERRORS, all_templates
 from kd.config.data_recipe import FORMATS
 from kd.config.key_docs import key_docs
+from kd.stages.run_stage import RunResult
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -88,12 +91,33 @@ def test_commands_and_flags_exist(page: Path) -> None:
         known(words)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_files_and_targets_of_make_exist(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for code in code_of(page):
+        for target in re.findall(r"^make ([a-z-]+)", code):
+            assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), code
+        for path in re.findall(r"\b(?:benchmarks|recipes|examples|tests|docs|docs_site|kd|dae)/[\w./-]+\.\w+\b", code):
+            assert (ROOT / path).exists() or (ROOT / "eval" / path).exists() or "/" + path in code, code
+
+
 def test_commands_are_found_in_the_pages() -> None:
     assert [words[0] for words in commands_of(ROOT / "README.md")][:4] == ["sft", "sample", "check", "align"]
     with pytest.raises(AssertionError, match="--basis"):
         known(["align", "--basis", "B"])
     with pytest.raises(AssertionError, match="dae aling"):
         known(["aling"])
+
+
+def test_the_example_of_the_python_api_makes_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[AlignRecipe] = []
+    monkeypatch.setattr("dae.alignment.align", lambda recipe: given.append(recipe) or RunResult(Path("student"), {}))
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    block = page[page.index("    from dae import") : page.index("\nKeys, types")]
+    exec(textwrap.dedent(block), {})
+    assert [(recipe.base, dict(recipe.expert), recipe.output) for recipe in given] == [
+        ("BASE", {"domain": "expert"}, "student")
+    ]
 
 
 def test_the_readme_stays_short() -> None:
