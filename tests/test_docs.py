@@ -130,6 +130,8 @@ def test_every_key_of_every_recipe_is_listed() -> None:
         assert f"## {keys.title(name)}\n" in section
         for doc in key_docs(schema):
             assert section.count(f"id='{name}.{doc.key}'") == 1
+    assert "`--general-data` sets `data.general`" in section
+    assert "id='run.stages'" in section
 
 
 def letters(text: str) -> str:
