@@ -6,8 +6,8 @@ MACHINE = "The machine (exit status 4)"
 
 # The longest prefix that fits a file decides.
 AREAS: dict[str, tuple[str, ...]] = {
-    "Command and recipe": ("kd/config/", "dae/commands/", "dae/recipe.py", "dae/checking/", "kd/training/settings.py",
-                           "kd/stages/distill_recipe.py", "kd/losses/divergence_recipe.py"),
+    "Command and recipe": ("kd/config/", "dae/", "kd/training/settings.py", "kd/stages/distill_recipe.py",
+                           "kd/losses/divergence_recipe.py"),
     "Rows": ("kd/data/", "dae/recorded_rows.py"),
     "Chat templates and tokenizers": ("kd/data/chat", "kd/data/drafts.py", "kd/data/special_text.py",
                                       "kd/data/tokenizer_audit.py", "dae/templates.py", "dae/alignment.py"),

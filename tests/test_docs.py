@@ -197,3 +197,52 @@ def test_every_format_of_rows_is_shown_with_its_mask() -> None:
 def test_the_masks_of_the_page(title: str, marked: list[str]) -> None:
     (case,) = (case for case in rows.CASES if case.title == title)
     assert [unescape(text) for text in re.findall("<mark>(.*?)</mark>", rows.rendering(case))] == marked
+
+
+SECTIONS = {
+    "Training against merging": ("trade_off",),
+    "What a step costs": ("step_cost",),
+    "Beside other trainers": ("peers",),
+    "On a real checkpoint": ("real_pair",),
+    "When the expert is worth more than labels": ("rows",),
+}
+
+
+def numbers(text: str) -> list[str]:
+    return re.findall(r"\d+\.\d+", text)
+
+
+def assert_from(figures: list[str], results: tuple[str, ...]) -> None:
+    """Each figure is one of a result, rounded; as a share or in per cent, or the inverse of a ratio."""
+    folder = ROOT / "benchmarks" / "results"
+    values = [float(one) for name in results for one in numbers((folder / f"{name}.md").read_text(encoding="utf-8"))]
+    forms = [form for value in values for form in (value, 100 * value, 1 / value if value else 0)]
+    for figure in figures:
+        unit = 10 ** -len(figure.partition(".")[2])
+        assert any(abs(float(figure) - form) <= 0.5001 * unit for form in forms), f"{figure}: not in {results}"
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_tables_of_figures_are_those_of_the_results(section: str) -> None:
+    page = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
+    text = page.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    figures = numbers("\n".join(line for line in text.splitlines() if line.startswith("|")))
+    assert len(figures) > 15
+    assert_from(figures, SECTIONS[section])
+
+
+@pytest.mark.parametrize(
+    ("page", "results"),
+    [("README.md", "demo"), ("docs/index.md", "demo"), ("docs/figures.md", "demo"), ("README.md", "trade_off")],
+)
+def test_figures_in_sentences_are_those_of_the_results(page: str, results: str) -> None:
+    paragraphs = (ROOT / page).read_text(encoding="utf-8").split("\n\n")
+    (paragraph,) = (one for one in paragraphs if f"/{results}.md)" in one)
+    figures = numbers(paragraph)
+    assert len(figures) >= 4
+    assert_from(figures, (results,))
+
+
+def test_a_figure_of_no_result_is_found() -> None:
+    with pytest.raises(AssertionError, match=r"100\.9"):
+        assert_from(["100.4", "100.9"], ("demo",))
