@@ -135,9 +135,10 @@ def weight_bytes(model: nn.Module, element: int, quantization: Quantization | No
 
 
 def dequantised_bytes(plan: Plan) -> int:
-    """Of the largest quantised layer, whose weights are made whole while it computes."""
+    """Of the largest quantised layer, whose weights are made whole while it computes; int8 goes through float32."""
     sizes = [rows * width for role in plan.roles.all for rows, width in quantised_shapes(role.model)]
-    return max(sizes, default=0) * plan.settings.dtype.itemsize
+    through_float32 = 2 * torch.float32.itemsize if plan.recipe.quantization == "int8" else 0
+    return max(sizes, default=0) * max(through_float32, plan.settings.dtype.itemsize)
 
 
 def adapter_bytes(role: Role, size: Size = Tensor.numel) -> int:
