@@ -31,6 +31,7 @@ from kd.errors import UserError
 from kd.losses.token_loss import TokenLoss
 from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.compatibility import check_adapter, check_complete, check_tokenizers
+from kd.models.offloading import check_offload
 from kd.models.quantization import check_quantization
 from kd.models.roles import (
     STUDENT_ADAPTER,
@@ -40,6 +41,7 @@ from kd.models.roles import (
     add_frozen_adapter,
     add_student_adapter,
     load_model,
+    load_teacher,
     resume_adapter,
     trainable_model,
 )
@@ -48,7 +50,7 @@ from kd.stages.stage import Inputs, Stage, StageRoles
 from kd.training.budget import RouteBudget
 from kd.training.model_card import Description
 from kd.training.objective import Objective, Route
-from kd.training.settings import student_dtype
+from kd.training.settings import load_settings, student_dtype
 from kd.training.trainer import RoutedTrainer
 
 PAPER = """\
@@ -84,7 +86,9 @@ class Align(Stage[AlignRecipe]):
 
     def check(self, recipe: AlignRecipe, inputs: Inputs) -> AlignRecipe:
         check_checkpoints(recipe, inputs)
-        check_quantization(recipe.quantization, inputs)
+        check_quantization(recipe.quantization, inputs, trust_remote_code=recipe.trust_remote_code)
+        device, trust = load_settings(recipe).device, recipe.trust_remote_code
+        check_offload(recipe.offload_teachers, with_own_weights(recipe, inputs), device, trust_remote_code=trust)
         refuse_unreachable_start(recipe, inputs)
         return with_lora_of_student(recipe, inputs)
 
@@ -107,7 +111,8 @@ class Align(Stage[AlignRecipe]):
         looks like success. Its teachers share one frozen copy of the base.
         """
         base, earlier = inputs["base"], inputs.get("student_from")
-        shared = Backbone(base, load_model(base, settings)) if needs_base(recipe, inputs) else None
+        load_base = load_teacher if is_teachers_alone(recipe, inputs) else load_model
+        shared = Backbone(base, load_base(base, settings)) if needs_base(recipe, inputs) else None
         if recipe.lora is not None:
             assert shared is not None
             model = resume_adapter(shared, earlier) if earlier else add_student_adapter(shared, recipe.lora)
@@ -214,6 +219,18 @@ def needs_base(recipe: AlignRecipe, inputs: Inputs) -> bool:
     return recipe.lora is not None or any(on_base)
 
 
+def is_teachers_alone(recipe: AlignRecipe, inputs: Inputs) -> bool:
+    """Whether a frozen copy of the base would be for teachers without adapters only."""
+    return recipe.lora is None and not any(one.is_adapter for one in teacher_inputs(inputs).values())
+
+
+def with_own_weights(recipe: AlignRecipe, inputs: Inputs) -> dict[str, Checkpoint]:
+    """The teachers on weights that neither train nor carry an adapter."""
+    base, teachers = inputs["base"].fingerprint, teacher_inputs(inputs)
+    own = {role: one for role, one in teachers.items() if not one.is_adapter and one.fingerprint != base}
+    return teachers if is_teachers_alone(recipe, inputs) else own
+
+
 def load_teachers(inputs: Inputs, settings: LoadSettings, shared: Backbone | None) -> dict[str, Role]:
     """Reference and experts: adapters and the base on the shared backbone, others on their own weights."""
     teachers, base = teacher_inputs(inputs), inputs["base"].fingerprint
@@ -230,6 +247,6 @@ def load_teachers(inputs: Inputs, settings: LoadSettings, shared: Backbone | Non
             roles[role] = Role(role, shared.model, adapters.get(role))
         else:
             if one.fingerprint not in own:
-                own[one.fingerprint] = Role(role, load_model(one, settings), None)
+                own[one.fingerprint] = Role(role, load_teacher(one, settings), None)
             roles[role] = Role(role, own[one.fingerprint].model, None)
     return roles

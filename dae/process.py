@@ -12,6 +12,8 @@ from dae.commands.stages import is_first_rank
 
 # With any of these the user has chosen how long OpenMP threads spin.
 SPINNING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+# Warnings of a kernel that no layer of ours would use, and of offloaded weights, which the run says itself.
+NOT_SHOWN = ("bitsandbytes.backends.cpu.ops", "accelerate.big_modeling")
 
 
 def prepare_process(environment: Mapping[str, str]) -> None:
@@ -31,6 +33,8 @@ def prepare_process(environment: Mapping[str, str]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for category in (UserWarning, RuntimeWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(torch|transformers|accelerate)\.")
+    for name in NOT_SHOWN:
+        logging.getLogger(name).setLevel(logging.ERROR)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     for name in ("dae", "kd"):

@@ -15,7 +15,7 @@ from kd.config.stage_recipe import Quantization
 from kd.models.checkpoint import checkpoint
 from kd.models.roles import LoadSettings, load_model
 
-WIDE = {"hidden_size": 64, "intermediate_size": 128}
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 
 
 def quantised(folder: Path, quantization: Quantization, dtype: torch.dtype = torch.float32) -> Any:

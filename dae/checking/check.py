@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dae.checking.estimates import Item, disk, memory, tokens_of_run
+from dae.checking.estimates import Item, disk, memory, moved_layers, tokens_of_run
 from dae.checking.loss_shares import LossShare, loss_shares
 from dae.checking.overlap import overlaps
 from dae.checking.plan import Plan, make_plan
@@ -196,6 +196,8 @@ def show_effort(console: Console, plan: Plan) -> None:
     needed = memory(plan)
     quantised = f" and {plan.recipe.quantization}" if plan.recipe.quantization else ""
     show_items(console, f"memory on {place} in {dtype}{quantised}, estimated", needed)
+    if moved := moved_layers(plan):
+        show_items(console, f"moved from {plan.settings.offload_teachers} in each pass of a teacher", moved)
     written = disk(plan)
     show_items(console, "disk, at most", written)
     folder = next(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from dae.checking.plan import Plan
@@ -19,6 +20,8 @@ from kd.losses.chunked import (
     block_elements,
     logits_elements,
 )
+from kd.models.forward import unwrapped
+from kd.models.offloading import layer_weights, layers_of
 from kd.models.quantization import quantised_bytes, quantised_shapes
 from kd.models.roles import Role
 from kd.stages.distill import text_config
@@ -63,6 +66,8 @@ def weights(plan: Plan, size: Size = Tensor.numel) -> list[Item]:
             names = ", ".join(role.name for role in sharing)
             name = f"base: {names}" if model is roles.shared else names
             items.append(Item(name, weight_bytes(model, element, recipe.quantization, size)))
+            if is_offloaded(plan, sharing[0]):
+                items[-1] = Item(f"{name}: what stays, and one layer", (parameters(model) - waiting(model)) * element)
         for role in sharing:
             if role.adapter is not None and role is not roles.student:
                 adapters.setdefault((id(model), role.adapter), Item(f"{role.name} adapter", adapter_bytes(role, size)))
@@ -75,6 +80,25 @@ def weights(plan: Plan, size: Size = Tensor.numel) -> list[Item]:
     each = ADAPTER_BYTES if recipe.lora else student_dtype(recipe).itemsize
     name = "student adapter" if recipe.lora else "student, all weights"
     return [*items, Item(name, trainable(roles.student, size) * each)]
+
+
+def is_offloaded(plan: Plan, role: Role) -> bool:
+    """Whether a role's layers wait elsewhere: those of teachers without adapters, where the recipe says so."""
+    student = plan.roles.student
+    return plan.settings.offload_teachers is not None and role is not student and not isinstance(role.model, PeftModel)
+
+
+def waiting(model: nn.Module) -> int:
+    """Elements of an offloaded model's layers, but for the largest, which is on the device while it computes."""
+    layers = [sum(map(Tensor.numel, unwrapped(model).get_submodule(name).parameters())) for name in layers_of(model)]
+    return sum(layers) - max(layers, default=0)
+
+
+def moved_layers(plan: Plan) -> list[Item]:
+    """What each pass of an offloaded teacher moves to the device."""
+    element = plan.settings.dtype.itemsize
+    offloaded = {id(role.model): role for role in plan.roles.all if is_offloaded(plan, role)}
+    return [Item(role.name, sum(map(Tensor.numel, layer_weights(role.model))) * element) for role in offloaded.values()]
 
 
 def cached_heads(plan: Plan) -> int:
@@ -111,9 +135,10 @@ def weight_bytes(model: nn.Module, element: int, quantization: Quantization | No
 
 
 def dequantised_bytes(plan: Plan) -> int:
-    """Of the largest quantised layer, whose weights are made whole while it computes."""
+    """Of the largest quantised layer, whose weights are made whole while it computes; int8 goes through float32."""
     sizes = [rows * width for role in plan.roles.all for rows, width in quantised_shapes(role.model)]
-    return max(sizes, default=0) * plan.settings.dtype.itemsize
+    through_float32 = 2 * torch.float32.itemsize if plan.recipe.quantization == "int8" else 0
+    return max(sizes, default=0) * max(through_float32, plan.settings.dtype.itemsize)
 
 
 def adapter_bytes(role: Role, size: Size = Tensor.numel) -> int:

@@ -46,6 +46,7 @@ from kd.models.roles import (
     add_frozen_adapter,
     check_head,
     load_model,
+    load_teacher,
     vocabulary_rows,
 )
 from kd.models.teacher_logits import systematic_samples, top_k
@@ -197,7 +198,7 @@ def lone_teacher(role: str, inputs: Mapping[str, Checkpoint], settings: LoadSett
     """A teacher by itself: a full checkpoint, or its adapter on the base."""
     one = inputs[role]
     if not one.is_adapter:
-        return Role(role, load_model(one, settings), None)
+        return Role(role, load_teacher(one, settings), None)
     backbone = Backbone(inputs["base"], load_model(inputs["base"], settings))
     name = add_frozen_adapter(backbone, one)
     return Role(role, backbone.model, name)

@@ -17,6 +17,7 @@ from kd.config.schema import LARGEST_SEED, Frozen, Reads
 from kd.config.training_arguments import ALLOWED, training_argument_problems
 
 Quantization = Literal["nf4", "int8"]
+Offload = Literal["cpu", "disk"]
 
 
 class LoraRecipe(Frozen):

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from kd.config.cache_recipe import CacheRecipe
 from kd.config.problems import Problem
-from kd.config.stage_recipe import StageRecipe
+from kd.config.stage_recipe import Offload, StageRecipe
 from kd.losses.divergences import DIVERGENCES, parameters_of
 
 LEAST_SKEW = 0.001  # nearer to 0 or 1 the mixture is one of the two distributions, and logarithms of fp32 run out
@@ -41,6 +41,11 @@ class DivergenceRecipe(StageRecipe):
         default=None,
         description="keep what teachers say of the rows on disk: {path, kind, dtype, top_k, samples}; null: do not",
     )
+    offload_teachers: Offload | None = Field(
+        default=None,
+        description="where layers of teachers with their own weights wait for each pass: cpu (memory), disk; null: "
+        "on the device",
+    )
 
     @property
     def trains_with_teachers(self) -> bool:
@@ -56,6 +61,9 @@ class DivergenceRecipe(StageRecipe):
             if unread and raw.get(key, cls.model_fields[key].default) != cls.model_fields[key].default:
                 words = f"is read with `divergence: {'` or `'.join(readers)}` only: remove it"
                 problems.append(Problem((key,), raw[key], words))
+        if raw.get("offload_teachers") is not None and raw.get("quantization") is not None:
+            words = "quantised layers cannot be moved: remove it, or quantization"
+            problems.append(Problem(("offload_teachers",), raw["offload_teachers"], words))
         return problems + cache_problems(raw)
 
 

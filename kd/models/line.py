@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from kd.errors import UserError
 from kd.models.adapters import base_weights
 from kd.models.low_rank import low_rank
+from kd.models.offloading import weight_of
 from kd.models.quantization import is_quantised
 from kd.models.roles import STUDENT_ADAPTER, Role
 from kd.models.sharding import put, whole
@@ -167,8 +168,8 @@ def start_all_weights(student: nn.Module, pulls: Sequence[Pull]) -> None:
 def _difference(expert: Role, name: str, base: Tensor) -> Tensor:
     """W_expert - W_base of one parameter, float32 on the base's device; base is whole."""
     if expert.adapter is None:
-        theirs = whole(dict(expert.model.named_parameters(remove_duplicate=False))[name])
-        return theirs.detach().to(base.device).float() - base.detach().float()
+        theirs = whole(weight_of(expert.model, name))
+        return theirs.to(base.device).float() - base.detach().float()
     base_model: Any = expert.model.get_base_model()  # type: ignore[operator]
     owner: Any = base_model.get_submodule(name.rpartition(".")[0])
     if name.endswith(".weight") and expert.adapter in getattr(owner, "lora_A", {}):
@@ -221,8 +222,8 @@ def _dense(name: str, layer: Any, pulls: Sequence[Pull]) -> Tensor | None:
     differences = []
     for pull in (pull for pull in pulls if pull.expert.adapter is None):
         base = whole(layer.get_base_layer().weight.detach()).float()
-        theirs: Any = pull.expert.model.get_submodule(name)
-        difference = whole(theirs.weight.detach()).to(base.device).float() - base
+        theirs = whole(weight_of(pull.expert.model, f"{name}.weight"))
+        difference = theirs.to(base.device).float() - base
         differences.append(pull.weight * (difference.T if getattr(layer, "fan_in_fan_out", False) else difference))
     return sum(differences[1:], differences[0]) if differences else None
 

@@ -21,12 +21,11 @@ Shape legend: O outputs, I inputs of a layer.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MethodType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -36,8 +35,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from kd.config.stage_recipe import Quantization
 from kd.errors import UserError
 from kd.models.checkpoint import Checkpoint
-from kd.models.checkpoint_files import weight_files
 from kd.models.forward import unwrapped
+from kd.models.tensor_files import refuse_not_finite, stored_tensors
 from kd.runs.files import read_json
 
 EXTRA = "pip install 'dae-align[quantization]'"
@@ -51,7 +50,9 @@ def is_quantised(model: nn.Module) -> bool:
     return any(not weight.is_floating_point() for weight in model.parameters())
 
 
-def check_quantization(quantization: Quantization | None, inputs: Mapping[str, Checkpoint]) -> None:
+def check_quantization(
+    quantization: Quantization | None, inputs: Mapping[str, Checkpoint], *, trust_remote_code: bool = False
+) -> None:
     """Raise UserError where the checkpoints of a run cannot be quantised. Reads no weights."""
     if quantization is None:
         return
@@ -62,6 +63,21 @@ def check_quantization(quantization: Quantization | None, inputs: Mapping[str, C
             raise UserError(
                 f"quantization: {quantization}: {role} {one}: its files are quantised already (quantization_config in "
                 "config.json); remove `quantization`, or give the checkpoint that it was made from"
+            )
+        if quantization == "nf4" and not one.is_adapter and not torch.cuda.is_available():
+            refuse_uneven_rows(f"{role} {one}", quantised_shapes(one.meta_model(trust_remote_code)))
+
+
+def refuse_uneven_rows(model: str, shapes: Iterable[tuple[int, int]]) -> None:
+    """Raise UserError for layers that bitsandbytes would dequantise to wrong weights on a CPU, silently.
+
+    With AVX512 its kernel takes a row of weights for whole blocks (0.50.2). shapes: (outputs, inputs).
+    """
+    for _, inputs in shapes:
+        if inputs % NF4_BLOCK:
+            raise UserError(
+                f"quantization: nf4: {model} has a layer with {inputs} inputs, no multiple of {NF4_BLOCK}, which "
+                "bitsandbytes computes wrongly on CPUs; use int8, or a GPU"
             )
 
 
@@ -76,31 +92,22 @@ def loading_settings(quantization: Quantization, dtype: torch.dtype) -> dict[str
 def refuse_unquantisable(source: Checkpoint, quantization: Quantization) -> None:
     """Raise UserError where a weight in the files cannot be quantised: afterwards it would look like any other."""
     largest = LARGEST_INT8 if quantization == "int8" else torch.inf
-    for file_name in weight_files(source.folder):
-        if not file_name.endswith(".safetensors"):
-            continue
-        with safe_open(source.folder / file_name, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                tensor: Tensor = file.get_tensor(name)
-                if not torch.isfinite(tensor).all():
-                    raise UserError(
-                        f"{source}: {name} contains NaN or infinite values. Use an earlier checkpoint, or write it "
-                        "again."
-                    )
-                if tensor.numel() and float(tensor.abs().max()) > largest:
-                    raise UserError(
-                        f"quantization: {quantization}: {source}: {name} has values above {largest:g}; use nf4, or "
-                        "remove `quantization`"
-                    )
+    for name, tensor in stored_tensors(source.folder):
+        refuse_not_finite(source, name, tensor)
+        if tensor.numel() and float(tensor.abs().max()) > largest:
+            raise UserError(
+                f"quantization: {quantization}: {source}: {name} has values above {largest:g}; use nf4, or remove "
+                "`quantization`"
+            )
 
 
 # -- products ----------------------------------------------------------------------------------------------------------
 
 
-def with_exact_products(model: nn.Module) -> None:
+def with_exact_products(model: nn.Module, source: str) -> None:
     """Let the layers of bitsandbytes compute with their dequantised weights, and nothing else (see above).
 
-    Also where the files were quantised.
+    Also where the files were quantised. source: the model, in the error for layers that cannot.
     """
     if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
         return
@@ -108,6 +115,8 @@ def with_exact_products(model: nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
+            if module.weight.device.type == "cpu":
+                refuse_uneven_rows(source, [(module.out_features, module.in_features)])
             module.support_avx512bf16_for_cpu = False
         elif isinstance(module, Linear8bitLt):
             module.forward = MethodType(_int8_forward, module)  # type: ignore[method-assign]

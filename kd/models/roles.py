@@ -23,7 +23,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from kd.config.stage_recipe import LoraRecipe, Quantization
+from kd.config.stage_recipe import LoraRecipe, Offload, Quantization
 from kd.errors import UserError
 from kd.models.adapters import put_adapter
 from kd.models.checkpoint import Checkpoint
@@ -31,6 +31,7 @@ from kd.models.compatibility import refuse_unusable_attention
 from kd.models.completeness import first_line, opened_whole
 from kd.models.forward import decoder_of, final_hidden_states, head_of, innermost, unwrapped
 from kd.models.merged import state_ties
+from kd.models.offloading import open_offloaded
 from kd.models.opening import opening
 from kd.models.quantization import loading_settings, refuse_unquantisable, with_exact_products
 
@@ -45,6 +46,7 @@ class LoadSettings:
     """How every model of a run is opened. dtype is a torch dtype; the device is the accelerator if there is one.
 
     quantization: of the weights of linear layers (kd/models/quantization.py); dtype is then that of all others.
+    offload_teachers: where layers of teachers with weights of their own wait (kd/models/offloading.py).
     """
 
     dtype: torch.dtype
@@ -52,6 +54,7 @@ class LoadSettings:
     trust_remote_code: bool = False
     device: str = "cpu"
     quantization: Quantization | None = None
+    offload_teachers: Offload | None = None
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,12 @@ class Backbone:
     adapters: dict[Checkpoint, str] = field(default_factory=dict)
 
 
-def load_model(source: Checkpoint, settings: LoadSettings, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(
+    source: Checkpoint, settings: LoadSettings, dtype: torch.dtype | None = None, offload: Offload | None = None
+) -> PreTrainedModel:
     """Open a full checkpoint (safetensors only) in eval mode with all weights frozen; on `meta` its architecture alone.
+
+    offload: where its layers wait between passes (kd/models/offloading.py).
 
     Raises UserError for an unreadable or incomplete checkpoint and for weights that are not finite, naming the tensor.
     """
@@ -112,16 +119,25 @@ def load_model(source: Checkpoint, settings: LoadSettings, dtype: torch.dtype | 
         config = BitsAndBytesConfig(**loading_settings(settings.quantization, settings.dtype))
         # Each weight is quantised where it stays: bitsandbytes' layers are not moved.
         open_model = partial(open_model, quantization_config=config, device_map={"": settings.device})
-    model = opened_whole(source, open_model)
-    if settings.quantization is None:
-        model.to(settings.device)  # type: ignore[arg-type]
-    with_exact_products(model)
+    if offload is not None:
+        trust = settings.trust_remote_code
+        model = open_offloaded(source, open_model, offload, settings.device, trust_remote_code=trust)
+    else:
+        model = opened_whole(source, open_model)
+        if settings.quantization is None:
+            model.to(settings.device)  # type: ignore[arg-type]
+    with_exact_products(model, str(source))
     model.requires_grad_(False)
     model.eval()
     state_ties(model)
     refuse_bad_weights(model, source)
     refuse_unknown_forward(model, source)
     return model
+
+
+def load_teacher(source: Checkpoint, settings: LoadSettings) -> PreTrainedModel:
+    """`load_model` of weights that only teachers without adapters use: they may wait elsewhere between passes."""
+    return load_model(source, settings, offload=settings.offload_teachers)
 
 
 def refuse_bad_weights(model: nn.Module, source: Checkpoint, adapter: str | None = None) -> None:

@@ -31,8 +31,9 @@ from kd.losses.token_loss import TokenLoss
 from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.compatibility import check_complete, check_tokenizers
 from kd.models.forward import learned_positions, unwrapped
+from kd.models.offloading import check_offload
 from kd.models.quantization import check_quantization
-from kd.models.roles import LoadSettings, Role, load_model
+from kd.models.roles import LoadSettings, Role, load_teacher
 from kd.stages.distill_recipe import ROUTE, DistillRecipe
 from kd.stages.run_stage import RunResult, run_stage
 from kd.stages.sft import student_alone
@@ -40,6 +41,7 @@ from kd.stages.stage import Inputs, Stage, StageRoles
 from kd.training.gathering import TRAINING_ONLY
 from kd.training.model_card import Description
 from kd.training.objective import Objective, Route
+from kd.training.settings import load_settings
 
 
 class Distill(Stage[DistillRecipe]):
@@ -62,7 +64,9 @@ class Distill(Stage[DistillRecipe]):
             check_same_tokenizer(recipe, inputs)
         for one in inputs.values():
             check_complete(one, recipe.trust_remote_code)
-        check_quantization(recipe.quantization, inputs)
+        check_quantization(recipe.quantization, inputs, trust_remote_code=recipe.trust_remote_code)
+        device, trust = load_settings(recipe).device, recipe.trust_remote_code
+        check_offload(recipe.offload_teachers, teacher_inputs(inputs), device, trust_remote_code=trust)
         models = [one.meta_model(recipe.trust_remote_code) for one in inputs.values()]
         if recipe.attention is not None:
             pairs_of("attention", recipe.attention.layers, *models)
@@ -86,7 +90,7 @@ class Distill(Stage[DistillRecipe]):
     def build_roles(self, recipe: DistillRecipe, inputs: Inputs, settings: LoadSettings) -> StageRoles:
         alone = student_alone(recipe, inputs["base"], settings)
         # A cached teacher is not among the inputs.
-        teachers = {role: Role(role, load_model(inputs[role], settings), None) for role in inputs if role == "teacher"}
+        teachers = {role: Role(role, load_teacher(one, settings), None) for role, one in teacher_inputs(inputs).items()}
         return replace(alone, teachers=teachers, own_vocabulary=recipe.cross_tokenizer is not None)
 
     def objective(self, recipe: DistillRecipe, roles: StageRoles) -> Objective:
@@ -117,6 +121,11 @@ def distill(recipe: DistillRecipe) -> RunResult:
     Raises UserError (recipe, data or checkpoints), MachineError (disk, memory), Stopped (Ctrl-C, SIGTERM).
     """
     return run_stage(Distill(), recipe)
+
+
+def teacher_inputs(inputs: Inputs) -> dict[str, Checkpoint]:
+    """The teacher, where it is not on a server or cached."""
+    return {role: one for role, one in inputs.items() if role == "teacher"}
 
 
 def in_teacher_tokens(data: StageData) -> StageData:

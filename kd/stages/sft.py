@@ -37,7 +37,7 @@ class Sft(Stage[SftRecipe]):
     def check(self, recipe: SftRecipe, inputs: Inputs) -> SftRecipe:
         inputs["base"].refuse_adapter("base")
         check_complete(inputs["base"], recipe.trust_remote_code)
-        check_quantization(recipe.quantization, inputs)
+        check_quantization(recipe.quantization, inputs, trust_remote_code=recipe.trust_remote_code)
         return recipe
 
     def load_data(self, recipe: SftRecipe, inputs: Inputs) -> StageData:

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from kd.config.stage_recipe import StageRecipe
 from kd.data.mixing import Mixture
 from kd.errors import UserError
+from kd.losses.divergence_recipe import DivergenceRecipe
 from kd.models.roles import LoadSettings
 from kd.runs.settings import DEFAULT_BATCH_SIZE
 
@@ -35,7 +36,12 @@ def load_settings(recipe: StageRecipe) -> LoadSettings:
     if device == "cuda":
         device = f"cuda:{processes().local_process_index}"
     return LoadSettings(
-        dtype, recipe.attn_implementation, recipe.trust_remote_code, device, quantization=recipe.quantization
+        dtype,
+        recipe.attn_implementation,
+        recipe.trust_remote_code,
+        device,
+        quantization=recipe.quantization,
+        offload_teachers=recipe.offload_teachers if isinstance(recipe, DivergenceRecipe) else None,
     )
 
 

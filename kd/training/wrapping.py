@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 
 from kd.config.stage_recipe import StageRecipe
 from kd.errors import UserError
+from kd.losses.divergence_recipe import DivergenceRecipe
 from kd.models.forward import admit_functions
 from kd.models.quantization import is_quantised
 from kd.models.sharding import is_sharded
@@ -113,6 +114,10 @@ def refuse_unshardable(recipe: StageRecipe) -> None:
         raise UserError(
             f"quantization: {recipe.quantization}: FSDP2 cannot shard quantised weights; use DDP "
             "(recipes/accelerate/ddp.yaml), or remove it"
+        )
+    if isinstance(recipe, DivergenceRecipe) and recipe.offload_teachers is not None:
+        raise UserError(
+            f"offload_teachers: {recipe.offload_teachers}: under FSDP2 the teachers' weights are sharded; remove it"
         )
     if recipe.merge:
         raise UserError(

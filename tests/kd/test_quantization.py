@@ -143,18 +143,14 @@ def test_a_row_does_not_depend_on_its_neighbours(quantization: Quantization, tmp
     torch.testing.assert_close(layer(x), x @ whole_weight(layer).T, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [24, 40, 72])  # blocks of 64 weights that go over the end of a row, half blocks
-@pytest.mark.parametrize("quantization", BOTH)
-def test_widths_that_are_no_multiples_of_a_block(
-    quantization: Quantization, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+@pytest.mark.parametrize("width", [24, 40, 72])
+def test_int8_takes_any_width(width: int, tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base", hidden_size=width, intermediate_size=width + 10, num_attention_heads=2,
                            num_key_value_heads=1)  # fmt: skip
-    model = quantised(base, quantization)
+    model = quantised(base, "int8")
     for layer in layers_of(model).values():
         x = torch.randn(3, layer.in_features)
-        assert torch.isfinite(layer(x)).all()
+        torch.testing.assert_close(layer(x), x @ whole_weight(layer).T, rtol=1e-5, atol=1e-5)
     check_head(Role("student", model, None), 288)
 
 
@@ -235,6 +231,19 @@ def test_files_that_are_quantised_already_are_refused(tmp_path: Path) -> None:
     check_quantization(None, {"base": checkpoint(tmp_path / "small")})
     with pytest.raises(UserError, match=r"quantization: nf4: base .*small: its files are quantised already"):
         check_quantization("nf4", {"base": checkpoint(tmp_path / "small")})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bitsandbytes' kernel for CPUs is at fault")
+def test_a_layer_whose_rows_are_no_whole_blocks_is_refused_on_a_cpu(tmp_path: Path) -> None:
+    """On CPUs with AVX512 bitsandbytes gives wrong weights for it."""
+    base = make_checkpoint(tmp_path / "base", **{**WIDE, "intermediate_size": 96})
+    words = r"quantization: nf4: .*base has a layer with 96 inputs, no multiple of 64"
+    with pytest.raises(UserError, match=words):
+        check_quantization("nf4", {"base": checkpoint(base)})
+    with pytest.raises(UserError, match=words):
+        quantised(base, "nf4")
+    check_quantization("int8", {"base": checkpoint(base)})
+    quantised(base, "int8")
 
 
 @pytest.mark.parametrize("quantization", BOTH)
