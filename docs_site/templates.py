@@ -154,7 +154,8 @@ def text_of(node: ast.expr, module: Module, source: Source) -> str:
     filled = node.value if isinstance(node, ast.FormattedValue) else node
     if isinstance(filled, ast.Name) and (known := constant(filled.id, module, source)) is not None:
         return known
-    return f"«{placeholder(filled)}»"
+    name = placeholder(filled)
+    return "" if name in HINTS else f"«{name}»"
 
 
 def constant(name: str, module: Module, source: Source) -> str | None:
@@ -166,6 +167,7 @@ def constant(name: str, module: Module, source: Source) -> str | None:
     return text_of(value, home, source) if isinstance(value, ast.Constant | ast.JoinedStr) else None
 
 
+HINTS = ("suggestion", "near")  # "did you mean ...?", where a near name is known
 SEEN_THROUGH = ("repr", "str", "sorted", "list", "map", "set", "getattr", "max", "min", "shown", "first_of", "range")
 
 
