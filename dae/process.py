@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from dae.commands.stages import is_first_rank
 
@@ -28,9 +29,7 @@ def prepare_process(environment: Mapping[str, str]) -> None:
     for name, value in quiet.items():
         if name not in environment:
             os.environ[name] = value
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for category in (UserWarning, RuntimeWarning):
-        warnings.filterwarnings("ignore", category=category, module=r"(torch|transformers|accelerate)\.")
+    ignore_warnings()
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     for name in ("dae", "kd"):
@@ -38,3 +37,28 @@ def prepare_process(environment: Mapping[str, str]) -> None:
         logger.handlers = [handler]
         logger.setLevel(logging.INFO if is_first_rank() else logging.ERROR)
         logger.propagate = False
+
+
+def ignore_warnings() -> None:
+    """Filter what libraries warn each other's developers of."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for category in (UserWarning, RuntimeWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(torch|transformers|accelerate)\.")
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Around a call from Python: transformers shows errors alone, and no bar for each model that it loads."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            ignore_warnings()
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
