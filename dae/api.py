@@ -243,8 +243,6 @@ def report(
         UserError: models, suite or bounds are wrong (a ValueError).
         MachineError: disk or memory is full.
     """
-    from dae_eval.rendering import write_report
-
     from dae.reporting import Bounds, Request, compared
 
     roles = {"base": base, "expert": expert, "reference": reference, "student": student}
@@ -259,8 +257,10 @@ def report(
     )
     folder = Path(output_dir)
     with quiet_libraries():
+        from dae_eval.rendering import write_report
+
         found = compared(request, folder)
-    write_report(found, folder)
+        write_report(found, folder)
     return ReportResult(folder, found)
 
 
@@ -276,9 +276,9 @@ def run_recipe(
     """Train by a whole recipe. Raises UserError where other arguments are given beside it."""
     if any(one is not None for one in others):
         raise UserError(f"{stage}(recipe): a recipe has all settings; give `callbacks` beside it at most")
-    from kd.stages.run_stage import run_stage
-
     with quiet_libraries():
+        from kd.stages.run_stage import run_stage
+
         run = run_stage(STAGES[stage].load(), recipe, callbacks)
     return TrainingResult(run.path, run.summary)
 
@@ -297,12 +297,7 @@ def run_values(
     for key in given.keys() - names.keys():  # routes
         names[key] = "eval_dataset" if key.startswith("data.eval.") else "train_dataset"
     values = recipe_values(schema, stage, keys, args)
-    recipe = load_recipe(
-        schema,
-        None,
-        {key: plain(value) for key, value in given.items()},
-        flag_names=names,
-        values=values,
-        where=f"{stage}()",
-    )
+    flags = {key: plain(value) for key, value in given.items()}
+    with quiet_libraries():  # `train` is checked by transformers
+        recipe = load_recipe(schema, None, flags, flag_names=names, values=values, where=f"{stage}()")
     return run_recipe(stage, recipe, callbacks, [])

@@ -48,17 +48,22 @@ def ignore_warnings() -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Around a call from Python: transformers shows errors alone, and no bar for each model that it loads."""
-    from transformers.utils import logging as transformers_logging
+    """Around a call from Python and its imports: libraries show errors alone, and no bar for each model they load."""
+    with warnings.catch_warnings():
+        ignore_warnings()
+        warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm, in notebooks without ipywidgets
+        bitsandbytes = logging.getLogger("bitsandbytes")
+        level = bitsandbytes.level
+        bitsandbytes.setLevel(logging.ERROR)
+        from transformers.utils import logging as transformers_logging
 
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            ignore_warnings()
+        verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        try:
             yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        finally:
+            bitsandbytes.setLevel(level)
+            transformers_logging.set_verbosity(verbosity)
+            if bars:
+                transformers_logging.enable_progress_bar()

@@ -70,12 +70,13 @@ class TrainingResult(os.PathLike[str]):
             UserError: the base is not found, or a checkpoint is not complete.
         """
         from dae.process import quiet_libraries
-        from kd.models.checkpoint import checkpoint
-        from kd.models.roles import load_model
-        from kd.training.settings import load_settings
 
         recipe = self.recipe
         with quiet_libraries():
+            from kd.models.checkpoint import checkpoint
+            from kd.models.roles import load_model
+            from kd.training.settings import load_settings
+
             if recipe.lora is None:
                 return load_model(checkpoint(str(self.path)), load_settings(recipe))
             from peft import PeftModel

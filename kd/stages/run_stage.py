@@ -31,7 +31,7 @@ from kd.stages.stage import Inputs, RecipeT, Stage, StageRoles, fingerprints
 from kd.training.callbacks import EarlyStopping, StepBookkeeping, StopOnSignal
 from kd.training.model_card import CardFacts
 from kd.training.objective import Objective
-from kd.training.progress import TrainingProgress, doing
+from kd.training.progress import doing, training_progress
 from kd.training.publishing import publish, summarise, trained
 from kd.training.settings import load_settings, planned_steps, processes, rows_per_step, training_arguments
 from kd.training.trainer import RoutedTrainer, evaluate_routes
@@ -178,7 +178,7 @@ def prepare(
     routes = [data.route_names.index(source.route) for source in data.sources]
     stop = StopOnSignal()
     epochs_per_step = None if mixture.rows_per_epoch is None else mixture.rows_per_step / mixture.rows_per_epoch
-    callbacks = [StepBookkeeping(epochs_per_step), stop, TrainingProgress()]
+    callbacks = [StepBookkeeping(epochs_per_step), stop, training_progress()]
     if recipe.early_stopping_patience is not None:
         callbacks.append(EarlyStopping(recipe.early_stopping_patience))
     trainer = RoutedTrainer(
