@@ -22,7 +22,7 @@ class InMemoryRows:
 
     Recipes, run folders and cards hold `str(rows)`, never the rows: number of rows and SHA-256. A Dataset and a list
     with equal rows have equal SHA-256: nulls are no part of it, since Arrow fills up objects with them, nor is the
-    order of keys.
+    order of keys, nor whether a number is 1 or 1.0.
     """
 
     def __init__(self, rows: Any, name: str = "rows") -> None:
@@ -69,7 +69,7 @@ class InMemoryRows:
         digest = hashlib.sha256()
         for index, row in enumerate(self._rows):
             try:
-                text = json.dumps(without_nulls(row), sort_keys=True, default=as_json)
+                text = json.dumps(comparable(row), sort_keys=True, default=as_json)
             except (TypeError, ValueError, RecursionError) as error:
                 raise UserError(
                     f"{self.location(index)}: cannot be fingerprinted ({error}); a row holds text, numbers, lists and "
@@ -110,13 +110,13 @@ def why_no_rows(value: Any) -> str | None:
     return expected
 
 
-def without_nulls(value: Any) -> Any:
-    """A row without the keys that are null, all the way down."""
+def comparable(value: Any) -> Any:
+    """A row without what Arrow changes: keys that are null are left out, and 1.0 is 1."""
     if isinstance(value, Mapping):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+        return {key: comparable(item) for key, item in value.items() if item is not None}
     if isinstance(value, (list, tuple)):
-        return [without_nulls(item) for item in value]
-    return value
+        return [comparable(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def as_json(value: Any) -> Any:
