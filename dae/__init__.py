@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dae.api import align as align
     from dae.api import distill as distill
-    from dae.api import report as report
     from dae.api import sft as sft
     from dae.recipe import AlignRecipe as AlignRecipe
-    from dae.results import ReportResult as ReportResult
+    from dae.reporting import ReportResult as ReportResult
+    from dae.reporting import report as report
     from dae.results import TrainingResult as TrainingResult
     from kd.config.in_memory_rows import InMemoryRows as InMemoryRows
     from kd.errors import MachineError as MachineError
@@ -33,14 +33,14 @@ _HOMES = {
     "DistillRecipe": "kd.stages.distill_recipe",
     "InMemoryRows": "kd.config.in_memory_rows",
     "MachineError": "kd.errors",
-    "ReportResult": "dae.results",
+    "ReportResult": "dae.reporting",
     "SftRecipe": "kd.stages.sft_recipe",
     "Stopped": "kd.errors",
     "TrainingResult": "dae.results",
     "UserError": "kd.errors",
     "align": "dae.api",
     "distill": "dae.api",
-    "report": "dae.api",
+    "report": "dae.reporting",
     "sft": "dae.api",
 }
 

@@ -1,4 +1,4 @@
-"""`align`, `sft`, `distill` and `report` from Python: what people have in a notebook in, a result out.
+"""`align`, `sft` and `distill` from Python: what people have in a notebook in, a result out.
 
 Rows are a path, a `datasets.Dataset` or a list of dicts; models are folders or hub ids, or the result of an earlier
 call. Further keywords are keys of the recipe (`dae keys align`), those of its sections `data`, `lora` and `train` by
@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from dae.process import quiet_libraries
 from dae.python_values import recipe_values, routes, sources
 from dae.recipe import AlignRecipe
-from dae.results import ReportResult, TrainingResult
+from dae.results import TrainingResult
 from dae.stages import STAGES
 from kd.config.loading import load_recipe
 from kd.config.schema import plain
@@ -201,67 +200,6 @@ def distill(
         return run_recipe("distill", model, callbacks, [teacher, train_dataset, output_dir, eval_dataset, args, *keys])
     given = {"base": model, "teacher": teacher, "output": output_dir} | one_route(train_dataset, eval_dataset)
     return run_values("distill", given, keys, args, callbacks)
-
-
-def report(
-    base: PathLike | None = None,
-    expert: PathLike | None = None,
-    student: PathLike | None = None,
-    *,
-    suite: PathLike,
-    output_dir: PathLike,
-    reference: PathLike | None = None,
-    compare: Mapping[str, PathLike] | None = None,
-    args: Mapping[str, Any] | None = None,
-    margin: float = 1.0,
-    min_gap: float = 0.0,
-    max_task_loss: float = 5.0,
-    allow_missing: Sequence[str] = (),
-    retention_only: bool = False,
-) -> ReportResult:
-    """Score the models on the same documents, and judge the student: gap closed, retention, worst task.
-
-    Args:
-        base: the model that the expert started from.
-        expert: the model trained on the domain; not needed with `retention_only`.
-        student: the model to judge.
-        suite: a YAML file of lm-eval tasks in groups.
-        output_dir: folder of the report and of the answers; finished tasks in it are not asked again.
-        reference: the model whose general skills must be kept, by default the base.
-        compare: other students by name, shown beside the student.
-        args: keys of the suite by dotted names, `{"batch_size": 8}`.
-        margin: largest accepted loss on general tasks, in points.
-        min_gap: smallest accepted part of the expert's gain, 0 to 1.
-        max_task_loss: largest accepted loss of a single task, in points.
-        allow_missing: tasks that models, or documents of them, may lack.
-        retention_only: compare without an expert.
-
-    Returns:
-        The report; a notebook shows its verdict.
-
-    Raises:
-        UserError: models, suite or bounds are wrong (a ValueError).
-        MachineError: disk or memory is full.
-    """
-    from dae.reporting import Bounds, Request, compared
-
-    roles = {"base": base, "expert": expert, "reference": reference, "student": student}
-    request = Request(
-        models={role: os.fspath(path) for role, path in roles.items() if path is not None},
-        compare={name: os.fspath(path) for name, path in (compare or {}).items()},
-        suite=Path(suite),
-        settings=args or {},
-        bounds=Bounds(margin, min_gap, max_task_loss),
-        allow_missing=allow_missing,
-        retention_only=retention_only,
-    )
-    folder = Path(output_dir)
-    with quiet_libraries():
-        from dae_eval.rendering import write_report
-
-        found = compared(request, folder)
-        write_report(found, folder)
-    return ReportResult(folder, found)
 
 
 def one_route(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:

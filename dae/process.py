@@ -16,13 +16,8 @@ SPINNING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
 
 
 def prepare_process(environment: Mapping[str, str]) -> None:
-    """Set what libraries read when imported, here and in child processes; send our messages to stderr.
-
-    Waiting OpenMP threads sleep, unless the user chose otherwise: on shared cores spinning costs several times the work
-    (benchmarks/omp_wait_policy.py).
-    """
-    if not SPINNING & environment.keys():
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    """Set what libraries read when imported, here and in child processes; send our messages to stderr."""
+    let_threads_sleep(environment)
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error"}
     if not sys.stderr.isatty():
         quiet |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
@@ -39,6 +34,15 @@ def prepare_process(environment: Mapping[str, str]) -> None:
         logger.propagate = False
 
 
+def let_threads_sleep(environment: Mapping[str, str]) -> None:
+    """Waiting OpenMP threads sleep, unless the user chose otherwise; without effect once torch is imported.
+
+    On shared cores spinning costs several times the work (benchmarks/omp_wait_policy.py).
+    """
+    if not SPINNING & environment.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
 def ignore_warnings() -> None:
     """Filter what libraries warn each other's developers of."""
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -49,6 +53,7 @@ def ignore_warnings() -> None:
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Around a call from Python and its imports: libraries show errors alone, and no bar for each model they load."""
+    let_threads_sleep(os.environ)
     with warnings.catch_warnings():
         ignore_warnings()
         warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm, in notebooks without ipywidgets

@@ -18,13 +18,12 @@ from kd.runs.provenance import read_provenance
 def domain_remedy(name: str, path: Any) -> str:
     """What to add if an expert's rows are unknown, and why its run folder does not have them."""
     flag = "--domain-data PATH" if name == UNNAMED else f"--domain-data {name}=PATH"
-    return f'add {flag}, in Python train_dataset={{"{name}": ROWS}}{why_unknown(path, name)}'
+    return f"add {flag}{why_unknown(path, name)}"
 
 
 def general_remedy(raw: Mapping[str, Any]) -> str:
     path = raw.get("reference") or raw.get("base")
-    way = f'add --general-data PATH (`dae sample` writes such rows), in Python train_dataset={{"{GENERAL}": ROWS}}'
-    return way + why_unknown(path, GENERAL)
+    return f"add --general-data PATH (`dae sample` writes such rows){why_unknown(path, GENERAL)}"
 
 
 def why_unknown(path: Any, route: str) -> str:
@@ -97,7 +96,8 @@ def recorded_sources(folder: str, route: str) -> list[dict[str, Any]] | str:
     sources = []
     for place, source in enumerate(data[name]):
         if recorded_in_memory(source["path"]):
-            return f"{folder} was trained on rows {source['path']}, which no run folder keeps"
+            told = f"{folder} was trained on rows {source['path']}, which no run folder keeps"
+            return f'{told}; in Python, pass train_dataset={{"{route}": ROWS}}'
         try:
             unchanged = data_sha256(source["path"]) == source["sha256"]
         except UserError:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dae.commands.stopping import going_on
+from dae.process import quiet_libraries
 from kd.errors import UserError
 
 if TYPE_CHECKING:
@@ -135,3 +137,91 @@ def judged(
 def shown(name: str, prefix: str) -> str:
     """An argument's name as typed: a flag where there is a prefix."""
     return f"{prefix}{name.replace('_', '-')}" if prefix else name
+
+
+# -- from Python --
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """A report on a student.
+
+    Attributes:
+        path: the folder of the report; report.html in it is the page.
+        report: all its figures.
+    """
+
+    path: Path
+    report: Report = field(repr=False)
+
+    @property
+    def verdict(self) -> str:
+        """PASS, FAIL or INCONCLUSIVE; PASS if every line passes."""
+        return self.report.word
+
+    def __repr__(self) -> str:
+        return f"ReportResult({self.verdict}, {self.path / 'report.html'})"
+
+    def _repr_markdown_(self) -> str:
+        from dae_eval.rendering.markdown import section
+
+        return section(self.report)
+
+
+def report(
+    base: str | os.PathLike[str] | None = None,
+    expert: str | os.PathLike[str] | None = None,
+    student: str | os.PathLike[str] | None = None,
+    *,
+    suite: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    reference: str | os.PathLike[str] | None = None,
+    compare: Mapping[str, str | os.PathLike[str]] | None = None,
+    args: Mapping[str, Any] | None = None,
+    margin: float = 1.0,
+    min_gap: float = 0.0,
+    max_task_loss: float = 5.0,
+    allow_missing: Sequence[str] = (),
+    retention_only: bool = False,
+) -> ReportResult:
+    """Score the models on the same documents, and judge the student: gap closed, retention, worst task.
+
+    Args:
+        base: the model that the expert started from.
+        expert: the model trained on the domain; not needed with `retention_only`.
+        student: the model to judge.
+        suite: a YAML file of lm-eval tasks in groups.
+        output_dir: folder of the report and of the answers; finished tasks in it are not asked again.
+        reference: the model whose general skills must be kept, by default the base.
+        compare: other students by name, shown beside the student.
+        args: keys of the suite by dotted names, `{"batch_size": 8}`.
+        margin: largest accepted loss on general tasks, in points.
+        min_gap: smallest accepted part of the expert's gain, 0 to 1.
+        max_task_loss: largest accepted loss of a single task, in points.
+        allow_missing: tasks that models, or documents of them, may lack.
+        retention_only: compare without an expert.
+
+    Returns:
+        The report; a notebook shows its verdict.
+
+    Raises:
+        UserError: models, suite or bounds are wrong (a ValueError).
+        MachineError: disk or memory is full.
+    """
+    roles = {"base": base, "expert": expert, "reference": reference, "student": student}
+    request = Request(
+        models={role: os.fspath(path) for role, path in roles.items() if path is not None},
+        compare={name: os.fspath(path) for name, path in (compare or {}).items()},
+        suite=Path(suite),
+        settings=args or {},
+        bounds=Bounds(margin, min_gap, max_task_loss),
+        allow_missing=allow_missing,
+        retention_only=retention_only,
+    )
+    folder = Path(output_dir)
+    with quiet_libraries():
+        from dae_eval.rendering import write_report
+
+        found = compared(request, folder)
+        write_report(found, folder)
+    return ReportResult(folder, found)

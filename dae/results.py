@@ -1,4 +1,4 @@
-"""What calls from Python give back: a finished run, a report."""
+"""What a training call from Python gives back."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from kd.config.stage_recipe import StageRecipe
 from kd.runs.provenance import HELD_OUT, read_provenance
 
 if TYPE_CHECKING:
-    from dae_eval.report import Report
     from pandas import DataFrame
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from dae.reporting import ReportResult
 
 NUMBERS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}  # as metrics.jsonl spells them
 
@@ -100,7 +101,7 @@ class TrainingResult(os.PathLike[str]):
             UserError: models, suite or bounds are wrong.
             MachineError: disk or memory is full.
         """
-        from dae.api import report
+        from dae.reporting import report
 
         roles = {**roles_of(self.recipe), "student": str(self.path), **options}
         return report(suite=suite, output_dir=self.path / "report" if output_dir is None else output_dir, **roles)
@@ -112,29 +113,3 @@ def roles_of(recipe: StageRecipe) -> dict[str, str]:
     given = {"base": recipe.base, "reference": getattr(recipe, "reference", None)}
     given |= {"expert": next(iter(experts.values()))} if len(experts) == 1 else {}
     return {role: one for role, one in given.items() if isinstance(one, str)}
-
-
-@dataclass(frozen=True)
-class ReportResult:
-    """A report on a student.
-
-    Attributes:
-        path: the folder of the report; report.html in it is the page.
-        report: all its figures.
-    """
-
-    path: Path
-    report: Report = field(repr=False)
-
-    @property
-    def verdict(self) -> str:
-        """PASS, FAIL or INCONCLUSIVE; PASS if every line passes."""
-        return self.report.word
-
-    def __repr__(self) -> str:
-        return f"ReportResult({self.verdict}, {self.path / 'report.html'})"
-
-    def _repr_markdown_(self) -> str:
-        from dae_eval.rendering.markdown import section
-
-        return section(self.report)

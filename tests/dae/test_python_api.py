@@ -145,7 +145,8 @@ def test_commands_say_that_recorded_rows_were_in_memory(capsys: pytest.CaptureFi
     assert 'train_dataset={"domain": ROWS}' in str(refused.value)
     command = ["align", "--base", "base", "--expert", "own", "--general-data", "general.jsonl"]
     assert cli.run(command) == 2
-    assert words in (said := capsys.readouterr().err) and "--domain-data PATH" in said
+    assert words in (said := capsys.readouterr().err)
+    assert "--domain-data PATH" in said
     assert cli.run(["sft", "--recipe", "own/recipe.yaml", "--output", "again"]) == 2
     assert "these rows were in memory" in capsys.readouterr().err
     ((found, source),) = training_rows(["own"])
