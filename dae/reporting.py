@@ -148,16 +148,16 @@ class ReportResult:
 
     Attributes:
         path: the folder of the report; report.html in it is the page.
-        report: all its figures.
+        data: all its figures.
     """
 
     path: Path
-    report: Report = field(repr=False)
+    data: Report = field(repr=False)
 
     @property
     def verdict(self) -> str:
         """PASS, FAIL or INCONCLUSIVE; PASS if every line passes."""
-        return self.report.word
+        return self.data.word
 
     def __repr__(self) -> str:
         return f"ReportResult({self.verdict}, {self.path / 'report.html'})"
@@ -165,7 +165,7 @@ class ReportResult:
     def _repr_markdown_(self) -> str:
         from dae_eval.rendering.markdown import section
 
-        return section(self.report)
+        return section(self.data)
 
 
 def report(

@@ -52,11 +52,11 @@ def test_a_result_reports_on_itself() -> None:
     result = sft("base", "shop.jsonl", output_dir="own", max_steps=2)
     found = result.report("suite.yaml", retention_only=True)
     assert found.path == Path("own/report")
-    models = {model.role: model.path for model in found.report.models}
+    models = {model.role: model.path for model in found.data.models}
     assert (models["student"], models["reference"]) == ("own", "base")
     with pytest.raises(UserError, match=r"report\(\): expert: required"):
         result.report("suite.yaml", output_dir="other")
-    assert result.report("suite.yaml", output_dir="other", expert="expert").report.student.gap is not None
+    assert result.report("suite.yaml", output_dir="other", expert="expert").data.student.gap is not None
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
