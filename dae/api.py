@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from dae.process import quiet_libraries
 from dae.python_values import recipe_values, routes, sources
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    PathLike = str | os.PathLike[str]
+    PathLike: TypeAlias = str | os.PathLike[str]
     # A path, rows, a source such as {"path": rows, "share": 0.2}, or a list of several.
-    Rows = PathLike | Dataset | Mapping[str, Any] | Sequence[Mapping[str, Any] | PathLike | Dataset]
-    Teacher = PathLike | Mapping[str, Any]
+    Rows: TypeAlias = PathLike | Dataset | Mapping[str, Any] | Sequence[Mapping[str, Any] | PathLike | Dataset]
+    Teacher: TypeAlias = PathLike | Mapping[str, Any]
 
 
 @overload
