@@ -61,8 +61,10 @@ def test_a_run_and_a_report_show_each_thing_once(world: Path) -> None:
     make_suite(world / "suite.yaml", make_tasks(world / "tasks"))
     sources = [ALIGN.replace("STEPS", "8"), "result = run()\nresult", "run()"]
     sources += ["result.report('suite.yaml')", "result.metrics['loss'].tolist()"]
+    sources += ["import dae\nwith_ids = [{**row, 'id': 1} for row in rows['shop']]"]
+    sources += ["dae.sft('base', with_ids, output_dir='own', max_steps=2)"]
     cells = executed([nbformat.v4.new_code_cell(source) for source in sources], world)
-    _, first, again, judged, table = map(outputs, cells)
+    _, first, again, judged, table, _, warned = map(outputs, cells)
     assert [kind for kind, _ in first] == ["display_data", "execute_result"]
     html = first[0][1]["text/html"]
     assert "[8/8 " in html and [html.count(f"<td>{step}</td>") for step in (2, 4, 6, 8)] == [1, 1, 1, 1]
@@ -73,6 +75,8 @@ def test_a_run_and_a_report_show_each_thing_once(world: Path) -> None:
     assert "[15/15 " in judged[0][1]["text/html"]
     assert judged[1][1]["text/markdown"].startswith("## Evaluation: ")
     assert [kind for kind, _ in table] == ["execute_result"]
+    assert warned[0] == ("stream", "data.train: rows of `train`: keys not read: id (120)\n")
+    assert [kind for kind, _ in warned] == ["stream", "display_data", "execute_result"]
     assert "\\u001b" not in json.dumps(cells)
     assert json.loads((world / "student" / "environment.json").read_text())["command"] == ["ipykernel"]
 

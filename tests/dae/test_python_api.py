@@ -70,6 +70,7 @@ class Acting(TrainerCallback):
 # -- rows in memory ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_lists_datasets_and_files_give_the_same_run() -> None:
     first = run()
     assert weights(run(Dataset.from_list, "of-datasets").path) == weights(first.path)
@@ -123,6 +124,7 @@ def test_sources_with_shares_and_several_sources() -> None:
     assert first.summary["rows"] == {"general": 240, "domain": 120}
 
 
+@pytest.mark.slow
 def test_changed_rows_are_refused_by_name_and_equal_ones_resume() -> None:
     with pytest.raises(Stopped):
         run(callbacks=[Acting(3, lambda: os.kill(os.getpid(), signal.SIGINT))])
@@ -288,6 +290,7 @@ def test_numbers_that_are_none_are_numbers_in_the_table() -> None:
     assert result.metrics.loc[8, "loss"] == float("inf")
 
 
+@pytest.mark.slow
 def test_results_go_where_paths_go() -> None:
     expert = sft("base", rows("shop"), output_dir="own", **SHORT)
     data = {"domain": rows("shop"), "general": rows("general")}
