@@ -228,7 +228,13 @@ def run_values(
     args: Mapping[str, Any] | None,
     callbacks: Sequence[TrainerCallback],
 ) -> TrainingResult:
-    """Train by arguments. given: those with names of their own, by the keys of the recipe that they set."""
+    """Train by arguments. given: those with names of their own, by the keys of the recipe that they set.
+
+    Raises UserError where they make no recipe.
+    """
+    if not isinstance(given["base"], (str, os.PathLike)):
+        kind = type(given["base"]).__name__
+        raise UserError(f"{stage}(): model: expected a folder or hub id, not {kind}; save a model and pass its folder")
     schema = STAGES[stage].recipe
     names = {"base": "model", "output": "output_dir", "expert": "expert", "reference": "reference"}
     names |= {"teacher": "teacher", f"data.{ROUTE}": "train_dataset", f"data.eval.{ROUTE}": "eval_dataset"}

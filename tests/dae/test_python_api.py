@@ -313,6 +313,8 @@ def test_a_whole_recipe_is_taken_with_callbacks_alone() -> None:
     assert seen.steps == 2
     with pytest.raises(UserError, match=r"align\(recipe\): a recipe has all settings"):
         align(recipe, output_dir="other")  # type: ignore[call-overload]
+    with pytest.raises(UserError, match=r"sft\(\): model: expected a folder or hub id, not AlignRecipe; save a model"):
+        sft(recipe, rows("shop"), output_dir="other")  # type: ignore[call-overload]
 
 
 def test_nothing_but_progress_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
