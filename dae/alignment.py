@@ -45,7 +45,6 @@ from kd.models.roles import (
     resume_adapter,
     trainable_model,
 )
-from kd.stages.run_stage import RunResult, run_stage
 from kd.stages.stage import Inputs, Stage, StageRoles
 from kd.training.budget import RouteBudget
 from kd.training.model_card import Description
@@ -175,15 +174,6 @@ class Align(Stage[AlignRecipe]):
             "to take on the expert's domain without forgetting the rest.",
             PAPER,
         )
-
-
-def align(recipe: AlignRecipe) -> RunResult:
-    """Train a student that matches each expert on its domain's rows and the reference on general rows.
-
-    Returns the finished run; the same recipe resumes an unfinished run folder.
-    Raises UserError (recipe, data or checkpoints), MachineError (disk, memory), Stopped (Ctrl-C, SIGTERM).
-    """
-    return run_stage(Align(), recipe)
 
 
 def teachers_of(recipe: AlignRecipe) -> dict[str, str | ServedTeacher]:

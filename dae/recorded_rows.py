@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from dae.routing import GENERAL, UNNAMED
+from kd.config.in_memory_rows import recorded_in_memory
 from kd.data.fingerprint import data_sha256
 from kd.errors import UserError
 from kd.runs.provenance import read_provenance
@@ -94,6 +95,9 @@ def recorded_sources(folder: str, route: str) -> list[dict[str, Any]] | str:
     settings = recorded_settings(Path(folder) / "recipe.yaml", name)
     sources = []
     for place, source in enumerate(data[name]):
+        if recorded_in_memory(source["path"]):
+            told = f"{folder} was trained on rows {source['path']}, which no run folder keeps"
+            return f'{told}; in Python, pass train_dataset={{"{route}": ROWS}}'
         try:
             unchanged = data_sha256(source["path"]) == source["sha256"]
         except UserError:

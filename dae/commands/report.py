@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dae.commands.evaluation import Assignments, SuiteFile, typed_command
-from dae.commands.stopping import going_on
+from dae.reporting import ROLES, Bounds, ask_models, judged, with_reference
 from kd.config.data_recipe import ROUTE_NAME
 from kd.errors import UserError
 
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from dae_eval.report import Report
     from dae_eval.results import Evaluation
 
-ROLES = ("base", "expert", "reference", "student")
 PASSED, NOT_PASSED = 0, 1
 
 
@@ -56,41 +54,20 @@ def report(
     roles = {"base": base, "expert": expert, "reference": reference, "student": student}
     given = {role: path for role, path in roles.items() if path is not None}
     refuse_mixed_usage(given, compare or [], finished or [], suite, output, assignments or [], retention_only)
-    refuse_bounds(margin, max_task_loss, min_gap)
+    bounds = Bounds(margin, min_gap, max_task_loss)
+    bounds.check("--")
     assert output is not None
     refuse_unfit_places(card, junit)
+    command = typed_command()
     if finished:
         evaluations = read_finished(finished)
     else:
         assert suite is not None
-        evaluations = ask_models(with_defaults(given, compare or []), suite, assignments or [], output)
-
-    from dae_eval.comparing.comparison import compare as compare_evaluations
-
-    from kd.runs.environment import masked
-
-    others = [name for name in evaluations if name not in ROLES]
-    result = compare_evaluations(
-        evaluations,
-        margin=margin,
-        min_gap=min_gap,
-        max_task_loss=max_task_loss,
-        allow_missing=allow_missing or [],
-        retention_only=retention_only,
-        others=others,
-        command=shlex.join(masked(typed_command())),
-    )
+        models = with_reference(given, other_students(given, compare or []))
+        evaluations = ask_models(models, suite, assignments or [], output, command, "--")
+    result = judged(evaluations, bounds, allow_missing or [], retention_only, command)
     publish(result, output, card, junit)
     return PASSED if result.word == "PASS" else NOT_PASSED
-
-
-def refuse_bounds(margin: float, max_task_loss: float, min_gap: float) -> None:
-    """Raise UserError where a bound of the verdict is none."""
-    for flag, points in (("--margin", margin), ("--max-task-loss", max_task_loss)):
-        if not 0 < points <= 100:
-            raise UserError(f"{flag} {points:g}: must be above 0 and at most 100, in points")
-    if not 0 <= min_gap <= 1:
-        raise UserError(f"--min-gap {min_gap:g}: must be from 0 to 1")
 
 
 def refuse_unfit_places(card: Path | None, junit: Path | None) -> None:
@@ -162,45 +139,23 @@ def refuse_mixed_usage(
         raise UserError("\n".join(problems))
 
 
-def with_defaults(given: Mapping[str, str], compare: Sequence[str]) -> dict[str, str]:
-    """Model by role, and by name for others; without a reference, the base is the reference."""
-    models = dict(given)
-    if "base" in models:
-        models.setdefault("reference", models["base"])
+def other_students(given: Mapping[str, str], compare: Sequence[str]) -> dict[str, str]:
+    """Other students by name. Raises UserError for a name that is missing, a role's, or there twice."""
+    others: dict[str, str] = {}
     for text in compare:
         name, path = named(text)
         if name is None or name in ROLES:
             raise UserError(f"--compare {text}: expected NAME=CKPT with a name other than {', '.join(ROLES)}")
-        if name in models:
+        if name in others or name in given:
             raise UserError(f"--compare {text}: duplicate name {name}")
-        models[name] = path
-    return models
+        others[name] = path
+    return others
 
 
 def named(text: str) -> tuple[str | None, str]:
     """NAME=PATH -> (NAME, PATH); a text whose first part cannot be a name is a path."""
     name, equals, path = text.partition("=")
     return (name, path) if equals and ROUTE_NAME.fullmatch(name) else (None, text)
-
-
-def ask_models(
-    paths: Mapping[str, str], suite: Path, assignments: Sequence[str], output: Path
-) -> dict[str, Evaluation]:
-    """Evaluate every model into OUTPUT/evaluations/ROLE."""
-    from dae_eval.suites import load_suite
-
-    loaded = load_suite(suite, assignments)
-
-    from dae_eval.evaluation import evaluate
-    from dae_eval.models import locate
-
-    from kd.models.checkpoint import checkpoint
-
-    base = paths.get("base", paths.get("reference"))
-    shared = base if base is not None and not checkpoint(base).is_adapter else None
-    with going_on(output, "finished tasks are kept"):
-        models = {role: locate(f"--{role}", path, shared) for role, path in paths.items()}
-        return evaluate(models, loaded, {role: output / "evaluations" / role for role in models}, typed_command())
 
 
 def read_finished(finished: Sequence[str]) -> dict[str, Evaluation]:

@@ -16,6 +16,7 @@ import yaml
 
 from dae_eval.results import TrainingRows
 from kd.config.data_recipe import SourceRecipe
+from kd.config.in_memory_rows import recorded_in_memory
 from kd.data.fingerprint import data_sha256
 from kd.data.record_forms import texts_of
 from kd.data.records import HUB_ID, read_records
@@ -151,7 +152,9 @@ def _source(
 ) -> tuple[TrainingRows, SourceRecipe | None]:
     path, sha256 = source["path"], source["sha256"]
     problem = ""
-    if not Path(path).exists():  # a hub data set is not fetched for this
+    if recorded_in_memory(path):
+        problem = f"no run folder keeps such rows; {folder} was trained on them"
+    elif not Path(path).exists():  # a hub data set is not fetched for this
         problem = f"not found; {folder} was trained on it"
     elif data_sha256(path) != sha256:
         problem = f"has changed since {folder} was trained on it"

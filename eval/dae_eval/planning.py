@@ -151,11 +151,12 @@ class Planner:
         return self._asked[key]
 
     def _seen_in(self, sources: Sequence[SourceRecipe], asked: Mapping[str, Asked]) -> dict[str, frozenset[int]]:
-        for source in sources:
-            if (source.path, source.split) not in self._contaminated:
+        keys = [(str(source.path), source.split) for source in sources]
+        for key, source in zip(keys, sources, strict=True):
+            if key not in self._contaminated:
                 texts = (question.leak for one in asked.values() for question in one.questions)
-                self._contaminated[source.path, source.split] = contaminated_texts(texts, source)
-        found = [self._contaminated[source.path, source.split] for source in sources]
+                self._contaminated[key] = contaminated_texts(texts, source)
+        found = [self._contaminated[key] for key in keys]
         return {
             task: frozenset(q.id for q in one.questions if any(q.leak in texts for texts in found))
             for task, one in asked.items()

@@ -1,11 +1,12 @@
-"""The progress of an evaluation: a live line in a terminal, else one line per finished task."""
+"""The progress of an evaluation: a live line in a terminal, a bar in a notebook, else one line per finished task."""
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers.utils import is_in_notebook
 
 
 class Display:
@@ -24,9 +25,16 @@ class Display:
         )
         self._all = self._progress.add_task("tasks", total=tasks)
         self._one = self._progress.add_task("", total=None, visible=False)
+        self._bar: Any = None
+        if is_in_notebook():
+            from transformers.utils.notebook import NotebookProgressBar
+
+            self._bar = NotebookProgressBar(tasks)
+        self._finished = 0
 
     def __enter__(self) -> Self:
         self._progress.start()
+        self._show_bar("tasks")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -34,6 +42,7 @@ class Display:
 
     def begin(self, model: str, task: str) -> None:
         self._progress.reset(self._one, description=f"{model}  {task}", total=None, visible=True)
+        self._show_bar(f"{model}  {task}")
 
     def update(self, done: int, total: int) -> None:
         self._progress.update(self._one, completed=done, total=total)
@@ -42,5 +51,11 @@ class Display:
         """Count a finished task; without a live display, print the line."""
         self._progress.update(self._all, advance=1)
         self._progress.update(self._one, visible=False)
-        if line and not self._console.is_terminal:
+        self._finished += 1
+        self._show_bar("tasks")
+        if line and self._bar is None and not self._console.is_terminal:
             self._console.print(line, markup=False, soft_wrap=True)
+
+    def _show_bar(self, words: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._finished, force_update=True, comment=words)

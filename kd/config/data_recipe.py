@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    Field,
-    model_serializer,
-)
+from pydantic import Discriminator, Field, Tag, model_serializer
 
+from kd.config.in_memory_rows import InMemoryRows
 from kd.config.problems import NO_VALUE, Problem, suggestion
-from kd.config.schema import Frozen, plain
+from kd.config.schema import PATH_TAG, ROWS_TAG, Frozen, plain
 
 Format = Literal["messages", "prompt-completion", "text", "sharegpt", "alpaca", "prompt-response"]
 
@@ -26,11 +24,20 @@ SHARE_TOLERANCE = 1e-6
 ROUTE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
-class SourceRecipe(Frozen):
-    """One place that rows come from."""
+def _kind(value: Any) -> str:
+    return ROWS_TAG if isinstance(value, InMemoryRows) else PATH_TAG
 
-    path: str = Field(
-        min_length=1,
+
+RowsChoice = Annotated[
+    Annotated[Annotated[str, Field(min_length=1)], Tag(PATH_TAG)] | Annotated[InMemoryRows, Tag(ROWS_TAG)],
+    Discriminator(_kind),
+]
+
+
+class SourceRecipe(Frozen):
+    """One place that rows come from; in Python, also rows in memory."""
+
+    path: RowsChoice = Field(
         description="a file (JSONL, JSON, CSV, parquet; gzip too), a folder of such or saved by `datasets`, a hub id",
     )
     share: float | None = Field(
@@ -45,14 +52,19 @@ class SourceRecipe(Frozen):
     split: str = Field(default="train", description="which split of a folder or hub data set")
     format: Format | None = Field(default=None, description="the shape of its rows; null: each row's keys tell")
 
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return self.path.name if isinstance(self.path, InMemoryRows) else self.path
+
 
 def expand_sources(value: Any) -> Any:
     """A path, a source, or a list of either, as a tuple of sources; anything else is left for validation."""
-    if isinstance(value, (str, Mapping)):
+    if isinstance(value, (str, InMemoryRows, Mapping)):
         value = (value,)
     if not isinstance(value, (list, tuple)):
         return value
-    return [{"path": item} if isinstance(item, str) else item for item in value]
+    return [{"path": item} if isinstance(item, (str, InMemoryRows)) else item for item in value]
 
 
 class DataRecipe(Frozen):
@@ -96,7 +108,7 @@ class DataRecipe(Frozen):
         for key, value in raw.items():
             if key in cls.model_fields:
                 continue
-            if isinstance(value, (str, Mapping, list, tuple)):
+            if isinstance(value, (str, InMemoryRows, Mapping, list, tuple)):
                 routes[key] = value
             else:
                 settings[key] = value

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from kd.config.data_recipe import SourceRecipe
+from kd.config.in_memory_rows import InMemoryRows
 from kd.config.schema import Frozen
 
 
@@ -70,8 +71,15 @@ def type_words(annotation: Any) -> str:
     if get_origin(annotation) is tuple:
         return f"list of {type_words(arguments[0])}"
     if arguments:
-        return " | ".join(type_words(argument) for argument in arguments)
+        return " | ".join(
+            type_words(argument) for argument in arguments if innermost_type(argument) is not InMemoryRows
+        )
     return "keys"
+
+
+def innermost_type(annotation: Any) -> Any:
+    """A field's type without what Annotated adds."""
+    return innermost_type(get_args(annotation)[0]) if get_origin(annotation) is Annotated else annotation
 
 
 def default_words(field: FieldInfo) -> str:

@@ -47,6 +47,11 @@ def decimal(loader: RecipeLoader, node: yaml.ScalarNode) -> int:
 RecipeLoader.add_constructor("tag:yaml.org,2002:int", decimal)
 
 
+def dotted(name: str) -> Key:
+    """`data.shop.0.share` as a key; numbers count places of a list."""
+    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
+
+
 class Layers:
     """The recipe under construction: `raw` (nested dictionaries), `origins` (where each key stands), `problems`."""
 
@@ -118,7 +123,7 @@ class Layers:
     def put_assignment(self, assignment: str) -> None:
         """Lays one `key=value` of the command line on top; the value is read as YAML."""
         name, equals, text = assignment.partition("=")
-        key: Key = tuple(int(part) if part.isdigit() else part for part in name.split("."))
+        key = dotted(name)
         if not equals or not all(part != "" for part in key):
             words = "is neither a flag nor key=value, such as train.learning_rate=2e-5"
             self.problems.append(Problem((), NO_VALUE, words, f"`{assignment}`"))

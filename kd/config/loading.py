@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 from kd.config.data_recipe import DataRecipe
-from kd.config.layering import Layers, RecipeDumper
+from kd.config.layering import Layers, RecipeDumper, dotted
 from kd.config.problems import MISSING, Key, Problem, as_written, report
 from kd.config.schema import Frozen, Recipe
 
@@ -31,8 +31,10 @@ def load_recipe(
     flags: Mapping[str, Any],
     assignments: Sequence[str] = (),
     flag_names: Mapping[str, str] | None = None,
+    values: Mapping[str, Any] | None = None,
+    where: str = "command line",
 ) -> Recipe:
-    """Puts a recipe together: YAML < flags < key=value.
+    """Puts a recipe together: YAML < flags < key=value < values.
 
     Args:
         schema: which stage's recipe.
@@ -40,6 +42,8 @@ def load_recipe(
         flags: dotted key -> value; a value of None means that the flag was not given.
         assignments: `key=value`, values read as YAML.
         flag_names: dotted key -> the flag as typed, for messages; `--key` where it names none.
+        values: dotted key -> value, given in Python.
+        where: what messages name where no file, flag or key=value is at fault.
 
     Raises:
         UserError: one message with everything that is wrong.
@@ -55,6 +59,8 @@ def load_recipe(
     layers.raw = schema.expand(layers.raw)
     for assignment in assignments:
         layers.put_assignment(assignment)
+    for name, value in (values or {}).items():
+        layers.put(dotted(name), value, where)
     problems = list(layers.problems)
     try:
         recipe = schema.model_validate(schema.complete(schema.expand(layers.raw)))
@@ -64,7 +70,7 @@ def load_recipe(
         problems += [problem for problem in found if tuple(str(part) for part in problem.key) not in known]
     if problems:
         with_remedies = [with_remedy(problem, flags, names) for problem in problems]
-        raise report(with_remedies, layers.origins, str(path) if path else "command line")
+        raise report(with_remedies, layers.origins, str(path) if path else where)
     return recipe
 
 

@@ -135,7 +135,7 @@ def load_rows(
     """
     rows, reports = [], []
     for source in sources:
-        report = SourceReport(source.path)
+        report = SourceReport(source.title)
         kept = TokenRows.from_rows(encode_source(source, tokenizer, settings, report))
         refuse_empty(report, len(kept), settings)
         report.kept, report.tokens = len(kept), len(kept.input_ids)

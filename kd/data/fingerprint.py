@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from kd.data.records import FILE_ENDINGS, HUB_ID
+from kd.config.in_memory_rows import InMemoryRows
+from kd.data.records import FILE_ENDINGS, HUB_ID, refuse_recorded_in_memory
 from kd.errors import UserError
 from kd.runs.files import file_sha256, files_sha256, joint_sha256
 
 
-def data_sha256(path: str | Path) -> str:
+def data_sha256(path: str | Path | InMemoryRows) -> str:
     """Fingerprint of rows: SHA-256 of a file's bytes, joint hash of the files of a folder that `datasets` saved, or
-    SHA-256 of a hub data set's name and commit.
+    SHA-256 of a hub data set's name and commit, or the one that rows in memory have.
 
     Raises:
         UserError: there is no such file, folder or hub data set.
     """
+    if isinstance(path, InMemoryRows):
+        return path.sha256
     place = Path(path)
     if place.is_file():
         return file_sha256(place)
@@ -32,6 +35,7 @@ def data_sha256(path: str | Path) -> str:
 
 
 def _hub_data_sha256(name: str) -> str:
+    refuse_recorded_in_memory(name)
     missing = f"{name}: no such file or folder"
     if not HUB_ID.fullmatch(name) or name.endswith(FILE_ENDINGS):
         raise UserError(missing)

@@ -57,7 +57,7 @@ def load_paired_rows(
     rows: list[TokenRows] = []
     reports = []
     for source in sources:
-        report = SourceReport(source.path)
+        report = SourceReport(source.title)
         pairs = list(encode_pairs(source, (tokenizer, teacher_tokenizer), settings, report))
         refuse_empty(report, len(pairs), settings)
         ours, theirs = (

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from kd.config.data_recipe import SourceRecipe
+from kd.config.in_memory_rows import InMemoryRows, recorded_in_memory
 from kd.data.messages import DuplicateKeyError, without_duplicates
 from kd.data.record_forms import Record, record_of, texts_of
 from kd.errors import UserError
@@ -82,7 +83,7 @@ def read_records(source: SourceRecipe, reading: Reading | None = None) -> Iterat
             reading.add(record)
         yield location, record.row
     if empty:
-        raise UserError(f"{source.path}: has no rows; give a source with at least one, or remove it from the recipe")
+        raise UserError(f"{source.title}: has no rows; give a source with at least one, or remove it from the recipe")
 
 
 Raw = tuple[str, Any, frozenset[str]]
@@ -90,15 +91,21 @@ Raw = tuple[str, Any, frozenset[str]]
 
 def read_raw(source: SourceRecipe) -> Iterator[Raw]:
     """Yields (location, row as it lies there, its columns that Arrow fills up with nulls). Raises UserError."""
+    if isinstance(source.path, InMemoryRows):
+        padded = padded_columns(source.path.features)
+        for index, row in enumerate(source.path):
+            yield source.path.location(index), row, padded
+        return
     path = Path(source.path)
     if path.is_file():
         yield from read_file(source.path)
         return
     if path.is_dir() and not is_saved_dataset(path):
-        for file in files_of_folder(source):
+        for file in files_of_folder(path, source.split):
             yield from read_file(str(file))
         return
-    dataset = open_saved_dataset(source) if path.is_dir() else open_hub_dataset(source)
+    open_dataset = open_saved_dataset if path.is_dir() else open_hub_dataset
+    dataset = open_dataset(source.path, source.split)
     padded = padded_columns(getattr(dataset, "features", None) or {})
     for index, row in enumerate(dataset):
         yield f"{source.path}[{source.split}][{index}]", row, padded
@@ -248,8 +255,8 @@ def is_saved_dataset(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def files_of_folder(source: SourceRecipe) -> list[Path]:
-    """The data files below a folder that belong to the source's split, in order of their names.
+def files_of_folder(folder: Path, split: str) -> list[Path]:
+    """The data files below a folder that belong to a split, in order of their names.
 
     Files tell their split as `datasets` reads it from their names (`train.parquet`, `data/test-00000-of-00002.parquet`,
     `train/part.jsonl`); where none does, all are of `train`.
@@ -257,7 +264,6 @@ def files_of_folder(source: SourceRecipe) -> list[Path]:
     Raises:
         UserError: there are none, or none of this split.
     """
-    folder = Path(source.path)
     inside = sorted(file for file in folder.rglob("*") if file.is_file() and not is_hidden(file.relative_to(folder)))
     files = [file for file in inside if file.name.lower().endswith(_READ_IN_FOLDERS)]
     left = [file for file in inside if file.name.lower().endswith(_NOT_READ)]
@@ -265,25 +271,25 @@ def files_of_folder(source: SourceRecipe) -> list[Path]:
         raise UserError(f"{left[0]}: this kind of file is not read; convert it to JSONL, CSV or parquet, or remove it")
     if declares_files(folder / "README.md"):
         raise UserError(
-            f"{source.path}: its README.md declares which files belong to which split (configs); give the files "
+            f"{folder}: its README.md declares which files belong to which split (configs); give the files "
             "themselves, each as a source"
         )
     if not files:
         raise UserError(
-            f"{source.path}: a folder without data files; give JSONL, JSON, CSV or parquet files (gzip too), or a "
+            f"{folder}: a folder without data files; give JSONL, JSON, CSV or parquet files (gzip too), or a "
             "folder made by save_to_disk"
         )
     splits = splits_of(folder, files)
-    if source.split not in splits:
-        raise UserError(f"{source.path}: split: {source.split!r}: not there; it has {', '.join(splits)}")
-    chosen = splits[source.split]
+    if split not in splits:
+        raise UserError(f"{folder}: split: {split!r}: not there; it has {', '.join(splits)}")
+    chosen = splits[split]
     stray = [file for file in files if not any(file in several for several in splits.values())]
     kinds = {Path(file.name.lower().removesuffix(".gz")).suffix for file in chosen}
     if stray or len(kinds) > 1:
         what = (
             f"{stray[0].name} belongs to no split by its name" if stray else f"has {' and '.join(sorted(kinds))} files"
         )
-        raise UserError(f"{source.path}: {what}; give the files themselves, each as a source")
+        raise UserError(f"{folder}: {what}; give the files themselves, each as a source")
     return chosen
 
 
@@ -323,26 +329,27 @@ def splits_of(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
     return found or {"train": files}
 
 
-def open_saved_dataset(source: SourceRecipe) -> Iterable[Any]:
+def open_saved_dataset(path: str, split: str) -> Iterable[Any]:
     """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk` (then `split` names the part)."""
     import datasets
 
     try:
-        loaded = datasets.load_from_disk(source.path)
+        loaded = datasets.load_from_disk(path)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"{source.path}: `datasets` cannot read it: {error}; save it again") from error
+        raise UserError(f"{path}: `datasets` cannot read it: {error}; save it again") from error
     if isinstance(loaded, datasets.Dataset):
         return loaded
-    if source.split not in loaded:
-        raise UserError(f"{source.path}: split: {source.split!r}: not there; it has {', '.join(map(str, loaded))}")
-    split: datasets.Dataset = loaded[source.split]
-    return split
+    if split not in loaded:
+        raise UserError(f"{path}: split: {split!r}: not there; it has {', '.join(map(str, loaded))}")
+    found: datasets.Dataset = loaded[split]
+    return found
 
 
-def open_hub_dataset(source: SourceRecipe) -> Iterable[Any]:
+def open_hub_dataset(path: str, split: str) -> Iterable[Any]:
     """A hub data set, `owner/name`, through `datasets` and its cache."""
-    missing = f"{source.path}: no such file or folder"
-    if not HUB_ID.fullmatch(source.path) or source.path.endswith(FILE_ENDINGS):
+    refuse_recorded_in_memory(path)
+    missing = f"{path}: no such file or folder"
+    if not HUB_ID.fullmatch(path) or path.endswith(FILE_ENDINGS):
         raise UserError(
             f"{missing}; give a file or folder of rows (JSONL, JSON, CSV, parquet), a folder saved by `datasets`, or a "
             "hub data set as owner/name"
@@ -350,7 +357,13 @@ def open_hub_dataset(source: SourceRecipe) -> Iterable[Any]:
     import datasets
 
     try:
-        loaded: Iterable[Any] = datasets.load_dataset(source.path, split=source.split)
+        loaded: Iterable[Any] = datasets.load_dataset(path, split=split)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{missing}, nor can it be read as a hub data set (split {source.split!r}): {error}") from error
+        raise UserError(f"{missing}, nor can it be read as a hub data set (split {split!r}): {error}") from error
     return loaded
+
+
+def refuse_recorded_in_memory(path: str) -> None:
+    """Raise UserError where a path, as a run folder records it, stands for rows that were in memory."""
+    if recorded_in_memory(path):
+        raise UserError(f"{path}: these rows were in memory, and no run folder keeps them; give them again")

@@ -108,13 +108,13 @@ def load_stage_data(
     else:
         shares = default_shares(counts, route_shares)
     sources = [
-        MixtureSource(name, counts[name][i], shares[name][i], source.repeat, source.path)
+        MixtureSource(name, counts[name][i], shares[name][i], source.repeat, source.title)
         for name in route_names
         for i, source in enumerate(recipe.data.routes[name])
     ]
     inputs = {
         name: [
-            DataInput(source.path, data_sha256(source.path), shares[name][i], encoded[name][0][i].sha256)
+            DataInput(str(source.path), data_sha256(source.path), shares[name][i], encoded[name][0][i].sha256)
             for i, source in enumerate(recipe.data.routes[name])
         ]
         for name in route_names
@@ -125,7 +125,7 @@ def load_stage_data(
         parts, reports[f"{HELD_OUT}{name}"] = load(eval_sources, tokenizer, recipe.data)
         held_out[name] = type(parts[0]).concatenate(parts)
         inputs[f"{HELD_OUT}{name}"] = [
-            DataInput(source.path, data_sha256(source.path), encoded=part.sha256)
+            DataInput(str(source.path), data_sha256(source.path), encoded=part.sha256)
             for source, part in zip(eval_sources, parts, strict=True)
         ]
     return StageData(

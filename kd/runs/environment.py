@@ -41,7 +41,7 @@ def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
     Environment variables, user and host name are left out: run folders get published.
     """
     return {
-        "command": masked(sys.argv if command is None else command),
+        "command": masked(typed() if command is None else command),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
@@ -49,6 +49,11 @@ def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
         "torch": _torch_facts(),
         "commit": toolkit_commit(),
     }
+
+
+def typed() -> list[str]:
+    """The command line; of a notebook's kernel only that it is one: the rest names a file of the user's."""
+    return ["ipykernel"] if "ipykernel" in Path(sys.argv[0]).name else sys.argv
 
 
 def _torch_facts() -> dict[str, Any]:

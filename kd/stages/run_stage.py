@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from kd.config.stage_recipe import StageRecipe
 from kd.data.batches import Batch
@@ -31,7 +31,7 @@ from kd.stages.stage import Inputs, RecipeT, Stage, StageRoles, fingerprints
 from kd.training.callbacks import EarlyStopping, StepBookkeeping, StopOnSignal
 from kd.training.model_card import CardFacts
 from kd.training.objective import Objective
-from kd.training.progress import TrainingProgress, doing
+from kd.training.progress import doing, training_progress
 from kd.training.publishing import publish, summarise, trained
 from kd.training.settings import load_settings, planned_steps, processes, rows_per_step, training_arguments
 from kd.training.trainer import RoutedTrainer, evaluate_routes
@@ -71,8 +71,10 @@ def claimed(run: RunFolder, stage: str, recipe: StageRecipe, inputs: Inputs, dat
         yield answer[0]
 
 
-def run_stage(stage: Stage[RecipeT], recipe: RecipeT) -> RunResult:
+def run_stage(stage: Stage[RecipeT], recipe: RecipeT, callbacks: Sequence[TrainerCallback] = ()) -> RunResult:
     """Train, publish, load the result in a fresh process. The same call goes on after a stop.
+
+    callbacks: further ones of the trainer, called after its own.
 
     Raises UserError (recipe, data or checkpoints), MachineError (disk, memory), Stopped (Ctrl-C, SIGTERM).
     """
@@ -93,16 +95,22 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT) -> RunResult:
         resume_from = run.checkpoints.latest() if state == "resume" else None
         with doing("loading the models"):
             trainer, stop, start = prepare(stage, recipe, inputs, args, settings, data, run, resume_from)
+        for callback in callbacks:
+            trainer.add_callback(callback)
         if processes().num_processes > 1 or shards():
             logger.info("training on %s", wrapping(trainer.accelerator))
         with doing("measuring before the first step"):
             first_kl = start_metrics(trainer, data, run, resume_from, start)
-        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        try:
+            trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        finally:
+            stop.restore()
         if stop.received is not None:
             raise Stopped(
                 stop.received,
                 f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
-                f"a checkpoint is in {run.checkpoints.folder}. The same command resumes from there.",
+                f"a checkpoint is in {run.checkpoints.folder}. The same command (in Python, the same call) resumes "
+                "from there.",
             )
         summary = summarise(trainer, data, first_kl) | ({"start": dict(start)} if start else {})
         result = trained(trainer, data)
@@ -170,7 +178,7 @@ def prepare(
     routes = [data.route_names.index(source.route) for source in data.sources]
     stop = StopOnSignal()
     epochs_per_step = None if mixture.rows_per_epoch is None else mixture.rows_per_step / mixture.rows_per_epoch
-    callbacks = [StepBookkeeping(epochs_per_step), stop, TrainingProgress()]
+    callbacks = [StepBookkeeping(epochs_per_step), stop, training_progress()]
     if recipe.early_stopping_patience is not None:
         callbacks.append(EarlyStopping(recipe.early_stopping_patience))
     trainer = RoutedTrainer(

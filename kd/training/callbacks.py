@@ -40,7 +40,8 @@ class EarlyStopping(EarlyStoppingCallback):
 class StopOnSignal(TrainerCallback):
     """Ctrl-C or SIGTERM: finish the optimizer step, write a checkpoint, stop. A second Ctrl-C stops at once.
 
-    Python delivers signals to the main thread only: a run in another thread does not handle them.
+    Python delivers signals to the main thread only: a run in another thread does not handle them. `restore` gives the
+    process its own handlers back, also where training ended by an error.
     """
 
     def __init__(self) -> None:
@@ -67,6 +68,7 @@ class StopOnSignal(TrainerCallback):
             control.should_log = control.should_save = control.should_training_stop = True
         return control
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def restore(self) -> None:
+        """Put back the handlers that were there before training."""
+        while self._before:
+            signal.signal(*self._before.popitem())
