@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from kd.data.mixing import Row, StepBatchSampler
+from kd.errors import UserError
 from kd.models.sharding import own_part
 from kd.runs.run_folder import RunFolder
 from kd.training.loss_watch import Fault, LossWatch
@@ -161,13 +162,13 @@ def kept(trainer: Trains, fault: Fault | None = None) -> str:
     return "No checkpoint was written before" if last is None else f"The last good checkpoint is kept: {last}"
 
 
-def weights_fault(trainer: Trains) -> str | None:
-    """What is wrong with the student's weights after this step, or None; every rank gets the same answer."""
+def refuse_harmed_weights(trainer: Trains) -> None:
+    """Raise UserError, on every rank, where the steps so far have left weights that are not finite."""
     trained = [own_part(weight) for weight in trainer.model_wrapped.parameters() if weight.requires_grad]
     harmed = torch.stack([~torch.isfinite(weight).all() for weight in trained if weight.numel()]).any()
     if not trainer.accelerator.reduce(harmed.double(), "sum").item():
-        return None
-    return (
+        return
+    raise UserError(
         f"train.learning_rate: {trainer.args.learning_rate:g}: weights are not finite after step "
         f"{trainer.state.global_step}, and nothing is written of them. {kept(trainer)}. "
         f"To go on, {lower_rate(trainer)}"

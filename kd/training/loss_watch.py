@@ -4,9 +4,9 @@ Exploded: above EXPLODED times the larger of the first step's loss and log V, in
 loss of a uniform guess over V tokens, and the most that forward KL can be from it. A student far above both has learnt
 nothing from its rows, while an odd row in a small step, or a spike that passes, stays far below.
 
-Each optimizer step reads two numbers from the device at once, loss and gradient norm of all processes: one wait more than
-those of its micro-batches, which read the routes of their rows. An optimizer that steps inside of the backward pass (LOMO,
-layer-wise GaLore) has changed its weights by then; the checkpoint that the message names has not.
+Each optimizer step reads two numbers from the device at once, loss and gradient norm of all processes: one wait more
+than those of its micro-batches, which read the routes of their rows. An optimizer that steps inside of the backward
+pass (LOMO, layer-wise GaLore) has changed its weights by then; the checkpoint that the message names has not.
 """
 
 from __future__ import annotations

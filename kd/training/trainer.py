@@ -29,7 +29,7 @@ from kd.models.teacher_logits import TeacherLogits
 from kd.runs.files import disk_errors
 from kd.runs.run_folder import RunFolder
 from kd.training.budget import RouteBudget
-from kd.training.diverged import Locate, diverged, weights_fault
+from kd.training.diverged import Locate, diverged, refuse_harmed_weights
 from kd.training.gathering import (
     TRAINING_ONLY,
     gathered_optimizer,
@@ -211,16 +211,19 @@ class RoutedTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Let transformers write into the staging folder, then move the complete checkpoint into the run folder."""
-        self._refuse_harmed_weights()
+        refuse_harmed_weights(self)
         with disk_errors(self.run_folder.path):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         step = self.state.global_step
         if self.is_world_process_zero():
             self.run_folder.checkpoints.seal(Path(self.args.output_dir or "") / f"checkpoint-{step}", step)
-            self.run_folder.checkpoints.prune(self.args.save_total_limit or 2, self.state.best_global_step)
+            self._prune()
         self.accelerator.wait_for_everyone()
         self._point_at_best()
+
+    def _prune(self) -> None:
+        self.run_folder.checkpoints.prune(self.args.save_total_limit or 2, self.state.best_global_step)
 
     def _run_epoch(self, **arguments: Any) -> None:  # type: ignore[override]
         """Skip training if the run had already stopped early before it was killed."""
@@ -228,16 +231,16 @@ class RoutedTrainer(Trainer):
             super()._run_epoch(**arguments)
 
     def _finalize_training(self, *arguments: Any) -> Any:
-        """Load the best checkpoint from its current path: the run folder may have been moved since it was written."""
-        self._point_at_best()
-        output = super()._finalize_training(*arguments)
-        self._refuse_harmed_weights()
-        return output
+        """Load the best checkpoint from its current path: the run folder may have been moved since it was written.
 
-    def _refuse_harmed_weights(self) -> None:
-        """Raise UserError where a step has left weights that are not finite."""
-        if (fault := weights_fault(self)) is not None:
-            raise UserError(fault)
+        A kill may have come between the last checkpoint and the removal of an earlier one.
+        """
+        self._point_at_best()
+        if self.is_world_process_zero():
+            self._prune()
+        output = super()._finalize_training(*arguments)
+        refuse_harmed_weights(self)
+        return output
 
     def _point_at_best(self) -> None:
         """Trainer looks for the best checkpoint where it wrote it; it has been moved since."""
