@@ -46,8 +46,10 @@ from stage_forks import Forks  # noqa: E402  # isort: skip
 from kd.runs.checkpoints import checkpoint_fault  # noqa: E402
 from kd.runs.files import file_sha256  # noqa: E402
 
-CLOCK = ("second", "memory", "time", "date", "flos")  # in keys of JSON files
-CARD = "README.md"  # its SHA-256 stands in run.json, and it tells memory
+CLOCK = ("second", "memory", "time", "date", "flos", "commit")  # in keys of JSON files
+# Their SHA-256 stands in run.json; a card tells memory, and an adapter's config has sets, in any order.
+LISTED = ("README.md", "adapter_config.json")
+SETS = ("target_modules",)
 LEFTOVERS = (".tmp-", ".staging", ".publishing", ".drop-")
 MOST_KILLS_OF_AN_OUTPUT = 4
 HELD = "held by a live process"
@@ -249,8 +251,8 @@ def content_sha256(file: Path) -> str:
 
 def without_clock(value: Any) -> Any:
     if isinstance(value, dict):
-        kept = (key for key in value if key != CARD and not any(word in key for word in CLOCK))
-        return {key: without_clock(value[key]) for key in kept}
+        kept = (key for key in value if key not in LISTED and not any(word in key for word in CLOCK))
+        return {key: sorted(value[key]) if key in SETS else without_clock(value[key]) for key in kept}
     return [without_clock(part) for part in value] if isinstance(value, list) else value
 
 
@@ -299,8 +301,17 @@ def soak(name: str, world: Path, kills: int, seed: int, failed: Path) -> dict[st
 
 def page(record: Mapping[str, Any]) -> str:
     """The results as Markdown."""
+    lines = ["# Nothing lost", ""]
+    if "targets" in record:
+        lines += kills_lines(record)
+    if "power_loss" in record:
+        lines += power_loss_lines(record["power_loss"])
+    return "\n".join(lines)
+
+
+def kills_lines(record: Mapping[str, Any]) -> list[str]:
     lines = [
-        "# kill -9 at random moments",
+        "## kill -9 at random moments",
         "",
         f"{record['date']}: `{record['command']}`",
         "",
@@ -316,8 +327,30 @@ def page(record: Mapping[str, Any]) -> str:
         cells = (name, one["kills"], kinds, one["outputs"], one["files_compared"], lost, phases)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     aside = sorted({Path(name).name for one in record["targets"].values() for name in one["not_compared"]})
-    lines += ["", f"Not compared, as two undisturbed runs differ there: {', '.join(aside) or 'nothing'}.", ""]
-    return "\n".join(lines)
+    return [*lines, "", f"Not compared, as two undisturbed runs differ there: {', '.join(aside) or 'nothing'}.", ""]
+
+
+def power_loss_lines(found: Mapping[str, Any]) -> list[str]:
+    return [
+        "## Power loss",
+        "",
+        f"`{found['command']}`",
+        "",
+        f"`dae align` made {found['calls']} system calls that change or sync its folder. After each, folders were",
+        f"built that lack what was not synced: {found['folders']} in all. None had lost a checkpoint that was in its",
+        f"place, or said finished and was not whole. From {found['resumed']} of them the command ran on:",
+        f"{len(found['failures'])} ended otherwise than the undisturbed run.",
+        "",
+    ]
+
+
+def write(output: Path, part: Mapping[str, Any]) -> None:
+    """Put a part into the results, beside what is there."""
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / "soak.json"
+    record = {**(json.loads(file.read_text()) if file.exists() else {}), **part}
+    file.write_text(json.dumps(record, indent=2) + "\n")
+    (output / "soak.md").write_text(page(record))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -339,9 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seed": given.seed,
         "targets": targets,
     }
-    given.output.mkdir(parents=True, exist_ok=True)
-    (given.output / "soak.json").write_text(json.dumps(record, indent=2) + "\n")
-    (given.output / "soak.md").write_text(page(record))
+    write(given.output, record)
     failures = sum(len(one["failures"]) for one in targets.values())
     if not failures:
         shutil.rmtree(place)

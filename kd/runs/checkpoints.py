@@ -59,6 +59,7 @@ class Checkpoints:
             fsync_tree(staging)
             if self._metrics_path.exists():  # what led to this checkpoint must not be lost before it
                 fsync_path(self._metrics_path)
+                fsync_path(self._metrics_path.parent)
             if target.exists():
                 self._drop(target)
             os.rename(staging, target)
