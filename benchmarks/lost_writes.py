@@ -354,7 +354,7 @@ def content(file: File, pick: random.Random | None) -> bytes:
     kind = pick.randrange(3)
     if kind < 2:
         return (synced, data)[kind]
-    size = pick.choice((len(synced), len(data), pick.randint(0, len(data))))
+    size = pick.randint(*sorted((len(synced), len(data))))
     blocks = []
     for begin in range(0, size, BLOCK):
         old, new = synced[begin : begin + BLOCK], data[begin : begin + BLOCK]

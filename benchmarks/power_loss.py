@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     place = Path(tempfile.mkdtemp(prefix="dae-power-loss-"))
     found = power_loss(make_soak_world(place / "world"), given.cuts, given.seed, place)
     found["command"] = f"python benchmarks/power_loss.py --cuts {given.cuts} --seed {given.seed}"
-    write(given.output, {"power_loss": found})
+    write(given.output, power_loss=found)
     print(json.dumps(found, indent=2))
     if not found["failures"]:
         shutil.rmtree(place)

@@ -46,7 +46,7 @@ from stage_forks import Forks  # noqa: E402  # isort: skip
 from kd.runs.checkpoints import checkpoint_fault  # noqa: E402
 from kd.runs.files import file_sha256  # noqa: E402
 
-CLOCK = ("second", "memory", "time", "date", "flos", "commit")  # in keys of JSON files
+CLOCK = ("second", "memory", "time", "date", "flos")  # in keys of JSON files
 # Their SHA-256 stands in run.json; a card tells memory, and an adapter's config has sets, in any order.
 LISTED = ("README.md", "adapter_config.json")
 SETS = ("target_modules",)
@@ -303,31 +303,39 @@ def page(record: Mapping[str, Any]) -> str:
     """The results as Markdown."""
     lines = ["# Nothing lost", ""]
     if "targets" in record:
-        lines += kills_lines(record)
+        lines += kills_lines(record["targets"])
     if "power_loss" in record:
         lines += power_loss_lines(record["power_loss"])
     return "\n".join(lines)
 
 
-def kills_lines(record: Mapping[str, Any]) -> list[str]:
+def kills_lines(targets: Mapping[str, Any]) -> list[str]:
     lines = [
         "## kill -9 at random moments",
         "",
-        f"{record['date']}: `{record['command']}`",
+        *(f"    {command}" for command in dict.fromkeys(one["command"] for one in targets.values())),
         "",
         "Each output was killed one to four times, then the same command ran to its end. Compared with an undisturbed",
         "run: exit status, names of all files, SHA-256 of their content.",
         "",
-        "| target | kills | random, aimed | outputs | files compared | something lost | phases of the kills |",
-        "|---|---|---|---|---|---|---|",
+        "| target | date | kills | random, aimed | outputs | files compared | something lost | phases of the kills |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name, one in record["targets"].items():
+    for name, one in targets.items():
         phases = ", ".join(f"{phase} {count}" for phase, count in one["phases"].items())
         kinds, lost = f"{one['random']}, {one['aimed']}", len(one["failures"])
-        cells = (name, one["kills"], kinds, one["outputs"], one["files_compared"], lost, phases)
+        cells = (name, one["date"], one["kills"], kinds, one["outputs"], one["files_compared"], lost, phases)
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    aside = sorted({Path(name).name for one in record["targets"].values() for name in one["not_compared"]})
-    return [*lines, "", f"Not compared, as two undisturbed runs differ there: {', '.join(aside) or 'nothing'}.", ""]
+    kills, lost = sum(one["kills"] for one in targets.values()), sum(len(one["failures"]) for one in targets.values())
+    aside = sorted({Path(name).name for one in targets.values() for name in one["not_compared"]})
+    return [
+        *lines,
+        "",
+        f"{kills} kills in all, {lost} outputs ended otherwise. Phases are those of the functions in soak_targets.py;",
+        "`start`: before the command begins, `other`: between them. Not compared, as two undisturbed runs differ:",
+        f"{', '.join(aside) or 'nothing'}.",
+        "",
+    ]
 
 
 def power_loss_lines(found: Mapping[str, Any]) -> list[str]:
@@ -344,11 +352,16 @@ def power_loss_lines(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def write(output: Path, part: Mapping[str, Any]) -> None:
-    """Put a part into the results, beside what is there."""
+def write(output: Path, targets: Mapping[str, Any] | None = None, power_loss: Mapping[str, Any] | None = None) -> None:
+    """Put figures into the results; those of other targets stay."""
     output.mkdir(parents=True, exist_ok=True)
     file = output / "soak.json"
-    record = {**(json.loads(file.read_text()) if file.exists() else {}), **part}
+    record: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    if targets is not None:
+        known = record.get("targets", {}) | targets
+        record["targets"] = {name: known[name] for name in TARGETS if name in known}
+    if power_loss is not None:
+        record["power_loss"] = power_loss
     file.write_text(json.dumps(record, indent=2) + "\n")
     (output / "soak.md").write_text(page(record))
 
@@ -365,15 +378,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--target: unknown: {', '.join(unknown)}; one of {', '.join(TARGETS)}")
     place = Path(tempfile.mkdtemp(prefix="dae-soak-"))
     world = make_soak_world(place / "world")
-    targets = {name: soak(name, world, given.kills, given.seed, place / "failed") for name in names}
-    record = {
+    facts = {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "command": f"python benchmarks/soak.py --kills {given.kills} --seed {given.seed} --target {given.target!r}",
-        "seed": given.seed,
-        "targets": targets,
+        "command": f"python benchmarks/soak.py --kills {given.kills} --seed {given.seed}",
     }
-    write(given.output, record)
-    failures = sum(len(one["failures"]) for one in targets.values())
+    failures = 0
+    for name in names:
+        found = soak(name, world, given.kills, given.seed, place / "failed")
+        write(given.output, targets={name: facts | found})
+        failures += len(found["failures"])
     if not failures:
         shutil.rmtree(place)
     return 1 if failures else 0

@@ -19,6 +19,7 @@ from golden_runs import RUNS  # noqa: E402
 from worlds import make_adapter  # noqa: E402
 
 import kd.cache.filling  # noqa: E402
+import kd.runs.environment  # noqa: E402
 
 TRAINING = {
     "kd.runs.run_folder:RunFolder._set_up": "set-up",
@@ -140,7 +141,10 @@ def make_soak_world(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Marks:
-    """To be armed in the process of a command: its own process group, and a file that says which phase it is in."""
+    """To be armed in the process of a command: its own process group, and a file that says which phase it is in.
+
+    In a pipeline its stages inherit what is armed here, but for the group: they have their own, and end with it.
+    """
 
     file: str
     phases: Mapping[str, str] = field(default_factory=dict)
@@ -149,6 +153,8 @@ class Marks:
         os.setpgid(0, 0)
         self._write("other")
         setattr(kd.cache.filling, "PART_BYTES", PART_BYTES)  # noqa: B010
+        # Outputs name it: work on the repository meanwhile is no difference.
+        setattr(kd.runs.environment, "toolkit_commit", lambda: None)  # noqa: B010
         for where, phase in self.phases.items():
             module, _, path = where.partition(":")
             owner: Any = importlib.import_module(module)
