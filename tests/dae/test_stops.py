@@ -125,7 +125,7 @@ def test_killed_between_the_last_checkpoint_and_the_removal_of_an_earlier_one(
 ) -> None:
     kill = Signal("kd.runs.checkpoints:Checkpoints.prune", 6)
     assert dae(COMMAND, world, proof=False, signals=[kill]).status == -signal.SIGKILL
-    assert len(whole_checkpoints(world / "student")) == len(list((world / "student" / "checkpoints").iterdir())) > 2
+    assert len(whole_checkpoints(world / "student")) == 4  # one more than stay: the best, and the newest two
     ended = dae(COMMAND, world, proof=False)
     assert ended.status == 0, ended.err
     assert_same_end(world / "student", calm)
