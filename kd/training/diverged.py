@@ -165,7 +165,7 @@ def kept(trainer: Trains, fault: Fault | None = None) -> str:
 def refuse_harmed_weights(trainer: Trains) -> None:
     """Raise UserError, on every rank, where the steps so far have left weights that are not finite."""
     trained = [own_part(weight) for weight in trainer.model_wrapped.parameters() if weight.requires_grad]
-    harmed = torch.stack([~torch.isfinite(weight).all() for weight in trained if weight.numel()]).any()
+    harmed = torch.stack([~torch.isfinite(weight).all() for weight in trained]).any()
     if not trainer.accelerator.reduce(harmed.double(), "sum").item():
         return
     raise UserError(
