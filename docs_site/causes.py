@@ -24,7 +24,7 @@ CAUSES: dict[str, str] = {
     "the shares sum to": "Shares are of all rows of all routes: every source has one, or none has.",
     "half of a surrogate pair": "The text was cut inside a character, often an emoji.",
     "together are ambiguous": "The row has the keys of two formats.",
-    "the loss is no longer finite": "Mostly a learning rate that is too high, or too short a warm-up.",
+    "stopped before step": "Mostly a learning rate that is too high, too short a warm-up, or damaged rows.",
     "was started with different settings": "The folder holds a run of another recipe, or an input has changed: rows, "
     "checkpoint, tokenizer or chat template.",
     "held by a live process": "Another process writes to this folder, often the same command in another terminal.",

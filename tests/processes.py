@@ -21,7 +21,7 @@ from functools import cache
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = ["dae.alignment", "kd.stages.sft", "transformers.models.llama.modeling_llama"]
@@ -68,6 +68,12 @@ class Signal:
         setattr(owner, attribute, counted)
 
 
+class Armed(Protocol):
+    """What changes a process before it runs a command: a Signal, a fault."""
+
+    def arm(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a command ended. A status below 0 is the signal that ended it."""
@@ -88,7 +94,7 @@ class Running:
         arguments: Sequence[str],
         cwd: Path,
         *,
-        signals: Sequence[Signal] = (),
+        signals: Sequence[Armed] = (),
         proof: bool = True,
         environment: Mapping[str, str] | None = None,
     ) -> None:
@@ -129,7 +135,7 @@ def dae(arguments: Sequence[str], cwd: Path, **settings: Any) -> Ended:
 def ranks(
     arguments: Sequence[str],
     cwd: Path,
-    signals: Sequence[Sequence[Signal]] = ((), ()),
+    signals: Sequence[Sequence[Armed]] = ((), ()),
     environment: Mapping[str, str] | None = None,
 ) -> list[Ended]:
     """The command on several ranks, with the environment that a launcher gives them; signals: of each rank."""
@@ -174,7 +180,7 @@ def server() -> ForkServerContext:
 
 
 def _dae(
-    arguments: list[str], cwd: str, said: str, signals: list[Signal], proof: bool, environment: Mapping[str, str]
+    arguments: list[str], cwd: str, said: str, signals: list[Armed], proof: bool, environment: Mapping[str, str]
 ) -> None:
     """In the child: become `dae`, and never return."""
     status = 99

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kd.config.data_recipe import default_shares
+from kd.config.data_recipe import DataRecipe, default_shares
 from kd.config.stage_recipe import StageRecipe
 from kd.data.batches import Batch
 from kd.data.chat import load_tokenizer
 from kd.data.examples import SourceReport, load_rows
 from kd.data.fingerprint import data_sha256
-from kd.data.mixing import MixedRows, MixtureSource
+from kd.data.mixing import MixedRows, MixtureSource, Row
+from kd.data.records import read_raw
 from kd.data.token_rows import TokenRows
 from kd.data.tokenizer_audit import audit, refuse_lossy
 from kd.errors import UserError
@@ -70,6 +71,20 @@ def sampled_rows(rows: TokenRows) -> range:
     while len(chosen[:: every + 1]) >= FEWEST_SAMPLED_ROWS and tokens_of(rows, chosen[::every]) > SAMPLED_TOKENS:
         every += 1
     return chosen[::every]
+
+
+def row_locations(recipe: DataRecipe, data: StageData, rows: Iterable[Row]) -> dict[Row, str]:
+    """Where training rows lie, as errors of rows name them: `rows.jsonl:7`. Their sources are read again."""
+    sources = [source for name in data.route_names for source in recipe.routes[name]]
+    reports = [report for name in data.route_names for report in data.reports[name]]
+    wanted = set(rows)
+    found: dict[Row, str] = {}
+    for index in sorted({source for source, _ in wanted}):
+        dropped = frozenset(reports[index].dropped_at)
+        raw = enumerate(read_raw(sources[index]))
+        kept = (location for place, (location, _, _) in raw if place not in dropped)
+        found |= {(index, row): location for row, location in enumerate(kept) if (index, row) in wanted}
+    return found
 
 
 def tokens_of(rows: TokenRows, chosen: range) -> int:

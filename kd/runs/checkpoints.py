@@ -59,6 +59,7 @@ class Checkpoints:
             fsync_tree(staging)
             if self._metrics_path.exists():  # what led to this checkpoint must not be lost before it
                 fsync_path(self._metrics_path)
+                fsync_path(self._metrics_path.parent)
             if target.exists():
                 self._drop(target)
             os.rename(staging, target)
@@ -66,9 +67,14 @@ class Checkpoints:
         self._passed_over.discard(target)
         return target
 
-    def latest(self) -> Path | None:
-        """The newest checkpoint whose files are exactly those of its manifest; a warning names each passed over."""
-        for _, checkpoint in sorted(self.sealed().items(), reverse=True):
+    def latest(self, before: int | None = None) -> Path | None:
+        """The newest checkpoint whose files are exactly those of its manifest; a warning names each passed over.
+
+        before: only those of earlier steps.
+        """
+        for step, checkpoint in sorted(self.sealed().items(), reverse=True):
+            if before is not None and step >= before:
+                continue
             fault = checkpoint_fault(checkpoint)
             if fault is None:
                 return checkpoint

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from kd.errors import UserError
-from kd.runs.files import TEMPORARY_PREFIX, disk_errors, remove
+from kd.runs.files import TEMPORARY_PREFIX, disk_errors, fsync_path, remove
 from kd.runs.lock import hold
 
 Found = TypeVar("Found")
@@ -105,10 +105,16 @@ def refuse_file(folder: Path) -> None:
 
 @contextmanager
 def held_below(folder: Path, lock_file: Path, held: str) -> Iterator[None]:
-    """Make a folder and hold a lock in it; the folders that were made go again where nothing has come into them."""
+    """Make a folder and hold a lock in it; the folders that were made go again where nothing has come into them.
+
+    Their names are brought onto the disk: what is synced in a folder is lost with the folder's own name.
+    """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        for place in made:
+            with suppress(PermissionError):  # a folder above that may be written and not be read
+                fsync_path(place.parent)
     try:
         with hold(lock_file, held):
             yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -131,23 +132,25 @@ def append_lines(path: Path, lines: str) -> None:
             os.close(descriptor)
 
 
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines before the first one that a kill or a power loss has torn: without its newline, or with a NUL byte.
+
+    A block that a power loss kept from the disk is read as zeros. JSON has no NUL bytes.
+    """
+    if not path.exists():
+        return []
+    with disk_errors(path), path.open("rb") as file:
+        return list(itertools.takewhile(lambda line: line.endswith(b"\n") and b"\0" not in line, file))
+
+
 def cut_torn_line(path: Path) -> bool:
-    """Cut what stands after the last newline (a line that a kill interrupted). True if something was cut."""
+    """Cut what does not belong to `whole_lines`. True if something was cut."""
     if not path.exists():
         return False
+    keep = sum(map(len, whole_lines(path)))
+    if keep == path.stat().st_size:
+        return False
     with disk_errors(path), path.open("r+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        keep = end
-        while keep > 0:
-            start = max(0, keep - 65536)
-            file.seek(start)
-            newline = file.read(keep - start).rfind(b"\n")
-            if newline >= 0:
-                keep = start + newline + 1
-                break
-            keep = start
-        if keep == end:
-            return False
         file.truncate(keep)
         os.fsync(file.fileno())
     return True

@@ -44,6 +44,8 @@ from kd.runs.files import (
     plain,
     read_json,
     remove,
+    whole_lines,
+    write_bytes_durably,
     write_text_durably,
 )
 from kd.runs.provenance import FINISHED, PROVENANCE, TOOLKIT, DataInput, changed_inputs, read_provenance
@@ -226,9 +228,8 @@ class RunFolder:
     # -- metrics -------------------------------------------------------------------------------------------------------
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, each with its `step`; none where the file is not there."""
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines() if self.metrics_path.exists() else []
-        return [json.loads(line) for line in lines]
+        """The whole lines of metrics.jsonl, each with its `step`; none where the file is not there."""
+        return [json.loads(line) for line in whole_lines(self.metrics_path)]
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl. `step` (optimizer steps done) must be among the values.
@@ -243,9 +244,8 @@ class RunFolder:
         """Keep the lines of steps up to `step`; -1 keeps none."""
         if not self.metrics_path.exists():
             return
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_text_durably(self.metrics_path, "".join(kept))
+        kept = [line for line in whole_lines(self.metrics_path) if json.loads(line)["step"] <= step]
+        write_bytes_durably(self.metrics_path, b"".join(kept))
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,15 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from kd.config.stage_recipe import StageRecipe
 from kd.data.batches import Batch
 from kd.data.mixing import MixedRows, Mixture, StepBatchSampler, collate
-from kd.data.stage_data import StageData, held_out_batches, padding_id, refuse_unfit_rows, remarks, sampled_rows
+from kd.data.stage_data import (
+    StageData,
+    held_out_batches,
+    padding_id,
+    refuse_unfit_rows,
+    remarks,
+    row_locations,
+    sampled_rows,
+)
 from kd.errors import MachineError, Stopped, UserError
 from kd.losses.router import refuse_useless_router_loss
 from kd.models.forward import learned_positions
@@ -189,6 +197,7 @@ def prepare(
         batch_sampler=StepBatchSampler(mixture, args.max_steps, lengths, args.per_device_train_batch_size),
         collate=collate_rows,
         run=run,
+        locate=partial(row_locations, recipe.data, data),
         eval_batches=held_out_batches(data, collate_rows, args.per_device_eval_batch_size),
         callbacks=callbacks,
     )

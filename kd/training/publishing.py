@@ -33,11 +33,12 @@ def summarise(trainer: RoutedTrainer, data: StageData, first_kl: Mapping[str, fl
         if "loss" in entry:
             last |= {key: value for key, value in entry.items() if "/" in key or key == "loss"}
     evaluation = final_evaluation(trainer)
+    # Sorted: what comes out of a checkpoint has another order than what was just logged.
     return {
         "steps": trainer.state.global_step,
         "initial_kl": {key.removesuffix("_kl"): value for key, value in first_kl.items()},
-        "last": last,
-        "held_out": {key: value for key, value in evaluation.items() if key.startswith("eval_")},
+        "last": dict(sorted(last.items())),
+        "held_out": {key: value for key, value in sorted(evaluation.items()) if key.startswith("eval_")},
         "best_step": trainer.state.best_global_step,
         **({} if trainer.budget is None else {"budget": trainer.budget.outcome(evaluation)}),
         "rows": data.counts(lambda report: report.kept),

@@ -50,6 +50,11 @@ def student_dtype(recipe: StageRecipe) -> torch.dtype:
     return torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
 
 
+def default_rate(*, lora: bool) -> float:
+    """The learning rate of a recipe that names none."""
+    return 2e-4 if lora else 2e-5
+
+
 def training_arguments(recipe: StageRecipe, settings: LoadSettings) -> TrainingArguments:
     """The recipe's `train` over our defaults; what the toolkit owns is set last (and refused in a recipe).
 
@@ -57,7 +62,7 @@ def training_arguments(recipe: StageRecipe, settings: LoadSettings) -> TrainingA
     """
     on_cpu = settings.device == "cpu"
     defaults: dict[str, Any] = {
-        "learning_rate": 2e-4 if recipe.lora is not None else 2e-5,
+        "learning_rate": default_rate(lora=recipe.lora is not None),
         "num_train_epochs": 2,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,

@@ -6,8 +6,8 @@ Shape legend: B rows, T positions, N response tokens, R routes.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from kd.models.teacher_logits import TeacherLogits
 from kd.runs.files import disk_errors
 from kd.runs.run_folder import RunFolder
 from kd.training.budget import RouteBudget
+from kd.training.diverged import Locate, diverged, refuse_harmed_weights
 from kd.training.gathering import (
     TRAINING_ONLY,
     gathered_optimizer,
@@ -38,6 +39,7 @@ from kd.training.gathering import (
     scattered_optimizer,
     training_only_weights,
 )
+from kd.training.loss_watch import LossWatch
 from kd.training.metrics import MetricsWindow, peak_memory_bytes
 from kd.training.objective import Objective, route_sums, teacher_views
 
@@ -56,6 +58,7 @@ OVERRIDDEN = {
     "_run_epoch": "(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
     "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)",
     "_finalize_training": "(self, trial, num_train_samples, start_time)",
+    "_get_grad_norm": "(self, model, grad_norm=None)",
     "_save_checkpoint": "(self, model, trial)",
     "_save": "(self, output_dir=None, state_dict=None)",
     "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
@@ -89,9 +92,11 @@ class RoutedTrainer(Trainer):
         batch_sampler: StepBatchSampler,
         collate: Callable[[list[Any]], dict[str, Tensor]],
         run: RunFolder,
+        locate: Locate,
         eval_batches: Mapping[str, Sequence[Batch]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        """locate: says where rows lie, for messages."""
         args.output_dir = str(run.checkpoints.staging)
         # Several accelerators are used through torchrun or accelerate, never through nn.DataParallel.
         args._n_gpu = min(args.n_gpu, 1)
@@ -101,7 +106,7 @@ class RoutedTrainer(Trainer):
             train_dataset=train_rows,
             eval_dataset=train_rows if eval_batches else None,  # Trainer requires one; evaluate() does not read it
             data_collator=collate,
-            callbacks=callbacks,
+            callbacks=[LossWatch(), *(callbacks or [])],
         )
         for callback in self.callback_handler.callbacks:
             # TensorBoard's files would be deleted with the staging folder; its environment variable takes precedence.
@@ -112,6 +117,7 @@ class RoutedTrainer(Trainer):
         self.collate = collate
         self.batch_sampler = batch_sampler
         self.run_folder = run
+        self.locate = locate
         self.eval_batches = eval_batches or {}
         self._window = MetricsWindow(objective)
         self._optimized: list[list[nn.Parameter]] = []  # see create_optimizer
@@ -120,6 +126,11 @@ class RoutedTrainer(Trainer):
     def budget(self) -> RouteBudget | None:
         """The run's budget. A run that goes on has the callback of its checkpoint, not the one it was made with."""
         return next((one for one in self.callback_handler.callbacks if isinstance(one, RouteBudget)), None)
+
+    @property
+    def watch(self) -> LossWatch:
+        """As `budget`: that of the checkpoint, in a run that goes on."""
+        return next(one for one in self.callback_handler.callbacks if isinstance(one, LossWatch))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(
@@ -160,18 +171,23 @@ class RoutedTrainer(Trainer):
         loss = loss * self.accelerator.num_processes
         if sums.router_aux is not None:  # a mean: over the step's micro-batches, too, and over ranks
             loss = loss + self.objective.router_aux_weight * sums.router_aux / self.current_gradient_accumulation_steps
+        self.watch.add(loss)
         return loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The last that Trainer asks before the optimizer's step: stop here if the step must not be taken."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        rate = float(self.optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
+        vocabulary_rows = self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
+        fault = self.watch.fault(norm, rate, vocabulary_rows, partial(self.accelerator.reduce, reduction="mean"))
+        if fault is not None:
+            raise UserError(diverged(self, fault))
+        return norm
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the routes' means since the last log, stop if the loss is not finite, write metrics.jsonl."""
+        """Add the routes' means since the last log, and write metrics.jsonl."""
         if "learning_rate" in logs and "loss" in logs:
             window = self._window.drain(self.accelerator.reduce)
-            if not all(math.isfinite(logs[key]) for key in ("loss", "grad_norm") if key in logs):
-                raise UserError(
-                    f"train.learning_rate: {self.args.learning_rate}: the loss is no longer finite at step "
-                    f"{self.state.global_step}; use a lower learning rate or a longer warm-up, with another output. "
-                    "Earlier checkpoints are complete."
-                )
             if window.router_aux is not None:  # logged alone: `loss` does not depend on how a step is cut
                 logs["loss"] -= self.objective.router_aux_weight * window.router_aux
                 logs["router_aux"] = window.router_aux
@@ -195,15 +211,19 @@ class RoutedTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Let transformers write into the staging folder, then move the complete checkpoint into the run folder."""
+        refuse_harmed_weights(self)
         with disk_errors(self.run_folder.path):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         step = self.state.global_step
         if self.is_world_process_zero():
             self.run_folder.checkpoints.seal(Path(self.args.output_dir or "") / f"checkpoint-{step}", step)
-            self.run_folder.checkpoints.prune(self.args.save_total_limit or 2, self.state.best_global_step)
+            self._prune()
         self.accelerator.wait_for_everyone()
         self._point_at_best()
+
+    def _prune(self) -> None:
+        self.run_folder.checkpoints.prune(self.args.save_total_limit or 2, self.state.best_global_step)
 
     def _run_epoch(self, **arguments: Any) -> None:  # type: ignore[override]
         """Skip training if the run had already stopped early before it was killed."""
@@ -211,9 +231,16 @@ class RoutedTrainer(Trainer):
             super()._run_epoch(**arguments)
 
     def _finalize_training(self, *arguments: Any) -> Any:
-        """Load the best checkpoint from its current path: the run folder may have been moved since it was written."""
+        """Load the best checkpoint from its current path: the run folder may have been moved since it was written.
+
+        A kill may have come between the last checkpoint and the removal of an earlier one.
+        """
         self._point_at_best()
-        return super()._finalize_training(*arguments)
+        if self.is_world_process_zero():
+            self._prune()
+        output = super()._finalize_training(*arguments)
+        refuse_harmed_weights(self)
+        return output
 
     def _point_at_best(self) -> None:
         """Trainer looks for the best checkpoint where it wrote it; it has been moved since."""

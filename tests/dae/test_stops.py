@@ -54,6 +54,7 @@ def outcome(run: Path) -> dict[str, Any]:
     summary = json.loads((run / "run.json").read_text())["summary"]
     return {
         "weights": (run / "adapter_model.safetensors").read_bytes(),
+        "card": [line for line in (run / "README.md").read_text().splitlines() if "memory" not in line],
         "metrics": without_timings,
         "summary": {key: value for key, value in summary.items() if key not in TIMINGS},
         "files": sorted(str(file.relative_to(run)) for file in run.rglob("*")),
@@ -116,6 +117,18 @@ def test_killed_at_every_kind_of_moment(world: Path, calm: dict[str, Any]) -> No
     ended = dae(COMMAND, world, proof=False)
     assert (ended.status, ended.err) == (0, "student: already finished; nothing to do\n")
     assert_same_end(run, calm)
+
+
+@pytest.mark.slow
+def test_killed_between_the_last_checkpoint_and_the_removal_of_an_earlier_one(
+    world: Path, calm: dict[str, Any]
+) -> None:
+    kill = Signal("kd.runs.checkpoints:Checkpoints.prune", 6)
+    assert dae(COMMAND, world, proof=False, signals=[kill]).status == -signal.SIGKILL
+    assert len(whole_checkpoints(world / "student")) == 4  # one more than stay: the best, and the newest two
+    ended = dae(COMMAND, world, proof=False)
+    assert ended.status == 0, ended.err
+    assert_same_end(world / "student", calm)
 
 
 @pytest.mark.slow

@@ -54,6 +54,14 @@ def test_the_lock_names_its_living_holder_and_ends_with_it_even_if_a_fork_lives_
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def test_names_of_folders_that_are_made_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is synced in a folder is lost in a power loss with the folder's own name."""
+    synced: list[Path] = []
+    monkeypatch.setattr("kd.runs.claimed_folder.fsync_path", synced.append)
+    with claim(tmp_path / "above" / "run").held(lambda: None):
+        assert set(synced) == {tmp_path, tmp_path / "above"}
+
+
 def test_a_fork_that_leaves_the_claim_neither_frees_nor_empties_the_lock(tmp_path: Path) -> None:
     with claim(tmp_path).held(lambda: None):
         child = os.fork()

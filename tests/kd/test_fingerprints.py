@@ -18,7 +18,7 @@ from kd.errors import MachineError, UserError
 from kd.models.checkpoint import checkpoint
 from kd.models.checkpoint_files import check_safetensors, model_fingerprint
 from kd.runs.environment import environment, masked
-from kd.runs.files import append_lines, cut_torn_line, file_sha256, write_text_durably
+from kd.runs.files import append_lines, cut_torn_line, file_sha256, whole_lines, write_text_durably
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -204,6 +204,14 @@ def test_cut_torn_line_keeps_exactly_the_whole_lines(tmp_path: Path, content: st
     whole = content[: content.rfind("\n") + 1]
     assert cut_torn_line(path) is (whole != content)
     assert path.read_text() == whole
+
+
+def test_blocks_that_a_power_loss_kept_from_the_disk_are_cut(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_bytes(b"one\ntw\0\0\0three\nfour\n")
+    assert whole_lines(path) == [b"one\n"]
+    assert cut_torn_line(path)
+    assert path.read_bytes() == b"one\n"
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
