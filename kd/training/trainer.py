@@ -40,6 +40,7 @@ from kd.training.gathering import (
 )
 from kd.training.metrics import MetricsWindow, peak_memory_bytes
 from kd.training.objective import Objective, route_sums, teacher_views
+from kd.training.zero import hand_over, load_whole_optimizer, own_schedule, whole_optimizer, whole_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,8 @@ class RoutedTrainer(Trainer):
             # TensorBoard's files would be deleted with the staging folder; its environment variable takes precedence.
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(run.trackers_dir)
+        self._has_engine = self.is_deepspeed_enabled
+        self.is_deepspeed_enabled = False  # what Trainer does for it is about DeepSpeed's own checkpoints
         self.pop_callback(PrinterCallback)  # it prints dictionaries; kd.training.progress shows progress
         self.objective = objective
         self.collate = collate
@@ -114,7 +117,7 @@ class RoutedTrainer(Trainer):
         self.run_folder = run
         self.eval_batches = eval_batches or {}
         self._window = MetricsWindow(objective)
-        self._optimized: list[list[nn.Parameter]] = []  # see create_optimizer
+        self._optimized: list[dict[str, Any]] = []  # see create_optimizer
 
     @property
     def budget(self) -> RouteBudget | None:
@@ -254,7 +257,7 @@ class RoutedTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if hasattr(student, TRAINING_ONLY):
             weights = load_file(Path(resume_from_checkpoint) / TRAINING_ONLY_WEIGHTS)
-            for name, weight in getattr(student, TRAINING_ONLY).state_dict().items():
+            for name, weight in getattr(student, TRAINING_ONLY).state_dict(keep_vars=True).items():
                 put(weight, weights[name])
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -274,45 +277,56 @@ class RoutedTrainer(Trainer):
             super()._load_best_model()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Remember the parameters that it was made of, where they are parts of weights (create_scheduler)."""
+        """Remember the groups of parameters that it was made of: accelerate and DeepSpeed put parts in their place."""
+        student = self.accelerator.unwrap_model(self.model)
         if self._is_sharded:
-            reshard(self.accelerator.unwrap_model(self.model))
+            reshard(student)
+        hand_over(student)
         optimizer = super().create_optimizer(model)
-        self._optimized = [list(group["params"]) for group in optimizer.param_groups]
+        self._optimized = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Give the optimizer its parameters back, where they are parts of weights; then make the schedule.
+        """Give FSDP2's optimizer its parameters back; then make the schedule.
 
         accelerate has just replaced each by the one at its address. Empty parts (a rank of 2 over 4 processes) share
         the address 0.
         """
-        if self._is_sharded:
+        if self._is_sharded and not self._has_engine:
             made: Any = self.optimizer
-            for group, parameters in zip(made.param_groups, self._optimized, strict=True):
-                group["params"] = parameters
+            for group, before in zip(made.param_groups, self._optimized, strict=True):
+                group["params"] = before["params"]
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer: Any = self.optimizer
         schedule: Any = self.lr_scheduler
-        if not self._is_sharded:
+        if self._has_engine:
+            state = whole_optimizer(optimizer.optimizer, self._optimized)
+            schedule_state = whole_schedule(schedule.state_dict(), self._optimized)
+        elif self._is_sharded:
+            state, schedule_state = gathered_optimizer(optimizer.state_dict()), schedule.state_dict()
+        else:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = gathered_optimizer(optimizer.state_dict())
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            torch.save(schedule_state, Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self._is_sharded:
+        if checkpoint is None or not (self._is_sharded or self._has_engine):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         optimizer: Any = self.optimizer
         schedule: Any = self.lr_scheduler
         state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(scattered_optimizer(state, optimizer.param_groups))
-        schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        schedule_state = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        if self._has_engine:
+            load_whole_optimizer(optimizer.optimizer, self._optimized, state)
+            schedule_state = own_schedule(schedule_state, self._optimized)
+        else:
+            optimizer.load_state_dict(scattered_optimizer(state, optimizer.param_groups))
+        schedule.load_state_dict(schedule_state)
 
 
 def save_student(model: nn.Module, folder: Path, state_dict: Any = None, *, by_module: bool = False) -> None:
