@@ -28,7 +28,7 @@ from kd.models.adapters import base_weights
 from kd.models.low_rank import low_rank
 from kd.models.quantization import is_quantised
 from kd.models.roles import STUDENT_ADAPTER, Role
-from kd.models.sharding import gather, put, whole
+from kd.models.sharding import gather, put, whole, whole_shape
 
 LEAST_ENERGY = 0.5  # part of the squared difference that an adapter must be able to take
 
@@ -109,7 +109,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     weights = (
         base_weights(model) if isinstance(model, PeftModel) else dict(model.named_parameters(remove_duplicate=False))
     )
-    return {name: tuple(weight.shape) for name, weight in weights.items()}
+    return {name: whole_shape(weight) for name, weight in weights.items()}
 
 
 def _beyond_a_sum(module: Any, adapter: str) -> str:
@@ -123,7 +123,7 @@ def _beyond_a_sum(module: Any, adapter: str) -> str:
     if isinstance(module, ParamWrapper):
         return "has adapted parameters (target_parameters)"
     factors: Any = module.lora_A
-    if adapter not in factors or factors[adapter].weight.dim() != 2:
+    if adapter not in factors or len(whole_shape(factors[adapter].weight)) != 2:
         return "is no linear layer"
     return "has a bias of its own (lora_bias)" if module.lora_bias.get(adapter) else ""
 

@@ -67,6 +67,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of all of a weight."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """This rank's part of a weight, which shares its memory; the same tensor where it is not sharded."""
     if _is_partitioned(tensor):

@@ -110,6 +110,8 @@ class RoutedTrainer(Trainer):
                 callback.logging_dir = str(run.trackers_dir)
         self._has_engine = self.is_deepspeed_enabled
         self.is_deepspeed_enabled = False  # what Trainer does for it is about DeepSpeed's own checkpoints
+        if self._has_engine:
+            self.accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps  # else it warns
         self.pop_callback(PrinterCallback)  # it prints dictionaries; kd.training.progress shows progress
         self.objective = objective
         self.collate = collate

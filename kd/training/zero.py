@@ -169,6 +169,7 @@ def whole_optimizer(zero: Any, groups: Groups) -> dict[str, Any]:
     """
     from deepspeed.utils import safe_get_full_optimizer_state
 
+    _link_states(zero)
     parts = next(iter(zero.optimizer.state.values()), {})
     state: dict[int, dict[str, Any]] = {}
     for index, weight in enumerate(chain.from_iterable(group["params"] for group in groups)):
@@ -206,12 +207,18 @@ def load_whole_optimizer(zero: Any, groups: Groups, stored: Mapping[str, Any]) -
         zero.optimizer.state[part] = {
             key: torch.zeros_like(part) if _is_flat(value) else deepcopy(value) for key, value in moments.items()
         }
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._lazy_init_hp_params_optimizer_state()  # ZeRO-2 else looks for it after the first step
+    _link_states(zero)
     for index, weight in enumerate(chain.from_iterable(group["params"] for group in groups)):
         for key, value in stored["state"].get(index, {}).items():
             if _is_flat(value):
                 _put_state(weight, key, value.to(weight.device))
+
+
+def _link_states(zero: Any) -> None:
+    """Let ZeRO-2 find each weight's share of the state; by itself it looks once, when only the first group has any."""
+    if hasattr(zero, "_hp_optimizer_states_linked"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _put_state(weight: nn.Parameter, key: str, value: Tensor) -> None:
