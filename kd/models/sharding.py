@@ -1,4 +1,4 @@
-"""Weights that FSDP2 or ZeRO-3 has sharded over the ranks: which they are, whole ones to read, and how to write to them.
+"""Weights that FSDP2 or ZeRO-3 has sharded over the ranks: which they are, how to read whole ones and to write to them.
 
 Outside of a forward pass a sharded weight holds this rank's part: FSDP2's is a DTensor, ZeRO-3's an empty parameter
 with attributes `ds_...`. Whatever reads or writes one whole is a collective call: every rank has to make it, in the
@@ -35,7 +35,7 @@ def class_of(module: nn.Module) -> type:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of the whole weights that a forward pass has left; FSDP2's `named_parameters` gives them, not the parts."""
+    """Let go of the whole weights that a forward pass has left: FSDP2's `named_parameters` would give them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,7 +1,8 @@
 """A student's weights and its optimizer's state, gathered from the ranks' parts, and sharded again.
 
-The optimizer's under FSDP2; DeepSpeed's is another one (zero.py). What is gathered is what one process alone has: checkpoints are the same files, and a run goes on under another
-number of processes, sharded or not. All functions are collective: every rank calls them, in the same order.
+The optimizer's under FSDP2; DeepSpeed's is another one (zero.py). What is gathered is what one process alone has:
+checkpoints are the same files, and a run goes on under another number of processes, sharded or not. All functions are
+collective: every rank calls them, in the same order.
 """
 
 from __future__ import annotations

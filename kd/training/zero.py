@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from kd.config.stage_recipe import StageRecipe
 from kd.errors import UserError
@@ -28,10 +27,15 @@ from kd.models.forward import unwrapped
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 _HOOKS = "zero3_hooks"  # of a model: what gathers its weights until an engine with an optimizer does
 
-# Keys of accelerate's deepspeed_config, the variable each becomes, the values that are accepted, and why others are not.
+# Keys of accelerate's deepspeed_config, the variable each becomes, the values that are accepted, why others are not.
 _ACCEPTED = (
     ("zero_stage", "ACCELERATE_DEEPSPEED_ZERO_STAGE", ("2", "3"), "only ZeRO-2 and ZeRO-3 are supported"),
-    ("deepspeed_config_file", "ACCELERATE_DEEPSPEED_CONFIG_FILE", (), "the recipe decides; remove it, and set zero_stage"),
+    (
+        "deepspeed_config_file",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE",
+        (),
+        "the recipe decides; remove it, and set zero_stage",
+    ),
     ("offload_optimizer_device", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", ("none",), "is not supported"),
     ("offload_param_device", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", ("none",), "is not supported"),
     (
@@ -65,8 +69,8 @@ def refuse_zero_config() -> None:
             raise UserError(f"accelerate's config: {key}: {value}: {reason}")
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            "accelerate's config asks for DeepSpeed, which is not installed: pip install 'dae-align[deepspeed]', or use "
-            "recipes/accelerate/fsdp2.yaml"
+            "accelerate's config asks for DeepSpeed, which is not installed: pip install 'dae-align[deepspeed]', or "
+            "use recipes/accelerate/fsdp2.yaml"
         )
 
 
@@ -87,9 +91,9 @@ def refuse_under_zero(recipe: StageRecipe) -> None:
 
 def set_up(args: TrainingArguments, model: nn.Module, stage: int) -> None:
     """Replace the config that accelerate made of the launcher's by the run's own, and put autocast on the model."""
-    args.deepspeed_plugin.deepspeed_config.clear()
-    args.deepspeed_plugin.deepspeed_config.update(engine_config(args, model, stage))
-    unset_hf_deepspeed_config()  # with it transformers and peft would expect models to be opened in parts
+    config: dict[str, Any] = args.deepspeed_plugin.deepspeed_config  # type: ignore[union-attr]
+    config.clear()
+    config.update(engine_config(args, model, stage))
     if args.bf16:
         _compute_in_bfloat16(model, args.device.type)
 
@@ -120,7 +124,8 @@ def _compute_in_bfloat16(model: nn.Module, device: str) -> None:
 
     @functools.wraps(plain)
     def forward(*arguments: Any, **named: Any) -> Any:
-        with torch.autocast(device, torch.bfloat16):
+        # Without its cache, which would hold each weight of ZeRO-3 whole, in bfloat16.
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
             return plain(*arguments, **named)
 
     vars(model)["_original_forward"] = plain  # where accelerate keeps it
@@ -131,7 +136,7 @@ def _compute_in_bfloat16(model: nn.Module, device: str) -> None:
 
 
 def partition(args: TrainingArguments, model: nn.Module) -> None:
-    """Partition a model's weights over the ranks; its layers gather theirs in a forward pass, also without an engine."""
+    """Partition a model's weights over the ranks. Its layers gather theirs in a forward pass, without an engine too."""
     import deepspeed
 
     config = engine_config(args, model, 3)
@@ -170,11 +175,11 @@ def whole_optimizer(zero: Any, groups: Groups) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     _link_states(zero)
-    parts = next(iter(zero.optimizer.state.values()), {})
+    parts: Mapping[str, Any] = next(iter(zero.optimizer.state.values()), {})
     state: dict[int, dict[str, Any]] = {}
     for index, weight in enumerate(chain.from_iterable(group["params"] for group in groups)):
         state[index] = {
-            key: safe_get_full_optimizer_state(weight, key).cpu() if _is_flat(part) else part
+            key: safe_get_full_optimizer_state(weight, key).cpu() if _is_flat(part) else deepcopy(part)
             for key, part in parts.items()
         }
     return {"state": state, "param_groups": _whole_groups(zero, groups)}
@@ -221,7 +226,7 @@ def _link_states(zero: Any) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def _put_state(weight: nn.Parameter, key: str, value: Tensor) -> None:
+def _put_state(weight: Any, key: str, value: Tensor) -> None:
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     if not hasattr(weight, "ds_id"):
