@@ -108,7 +108,6 @@ def engine_config(args: TrainingArguments, model: nn.Module, stage: int) -> dict
     return {
         "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "train_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "gradient_clipping": args.max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -139,6 +138,7 @@ def partition(args: TrainingArguments, model: nn.Module) -> None:
     """Partition a model's weights over the ranks. Its layers gather theirs in a forward pass, without an engine too."""
     import deepspeed
 
+    deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)  # with the group there is
     config = engine_config(args, model, 3)
     deepspeed.zero.Init(module=model, config_dict_or_path=config)  # weight by weight: the device never holds all
     for module in model.modules():
