@@ -40,7 +40,7 @@ test-gpu: $(STAMP)
 	OMP_NUM_THREADS=4 .venv/bin/python -m pytest -rs tests/dae/align/test_gpu.py
 
 test-zero: $(ZERO)
-	OMP_NUM_THREADS=1 .venv-zero/bin/python -m pytest -rs tests/dae/align/test_zero.py
+	PATH="$(CURDIR)/.venv-zero/bin:$$PATH" OMP_NUM_THREADS=1 .venv-zero/bin/python -m pytest -rs tests/dae/align/test_zero.py
 
 $(ZERO): $(STAMP) Makefile
 	$(PYTHON) -m venv .venv-zero
