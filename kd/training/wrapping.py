@@ -175,8 +175,7 @@ def wrap(args: TrainingArguments, student: nn.Module, teachers: Iterable[nn.Modu
         set_up(args, student, stage)
     if not shards():
         return
-    models = [student]
-    models += [model for model in teachers if all(model is not known for known in models)]
+    models = list({id(model): model for model in (student, *teachers)}.values())  # roles share some
     for model in models:
         if is_quantised(model):
             raise UserError(f"{asked_plan()} cannot shard a checkpoint whose files are quantised; use DDP")
