@@ -89,8 +89,20 @@ def refuse_under_zero(recipe: StageRecipe) -> None:
         )
 
 
+def refuse_other_dtypes(model: nn.Module) -> None:
+    """Raise UserError where a weight trains in another dtype than float32: the engine would train a copy in float32."""
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and weight.dtype != torch.float32:
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise UserError(
+                f"dtype: {name} trains in {dtype}, and DeepSpeed would train a copy in float32; set dtype=float32, or "
+                "use recipes/accelerate/fsdp2.yaml"
+            )
+
+
 def set_up(args: TrainingArguments, model: nn.Module, stage: int) -> None:
     """Replace the config that accelerate made of the launcher's by the run's own, and put autocast on the model."""
+    refuse_other_dtypes(model)
     config: dict[str, Any] = args.deepspeed_plugin.deepspeed_config  # type: ignore[union-attr]
     config.clear()
     config.update(engine_config(args, model, stage))

@@ -22,6 +22,8 @@ from worlds import FORGETTING, align_command, metrics_of
 
 from benchmarks.fsdp_on_cpus import zero
 from dae import cli
+from kd.errors import UserError
+from kd.training.zero import refuse_other_dtypes
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed; make test-zero does it"
@@ -183,6 +185,13 @@ def test_bfloat16(world: Path, stage: int) -> None:
         for first, second in zip(metrics_of(Path(f"{output}-one")), metrics_of(Path(f"{output}-two")), strict=True):
             for key in ("loss", "grad_norm", "domain/ntp"):
                 assert second.get(key, 0.0) == pytest.approx(first.get(key, 0.0), rel=2e-2), key
+
+
+def test_weights_that_train_in_other_dtypes_are_refused() -> None:
+    layer = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    refuse_other_dtypes(layer.requires_grad_(False))
+    with pytest.raises(UserError, match="dtype: weight trains in bfloat16"):
+        refuse_other_dtypes(layer.requires_grad_(True))
 
 
 def refused(arguments: Sequence[str], world: Path, environment: Mapping[str, str]) -> str:
