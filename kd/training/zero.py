@@ -25,7 +25,7 @@ from kd.models.forward import unwrapped
 
 # The engine flattens its weights, so that an optimizer must step each element alone.
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
-_HOOKS = "zero3_hooks"  # of a model: what gathers its weights until an engine with an optimizer does
+_ENGINE = "zero3_engine"  # of a model: what gathers its weights until an engine with an optimizer does
 
 # Keys of accelerate's deepspeed_config, the variable each becomes, the values that are accepted, why others are not.
 _ACCEPTED = (
@@ -157,17 +157,19 @@ def partition(args: TrainingArguments, model: nn.Module) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(args.device)
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    vars(model)[_HOOKS] = engine.optimizer
+    vars(model)[_ENGINE] = engine
     for weight in model.parameters():
         weight.ds_flights = model.ds_inflight_param_registry  # type: ignore[attr-defined]
 
 
 def hand_over(model: nn.Module) -> None:
-    """Take the hooks of `partition` off a model: an engine with an optimizer brings its own."""
-    hooks = vars(model).pop(_HOOKS, None)
-    if hooks is None:
+    """Take the engine of `partition` off a model: an engine with an optimizer brings its own hooks."""
+    engine = vars(model).pop(_ENGINE, None)
+    if engine is None:
         return
-    hooks.destroy()
+    engine.destroy()
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
     for module in model.modules():
         for name in ("pre_bwd_fn", "post_bwd_fn"):  # these belong to the hooks that are gone
             vars(module).pop(name, None)
