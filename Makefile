@@ -4,14 +4,18 @@ STAMP := .venv/.installed
 # The trainers that we are compared with have an environment of their own.
 PEERS := .venv-bench/.installed
 TRL := trl==1.16.0
+# DeepSpeed is built for the torch of .venv, whose packages this environment shares.
+ZERO := .venv-zero/.installed
+DEEPSPEED := deepspeed==0.19.8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-gpu check bench bench-step bench-peers bench-gpu
+.PHONY: help demo docs test test-gpu test-zero check bench bench-step bench-peers bench-gpu
 
 help:
 	@echo "make demo    the whole story on a small made-up world: no download, no GPU"
 	@echo "make test    all tests"
 	@echo "make test-gpu   tests of what differs on a CUDA device, on the one that is there"
+	@echo "make test-zero  tests of DeepSpeed, on the CPU"
 	@echo "make docs    the documentation as a site, in site/"
 	@echo "make check   linter and type checker"
 	@echo "make bench   speed and memory: bench-step (against the straightforward way), then bench-peers (against TRL)"
@@ -40,6 +44,17 @@ test: $(STAMP)
 test-gpu: $(STAMP)
 	@.venv/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch finds no CUDA device; nothing was tested")'
 	OMP_NUM_THREADS=4 .venv/bin/python -m pytest -rs tests/dae/align/test_gpu.py
+
+test-zero: $(ZERO)
+	PATH="$(CURDIR)/.venv-zero/bin:$$PATH" OMP_NUM_THREADS=1 .venv-zero/bin/python -m pytest -rs -k zero tests/dae/align/test_zero.py tests/dae/align/test_diverged.py
+
+$(ZERO): $(STAMP) Makefile
+	$(PYTHON) -m venv .venv-zero
+	.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(.venv-zero/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	.venv-zero/bin/python -m pip install --quiet setuptools wheel
+	.venv-zero/bin/python -m pip install --quiet --no-build-isolation '$(DEEPSPEED)'
+	@touch $@
 
 check: $(STAMP)
 	.venv/bin/ruff check .

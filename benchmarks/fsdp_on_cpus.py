@@ -1,13 +1,14 @@
-"""Run accelerate's own FSDP2 preparation on CPUs, where accelerate would fall back to DDP.
+"""Run accelerate's own preparation for FSDP2 and DeepSpeed on CPUs, where accelerate would fall back to DDP.
 
-PartialState reports MULTI_GPU in place of MULTI_CPU, so that accelerate takes its branch for FSDP.
+PartialState reports MULTI_GPU (or DEEPSPEED) in place of MULTI_CPU, so that accelerate takes its branch for it.
 
-Everything but the device is what a GPU's run has: the plugin that a config makes, the plan, torch's fully_shard, gloo
-in place of nccl. `python -m benchmarks.fsdp_on_cpus ARGUMENTS` is `dae ARGUMENTS` so.
+Everything but the device is what a GPU's run has: the plugin that a config makes, the plan, torch's fully_shard or
+DeepSpeed's engine, gloo in place of nccl. `python -m benchmarks.fsdp_on_cpus ARGUMENTS` is `dae ARGUMENTS` so.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -23,8 +24,19 @@ FSDP2: Mapping[str, str] = {
 }
 
 
+def zero(stage: int) -> Mapping[str, str]:
+    """What `accelerate launch --config_file recipes/accelerate/zero3.yaml` (or zero2.yaml) sets."""
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    }
+
+
 def tell_accelerate() -> None:
-    """From now on accelerate splits weights over CPU processes where its config asks for FSDP."""
+    """From now on accelerate splits weights over CPU processes where its config asks for FSDP or DeepSpeed."""
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
@@ -33,7 +45,8 @@ def tell_accelerate() -> None:
     def begin_as_gpus(self: Any, *arguments: Any, **named: Any) -> None:
         begin(self, *arguments, **named)
         if self.__dict__.get("distributed_type") == DistributedType.MULTI_CPU:
-            self.distributed_type = DistributedType.MULTI_GPU
+            uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+            self.distributed_type = DistributedType.DEEPSPEED if uses_deepspeed else DistributedType.MULTI_GPU
 
     PartialState.__init__ = begin_as_gpus  # type: ignore[method-assign]
 

@@ -3,14 +3,16 @@
     python benchmarks/plans.py [--quick] [--output benchmarks/results]     # a quarter of an hour on two cores
 
 Every run is real processes with gloo on the CPU, in float32, with rows, order and rows per step of the one process.
-FSDP2 is accelerate's own preparation (benchmarks/fsdp_on_cpus.py). Compared are losses and gradient norms of every
-step, and the weights that are published.
+FSDP2 and ZeRO are accelerate's own preparation (benchmarks/fsdp_on_cpus.py). ZeRO needs DeepSpeed (`make test-zero`
+makes .venv-zero, which has it), and is left out without. Compared are losses and gradient norms of every step, and the
+weights that are published.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime as dt
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -27,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]  # run as a script, too
 
-from benchmarks.fsdp_on_cpus import FSDP2, tell_accelerate  # noqa: E402
+from benchmarks.fsdp_on_cpus import FSDP2, tell_accelerate, zero  # noqa: E402
 from benchmarks.peer_inputs import prepare  # noqa: E402
 from benchmarks.peer_setting import Setting  # noqa: E402
 
@@ -59,21 +61,23 @@ QUICK = ("align, LoRA, all roles on one backbone", "align, all weights")
 
 @dataclass(frozen=True)
 class WrappingPlan:
-    """variables: what accelerate's config sets beside those of FSDP2; None: DDP."""
+    """variables: what accelerate's config sets; none for DDP."""
 
     name: str
     processes: int
-    variables: Mapping[str, str] | None = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 PLANS = (
-    WrappingPlan("DDP", 2, None),
-    WrappingPlan("DDP", 4, None),
-    WrappingPlan("FSDP2", 2),
-    WrappingPlan("FSDP2", 4),
-    WrappingPlan("FSDP2, not resharded after forward", 2, {"FSDP_RESHARD_AFTER_FORWARD": "false"}),
-    WrappingPlan("FSDP2, layers in one group", 2, {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}),
+    WrappingPlan("DDP", 2),
+    WrappingPlan("DDP", 4),
+    WrappingPlan("FSDP2", 2, FSDP2),
+    WrappingPlan("FSDP2", 4, FSDP2),
+    WrappingPlan("FSDP2, not resharded after forward", 2, {**FSDP2, "FSDP_RESHARD_AFTER_FORWARD": "false"}),
+    WrappingPlan("FSDP2, layers in one group", 2, {**FSDP2, "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}),
 )
+ZERO = (WrappingPlan("ZeRO-2", 2, zero(2)), WrappingPlan("ZeRO-3", 2, zero(3)), WrappingPlan("ZeRO-3", 4, zero(3)))
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
 def train(arguments: Sequence[str], output: str, folder: Path, plan: WrappingPlan | None) -> Path:
@@ -87,8 +91,8 @@ def train(arguments: Sequence[str], output: str, folder: Path, plan: WrappingPla
             port = str(free.getsockname()[1])
         variables = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    if plan is not None and plan.variables is not None:
-        variables |= {**FSDP2, **plan.variables}
+    if plan is not None:
+        variables |= plan.variables
     context = multiprocessing.get_context("forkserver")  # it imports everything once
     context.set_forkserver_preload(["dae.alignment", "dae.cli", "kd.stages.distill", "kd.stages.sft"])
     ranks = [
@@ -119,7 +123,7 @@ def run_rank(words: Sequence[str], folder: str, variables: Mapping[str, str]) ->
 
     torch.set_num_threads(1)
     cli.prepare_process(os.environ)
-    if "ACCELERATE_USE_FSDP" in variables:
+    if any(name.startswith("ACCELERATE_USE") for name in variables):
         tell_accelerate()
     setattr(kd.training.publishing, "verify_saved", lambda *_: None)  # noqa: B010
     status = cli.run(words)
@@ -153,7 +157,8 @@ def weights_apart(one: Path, other: Path) -> float:
 
 def measure(stages: Sequence[str], plans: Sequence[WrappingPlan]) -> dict[str, Any]:
     record: dict[str, Any] = {"date": dt.date.today().isoformat(), "setting": vars(SETTING), "runs": []}
-    record["versions"] = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
+    libraries = ["torch", "transformers", "peft", "accelerate", *(["deepspeed"] if HAS_DEEPSPEED else [])]
+    record["versions"] = {name: version(name) for name in libraries}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(SETTING, folder)
@@ -189,7 +194,7 @@ def page(record: Mapping[str, Any]) -> str:
             "",
             "Columns: wrapping plan, number of processes. Cells: the largest relative difference of a loss or gradient",
             f"norm over {record['setting']['steps']} steps, and of a published weight over the largest of its tensor.",
-            "FSDP2 is accelerate's own preparation, which `benchmarks/fsdp_on_cpus.py` makes it run on CPUs, too.",
+            "FSDP2 and ZeRO are accelerate's own preparation, which `benchmarks/fsdp_on_cpus.py` makes it run on CPUs.",
             "",
         ]
     )
@@ -210,6 +215,7 @@ def main() -> None:
     chosen = parser.parse_args()
     stages = QUICK if chosen.quick else tuple(STAGES)
     plans = [plan for plan in PLANS if plan.processes == 2][:2] if chosen.quick else PLANS
+    plans = [*plans, *(ZERO if HAS_DEEPSPEED else ())]
     record = measure(stages, plans)
     chosen.output.mkdir(parents=True, exist_ok=True)
     (chosen.output / "plans.json").write_text(json.dumps(record, indent=1) + "\n")

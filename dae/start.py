@@ -87,7 +87,7 @@ class Line:
         """student: as it is at the base. A copy of what trains is kept in the CPU's memory, of split weights a part."""
         self._student = student
         self.experts = experts
-        self._at_base = {name: own_part(weight.detach()).to("cpu", copy=True) for name, weight in self._trained()}
+        self._at_base = {name: own_part(weight).to("cpu", copy=True) for name, weight in self._trained()}
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters of the student's adapter; all parameters if all weights train."""
@@ -99,7 +99,7 @@ class Line:
     def place(self, weights: Mapping[str, float]) -> Energy | None:
         """Put the student at these weights; what its adapter took of the difference, None if all weights train."""
         for name, weight in self._trained():
-            own_part(weight.data).copy_(self._at_base[name])
+            own_part(weight).copy_(self._at_base[name])
         pulls = [Pull(role, weights[name]) for name, role in self.experts.items()]
         if self._student.adapter is not None:
             return start_adapter(self._student, pulls)
@@ -109,7 +109,7 @@ class Line:
     def distance(self) -> float:
         """Root mean square of how far what trains has been moved; of an adapter, its factors B, which began as 0."""
         moved = [
-            (own_part(weight.detach()).cpu().double() - self._at_base[name].double()).square()
+            (own_part(weight).cpu().double() - self._at_base[name].double()).square()
             for name, weight in self._trained()
             if self._student.adapter is None or "lora_B" in name
         ]

@@ -51,7 +51,7 @@ def check(
     load_weights: also where the student would start. scaling: also what it would take on these processes.
     """
     if scaling is not None and scaling.plan == "fsdp2":
-        refuse_unshardable(recipe)
+        refuse_unshardable(recipe, "FSDP2")
     plan = make_plan(stage, recipe)
     console = console or Console(highlight=False)
     show_routes(console, plan)

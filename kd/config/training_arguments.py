@@ -78,7 +78,7 @@ SET_BY_TOOLKIT = _split(
         "(`data.eval`), routes are scored and the best checkpoint is kept automatically",
         "push_to_hub hub_model_id": "a run only writes a folder; upload the finished folder with `hf upload`",
         "fsdp fsdp_config": "use accelerate launch --config_file recipes/accelerate/fsdp2.yaml",
-        "deepspeed": "it is not supported; FSDP2 shards the same weights (recipes/accelerate/fsdp2.yaml)",
+        "deepspeed": "use accelerate launch --config_file recipes/accelerate/zero3.yaml (or zero2.yaml)",
         "local_rank": "torchrun sets it",
         "ddp_timeout": "processes wait three hours for each other, as the first one writes and proves the result",
         "use_cpu": _DEVICE,

@@ -24,6 +24,7 @@ from kd.losses.layer_pairs import LayerPairs
 from kd.models.forward import decoder_of, unwrapped
 from kd.models.head import Head, sum_dtype
 from kd.models.roles import Role
+from kd.models.sharding import gather
 
 Distance = Literal["cosine", "mse"]
 
@@ -105,6 +106,7 @@ def distance_sum(
         ours_NE, theirs_NE = hidden_ND.to(dtype), teacher_hidden_NE.detach().to(dtype)
         if projection is not None:
             # In float32 also where FSDP2's mixed precision has cast it.
+            gather(projection)
             weight_ED: Any = projection.weight
             ours_NE = nn.functional.linear(ours_NE, weight_ED.to(dtype))
         if distance == "cosine":

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from kd.errors import UserError
 from kd.models.head import Head
-from kd.models.sharding import class_of, is_sharded, whole
+from kd.models.sharding import class_of, gather, is_engine, is_sharded, whole
 
 # Names of tables of positions (wpe, embed_positions, position_embeddings, pos_encoding), and how many rows such a table
 # may have before that of position 0.
@@ -56,11 +56,11 @@ def admit_functions(model: nn.Module) -> None:
 def run_in_forward(model: nn.Module, function: Callable[[], Output]) -> Output:
     """What a function returns, which runs the model and works on its hidden states.
 
-    Under DDP and FSDP2 it runs inside of the wrapped model's forward pass, so that all weights are gathered and the
-    tensors it returns (a tensor, or a tuple of them) are the pass's outputs, on which the gathering for the backward
-    pass depends. Such a model must admit functions.
+    Under DDP, FSDP2 and DeepSpeed it runs inside of the wrapped model's forward pass, so that all weights are gathered
+    and the tensors it returns (a tensor, or a tuple of them) are the pass's outputs, on which the gathering for the
+    backward pass depends. Such a model must admit functions.
     """
-    if isinstance(model, DistributedDataParallel) or is_sharded(model):
+    if isinstance(model, DistributedDataParallel) or is_engine(model) or is_sharded(model):
         assert "forward" in vars(getattr(model, "module", model)), "admit_functions was not called"
         output: Output = model(function=function)
         return output
@@ -115,7 +115,10 @@ def head_of(model: nn.Module) -> Head:
     Raises UserError for output layers that it does not know.
     """
     base = unwrapped(model)
-    weight_VD, bias_V = _output_weights(base.get_output_embeddings(), type(base).__name__)
+    layer: Any = base.get_output_embeddings()
+    if layer is not None:
+        gather(layer)
+    weight_VD, bias_V = _output_weights(layer, type(base).__name__)
     config = base.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)

@@ -29,7 +29,7 @@ from kd.models.low_rank import low_rank
 from kd.models.offloading import weight_of
 from kd.models.quantization import is_quantised
 from kd.models.roles import STUDENT_ADAPTER, Role
-from kd.models.sharding import put, whole
+from kd.models.sharding import gather, put, whole, whole_shape
 
 LEAST_ENERGY = 0.5  # part of the squared difference that an adapter must be able to take
 
@@ -110,7 +110,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     weights = (
         base_weights(model) if isinstance(model, PeftModel) else dict(model.named_parameters(remove_duplicate=False))
     )
-    return {name: tuple(weight.shape) for name, weight in weights.items()}
+    return {name: whole_shape(weight) for name, weight in weights.items()}
 
 
 def _beyond_a_sum(module: Any, adapter: str) -> str:
@@ -124,7 +124,7 @@ def _beyond_a_sum(module: Any, adapter: str) -> str:
     if isinstance(module, ParamWrapper):
         return "has adapted parameters (target_parameters)"
     factors: Any = module.lora_A
-    if adapter not in factors or factors[adapter].weight.dim() != 2:
+    if adapter not in factors or len(whole_shape(factors[adapter].weight)) != 2:
         return "is no linear layer"
     return "has a bias of its own (lora_bias)" if module.lora_bias.get(adapter) else ""
 
@@ -168,11 +168,13 @@ def start_all_weights(student: nn.Module, pulls: Sequence[Pull]) -> None:
 def _difference(expert: Role, name: str, base: Tensor) -> Tensor:
     """W_expert - W_base of one parameter, float32 on the base's device; base is whole."""
     if expert.adapter is None:
-        theirs = whole(weight_of(expert.model, name))
+        theirs = whole(weight_of(expert.model, name)).detach()
         return theirs.to(base.device).float() - base.detach().float()
     base_model: Any = expert.model.get_base_model()  # type: ignore[operator]
     owner: Any = base_model.get_submodule(name.rpartition(".")[0])
     if name.endswith(".weight") and expert.adapter in getattr(owner, "lora_A", {}):
+        for factors in (owner.lora_A, owner.lora_B):
+            gather(factors[expert.adapter])
         update = whole(owner.get_delta_weight(expert.adapter))
         return update.detach().to(base.device).float()
     return torch.zeros((), device=base.device)
@@ -196,7 +198,7 @@ def _start_layer(name: str, layer: Any, pulls: Sequence[Pull]) -> Energy:
     a_RI, b_OR, energy = _nearest(thin, dense, int(layer.r[STUDENT_ADAPTER]))
     ours_a, ours_b = layer.lora_A[STUDENT_ADAPTER].weight, layer.lora_B[STUDENT_ADAPTER].weight
     rank = len(a_RI)
-    whole_a_RI, whole_b_OR = whole(ours_a.detach()).clone(), whole(ours_b.detach()).clone()
+    whole_a_RI, whole_b_OR = whole(ours_a).detach().clone(), whole(ours_b).detach().clone()
     whole_a_RI[:rank] = a_RI.to(whole_a_RI)
     whole_b_OR[:, :rank] = (b_OR / layer.scaling[STUDENT_ADAPTER]).to(whole_b_OR)
     put(ours_a, whole_a_RI)
@@ -209,9 +211,9 @@ def _thin(layer: Any, pulls: Sequence[Pull]) -> tuple[Tensor, Tensor] | None:
     of_adapters = [(pull, pull.expert.adapter) for pull in pulls if pull.expert.adapter in layer.lora_A]
     if not of_adapters:
         return None
-    a = [whole(layer.lora_A[name].weight.detach()).float() for _, name in of_adapters]
+    a = [whole(layer.lora_A[name].weight).detach().float() for _, name in of_adapters]
     b = [
-        pull.weight * layer.scaling[name] * whole(layer.lora_B[name].weight.detach()).float()
+        pull.weight * layer.scaling[name] * whole(layer.lora_B[name].weight).detach().float()
         for pull, name in of_adapters
     ]
     return torch.cat(a), torch.cat(b, dim=1)
@@ -221,8 +223,8 @@ def _dense(name: str, layer: Any, pulls: Sequence[Pull]) -> Tensor | None:
     """The summed differences [O, I] of experts with weights of their own; None without any."""
     differences = []
     for pull in (pull for pull in pulls if pull.expert.adapter is None):
-        base = whole(layer.get_base_layer().weight.detach()).float()
-        theirs = whole(weight_of(pull.expert.model, f"{name}.weight"))
+        base = whole(layer.get_base_layer().weight).detach().float()
+        theirs = whole(weight_of(pull.expert.model, f"{name}.weight")).detach()
         difference = theirs.to(base.device).float() - base
         differences.append(pull.weight * (difference.T if getattr(layer, "fan_in_fan_out", False) else difference))
     return sum(differences[1:], differences[0]) if differences else None
@@ -263,7 +265,7 @@ def _left_out(student: Role, layers: set[str], pulls: Sequence[Pull]) -> float:
     assert isinstance(student.model, PeftModel)
     for name, weight in base_weights(student.model).items():
         if name not in carried:
-            base = whole(weight.detach())
+            base = whole(weight).detach()
             update = sum((pull.weight * _difference(pull.expert, name, base) for pull in pulls), torch.zeros(()))
             total += float(update.double().square().sum())
     return total

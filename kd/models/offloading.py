@@ -111,9 +111,9 @@ def open_offloaded(
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
-    """A weight by its name, wherever it waits."""
+    """A weight by its name, wherever it waits; not detached, as a sharded one is known by its parameter."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     with align_module_device(module):
-        weight: Tensor = getattr(module, attribute).detach()
+        weight: Tensor = getattr(module, attribute)
     return weight

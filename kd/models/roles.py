@@ -34,6 +34,7 @@ from kd.models.merged import state_ties
 from kd.models.offloading import open_offloaded
 from kd.models.opening import opening
 from kd.models.quantization import loading_settings, refuse_unquantisable, with_exact_products
+from kd.models.sharding import whole_shape
 
 STUDENT_ADAPTER = "default"  # the name under which peft saves an adapter so that plain loading finds it
 
@@ -235,7 +236,7 @@ def activate(role: Role) -> Iterator[Model]:
 def vocabulary_rows(roles: Sequence[Role]) -> int:
     """Rows that every role's head has: same tokenizer, but checkpoints pad their vocabularies differently."""
     heads: list[Any] = [innermost(unwrapped(role.model).get_output_embeddings()) for role in roles]
-    return min(int(head.weight.shape[0]) for head in heads)
+    return min(whole_shape(head.weight)[0] for head in heads)
 
 
 def refuse_unmergeable(model: nn.Module) -> None:
@@ -262,11 +263,12 @@ def check_head(role: Role, vocabulary_rows: int) -> None:
             "Correct config.json, or save the checkpoint again.",
         ):
             expected = model(input_ids=ids, use_cache=False).logits[0]
+        hidden_BTD = final_hidden_states(model, {"input_ids": ids})
         try:
-            head = head_of(model)
+            head = head_of(model)  # behind the forward passes, which let go of it under ZeRO-3
         except UserError as unknown:
             raise UserError(f"role {role.name}: {unknown}") from unknown
-        got = head.logits(final_hidden_states(model, {"input_ids": ids})[0])
+        got = head.logits(hidden_BTD[0])
     if not torch.isfinite(expected).all():
         raise UserError(
             f"role {role.name}: its logits are not finite; its weights or config are damaged. Save or download "

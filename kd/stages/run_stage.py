@@ -43,7 +43,7 @@ from kd.training.progress import doing, training_progress
 from kd.training.publishing import publish, summarise, trained
 from kd.training.settings import load_settings, planned_steps, processes, rows_per_step, training_arguments
 from kd.training.trainer import RoutedTrainer, evaluate_routes
-from kd.training.wrapping import refuse_wrapping, shards, wrap, wrapping
+from kd.training.wrapping import has_plan, refuse_wrapping, shards, wrap, wrapping
 
 logger = logging.getLogger("dae")
 
@@ -105,7 +105,7 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT, callbacks: Sequence[Traine
             trainer, stop, start = prepare(stage, recipe, inputs, args, settings, data, run, resume_from)
         for callback in callbacks:
             trainer.add_callback(callback)
-        if processes().num_processes > 1 or shards():
+        if processes().num_processes > 1 or has_plan():
             logger.info("training on %s", wrapping(trainer.accelerator))
         with doing("measuring before the first step"):
             first_kl = start_metrics(trainer, data, run, resume_from, start)
@@ -167,7 +167,7 @@ def prepare(
     set_seed(recipe.seed)  # a new adapter is drawn from it, whatever went before
     loading = replace(settings, device="cpu") if shards() else settings  # each process keeps a part on its device
     roles = with_cached(stage, recipe, inputs, loading, cached, resume_from is None)
-    if not shards():  # under FSDP2 no process keeps the backbone's whole output layer
+    if not shards():  # else no process keeps the backbone's whole output layer
         cached = {name: with_head_of_backbone(teacher, roles.student) for name, teacher in cached.items()}
     objective = stage.objective(recipe, replace(roles, teachers={**roles.teachers, **cached}))
     refuse_useless_router_loss(roles.student.model, recipe.router_aux_loss)

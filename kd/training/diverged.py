@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd.data.mixing import Row, StepBatchSampler
 from kd.errors import UserError
-from kd.models.sharding import own_part
+from kd.models.sharding import is_engine, own_part
 from kd.runs.run_folder import RunFolder
 from kd.training.loss_watch import Fault, LossWatch
 from kd.training.objective import Objective, route_sums
@@ -89,16 +89,21 @@ def values_of_rows(trainer: Trains, rows: Sequence[Row]) -> list[RowValues]:
 
 
 def values_of_batch(trainer: Trains, batch: Mapping[str, Tensor]) -> Tensor:
-    """[4] loss, KL, next-token loss per token, and whether the gradient's norm is not finite, on this rank."""
+    """[4] loss, KL, next-token loss per token, and whether the gradient's norm is not finite, on this rank.
+
+    DeepSpeed's engine keeps the gradients for its own step, so that of a row is not looked at there.
+    """
     model, objective = trainer.model_wrapped, trainer.objective
+    has_gradients = not is_engine(model)
     model.zero_grad()
-    with trainer.compute_loss_context_manager():
+    with trainer.compute_loss_context_manager(), torch.set_grad_enabled(has_gradients):
         sums = route_sums(model, batch, objective, with_teachers=objective.trains_with_teachers)
         loss = weighted(objective, sums.loss, sums.tokens)
         total = loss if sums.router_aux is None else loss + objective.router_aux_weight * sums.router_aux
-    total.backward()
+    if has_gradients:
+        total.backward()
     kl, ntp = (weighted(objective, one, sums.tokens) for one in (sums.kl, sums.ntp))
-    not_finite = (~torch.isfinite(gradient_norm(model))).to(loss)
+    not_finite = (~torch.isfinite(gradient_norm(model))).to(loss) if has_gradients else torch.zeros_like(loss)
     return torch.stack([total.detach().double(), kl, ntp, not_finite.double()])
 
 
@@ -117,15 +122,32 @@ def diverged(trainer: Trains, fault: Fault) -> str:
     step = trainer.state.global_step  # those taken
     values = values_of_rows(trainer, trainer.batch_sampler.mixture.rows_of_step(step))
     suspects = [one for one in values if not one.is_finite] or values
-    places = trainer.locate([one.row for one in suspects[:SHOWN_ROWS]])
     routes = [route.name for route in trainer.objective.routes]
-    shown = "".join(f"\n  {places[one.row]} ({routes[one.route]}: {one.words})" for one in suspects[:SHOWN_ROWS])
-    more = "" if len(suspects) <= SHOWN_ROWS else f"\n  and {len(suspects) - SHOWN_ROWS} more"
+    shown = shown_rows(trainer, {one.row: f" ({routes[one.route]}: {one.words})" for one in suspects})
     finite = "" if fault.exploded or not suspects[0].is_finite else " (each is finite by itself)"
     key, remedy = advice(trainer, suspects)
     return (
         f"{key}: stopped before step {step + 1}: {fault.words}. {kept(trainer, fault)}. {remedy}. "
-        f"Rows of this step, most suspicious first{finite}:{shown}{more}"
+        f"Rows of this step, most suspicious first{finite}:{shown}"
+    )
+
+
+def shown_rows(trainer: Trains, words: Mapping[Row, str]) -> str:
+    """The first rows, each on a line of its own with its words."""
+    first = list(words)[:SHOWN_ROWS]
+    places = trainer.locate(first)
+    shown = "".join(f"\n  {places[row]}{words[row]}" for row in first)
+    return shown if len(words) <= SHOWN_ROWS else f"{shown}\n  and {len(words) - SHOWN_ROWS} more"
+
+
+def harmed_by_engine(trainer: Trains, norm: float) -> str:
+    """The message where the gradient was not finite, and DeepSpeed's engine has taken the step already."""
+    step = trainer.state.global_step
+    rows = dict.fromkeys(trainer.batch_sampler.mixture.rows_of_step(step), "")
+    return (
+        f"train.learning_rate: {trainer.args.learning_rate:g}: the gradient norm of step {step + 1} is {norm:g}, not "
+        f"finite. DeepSpeed has taken the step, and nothing is written of these weights. {kept(trainer)}. If these "
+        f"rows are right, {lower_rate(trainer)}. Rows of this step:{shown_rows(trainer, rows)}"
     )
 
 

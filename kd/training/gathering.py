@@ -1,7 +1,8 @@
-"""A student's weights and its optimizer's state, gathered from the ranks' parts under FSDP2, and sharded again.
+"""A student's weights and its optimizer's state, gathered from the ranks' parts, and sharded again.
 
-What is gathered is what one process without FSDP2 has: checkpoints are the same files, and a run goes on under another
-number of processes, sharded or not. All functions are collective: every rank calls them, in the same order.
+The optimizer's under FSDP2; DeepSpeed's is another one (zero.py). What is gathered is what one process alone has:
+checkpoints are the same files, and a run goes on under another number of processes, sharded or not. All functions are
+collective: every rank calls them, in the same order.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TRAINING_ONLY = "training_only"
 def gathered_student(model: nn.Module, *, is_main: bool) -> dict[str, Tensor]:
     """What the student's files hold, and what only trains with it, by name in the model; empty on the other ranks."""
     reshard(model)
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
     if isinstance(model, PeftModel):
         own = {name: w for name, w in own.items() if STUDENT_ADAPTER in name.split(".") or is_training_only(name)}
     else:
@@ -42,7 +43,9 @@ def scatter_student(model: nn.Module, folder: Path) -> None:
     reshard(model)
     if isinstance(model, PeftModel):
         stored = load_file(folder / ADAPTER_WEIGHTS)
-        own = get_peft_model_state_dict(model, adapter_name=STUDENT_ADAPTER, save_embedding_layers=False)
+        own = get_peft_model_state_dict(
+            model, model.state_dict(keep_vars=True), adapter_name=STUDENT_ADAPTER, save_embedding_layers=False
+        )
         for name, weight in own.items():
             put(weight, stored[name])
         return

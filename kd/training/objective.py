@@ -128,6 +128,7 @@ def teacher_views(batch: Batch, objective: Objective) -> dict[int, TeacherLogits
         with activate(teacher) as model, torch.no_grad():
             if not members:
                 final_hidden_states(model, {"input_ids": batch["input_ids"][:1, :2]})
+                head_of(model)  # gathered by all ranks, too
                 continue
             rows = rows_of_routes(batch, members)
             hidden_BTE = final_hidden_states(model, model_inputs(rows))[:, :-1]

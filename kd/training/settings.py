@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from kd.config.stage_recipe import StageRecipe
 from kd.data.mixing import Mixture
@@ -103,9 +104,12 @@ def training_arguments(recipe: StageRecipe, settings: LoadSettings) -> TrainingA
         "restore_callback_states_from_checkpoint": True,  # how long early stopping has been waiting
     }
     try:
-        return TrainingArguments(**chosen, **owned)
+        args = TrainingArguments(**chosen, **owned)
     except ValueError as error:  # what only this machine can tell, such as bf16 on a CPU
         raise UserError(f"train: {str(error).splitlines()[0]}") from error
+    if args.deepspeed_plugin is not None:
+        unset_hf_deepspeed_config()  # with it transformers would open models in parts; they are partitioned later
+    return args
 
 
 def planned_steps(mixture: Mixture, args: TrainingArguments) -> int:

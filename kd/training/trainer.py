@@ -6,6 +6,7 @@ Shape legend: B rows, T positions, N response tokens, R routes.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from kd.models.teacher_logits import TeacherLogits
 from kd.runs.files import disk_errors
 from kd.runs.run_folder import RunFolder
 from kd.training.budget import RouteBudget
-from kd.training.diverged import Locate, diverged, refuse_harmed_weights
+from kd.training.diverged import Locate, diverged, harmed_by_engine, refuse_harmed_weights
 from kd.training.gathering import (
     TRAINING_ONLY,
     gathered_optimizer,
@@ -42,6 +43,7 @@ from kd.training.gathering import (
 from kd.training.loss_watch import LossWatch
 from kd.training.metrics import MetricsWindow, peak_memory_bytes
 from kd.training.objective import Objective, route_sums, teacher_views
+from kd.training.zero import hand_over, load_whole_optimizer, own_schedule, whole_optimizer, whole_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +114,10 @@ class RoutedTrainer(Trainer):
             # TensorBoard's files would be deleted with the staging folder; its environment variable takes precedence.
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(run.trackers_dir)
+        self._has_engine = self.is_deepspeed_enabled
+        self.is_deepspeed_enabled = False  # what Trainer does for it is about DeepSpeed's own checkpoints
+        if self._has_engine:
+            self.accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps  # else it warns
         self.pop_callback(PrinterCallback)  # it prints dictionaries; kd.training.progress shows progress
         self.objective = objective
         self.collate = collate
@@ -120,7 +126,7 @@ class RoutedTrainer(Trainer):
         self.locate = locate
         self.eval_batches = eval_batches or {}
         self._window = MetricsWindow(objective)
-        self._optimized: list[list[nn.Parameter]] = []  # see create_optimizer
+        self._optimized: list[dict[str, Any]] = []  # see create_optimizer
 
     @property
     def budget(self) -> RouteBudget | None:
@@ -172,17 +178,26 @@ class RoutedTrainer(Trainer):
         if sums.router_aux is not None:  # a mean: over the step's micro-batches, too, and over ranks
             loss = loss + self.objective.router_aux_weight * sums.router_aux / self.current_gradient_accumulation_steps
         self.watch.add(loss)
+        if self._has_engine and self.accelerator.sync_gradients:
+            self._refuse_fault(0.0)  # DeepSpeed's engine takes the step inside of the backward pass
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The last that Trainer asks before the optimizer's step: stop here if the step must not be taken."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not self._has_engine:
+            self._refuse_fault(norm)
+        elif not math.isfinite(norm):
+            raise UserError(harmed_by_engine(self, norm))
+        return norm
+
+    def _refuse_fault(self, norm: Tensor | float) -> None:
+        """Raise UserError where the step that comes must not be taken."""
         rate = float(self.optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
         vocabulary_rows = self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
         fault = self.watch.fault(norm, rate, vocabulary_rows, partial(self.accelerator.reduce, reduction="mean"))
         if fault is not None:
             raise UserError(diverged(self, fault))
-        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the routes' means since the last log, and write metrics.jsonl."""
@@ -281,7 +296,7 @@ class RoutedTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if hasattr(student, TRAINING_ONLY):
             weights = load_file(Path(resume_from_checkpoint) / TRAINING_ONLY_WEIGHTS)
-            for name, weight in getattr(student, TRAINING_ONLY).state_dict().items():
+            for name, weight in getattr(student, TRAINING_ONLY).state_dict(keep_vars=True).items():
                 put(weight, weights[name])
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -301,45 +316,56 @@ class RoutedTrainer(Trainer):
             super()._load_best_model()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Remember the parameters that it was made of, where they are parts of weights (create_scheduler)."""
+        """Remember the groups of parameters that it was made of: accelerate and DeepSpeed put parts in their place."""
+        student = self.accelerator.unwrap_model(self.model)
         if self._is_sharded:
-            reshard(self.accelerator.unwrap_model(self.model))
+            reshard(student)
+        hand_over(student)
         optimizer = super().create_optimizer(model)
-        self._optimized = [list(group["params"]) for group in optimizer.param_groups]
+        self._optimized = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Give the optimizer its parameters back, where they are parts of weights; then make the schedule.
+        """Give FSDP2's optimizer its parameters back; then make the schedule.
 
         accelerate has just replaced each by the one at its address. Empty parts (a rank of 2 over 4 processes) share
         the address 0.
         """
-        if self._is_sharded:
+        if self._is_sharded and not self._has_engine:
             made: Any = self.optimizer
-            for group, parameters in zip(made.param_groups, self._optimized, strict=True):
-                group["params"] = parameters
+            for group, before in zip(made.param_groups, self._optimized, strict=True):
+                group["params"] = before["params"]
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer: Any = self.optimizer
         schedule: Any = self.lr_scheduler
-        if not self._is_sharded:
+        if self._has_engine:
+            state = whole_optimizer(optimizer.optimizer, self._optimized)
+            schedule_state = whole_schedule(schedule.state_dict(), self._optimized)
+        elif self._is_sharded:
+            state, schedule_state = gathered_optimizer(optimizer.state_dict()), schedule.state_dict()
+        else:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = gathered_optimizer(optimizer.state_dict())
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            torch.save(schedule_state, Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self._is_sharded:
+        if checkpoint is None or not (self._is_sharded or self._has_engine):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         optimizer: Any = self.optimizer
         schedule: Any = self.lr_scheduler
         state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(scattered_optimizer(state, optimizer.param_groups))
-        schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        schedule_state = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        if self._has_engine:
+            load_whole_optimizer(optimizer.optimizer, self._optimized, state)
+            schedule_state = own_schedule(schedule_state, self._optimized)
+        else:
+            optimizer.load_state_dict(scattered_optimizer(state, optimizer.param_groups))
+        schedule.load_state_dict(schedule_state)
 
 
 def save_student(model: nn.Module, folder: Path, state_dict: Any = None, *, by_module: bool = False) -> None:

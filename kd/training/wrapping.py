@@ -1,7 +1,8 @@
 """How a run's weights lie on its processes: what the launcher's config asks for, and what accelerate makes of it.
 
-DDP: every process has all weights. FSDP2: each has a part of them, and gathers a layer when it is needed. accelerate
-falls back in silence where it cannot do what its config asks for, as with FSDP on CPUs.
+DDP: every process has all weights. FSDP2 and ZeRO-3: each has a part of them, and gathers a layer when it is needed.
+ZeRO-2: all weights, and a part of the optimizer's state (zero.py). accelerate falls back in silence where it cannot do
+what its config asks for, as with FSDP on CPUs.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from kd.errors import UserError
 from kd.losses.divergence_recipe import DivergenceRecipe
 from kd.models.forward import admit_functions
 from kd.models.quantization import is_quantised
-from kd.models.sharding import is_sharded
 from kd.training.settings import processes
+from kd.training.zero import asked_stage, partition, refuse_under_zero, refuse_zero_config, set_up
 
 # Keys of accelerate's fsdp_config, the variable each becomes, the value that is refused, and why.
 _REFUSED = (
@@ -57,6 +58,14 @@ def asks_for_fsdp() -> bool:
     return _is_on("ACCELERATE_USE_FSDP")
 
 
+def asked_plan() -> str | None:
+    """What the launcher's config asks for beyond DDP."""
+    if asks_for_fsdp():
+        return "FSDP2"
+    stage = asked_stage()
+    return None if stage is None else f"ZeRO-{stage}"
+
+
 def refuse_wrapping(recipe: StageRecipe) -> None:
     """Raise UserError for a launcher's config that this run cannot have, or that was never tried."""
     if started_one_of_several() and not recipe.allow_fallback:
@@ -66,27 +75,27 @@ def refuse_wrapping(recipe: StageRecipe) -> None:
             "trains in one process.)"
         )
     refuse_config()
-    if not asks_for_fsdp():
+    plan = asked_plan()
+    if plan is None:
         return
     if can_shard():
-        refuse_unshardable(recipe)
+        refuse_unshardable(recipe, plan)
     elif not recipe.allow_fallback:
         state = processes()
         place = "CPUs" if state.device.type == "cpu" else "a single process"
         raise UserError(
-            f"accelerate's config asks for FSDP2, which accelerate does not support on {place}: without a warning it "
+            f"accelerate's config asks for {plan}, which accelerate does not support on {place}: without a warning it "
             f"would train with {words(state.distributed_type, state.num_processes)}. Use "
             "recipes/accelerate/ddp.yaml, or set allow_fallback=true."
         )
+    else:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # transformers would set DeepSpeed up all the same
 
 
 def refuse_config() -> None:
     """Raise UserError for what no run supports in accelerate's config, whatever its recipe."""
-    if _is_on("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(
-            "accelerate's config asks for DeepSpeed, which is not supported; FSDP2 shards the same weights "
-            "(recipes/accelerate/fsdp2.yaml)"
-        )
+    if asked_stage() is not None:
+        refuse_zero_config()
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no":
         raise UserError(
@@ -102,27 +111,37 @@ def refuse_config() -> None:
             raise UserError(f"accelerate's config: {key}: {refused} {reason}")
 
 
-def refuse_unshardable(recipe: StageRecipe) -> None:
-    """Raise UserError for what a recipe asks that FSDP2 cannot do."""
+def refuse_unshardable(recipe: StageRecipe, plan: str) -> None:
+    """Raise UserError for what a recipe asks that this plan cannot do."""
+    if plan == "FSDP2":
+        refuse_optimizer(recipe)
+    else:
+        refuse_under_zero(recipe)
+    if plan == "ZeRO-2":
+        return
+    if recipe.quantization is not None:
+        raise UserError(
+            f"quantization: {recipe.quantization}: {plan} cannot shard quantised weights; use DDP "
+            "(recipes/accelerate/ddp.yaml), or remove it"
+        )
+    if isinstance(recipe, DivergenceRecipe) and recipe.offload_teachers is not None:
+        raise UserError(
+            f"offload_teachers: {recipe.offload_teachers}: under {plan} the teachers' weights are sharded; remove it"
+        )
+    if recipe.merge:
+        raise UserError(
+            f"merge: true: under {plan} no process has all weights to merge into; remove it, and merge the finished "
+            "run with dae merge weights"
+        )
+
+
+def refuse_optimizer(recipe: StageRecipe) -> None:
+    """Raise UserError for an optimizer that was not tried on FSDP2's weights."""
     optimizer = str(recipe.train.get("optim", "adamw_torch"))
     if not optimizer.startswith(_SHARDED_OPTIMIZERS):
         raise UserError(
             f"train.optim: {optimizer}: was not tested with FSDP2, under which several optimizers fail; use one of "
             f"{', '.join(_SHARDED_OPTIMIZERS)}"
-        )
-    if recipe.quantization is not None:
-        raise UserError(
-            f"quantization: {recipe.quantization}: FSDP2 cannot shard quantised weights; use DDP "
-            "(recipes/accelerate/ddp.yaml), or remove it"
-        )
-    if isinstance(recipe, DivergenceRecipe) and recipe.offload_teachers is not None:
-        raise UserError(
-            f"offload_teachers: {recipe.offload_teachers}: under FSDP2 the teachers' weights are sharded; remove it"
-        )
-    if recipe.merge:
-        raise UserError(
-            "merge: true: under FSDP2 no process has all weights to merge into; remove it, and merge the finished run "
-            "with dae merge weights"
         )
 
 
@@ -137,29 +156,47 @@ def can_shard() -> bool:
     return processes().distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU)
 
 
+def has_plan() -> bool:
+    """Whether this run has what the launcher's config asks for beyond DDP."""
+    return asked_plan() is not None and can_shard()
+
+
 def shards() -> bool:
     """Whether this run's weights are sharded over its processes."""
-    return asks_for_fsdp() and can_shard()
+    return has_plan() and asked_plan() != "ZeRO-2"
 
 
 def wrap(args: TrainingArguments, student: nn.Module, teachers: Iterable[nn.Module]) -> None:
-    """Prepare the models for several processes; under FSDP2 shard their weights, the teachers' own, too.
+    """Prepare the models for several processes; under FSDP2 and ZeRO-3 shard their weights, the teachers' own, too.
 
     Before the first forward pass on batches, so that a model need not fit one device; and after all adapters are on.
     """
-    if processes().num_processes > 1 or shards():
+    if processes().num_processes > 1 or has_plan():
         admit_functions(student)
+    if not has_plan():
+        return
+    stage = asked_stage()
+    if stage is not None:
+        set_up(args, student, stage)
     if not shards():
         return
+    models = list({id(model): model for model in (student, *teachers)}.values())  # roles share some
+    for model in models:
+        if is_quantised(model):
+            raise UserError(f"{asked_plan()} cannot shard a checkpoint whose files are quantised; use DDP")
+    if stage is None:
+        _shard_by_fsdp(args, models)
+    else:
+        for model in models:
+            partition(args, model)
+
+
+def _shard_by_fsdp(args: TrainingArguments, models: Iterable[nn.Module]) -> None:
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     plugin = accelerator.state.fsdp_plugin
     keep_float32(plugin)
     policy, layers = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
-    for model in (student, *teachers):
-        if is_quantised(model):
-            raise UserError("FSDP2 cannot shard a checkpoint whose files are quantised; use DDP")
-        if is_sharded(model):
-            continue
+    for model in models:
         # accelerate keeps what it found in the first model, and models may be of several architectures.
         plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = policy, layers
         try:
@@ -187,8 +224,8 @@ def wrapping(accelerator: Accelerator) -> str:
 
 def words(kind: DistributedType, count: int) -> str:
     text = "1 process" if count == 1 else f"{count} processes"
-    if kind == DistributedType.FSDP:
-        return f"{text}, FSDP2"
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return f"{text}, {asked_plan()}"
     return text if count == 1 else f"{text}, DDP"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from worlds import align_command, make_adapter, metrics_of
 
-from benchmarks.fsdp_on_cpus import FSDP2
+from benchmarks.fsdp_on_cpus import FSDP2, zero
 from dae import cli
 from kd.data.stage_data import SAMPLED_ROWS
 from kd.runs.checkpoints import checkpoint_fault
@@ -195,3 +196,25 @@ def test_all_processes_stop_alike(world: Path, plan: Mapping[str, str], kind: st
     assert_kept(world / "student", message)
     step = re.search(r"stopped before step (\d+)", message)
     assert step is not None and metrics_of(world / "student")[-1]["step"] == int(step[1]) - 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="make test-zero installs DeepSpeed")
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("kind", ["loss", "gradient norm"])
+def test_under_zero_nothing_is_written_of_harmed_weights(world: Path, stage: int, kind: str) -> None:
+    """The engine takes its step inside of the backward pass: before it the loss is known, the gradient is not."""
+    trap_rows(world / "general.jsonl")
+    if kind == "loss":
+        gpt2_world(world)
+        trap_model(world / "base")
+    armed = [] if kind == "loss" else [NanGradients(trap_token(world / "base"))]
+    plan = {**zero(stage), FSDP_ON_CPUS: "yes"}
+    ended = ranks(align_command(*cut(2, 2), *ONE_LORA, "lora=null"), world, [armed, armed], plan)
+    assert [rank.status for rank in ended] == [2, 2], ended[0].err
+    message = ended[0].err
+    words = "stopped before step" if kind == "loss" else "DeepSpeed has taken the step"
+    assert words in message and f"the {kind} " in message and " nan" in message
+    assert told_rows(message), message
+    assert kind == "gradient norm" or told_rows(message) <= set(ROWS), message
+    assert_kept(world / "student", message)

@@ -178,7 +178,6 @@ def refused(arguments: Sequence[str], world: Path, environment: Mapping[str, str
         ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "fsdp_auto_wrap_policy: SIZE_BASED_WRAP"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "train.gradient_checkpointing=true"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision: bf16: the recipe decides"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed, which is not supported"),
     ],
     ids=str,
 )
