@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from kd.errors import UserError
 from kd.models.checkpoint_files import ADAPTER_CONFIG, TOKENIZER_FILES, model_fingerprint
 from kd.models.opening import opening
+from kd.models.template_limits import limit_chat_templates
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,6 +96,7 @@ class Checkpoint:
         """A new tokenizer from the files beside its weights. Raises UserError where transformers can open none."""
         from transformers import AutoTokenizer
 
+        limit_chat_templates()
         with opening(f"{self}: no tokenizer that transformers can open"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 str(self.folder), trust_remote_code=trust_remote_code
