@@ -62,7 +62,7 @@ class Checkpoint:
         file = self.folder / ADAPTER_CONFIG
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file}: is no JSON ({error}); save or download the adapter again") from error
         if not isinstance(config, dict):
             raise UserError(f"{file}: is no JSON object; save or download the adapter again")

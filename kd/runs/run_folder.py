@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from kd.config.loading import resolved_yaml
 from kd.config.schema import Frozen
@@ -44,6 +44,7 @@ from kd.runs.files import (
     plain,
     read_json,
     remove,
+    write_bytes_durably,
     write_text_durably,
 )
 from kd.runs.provenance import FINISHED, PROVENANCE, TOOLKIT, DataInput, changed_inputs, read_provenance
@@ -226,9 +227,20 @@ class RunFolder:
     # -- metrics -------------------------------------------------------------------------------------------------------
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, each with its `step`; none where the file is not there."""
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines() if self.metrics_path.exists() else []
-        return [json.loads(line) for line in lines]
+        """The lines of metrics.jsonl, each with its `step`; none where the file is not there. Raises UserError."""
+        lines = self.metrics_path.read_bytes().splitlines() if self.metrics_path.exists() else []
+        return [self._metrics_of(number, line) for number, line in enumerate(lines, 1)]
+
+    def _metrics_of(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            metrics = json.loads(line)
+            if not isinstance(metrics["step"], int):
+                raise TypeError("step is no integer")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(
+                f"{self.metrics_path}:{number}: is no line of metrics ({error!r}); restore the file"
+            ) from error
+        return cast("dict[str, Any]", metrics)
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl. `step` (optimizer steps done) must be among the values.
@@ -243,9 +255,10 @@ class RunFolder:
         """Keep the lines of steps up to `step`; -1 keeps none."""
         if not self.metrics_path.exists():
             return
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_text_durably(self.metrics_path, "".join(kept))
+        lines = self.metrics_path.read_bytes().splitlines(keepends=True)
+        whole = [(number, line) for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
+        kept = [line for number, line in whole if self._metrics_of(number, line)["step"] <= step]
+        write_bytes_durably(self.metrics_path, b"".join(kept))
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -294,7 +307,12 @@ class RunFolder:
         return summary
 
     def _finished(self) -> dict[str, Any]:
-        return read_json(self.path / FINISHED)
+        finished = read_json(self.path / FINISHED)
+        files = finished.get("files")
+        hashes = isinstance(files, dict) and all(isinstance(sha256, str) for sha256 in files.values())
+        if not hashes or not isinstance(finished.get("summary"), dict):
+            raise UserError(f"{self.path / FINISHED}: has no summary or hashes of files; restore it")
+        return finished
 
 
 def _check_publishable(names: Sequence[str]) -> None:
