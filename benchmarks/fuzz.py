@@ -116,9 +116,10 @@ class Session:
     """Counts of one target, saved every second."""
 
     def __init__(self, name: str, engine: str, work: Path) -> None:
-        from fuzzing.targets import targets
+        from fuzzing.targets import targets, warm_up
 
         self._target = next(target for target in targets() if target.name == name)
+        warm_up(self._target)
         self._engine, self._work = engine, work
         self._outcomes: Counter[str] = Counter()
         self._findings: dict[str, str] = {}
@@ -158,26 +159,23 @@ def record(line: dict[str, Any]) -> None:
     (RESULTS / "fuzz.json").write_text("[\n" + ",\n".join(json.dumps(one) for one in lines) + "\n]\n")
 
 
+KEYS = ("inputs", "read", "refused", "findings", "seconds")
+
+
 def write_table() -> None:
     lines = recorded()
     sums: dict[str, Counter[str]] = {}
     for line in lines:
-        found = sums.setdefault(line["target"], Counter())
-        found.update({key: line.get(key, 0) for key in ("inputs", "read", "refused", "seconds")})
-        found["findings"] += len(line["findings"])
-    total = sum((one for one in sums.values()), Counter[str]())
-    keys = ("inputs", "read", "refused", "findings", "seconds")
-    rows = [
-        f"| {name} | {' | '.join(f'{counts[key]:,}' for key in keys)} |"
-        for name, counts in [*sums.items(), ("all", total)]
-    ]
+        counts = {**{key: line.get(key, 0) for key in KEYS}, "findings": len(line["findings"])}
+        sums.setdefault(line["target"], Counter()).update(counts)
+    sums["all"] = sum(sums.values(), Counter[str]())
+    rows = [f"| {name} | {' | '.join(f'{counts[key]:,}' for key in KEYS)} |" for name, counts in sums.items()]
     engines = ", ".join(sorted({line.get("engine", "none") for line in lines}))
-    dates = sorted({line["date"] for line in lines})
+    dates = " to ".join(dict.fromkeys((min(line["date"] for line in lines), max(line["date"] for line in lines))))
     (RESULTS / "fuzz.md").write_text(
-        f"# Fuzzing\n\n{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, by {engines}. An input is read, or refused with "
-        "one message; a traceback, a crash, or an input that takes\nlonger than ten seconds is a finding. Each line of "
-        "[fuzz.json](fuzz.json) is one target's run, with its seed.\n\n"
-        f"| target | {' | '.join(keys)} |\n|---|{'---:|' * len(keys)}\n" + "\n".join(rows) + "\n"
+        f"# Fuzzing\n\n{dates}, by {engines}. An input is read, or refused with one message; a traceback, a crash, or "
+        "more than ten\nseconds is a finding. Each line of [fuzz.json](fuzz.json) is one run of one target, with its "
+        f"seed.\n\n| target | {' | '.join(KEYS)} |\n|---|{'---:|' * len(KEYS)}\n" + "\n".join(rows) + "\n"
     )
 
 

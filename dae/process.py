@@ -9,9 +9,17 @@ import warnings
 from collections.abc import Mapping
 
 from dae.commands.stages import is_first_rank
+from kd.config.problems import visible
 
 # With any of these the user has chosen how long OpenMP threads spin.
 SPINNING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+
+
+class _Visible(logging.Formatter):
+    """Messages without control characters: they quote files, templates and servers of strangers."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 def prepare_process(environment: Mapping[str, str]) -> None:
@@ -32,7 +40,7 @@ def prepare_process(environment: Mapping[str, str]) -> None:
     for category in (UserWarning, RuntimeWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(torch|transformers|accelerate)\.")
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Visible("%(message)s"))
     for name in ("dae", "kd"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]

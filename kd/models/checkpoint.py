@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd.errors import UserError
 from kd.models.checkpoint_files import ADAPTER_CONFIG, TOKENIZER_FILES, model_fingerprint
-from kd.models.opening import opening
+from kd.models.opening import opening, refuse_unsafe_settings
 from kd.models.template_limits import limit_chat_templates
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class Checkpoint:
         from transformers import AutoTokenizer
 
         limit_chat_templates()
+        refuse_unsafe_settings(self.folder, trust_remote_code)
         with opening(f"{self}: no tokenizer that transformers can open"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 str(self.folder), trust_remote_code=trust_remote_code

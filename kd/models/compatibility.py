@@ -21,7 +21,7 @@ from kd.models.adapters import put_adapter
 from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.completeness import opened_whole, some
 from kd.models.meta_model import meta_tensors
-from kd.models.opening import opening, refuse_broken_json
+from kd.models.opening import opening, refuse_broken_json, refuse_unsafe_settings
 from kd.runs.provenance import base_fingerprint_of, base_quantization_of
 
 logger = logging.getLogger("dae")
@@ -72,6 +72,7 @@ def _tokenizer(source: Checkpoint, trust_remote_code: bool) -> PreTrainedTokeniz
     if not source.has_tokenizer:
         return None
     refuse_broken_json(source.folder, *TOKENIZER_JSON)
+    refuse_unsafe_settings(source.folder, trust_remote_code)
     with opening(f"{source}: its tokenizer cannot be opened"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(source.folder), trust_remote_code=trust_remote_code

@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import random
 import shutil
 import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -54,16 +55,26 @@ class TooSlowError(BaseException):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
+    """Of this process's own time, so that a busy machine makes no findings; libFuzzer has SIGALRM for itself."""
+
     def stop(*_: object) -> None:
         raise TooSlowError
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def warm_up(target: Target) -> None:
+    """Read a few inputs without a limit: libraries are imported when they are needed."""
+    begin = random.Random(0)
+    for _ in range(20):
+        with suppress(Exception):
+            target.read(target.make(begin.randrange))
 
 
 def try_input(target: Target, content: bytes, seconds: float = SECONDS) -> tuple[str, Finding | None]:
