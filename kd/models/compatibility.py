@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -34,6 +35,7 @@ _PROBES = (
     "🙂 </s><|im_end|> [INST]",
 )
 TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+MOST_DESCRIBED = 100  # times what a checkpoint's files hold
 _OTHER_TOKENS = (
     "Pass a teacher of the base's family; or distil from one of another tokenizer: `dae distill` with cross_tokenizer."
 )
@@ -210,12 +212,23 @@ def check_complete(source: Checkpoint, trust_remote_code: bool = False) -> None:
     if getattr(model.config, "quantization_config", None) is not None:
         return  # quantised files hold tensors beyond the architecture; loading checks them
     tensors = meta_tensors(source.folder)
+    described, held = (sum(part.numel() for part in one) for one in (_parts_of(model), tensors.values()))
+    if described > MOST_DESCRIBED * held:  # transformers would allocate some of it
+        raise UserError(
+            f"{source}: its config.json describes {described:,} numbers, its files hold {held:,}; correct config.json, "
+            "or save the checkpoint again."
+        )
     open_model = partial(type(model).from_pretrained, None, config=model.config, state_dict=tensors, device_map="meta")
     with _no_progress_bar():
         opened_whole(source, open_model)
     if (source.folder / GENERATION_CONFIG_NAME).is_file():  # which is opened with the weights
         with opening(f"{source}: {GENERATION_CONFIG_NAME} cannot be read", "Correct or remove it."):
             GenerationConfig.from_pretrained(str(source.folder))
+
+
+def _parts_of(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
 
 
 @contextmanager
