@@ -8,7 +8,7 @@ from fuzzing.mutations import Choose, text_document
 from fuzzing.targets import Target, workplace, written
 
 from dae.commands.keys import schemas
-from dae.pipeline.recipe import PipelineRecipe
+from dae.pipeline.recipe import PipelineRecipe, read_pipeline
 from kd.config.loading import load_recipe, resolved_yaml
 from kd.config.schema import Frozen
 
@@ -104,6 +104,22 @@ def _read_recipe(content: bytes) -> None:
     assert load_recipe(_schema(content), path, {}) == recipe
 
 
+PIPELINE = """output: out
+stages:
+  general: {stage: sample, model: base, rows: 10}
+  expert: &expert {stage: sft, base: base, data: {train: a.jsonl}}
+  student: {stage: align, base: base, expert: "@expert", data: {general: "@general"}}
+"""
+
+
+def _pipeline(choose: Choose) -> bytes:
+    return text_document([PIPELINE], choose)
+
+
+def _read_pipeline(content: bytes) -> None:
+    read_pipeline(written("pipeline.yaml", content)).pipeline()
+
+
 def _assignments(choose: Choose) -> bytes:
     return _input(ASSIGNMENTS, choose)
 
@@ -116,5 +132,6 @@ def _read_assignments(content: bytes) -> None:
 
 TARGETS = [
     Target("recipes", _recipe, _read_recipe),
+    Target("pipelines", _pipeline, _read_pipeline),
     Target("key=value", _assignments, _read_assignments),
 ]
