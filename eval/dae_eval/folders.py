@@ -67,7 +67,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {key}: {first['msg']}; write it again with `dae eval`") from error
+        raise UserError(f"{path}: incomplete: {key}: {first['msg']}; write it again with `dae eval`") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: incomplete ({error!r}); write it again with `dae eval`") from error
 

@@ -14,6 +14,7 @@ from kd.errors import UserError
 
 LONGEST = 1_000_000  # characters of a file
 MOST_NODES = 100_000  # of a recipe
+_UNCOUNTED = 0
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -67,11 +68,7 @@ class Layers:
             UserError: the file is missing, no text, empty, no YAML, or no `key: value` pairs.
         """
         node, value = parse_file(path)
-        try:
-            places = list(walk(node, ()))
-        except RecursionError:
-            raise UserError(f"{path}: an alias in this file contains itself") from None
-        for key, mark, words in places:
+        for key, mark, words in walk(node, ()):
             origin = f"{path}:{mark.line + 1}"
             self.origins.put(key, origin)
             if words:
@@ -180,11 +177,13 @@ def parsed(text: str) -> tuple[yaml.Node | None, Any]:
 def unfolded(node: yaml.Node, known: dict[int, int]) -> int:
     """How many nodes a tree has where each alias is written out. known: of nodes seen before, by id."""
     if id(node) not in known:
-        known[id(node)] = MOST_NODES + 1  # until it is counted: an alias in it means itself
+        known[id(node)] = _UNCOUNTED
         inner = node.value if isinstance(node, yaml.SequenceNode) else ()
         if isinstance(node, yaml.MappingNode):
             inner = [part for pair in node.value for part in pair]
         known[id(node)] = 1 + sum(unfolded(part, known) for part in inner)
+    if known[id(node)] == _UNCOUNTED:
+        raise yaml.YAMLError("an alias in this file contains itself")
     return known[id(node)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sized, ValuesView
 from typing import Any
 
 from jinja2.utils import Namespace
@@ -121,13 +121,9 @@ def _split(value: Any, args: tuple[Any, ...], _kwargs: Mapping[str, Any]) -> int
 
 
 def _joined(value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """A filter's list is its value, a method's its argument. Only what has a length can be counted beforehand."""
+    """A filter's list is its value, a method's its argument; neither is a generator here."""
     parts, between = (args[0], value) if isinstance(value, (str, bytes)) and args else (value, (args, kwargs))
-    count = len(parts) if hasattr(parts, "__len__") else _GENERATED
-    return 8 * weight(parts) + count * weight(between)
-
-
-_GENERATED = 100_000  # a generator yields no more: Jinja's limit on `range`
+    return 8 * weight(parts) + (len(parts) if isinstance(parts, Sized) else 1) * weight(between)
 
 
 def _formatted(value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -182,8 +178,10 @@ def _sum(value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 _COSTS: Mapping[str, Cost] = {
     "get": _arguments, "items": _arguments, "keys": _arguments, "values": _arguments,
-    "replace": _replaced, "split": _split, "rsplit": _split, "splitlines": _times(32), "list": _times(64),
+    "replace": _replaced, "split": _split, "splitlines": _times(32), "list": _times(64),
     "join": _joined, "format": _formatted, "format_map": _formatted, "indent": _indented, "tojson": _as_json,
+    "strip": _product, "lstrip": _product, "rstrip": _product, "trim": _product,  # each character is looked up
+    "rfind": _product, "rindex": _product, "rsplit": _product, "rpartition": _product,  # Python searches naively
     "expandtabs": _product, "translate": _product, "wordwrap": _product, "round": _squared, "sum": _sum,
     "pprint": _squared, "urlize": _squared, "striptags": _squared, "xmlattr": _times(8), "escape": _times(8),
     "e": _times(8), "forceescape": _times(8), "urlencode": _times(8), "string": _times(8), "sort": _times(32),

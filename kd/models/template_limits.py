@@ -25,7 +25,7 @@ from kd.errors import UserError
 from kd.models.template_costs import CHEAP_FILTERS, CHEAP_TESTS, NODE, cost_of_call, cost_of_operator, weight
 
 WORK = 100_000_000  # of one rendering, about one for each character or 1/8 of an element that is read or made
-PER_CHARACTER = 200  # more work for each character of what is rendered
+PER_CHARACTER = 1000  # more work for each character of what is rendered
 STEP = 250  # work of a round of a loop, or of a call
 SMALL_STEP = 50  # of a filter or test
 LONGEST = 200_000  # characters of a template; published ones have up to 30,000
@@ -131,11 +131,12 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(function, LoopContext):
             cost += STEP * weight(args)
         elif getattr(function, "__name__", "") == "_generation_support":  # transformers joins all that is written
-            cost += 0 if _rendering.budget is None else _rendering.budget.written
+            cost += 0 if _rendering.budget is None else _rendering.budget.written // 16
         elif not isinstance(function, Macro):
             function_itself = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
-            owner = getattr(function_itself, "__self__", None)
-            cost += cost_of_call(getattr(function_itself, "__name__", ""), owner, args, kwargs)
+            owner, name = (getattr(function_itself, part, "") for part in ("__self__", "__name__"))
+            args = tuple(map(_listed, args)) if name == "join" else args
+            cost += cost_of_call(name, owner, args, kwargs)
         _charge(cost)
         return super().call(context, function, *args, **kwargs)
 
@@ -199,6 +200,11 @@ def _counted(_context: Context, values: Iterable[Any]) -> Iterator[Any]:
         yield value
 
 
+def _listed(value: Any) -> Any:
+    """The list of what a generator yields, so that it can be counted before it is joined."""
+    return list(value) if isinstance(value, Iterator) and not isinstance(value, LoopContext) else value
+
+
 @pass_context
 def _weighed(_context: Context, value: Any) -> Any:
     _charge(weight(value))
@@ -219,6 +225,7 @@ def _charged(name: str, function: Any) -> Callable[..., Any]:
     @pass_context
     @functools.wraps(function, assigned=("__name__", "__doc__"), updated=())
     def charged(context: Context, value: Any = None, *args: Any, **kwargs: Any) -> Any:
+        value = _listed(value) if name == "join" else value
         _charge(SMALL_STEP + cost_of_call(name, value, args, kwargs))
         first = {"context": context, "eval_context": context.eval_ctx, "environment": context.environment}
         return function(first[wants], value, *args, **kwargs) if wants else function(value, *args, **kwargs)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kd.config import training_arguments
@@ -111,7 +111,6 @@ def test_a_resolved_recipe_reads_back_the_same(load: Any) -> None:
     assert resolved_yaml(load(text)) == text
 
 
-@settings(deadline=None)
 @given(
     st.builds(
         SftRecipe,

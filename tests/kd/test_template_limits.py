@@ -56,6 +56,9 @@ ENDLESS = {
     "a joined list": "{{ ([1] * 10**5)|join('x' * 10**5) }}",
     "an indented JSON": "{{ [1, 2]|tojson(indent=10**9) }}",
     "a rounded number": "{{ 1.5|round(10**9, 'floor') }}",
+    "characters stripped": "{{ ('a' * 10**5).strip('b' * 10**5 ~ 'a') }}",
+    "a search from the end": "{{ ('a' * 10**6).rfind('b' ~ 'a' * 10**5) }}",
+    "a generator joined": "{{ ('x' * 10**5).join(([1] * 10**5)|map('string')) }}",
     "made-up text": "{{ lipsum(n=10**6) }}",
     "tabs": "{{ '\t'.expandtabs(10**9) }}",
     "equal lists": "{% set b = 'b' * 10**6 %}{{ [b] * 10**4 == [b ~ ''] * 10**4 }}",
@@ -133,6 +136,8 @@ def test_a_long_conversation_stays_within_the_limit() -> None:
     messages = [{"role": role, "content": LONG} for role in ("user", "assistant") * 200]
     loop = "{% for m in messages %}{% set n.s = n.s + m.content | trim %}{% endfor %}"
     template = "{% set n = namespace(s='') %}" + loop + "{{ n.s }}"
+    words = "{% for m in messages %}{{ m.content.split('x')|map('upper')|join(' ')|trim }}{% endfor %}"
+    assert len(render(with_template(KINDS["byte-level"], words), words, messages)) == 0
     for one in (template, KEEPS):
         assert len(render(with_template(KINDS["byte-level"], one), one, messages)) >= 4_000_000
 
