@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import struct
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from dae_eval.contamination import training_rows
 from dae_eval.folders import read_documents, read_evaluation, write_evaluation
 from dae_eval.judging.asking import ReplyLog
+from dae_eval.rendering.card import read_card
 from evaluations import models
 from safetensors.torch import save_file
 
@@ -23,6 +25,7 @@ from kd.cache.store import TeacherKey, TeacherStore
 from kd.config.loading import load_recipe
 from kd.data.fingerprint import data_sha256
 from kd.data.record_forms import record_of
+from kd.data.records import declares_files
 from kd.errors import UserError
 from kd.models.checkpoint_files import check_safetensors
 from kd.runs.provenance import read_provenance
@@ -67,6 +70,17 @@ def test_a_path_that_is_too_long(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_history_that_is_no_list(history: Any) -> None:
     row = {"instruction": "a", "output": "b", "history": history}
     refused(lambda: record_of(row, "rows.jsonl:1", None), r"^rows.jsonl:1: history: expected a list")
+
+
+def test_a_card_of_many_empty_lines(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\n" + "\n" * 300_000 + "---\n")
+    assert not declares_files(tmp_path / "README.md")
+
+
+def test_aliases_in_the_metadata_of_a_card(tmp_path: Path) -> None:
+    levels = [f"{a}: &{a} [{', '.join([f'*{b}'] * 10)}]\n" for b, a in itertools.pairwise("abcdefghijklmnop")]
+    (tmp_path / "README.md").write_text("---\na: &a 1\n" + "".join(levels) + "---\n")
+    refused(lambda: read_card(tmp_path / "README.md"), "README.md: the metadata .* aliases unfold")
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------

@@ -344,7 +344,18 @@ def test_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 @proves("A judge's reply of any form gives a rating, a verdict, or a reason why it gives none.")
 @pytest.mark.parametrize(
-    "text", ["", "[[" * 10**5, "<think>" * 10**4, "[[9" + "9" * 5000 + "]]", "\x00\ud83d[[7]]", "[[A]][[B]]", "[[1e9]]"]
+    "text",
+    [
+        "",
+        "[[" * 10**5,
+        "<think>" * 10**4,
+        "[[9" + "9" * 5000 + "]]",
+        "\x00\ud83d[[7]]",
+        "[[" + "9" * 10**5,
+        "<|channel|>" + "a" * 10**5,
+        "[[A]][[B]]",
+        "[[1e9]]",
+    ],
 )
 def test_judges(text: str) -> None:
     for stop in ("stop", LENGTH, "content_filter"):

@@ -162,13 +162,13 @@ def parse_file(path: Path) -> tuple[yaml.Node, dict[str, Any]]:
     return node, value
 
 
-def parsed(text: str) -> tuple[yaml.Node | None, Any]:
+def parsed(text: str, loader: type[yaml.SafeLoader] = RecipeLoader) -> tuple[yaml.Node | None, Any]:
     """YAML's node tree and value. Raises yaml.YAMLError, also where aliases unfold to more than a recipe can hold."""
-    node = yaml.compose(text, Loader=RecipeLoader)
+    node = yaml.compose(text, Loader=loader)
     if node is not None and unfolded(node, {}) > MOST_NODES:
         raise yaml.YAMLError(f"its aliases unfold to more than {MOST_NODES} values")
     try:
-        return node, yaml.load(text, Loader=RecipeLoader)  # noqa: S506 - derived from SafeLoader
+        return node, yaml.load(text, Loader=loader)  # noqa: S506 - derived from SafeLoader
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         # A tag such as !!int or !!timestamp before a value that is none.
         raise yaml.YAMLError(f"a value does not fit its tag ({error})") from error

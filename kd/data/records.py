@@ -312,7 +312,7 @@ def declares_files(card: Path) -> bool:
     return (
         len(parts) == 3
         and not parts[0].strip()
-        and re.search(r"^\s+(- )?data_files:", parts[1], re.MULTILINE) is not None
+        and re.search(r"^[ \t]+(- )?data_files:", parts[1], re.MULTILINE) is not None
     )
 
 

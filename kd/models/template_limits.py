@@ -26,6 +26,8 @@ from kd.models.template_costs import CHEAP_FILTERS, CHEAP_TESTS, NODE, cost_of_c
 
 WORK = 100_000_000  # of one rendering, about one for each character or 1/8 of an element that is read or made
 PER_CHARACTER = 1000  # more work for each character of what is rendered
+LONGEST_TEXT = 2_000_000  # characters of a rendering, and for each character of what is rendered MORE_TEXT
+MORE_TEXT = 10
 STEP = 250  # work of a round of a loop, or of a call
 SMALL_STEP = 50  # of a filter or test
 LONGEST = 200_000  # characters of a template; published ones have up to 30,000
@@ -44,6 +46,7 @@ class _Budget:
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.left = WORK
         self.written = 0
+        self._all = given
         self._given: Mapping[str, Any] | None = given
 
     def charge(self, work: int) -> None:
@@ -60,8 +63,11 @@ class _Budget:
             )
 
     def write(self, text: str) -> None:
+        """Count what is written; all that reads it later takes its time, too."""
         self.written += len(text)
         self.charge(len(text) + 1)
+        if self.written > LONGEST_TEXT and self.written > LONGEST_TEXT + MORE_TEXT * weight(self._all):
+            raise TemplateLimitError("the chat template writes far more than it is given; correct the template")
 
 
 class _Rendering(threading.local):
@@ -100,6 +106,12 @@ class LimitedTemplate(Template):
         context = super().new_context(*args, **kwargs)
         _rendering.budget = _Budget(context.get_all())
         return context
+
+    def render(self, *args: Any, **kwargs: Any) -> str:
+        text = super().render(*args, **kwargs)
+        assert _rendering.budget is not None
+        _rendering.budget.write(text)
+        return text
 
     def generate(self, *args: Any, **kwargs: Any) -> Iterator[str]:
         for text in super().generate(*args, **kwargs):

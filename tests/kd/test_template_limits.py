@@ -69,6 +69,15 @@ ENDLESS = {
 }
 
 
+def test_a_text_far_longer_than_the_conversation() -> None:
+    template = "{{ messages[0].content }}{{ 'x' * 3000000 }}"
+    for mark in ("", "{% generation %}a{% endgeneration %}"):
+        tokenizer = with_template(KINDS["byte-level"], template + mark)
+        with pytest.raises(UserError, match="the tokenizer: the chat template writes far more than it is given"):
+            render(tokenizer, template + mark, ASK)
+        assert len(render(tokenizer, template + mark, [{"role": "user", "content": LONG * 20}])) > 3_000_000
+
+
 @pytest.mark.parametrize("name", ENDLESS)
 def test_what_never_ends_is_one_message_that_names_the_checkpoint(name: str) -> None:
     tokenizer = with_template(KINDS["byte-level"], ENDLESS[name])
