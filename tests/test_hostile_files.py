@@ -157,7 +157,9 @@ def test_a_part_whose_tensors_do_not_belong_together(changed: dict[str, torch.Te
             refused(lambda: TeacherStore(folder), "do not belong together")
 
 
-@pytest.mark.parametrize("changed", [{"scale": "1"}, {"scale": {}}, {"vocabulary_rows": []}, {"softcap": "x"}])
+@pytest.mark.parametrize(
+    "changed", [{"scale": "1"}, {"scale": None}, {"scale": {}}, {"vocabulary_rows": []}, {"softcap": "x"}]
+)
 def test_facts_of_a_teacher_of_other_types(changed: dict[str, Any], tmp_path: Path) -> None:
     facts = {"format": 1, **vars(KEY), "vocabulary_rows": 8, "scale": 1.0, "softcap": None}
     save_file({"weight": torch.zeros(8, 4)}, tmp_path / "head.safetensors", {"teacher": tmp_path.name})

@@ -216,9 +216,9 @@ class TeacherStore:
         facts, file = read_json(self.folder / TEACHER), self.folder / HEAD
         expected = {"format": FORMAT, **asdict(key)}
         needed = {"vocabulary_rows", *(["scale"] if key.kind == "hidden" else [])}
-        known = {name: facts.get(name) for name in expected} == expected and needed <= facts.keys()
-        numbers = [facts.get(name) for name in ("vocabulary_rows", "scale", "softcap") if facts.get(name) is not None]
-        if not known or not all(type(number) in (int, float) for number in numbers):
+        known = {name: facts.get(name) for name in expected} == expected
+        needed |= {"softcap"} if facts.get("softcap") is not None else set()
+        if not known or not all(type(facts.get(name)) in (int, float) for name in needed):
             raise UserError(f"{self.folder / TEACHER}: is not that of this teacher; {REMEDY}")
         if key.kind != "hidden":
             return CachedTeacher(name, self, key.kind, None, facts["vocabulary_rows"])
