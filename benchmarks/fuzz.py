@@ -159,7 +159,7 @@ def record(line: dict[str, Any]) -> None:
     (RESULTS / "fuzz.json").write_text("[\n" + ",\n".join(json.dumps(one) for one in lines) + "\n]\n")
 
 
-KEYS = ("inputs", "read", "refused", "findings", "seconds")
+KEYS = ("inputs", "read", "refused", "findings", "fixed", "seconds")
 
 
 def write_table() -> None:
@@ -167,6 +167,7 @@ def write_table() -> None:
     sums: dict[str, Counter[str]] = {}
     for line in lines:
         counts = {**{key: line.get(key, 0) for key in KEYS}, "findings": len(line["findings"])}
+        counts["fixed"] = len(line.get("fixed", []))  # written by hand
         sums.setdefault(line["target"], Counter()).update(counts)
     sums["all"] = sum(sums.values(), Counter[str]())
     rows = [f"| {name} | {' | '.join(f'{counts[key]:,}' for key in KEYS)} |" for name, counts in sums.items()]

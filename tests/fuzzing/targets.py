@@ -26,8 +26,6 @@ from kd.errors import MachineError, UserError
 
 SECONDS = 10.0  # of one input
 
-logging.getLogger("dae").setLevel(logging.CRITICAL)
-
 
 @dataclass(frozen=True)
 class Target:
@@ -69,18 +67,29 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
+@contextmanager
+def silence() -> Iterator[None]:
+    """No warnings about what is read."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def warm_up(target: Target) -> None:
     """Read a few inputs without a limit: libraries are imported when they are needed."""
     begin = random.Random(0)
     for _ in range(20):
-        with suppress(Exception):
+        with suppress(Exception), silence():
             target.read(target.make(begin.randrange))
 
 
 def try_input(target: Target, content: bytes, seconds: float = SECONDS) -> tuple[str, Finding | None]:
     """`read`, `refused` or `finding`, and the finding."""
     try:
-        with time_limit(seconds):
+        with silence(), time_limit(seconds):
             target.read(content)
     except (UserError, MachineError):
         return "refused", None
