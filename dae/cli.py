@@ -29,6 +29,7 @@ from dae.process import prepare_process
 from dae.rank_teachers.recipe import RankRecipe
 from dae.sampling.recipe import SampleRecipe
 from dae.stages import STAGES
+from kd.config.problems import visible
 from kd.config.schema import LARGEST_SEED
 
 __all__ = ["BROKEN_PIPE", "INTERRUPTED", "MACHINE", "OURS", "USER", "command_line", "main", "run"]
@@ -113,7 +114,7 @@ def run(arguments: Sequence[str]) -> int:
         if status == OURS:
             typer.echo(f"{command}: {traceback_log(error)}", err=True)
         elif says_errors():
-            typer.echo(f"{command}: {message}", err=True)
+            typer.echo(f"{command}: {visible(message)}", err=True)
         return status
 
 

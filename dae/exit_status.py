@@ -60,6 +60,8 @@ def status_of_os_error(error: OSError) -> tuple[int, str]:
         return MACHINE, f"{place}: the disk is full; free some space, then run the same command to resume"
     if error.errno == errno.ENOMEM:
         return MACHINE, f"out of memory; {SMALLER_STEP}"
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return USER, f"{str(place)[:80]}: {os.strerror(error.errno).lower()}; use another name"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return USER, f"{place}: {os.strerror(error.errno).lower()}; use another folder"
     return OURS, ""

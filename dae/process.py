@@ -10,11 +10,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from dae.commands.stages import is_first_rank
+from kd.config.problems import visible
 
 # With any of these the user has chosen how long OpenMP threads spin.
 SPINNING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
 # Warnings of a kernel that no layer of ours would use, and of offloaded weights, which the run says itself.
 NOT_SHOWN = ("bitsandbytes.backends.cpu.ops", "accelerate.big_modeling")
+
+
+class _Visible(logging.Formatter):
+    """Messages without control characters: they quote files, templates and servers of strangers."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 def prepare_process(environment: Mapping[str, str]) -> None:
@@ -30,7 +38,7 @@ def prepare_process(environment: Mapping[str, str]) -> None:
     for name in NOT_SHOWN:
         logging.getLogger(name).setLevel(logging.ERROR)
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Visible("%(message)s"))
     for name in ("dae", "kd"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dae.routing import GENERAL, UNNAMED
 from kd.config.in_memory_rows import recorded_in_memory
+from kd.config.layering import parse_file
 from kd.data.fingerprint import data_sha256
 from kd.errors import UserError
 from kd.runs.provenance import read_provenance
@@ -113,6 +112,7 @@ def recorded_settings(recipe: Path, route: str) -> list[dict[str, Any]]:
     """Split and format of each source of a route, from a run folder's resolved recipe."""
     if not recipe.is_file():
         return []
-    written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    sources = written["data"].get(route, [])
-    return [{key: source[key] for key in ("split", "format") if source.get(key) is not None} for source in sources]
+    data = parse_file(recipe)[1].get("data")
+    sources = data.get(route) if isinstance(data, Mapping) else None
+    named = [source if isinstance(source, Mapping) else {} for source in sources or ()]
+    return [{key: source[key] for key in ("split", "format") if source.get(key) is not None} for source in named]

@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
 
@@ -18,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # `import pico`
 
 from in_double import InDouble
 
+hypothesis.settings.register_profile("untimed", deadline=None)  # no timing in a test
+hypothesis.settings.load_profile("untimed")
 torch.set_num_threads(1)
 torch.set_flush_denormal(True)
 

@@ -22,6 +22,7 @@ from dae.checking.starting import measured_start
 from kd.cache.plans import refuse_small_disk
 from kd.cache.store import bytes_per_token
 from kd.config.data_recipe import DataRecipe
+from kd.config.problems import visible
 from kd.config.stage_recipe import StageRecipe
 from kd.data.examples import SourceReport, marked_text
 from kd.data.mixing import Mixture
@@ -82,7 +83,7 @@ def show_routes(console: Console, plan: Plan) -> None:
     for report in (report for name in data.route_names for report in data.reports[name]):
         show_report(console, report)
     for words in data.tokenizer_faults:
-        console.print(Text.assemble(("warning: ", "bold"), words), soft_wrap=True)
+        console.print(Text.assemble(("warning: ", "bold"), visible(words)), soft_wrap=True)
     for name, loss_share in shares.items():
         for words in share_warnings(name, loss_share, plan.objective.pooled, plan.mixture):
             console.print(f"[bold]warning:[/] {words}", soft_wrap=True)
@@ -128,7 +129,7 @@ def marked_row(rows: TokenRows, place: int, plan: Plan, styled: bool) -> Text:
     """One row with its response tokens marked; long segments are shortened in the middle."""
     shown = Text("  ")
     for text, is_response in marked_text(rows[place], plan.data.tokenizer):
-        cut = shortened(text).replace("\n", "\n  ")
+        cut = visible(shortened(text)).replace("\n", "\n  ")
         if not is_response:
             shown.append(cut)
         elif styled:
@@ -151,9 +152,9 @@ def show_report(console: Console, report: SourceReport) -> None:
         *(f"{count} {'row' if count == 1 else 'rows'} dropped: {reason}" for reason, count in report.dropped.items()),
         *report.notes,
     ]:
-        console.print(f"{report.path}: {words}", soft_wrap=True, markup=False)
+        console.print(visible(f"{report.path}: {words}"), soft_wrap=True, markup=False)
     if words := unread_keys(report):
-        console.print(Text.assemble(("warning: ", "bold"), f"{report.path}: {words}"), soft_wrap=True)
+        console.print(Text.assemble(("warning: ", "bold"), visible(f"{report.path}: {words}")), soft_wrap=True)
 
 
 def show_eval_sets(console: Console, data_recipe: DataRecipe, data: StageData) -> None:

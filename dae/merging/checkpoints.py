@@ -195,7 +195,9 @@ def check_opens(folder: Path, source: Checkpoint) -> int:
         UserError: tensors are missing, left over or of another shape: mergekit does not know all of the architecture.
         RuntimeError: logits are not finite.
     """
-    opened: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", output_loading_info=True)
+    opened: Any = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype="auto", use_safetensors=True, output_loading_info=True
+    )
     model, found = opened
     wrong = [f"{name} ({kind.replace('_', ' ')})" for kind, names in found.items() for name in sorted(map(str, names))]
     if wrong:

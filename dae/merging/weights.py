@@ -57,7 +57,8 @@ def merge_weights(recipe: WeightsRecipe) -> RunResult:
         if recipe.method in BETWEEN and recipe.weight == 1 and expert.is_adapter:
             # Nothing of the reference remains, so mergekit need not know the architecture.
             whole_expert = str(whole_checkpoint("expert", expert, candidates, scratch))
-            AutoModelForCausalLM.from_pretrained(whole_expert, dtype=dtype).save_pretrained(str(folder))
+            model = AutoModelForCausalLM.from_pretrained(whole_expert, dtype=dtype, use_safetensors=True)
+            model.save_pretrained(str(folder))
         else:
             whole = {role: whole_checkpoint(role, one, candidates, scratch) for role, one in inputs.items()}
             configuration = merge_configuration(recipe, whole, not same(base, reference))

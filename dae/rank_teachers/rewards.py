@@ -23,7 +23,7 @@ from kd.data.chat import UnrenderableError, chat_format, named_template, templat
 from kd.data.examples import conversation_ids
 from kd.errors import UserError
 from kd.models.checkpoint import Checkpoint
-from kd.models.opening import opening
+from kd.models.opening import opening, refuse_unsafe_settings
 from kd.models.roles import LoadSettings, refuse_bad_weights
 
 NO_LIMIT = 1 << 30  # tokenizers without a limit have a huge model_max_length
@@ -52,6 +52,7 @@ def template_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def reward_config(source: Checkpoint, trust_remote_code: bool = False) -> Any:
     """A reward model's config. Raises UserError unless it has one label."""
+    refuse_unsafe_settings(source.folder, trust_remote_code)
     with opening(f"reward_model: {source}: its config cannot be read"):
         config: Any = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=trust_remote_code)
     if config.num_labels != 1:

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dae_eval.results import TrainingRows
 from kd.config.data_recipe import SourceRecipe
 from kd.config.in_memory_rows import recorded_in_memory
+from kd.config.layering import parse_file
 from kd.data.fingerprint import data_sha256
 from kd.data.record_forms import texts_of
 from kd.data.records import HUB_ID, read_records
@@ -127,8 +126,7 @@ def _is_place(name: str) -> bool:
 
 def _recipe(folder: Path) -> dict[str, Any]:
     path = folder / _RECIPE
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return recipe if isinstance(recipe, dict) else {}
+    return parse_file(path)[1] if path.is_file() else {}
 
 
 def _how_read(recipe: Mapping[str, Any], route: str, place: int) -> dict[str, Any]:

@@ -7,12 +7,13 @@ import hashlib
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from dae_eval.results import Document, Evaluation, HeldOutLoss, ModelFacts, TaskResult, TrainingRows
 from kd.errors import UserError
@@ -25,9 +26,24 @@ DOCUMENTS = "documents"
 HELD_OUT = "held_out"
 FORMAT = "dae-align evaluation"
 VERSION = 1
+SMALL, MOST_UNPACKED = 1 << 24, 100  # bytes, and times the packed size; documents pack to about a tenth
 KEY_DIGITS = 32  # 128 bits
 _ADDED = ("weight", "unit", "total", "benchmark", "share")
 _TASK = TypeAdapter(TaskResult)
+
+
+class _Rest(BaseModel):
+    """What evaluation.json holds beside its tasks."""
+
+    model: ModelFacts
+    conditions: dict[str, Any]
+    held_out: tuple[HeldOutLoss, ...]
+    training_rows: tuple[TrainingRows, ...]
+    training: tuple[dict[str, Any], ...]
+
+
+_REST = tuple(_Rest.model_fields)
+
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
@@ -46,14 +62,12 @@ def read_evaluation(folder: Path) -> Evaluation:
     if content.get("format") != FORMAT or content.get("version") != VERSION:
         raise UserError(f"{path}: not a {FORMAT} of version {VERSION}; write it again with `dae eval`")
     try:
-        return Evaluation(
-            model=ModelFacts(**content["model"]),
-            tasks=_tasks(folder, content["tasks"]),
-            conditions=content["conditions"],
-            held_out=tuple(HeldOutLoss(**line) for line in content["held_out"]),
-            training_rows=tuple(TrainingRows(**line) for line in content["training_rows"]),
-            training=tuple(content["training"]),
-        )
+        rest = _Rest.model_validate_json(json.dumps(content), strict=True)
+        return Evaluation(tasks=_tasks(folder, content["tasks"]), **{key: getattr(rest, key) for key in _REST})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: incomplete: {key}: {first['msg']}; write it again with `dae eval`") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: incomplete ({error!r}); write it again with `dae eval`") from error
 
@@ -72,6 +86,8 @@ def _tasks(folder: Path, listed: Sequence[Mapping[str, Any]]) -> dict[str, TaskR
 def _task_result(folder: Path, facts: Mapping[str, Any]) -> TaskResult:
     known = {name: value for name, value in facts.items() if name not in ("file", "sha256", "n")}
     path, where = folder / facts["file"], f"{folder / EVALUATION}: task {facts['task']}"
+    if Path(facts["file"]).parts != (DOCUMENTS, path.name):
+        raise UserError(f"{where}: file: {facts['file']!r}: lies outside of {DOCUMENTS}/; evaluate the model again")
     try:
         TaskResult(**known, documents=())  # TypeError: a key is missing or unknown
         result = _TASK.validate_json(json.dumps({**known, "documents": []}), strict=True)
@@ -198,14 +214,35 @@ def read_documents(path: Path, sha256: str | None = None) -> tuple[Document, ...
         if sha256 is not None and hashlib.sha256(packed).hexdigest() != sha256:
             raise UserError(f"{path}: has changed since {EVALUATION} was written; {remedy}")
         # Not splitlines(): answers may contain other line separators, which JSON does not escape.
-        lines = gzip.decompress(packed).decode("utf-8", "surrogatepass").split("\n")
-        return tuple(Document(**json.loads(line)) for line in lines if line)
+        lines = unpacked(packed).decode("utf-8", "surrogatepass").split("\n")
+        return tuple(_document(line) for line in lines if line)
     except FileNotFoundError as error:
         raise UserError(f"{path}: not found; run the `dae eval` command again") from error
-    except (OSError, EOFError, ValueError, TypeError) as error:
+    except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: cannot be read ({error}); {remedy}") from error
+
+
+def _document(line: str) -> Document:
+    """Not by pydantic: answers may hold halves of surrogate pairs. Raises ValueError, TypeError."""
+    document = Document(**json.loads(line))
+    texts = (document.hash, document.prompt, document.target, document.answer, document.cluster, document.category)
+    if type(document.id) is not int or type(document.seen) is not bool or not all(type(text) is str for text in texts):
+        raise ValueError(f"document {document.id!r:.40}: a value has another type")
+    return document
+
+
+def unpacked(packed: bytes) -> bytes:
+    """What gzip bytes hold. Raises ValueError where that is out of all proportion, or an error of zlib."""
+    stream = zlib.decompressobj(wbits=31)
+    most = max(SMALL, MOST_UNPACKED * len(packed))
+    content = stream.decompress(packed, most)
+    if stream.unconsumed_tail:
+        raise ValueError(f"its {len(packed)} bytes unpack to more than {most}")
+    if not stream.eof:
+        raise EOFError("its end is missing")
+    return content
 
 
 def evaluation_folder(folder: Path) -> ClaimedFolder:

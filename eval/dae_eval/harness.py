@@ -28,7 +28,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import resolve_max_length
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from kd.data.chat import UnrenderableError, template_errors
 from kd.errors import UserError
+from kd.models.template_limits import limit_chat_templates
 
 # lm-eval's own defaults, so that shots and sampled answers are those of its command line.
 SHOTS_SEED = 1234
@@ -87,6 +89,9 @@ class Harness(HFLM):
         self._done = 0
         self._batch: list[str] = []  # prompts that are being continued
         self.set_cache_hook(_Watch())
+
+    def apply_chat_template(self, *arguments: Any, **named: Any) -> str:
+        return rendered_chat(self, *arguments, **named)
 
     def loglikelihood_rolling(self, requests: Any, *arguments: Any, **named: Any) -> Any:
         texts = [request.args[0] for request in requests]
@@ -159,7 +164,20 @@ class _WatchedLogits(LogitsProcessor):
 def chat_renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[..., str]:
     """lm-eval's function that renders a conversation, without a model."""
     model: Any = SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
-    return partial(HFLM.apply_chat_template, model)
+    return partial(rendered_chat, model)
+
+
+def rendered_chat(model: Any, *arguments: Any, **named: Any) -> str:
+    """A conversation as lm-eval renders it, within kd.models.template_limits. Raises UserError."""
+    limit_chat_templates()
+    try:
+        with template_errors(model.tokenizer):
+            return HFLM.apply_chat_template(model, *arguments, **named)
+    except UnrenderableError as error:
+        raise UserError(
+            f"{model.tokenizer.name_or_path}: its chat template rejects a document of the tasks: {error}; set "
+            "chat_template to false, or to another .jinja file"
+        ) from error
 
 
 def build_requests(task: Any, limit: int | None, chat: Callable[..., str] | None) -> list[Any]:

@@ -135,7 +135,7 @@ class ServedAnswers:
             raise UserError(
                 f"{self._server.url}: not a completions endpoint; check {self._role}.url (it often ends in /v1)"
             )
-        if not choices:
+        if not choices or not isinstance(choices, list):
             raise WrongAnswerError("it has no choices")
         extra = getattr(choices[0], "model_extra", None) or {}
         if extra.get("prompt_logprobs") is None:

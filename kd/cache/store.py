@@ -155,10 +155,15 @@ class TeacherStore:
             part: Any = safe_open(file, framework="pt")
             owner = (part.metadata() or {}).get("teacher")
             digests_RB, offsets = part.get_tensor("digests"), part.get_tensor("offsets")
-        except (SafetensorError, OSError) as error:
+            lengths = {part.get_slice(name).get_shape()[:1] == [int(offsets[-1])] for name in answer_names(part)}
+        except (SafetensorError, OSError, IndexError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{file}: cannot be read ({error}); {REMEDY}") from error
         if owner != self.folder.name:
             raise UserError(f"{file}: belongs to another teacher ({owner}); {REMEDY}")
+        shapes = digests_RB.shape == (len(offsets) - 1, 32) and digests_RB.dtype == torch.uint8
+        rising = offsets.dtype == torch.int64 and int(offsets[0]) == 0 and bool((offsets.diff() >= 0).all())
+        if not shapes or not rising or lengths != {True}:
+            raise UserError(f"{file}: its digests, offsets and answers do not belong together; {REMEDY}")
         self._parts.append(part)
         return [row.tobytes() for row in digests_RB.numpy()], offsets
 
@@ -176,8 +181,7 @@ class TeacherStore:
                 raise UserError(f"{self.folder}: a row of this run is not in the cache; {REMEDY}")
             place = self._places[digest]
             part = self._parts[place.part]
-            names = [name for name in part.keys() if name not in ("digests", "offsets")]  # noqa: SIM118 - no mapping
-            parts.append({name: part.get_slice(name)[place.first : place.last] for name in names})
+            parts.append({name: part.get_slice(name)[place.first : place.last] for name in answer_names(part)})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def add(self, digests: Sequence[bytes], answers: Sequence[Answers]) -> None:
@@ -212,7 +216,9 @@ class TeacherStore:
         facts, file = read_json(self.folder / TEACHER), self.folder / HEAD
         expected = {"format": FORMAT, **asdict(key)}
         needed = {"vocabulary_rows", *(["scale"] if key.kind == "hidden" else [])}
-        if {name: facts.get(name) for name in expected} != expected or not needed <= facts.keys():
+        known = {name: facts.get(name) for name in expected} == expected
+        needed |= {"softcap"} if facts.get("softcap") is not None else set()
+        if not known or not all(type(facts.get(name)) in (int, float) for name in needed):
             raise UserError(f"{self.folder / TEACHER}: is not that of this teacher; {REMEDY}")
         if key.kind != "hidden":
             return CachedTeacher(name, self, key.kind, None, facts["vocabulary_rows"])
@@ -224,6 +230,8 @@ class TeacherStore:
             raise UserError(f"{file}: cannot be read ({error}); {REMEDY}") from error
         if owner != self.folder.name:
             raise UserError(f"{file}: belongs to another teacher ({owner}); {REMEDY}")
+        if "weight" not in tensors or tensors["weight"].dim() != 2:
+            raise UserError(f"{file}: has no output layer; {REMEDY}")
         head = Head(tensors["weight"], tensors.get("bias"), float(facts["scale"]), facts.get("softcap"))
         return CachedTeacher(name, self, key.kind, head, facts["vocabulary_rows"])
 
@@ -253,6 +261,11 @@ class CachedTeacher:
         if self.kind == "sampled":
             return SampledTeacher(found["ids"].long(), found["entropy"], self.vocabulary_rows)
         return TopKTeacher(found["ids"].long(), found["log_q"], found["log_tail"], self.vocabulary_rows)
+
+
+def answer_names(part: Any) -> list[str]:
+    """The tensors of a part beside its rows."""
+    return [name for name in part.keys() if name not in ("digests", "offsets")]  # noqa: SIM118 - no mapping
 
 
 def as_stored(hidden_NE: Tensor, stored: str) -> Answers:

@@ -12,6 +12,10 @@ import yaml
 from kd.config.problems import NO_VALUE, Key, Origins, Problem
 from kd.errors import UserError
 
+LONGEST = 1_000_000  # characters of a file
+MOST_NODES = 100_000  # of a recipe
+_UNCOUNTED = 0
+
 
 class RecipeLoader(yaml.SafeLoader):
     """YAML 1.2's numbers and booleans: 2e-5 is a number, `no` and `on` are words."""
@@ -69,11 +73,7 @@ class Layers:
             UserError: the file is missing, no text, empty, no YAML, or no `key: value` pairs.
         """
         node, value = parse_file(path)
-        try:
-            places = list(walk(node, ()))
-        except RecursionError:
-            raise UserError(f"{path}: an alias in this file contains itself") from None
-        for key, mark, words in places:
+        for key, mark, words in walk(node, ()):
             origin = f"{path}:{mark.line + 1}"
             self.origins.put(key, origin)
             if words:
@@ -129,8 +129,7 @@ class Layers:
             self.problems.append(Problem((), NO_VALUE, words, f"`{assignment}`"))
             return
         try:
-            value = yaml.load(text, Loader=RecipeLoader)  # noqa: S506 - derived from SafeLoader
-            node = yaml.compose(text, Loader=RecipeLoader)
+            node, value = parsed(text)
             places = [] if node is None else list(walk(node, key))
         except (yaml.YAMLError, RecursionError):
             self.problems.append(Problem(key, text, "cannot be read as a YAML value: put it in quotes", assignment))
@@ -151,9 +150,10 @@ def parse_file(path: Path) -> tuple[yaml.Node, dict[str, Any]]:
         raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(text) > LONGEST:
+        raise UserError(f"{path}: has {len(text)} characters, more than {LONGEST}; a recipe is a few lines")
     try:
-        node = yaml.compose(text, Loader=RecipeLoader)
-        value = yaml.load(text, Loader=RecipeLoader)  # noqa: S506 - derived from SafeLoader
+        node, value = parsed(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
@@ -165,6 +165,31 @@ def parse_file(path: Path) -> tuple[yaml.Node, dict[str, Any]]:
     if not isinstance(value, dict):
         raise UserError(f"{path}:{node.start_mark.line + 1}: a recipe is `key: value` pairs, this is {kind_of(value)}")
     return node, value
+
+
+def parsed(text: str, loader: type[yaml.SafeLoader] = RecipeLoader) -> tuple[yaml.Node | None, Any]:
+    """YAML's node tree and value. Raises yaml.YAMLError, also where aliases unfold to more than a recipe can hold."""
+    node = yaml.compose(text, Loader=loader)
+    if node is not None and unfolded(node, {}) > MOST_NODES:
+        raise yaml.YAMLError(f"its aliases unfold to more than {MOST_NODES} values")
+    try:
+        return node, yaml.load(text, Loader=loader)  # noqa: S506 - derived from SafeLoader
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        # A tag such as !!int or !!timestamp before a value that is none.
+        raise yaml.YAMLError(f"a value does not fit its tag ({error})") from error
+
+
+def unfolded(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many nodes a tree has where each alias is written out. known: of nodes seen before, by id."""
+    if id(node) not in known:
+        known[id(node)] = _UNCOUNTED
+        inner = node.value if isinstance(node, yaml.SequenceNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(unfolded(part, known) for part in inner)
+    if known[id(node)] == _UNCOUNTED:
+        raise yaml.YAMLError("an alias in this file contains itself")
+    return known[id(node)]
 
 
 def kind_of(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,18 @@ def in_plain_words(error: Mapping[str, Any], known: Iterable[str]) -> str:
     if kind == "string_type" and isinstance(value, (int, float)):
         words += ": put it in quotes"
     return words
+
+
+# Control characters (C0 and C1 except tab and newline), marks that reverse or hide text, line and paragraph separators,
+# halves of surrogate pairs: they change a terminal or the text around them, or have no UTF-8 form.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufffe\uffff\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    """`text` with control characters (escapes, text direction, nulls) as `<U+202E>`."""
+    return _INVISIBLE.sub(lambda match: f"<U+{ord(match[0]):04X}>", text.replace("\r\n", "\n"))
 
 
 def shown(value: Any) -> str:

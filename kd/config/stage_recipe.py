@@ -110,6 +110,10 @@ class StageRecipe(CommandRecipe):
             problems.append(Problem(("data", "chat_template"), "expert", words))
         if raw.get("merge") is True and "lora" in raw and raw["lora"] is None:
             problems.append(Problem(("merge",), True, "with `lora: null` the weights are written whole: remove it"))
+        attention = raw.get("attn_implementation")
+        if isinstance(attention, str) and "/" in attention and raw.get("trust_remote_code") is not True:
+            words = "is code on the hub: write `sdpa` or `eager`, or add trust_remote_code: true"
+            problems.append(Problem(("attn_implementation",), attention, words))
         problems += quantization_problems(raw)
         if isinstance(data, Mapping) and not data.get("eval"):
             words = "needs an eval set: add `data.eval`"

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from kd.config.data_recipe import DataRecipe
 from kd.data.special_text import special_texts
-from kd.errors import UserError
+from kd.errors import MachineError, UserError
 from kd.models.checkpoint import Checkpoint
+from kd.models.template_limits import TemplateLimitError, limit_chat_templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,7 +96,8 @@ class ChatFormat:
 def render(
     tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages, tools: Any = None, ask: bool = False
 ) -> str:
-    """`apply_chat_template` as text. Raises as `template_errors` does."""
+    """`apply_chat_template` as text, within `kd.models.template_limits`. Raises as `template_errors` does."""
+    limit_chat_templates()
     with template_errors(tokenizer):
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
@@ -110,17 +112,25 @@ def render(
 
 @contextmanager
 def template_errors(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Raise UserError for a template that Jinja cannot read, UnrenderableError for whatever goes wrong in it."""
-    from jinja2.exceptions import TemplateError, TemplateSyntaxError
+    """Raise UserError for a template that Jinja cannot read or that does too much, UnrenderableError for what else goes
+    wrong in it.
+    """
+    from jinja2.exceptions import TemplateSyntaxError
 
+    name = tokenizer.name_or_path or "the tokenizer"
     try:
         yield
     except TemplateSyntaxError as error:
         raise UserError(
-            f"{tokenizer.name_or_path or 'the tokenizer'}: its chat template, line {error.lineno}: {error.message}; "
-            "repair the template"
+            f"{name}: its chat template, line {error.lineno}: {error.message}; repair the template"
         ) from error
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except TemplateLimitError as error:
+        raise UserError(f"{name}: {error}") from error
+    except (RecursionError, SyntaxError) as error:  # of Jinja's parser or of what it compiles a template to
+        raise UserError(f"{name}: the chat template is nested too deeply; correct the template") from error
+    except (UserError, MachineError, MemoryError):
+        raise
+    except Exception as error:  # a template may raise whatever Python's operators and methods do
         raise UnrenderableError(str(error) or type(error).__name__) from error
 
 

@@ -19,6 +19,7 @@ from kd.data.chat import PROBE, ChatFormat, Messages, RenderedChat, Span, templa
 from kd.data.chat_parts import renamed
 from kd.data.messages import REASONING
 from kd.errors import UserError
+from kd.models.template_limits import limit_chat_templates
 
 # What Jinja renders to a string of its own before it becomes output.
 _BUFFERED = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock)
@@ -42,7 +43,9 @@ def marks_responses(fmt: ChatFormat) -> bool:
         UserError: a marked block is inside another one, or in a macro, call, filter, block `set` or recursive loop.
             There transformers gets its place wrong: it counts the characters of the output before the block.
     """
-    tree = Environment(extensions=[_Generation, loopcontrols]).parse(fmt.template)  # noqa: S701 # nothing is rendered
+    with template_errors(fmt.tokenizer):
+        # Nothing is rendered.
+        tree = Environment(extensions=[_Generation, loopcontrols]).parse(fmt.template)  # noqa: S701
     blocks = list(_blocks(tree, buffered=False))
     for line, buffered in blocks:
         if buffered:
@@ -104,6 +107,7 @@ def render_blocks(fmt: ChatFormat, messages: Messages, tools: Any) -> tuple[str,
     """A conversation as text, and [start, end) of each marked block in it. Raises UnrenderableError."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    limit_chat_templates()
     with template_errors(fmt.tokenizer):
         special: Any = fmt.tokenizer.special_tokens_map
         rendered: Any = render_jinja_template(

@@ -266,7 +266,10 @@ def _read_alpaca(given: Mapping[str, Any], location: str) -> dict[str, Any]:
             check_text(given[key], f"{location}: {key}")
     messages = []
     history = given.get("history") or ()
-    for place, turn in enumerate(json_of(history, f"{location}: history") if isinstance(history, str) else history):
+    history = json_of(history, f"{location}: history") if isinstance(history, str) else history
+    if not isinstance(history, (list, tuple)):
+        raise UserError(f"{location}: history: expected a list of [question, answer], not {kind_of(history)}")
+    for place, turn in enumerate(history):
         if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
             raise UserError(f"{location}: history[{place}]: expected [question, answer], not {kind_of(turn)}")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, AnyStr
 
 from kd.config.data_recipe import SourceRecipe
 from kd.config.in_memory_rows import InMemoryRows, recorded_in_memory
@@ -28,6 +28,7 @@ _BY_ENDING = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parque
 _READ_IN_FOLDERS = tuple(f".{kind}{gz}" for kind in ("jsonl", "ndjson", "json", "csv", "tsv") for gz in ("", ".gz"))
 _READ_IN_FOLDERS += (".parquet",)
 _NOT_READ = (".zst", ".arrow", ".bz2", ".xz", ".zip", ".xlsx", ".npz", ".pkl")
+LONGEST_LINE, LONGEST_LIST = 1 << 28, 1 << 32  # bytes of a line, and of a list of rows in one .json file
 PARQUET_ROWS = 1024  # read at a time
 TEXTS_KEPT = 1000  # per source, for a look at what the tokenizer does to them
 CHARACTERS_KEPT = 2000  # of each
@@ -166,9 +167,19 @@ def read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
         UserError: the file cannot be read, or a line is no UTF-8 or no JSON.
     """
     with opened(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(lines_of(file, path), 1):
             if line.strip():
                 yield f"{path}:{number}", parse_line(line, f"{path}:{number}")
+
+
+def lines_of(file: IO[AnyStr], path: str) -> Iterator[AnyStr]:
+    """A file's lines. Raises UserError for one that no row has: packed zeros may unpack to any length."""
+    number = 0
+    while line := file.readline(LONGEST_LINE):
+        number += 1
+        if len(line) == LONGEST_LINE:
+            raise UserError(f"{path}:{number}: is longer than {LONGEST_LINE >> 20} MiB; a line holds one row")
+        yield line
 
 
 def parse_line(line: bytes, location: str) -> Any:
@@ -191,7 +202,9 @@ def parse_line(line: bytes, location: str) -> Any:
 def read_json_file(path: str) -> Iterator[tuple[str, Any]]:
     """A `.json` file: one list of rows, else lines as in JSONL. Yields (`path[index]`, value). Raises UserError."""
     with opened(path) as file:
-        content = file.read()
+        content = file.read(LONGEST_LIST + 1)
+    if len(content) > LONGEST_LIST:
+        raise UserError(f"{path}: holds more than {LONGEST_LIST >> 30} GiB in one list; write one row on each line")
     if not content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from read_jsonl(path)
         return
@@ -208,7 +221,7 @@ def read_csv(path: str) -> Iterator[tuple[str, Any]]:
     delimiter = "\t" if ".tsv" in Path(path).name.lower() else ","
     with opened(path) as file:
         lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        reader = csv.DictReader(lines_of(lines, path), delimiter=delimiter, strict=True)
         begin = 1
         try:
             header = reader.fieldnames or []
@@ -305,7 +318,7 @@ def declares_files(card: Path) -> bool:
     return (
         len(parts) == 3
         and not parts[0].strip()
-        and re.search(r"^\s+(- )?data_files:", parts[1], re.MULTILINE) is not None
+        and re.search(r"^[ \t]+(- )?data_files:", parts[1], re.MULTILINE) is not None
     )
 
 

@@ -10,8 +10,10 @@ string show tokens that content and template form together, such as `<` + key + 
 
 from __future__ import annotations
 
+import bisect
 import functools
 import json
+import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -165,7 +167,8 @@ def reads_normalised(tokenizer: PreTrainedTokenizerBase) -> bool:
 def has_surplus(ids: Sequence[int], text: str, literal: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether ids hold more control tokens than a text spells, where it is not literal (unknown tokens left aside)."""
     control = special_ids(tokenizer) - {tokenizer.unk_token_id}
-    spelt = sum(match.span() not in literal for match in special_pattern(tokenizer).finditer(text))
+    known = set(literal)
+    spelt = sum(match.span() not in known for match in special_pattern(tokenizer).finditer(text))
     return sum(token in control for token in ids) > spelt
 
 
@@ -198,10 +201,15 @@ def encode_with_literals(
     encoded = twin.tokenizer.encode("".join(written), add_special_tokens=False)
     ids = [twin.ids.get(token, token) for token in encoded.ids]
     specials = special_ids(tokenizer)
-    inside = [any(start < end_of and begin < end for start, end in literal) for begin, end_of in encoded.offsets]
-    if any(token in specials for token, within in zip(ids, inside, strict=True) if within):
+    if any(token in specials and touches(literal, *span) for token, span in zip(ids, encoded.offsets, strict=True)):
         return None
     return ids, list(encoded.offsets)
+
+
+def touches(spans: Sequence[Span], begin: int, end: int) -> bool:
+    """Whether [begin, end) overlaps one of these spans, which are in order and apart from each other."""
+    last = bisect.bisect_left(spans, end, key=operator.itemgetter(0)) - 1  # the last that starts before `end`
+    return last >= 0 and spans[last][1] > begin
 
 
 def _uses(text: str, first: int) -> bool:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from kd.errors import UserError
 from kd.models.checkpoint_files import ADAPTER_CONFIG, TOKENIZER_FILES, model_fingerprint
-from kd.models.opening import opening
+from kd.models.opening import opening, refuse_unsafe_settings
+from kd.models.template_limits import limit_chat_templates
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,7 +62,7 @@ class Checkpoint:
         file = self.folder / ADAPTER_CONFIG
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file}: is no JSON ({error}); save or download the adapter again") from error
         if not isinstance(config, dict):
             raise UserError(f"{file}: is no JSON object; save or download the adapter again")
@@ -95,6 +96,8 @@ class Checkpoint:
         """A new tokenizer from the files beside its weights. Raises UserError where transformers can open none."""
         from transformers import AutoTokenizer
 
+        limit_chat_templates()
+        refuse_unsafe_settings(self.folder, trust_remote_code)
         with opening(f"{self}: no tokenizer that transformers can open"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 str(self.folder), trust_remote_code=trust_remote_code

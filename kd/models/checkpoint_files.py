@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import operator
+import re
 from pathlib import Path
 
 from kd.errors import UserError
@@ -12,6 +14,7 @@ from kd.runs.provenance import FINISHED, read_provenance
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")  # a name that no file system takes for more
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 
 
@@ -50,10 +53,10 @@ def weight_files(folder: Path) -> list[str]:
 def _shards(index: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{index}: cannot be read ({error!r}); save or download the checkpoint again") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
             raise UserError(
                 f"{index}: names {name!r}, which is no safetensors file beside it; save or download it again"
             )
@@ -75,8 +78,9 @@ def check_safetensors(path: Path) -> None:
         header = file.read(length) if len(start) == 8 and length <= min(size, 100_000_000) else b""
     try:
         entries = json.loads(header)
-        end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        end = max(map(operator.index, ends), default=0)
+    except (ValueError, KeyError, AttributeError, TypeError, IndexError, RecursionError) as error:
         pointer = " (it is a git-lfs pointer: run `git lfs pull`)" if start == b"version " else ""
         raise UserError(f"{path}: truncated or invalid safetensors file{pointer}; save or download it again") from error
     if size != 8 + length + end:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -21,7 +22,7 @@ from kd.models.adapters import put_adapter
 from kd.models.checkpoint import Checkpoint, checkpoint
 from kd.models.completeness import opened_whole, some
 from kd.models.meta_model import meta_tensors
-from kd.models.opening import opening, refuse_broken_json
+from kd.models.opening import opening, refuse_broken_json, refuse_unsafe_settings
 from kd.runs.provenance import base_fingerprint_of, base_quantization_of
 
 logger = logging.getLogger("dae")
@@ -34,6 +35,7 @@ _PROBES = (
     "🙂 </s><|im_end|> [INST]",
 )
 TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+MOST_DESCRIBED = 100  # times what a checkpoint's files hold
 _OTHER_TOKENS = (
     "Pass a teacher of the base's family; or distil from one of another tokenizer: `dae distill` with cross_tokenizer."
 )
@@ -72,6 +74,7 @@ def _tokenizer(source: Checkpoint, trust_remote_code: bool) -> PreTrainedTokeniz
     if not source.has_tokenizer:
         return None
     refuse_broken_json(source.folder, *TOKENIZER_JSON)
+    refuse_unsafe_settings(source.folder, trust_remote_code)
     with opening(f"{source}: its tokenizer cannot be opened"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(source.folder), trust_remote_code=trust_remote_code
@@ -209,12 +212,23 @@ def check_complete(source: Checkpoint, trust_remote_code: bool = False) -> None:
     if getattr(model.config, "quantization_config", None) is not None:
         return  # quantised files hold tensors beyond the architecture; loading checks them
     tensors = meta_tensors(source.folder)
+    described, held = (sum(part.numel() for part in one) for one in (_parts_of(model), tensors.values()))
+    if described > MOST_DESCRIBED * held:  # transformers would allocate some of it
+        raise UserError(
+            f"{source}: its config.json describes {described:,} numbers, its files hold {held:,}; correct config.json, "
+            "or save the checkpoint again."
+        )
     open_model = partial(type(model).from_pretrained, None, config=model.config, state_dict=tensors, device_map="meta")
     with _no_progress_bar():
         opened_whole(source, open_model)
     if (source.folder / GENERATION_CONFIG_NAME).is_file():  # which is opened with the weights
         with opening(f"{source}: {GENERATION_CONFIG_NAME} cannot be read", "Correct or remove it."):
             GenerationConfig.from_pretrained(str(source.folder))
+
+
+def _parts_of(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
 
 
 @contextmanager

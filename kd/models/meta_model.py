@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kd.errors import UserError
 from kd.models.checkpoint_files import weight_files
-from kd.models.opening import opening, refuse_broken_json
+from kd.models.opening import opening, refuse_unsafe_settings
 
 _MANY_LAYERS = 1000
 
@@ -22,7 +22,7 @@ def meta_model(folder: Path, name: str, trust_remote_code: bool = False) -> nn.M
 
     name: of the checkpoint, for messages. Raises UserError where it is no causal language model.
     """
-    refuse_broken_json(folder, "config.json")
+    refuse_unsafe_settings(folder, trust_remote_code)
     with opening(
         f"{name}: cannot be read as a causal language model", "Correct its config.json, or save the checkpoint again."
     ):

@@ -12,10 +12,14 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from kd.errors import MachineError, UserError
 
 LONGEST_REASON = 300
+# Keys from which transformers builds a list of that length before it looks at anything else.
+_COUNTS = ("num_labels", "extra_ids", "offset")
+MOST = 10_000
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
@@ -65,3 +69,29 @@ def refuse_broken_json(folder: Path, *names: str) -> None:
             raise UserError(f"{file}: is no JSON ({reason(error)}); save or download it again") from error
         if not isinstance(value, dict):
             raise UserError(f"{file}: is no JSON object; save or download it again")
+
+
+def refuse_unsafe_settings(folder: Path, trust_remote_code: bool) -> None:
+    """Raise UserError for settings of a checkpoint that would fetch code from the hub, or never end.
+
+    transformers takes OWNER/NAME as an attention for a kernel on the hub, whose code it would run. `auto_map` needs no
+    check: transformers reads it with trust_remote_code only.
+    """
+    names = ("config.json", "tokenizer_config.json")
+    refuse_broken_json(folder, *names)
+    for file in (folder / name for name in names):
+        for key, value in _settings(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else ():
+            if key in _COUNTS and isinstance(value, (int, float)) and abs(value) > MOST:
+                raise UserError(f"{file}: {key}: {value}: more than {MOST}; correct it")
+            if "attn_implementation" in key and "/" in str(value) and not trust_remote_code:
+                raise UserError(
+                    f"{file}: {key}: {str(value)[:80]}: is code on the hub; remove it, or trust its author with "
+                    "trust_remote_code: true"
+                )
+
+
+def _settings(value: Any) -> Iterator[tuple[str, Any]]:
+    """Keys and values of a config and of the configs in it."""
+    for key, part in value.items() if isinstance(value, dict) else ():
+        yield str(key), part
+        yield from _settings(part)

@@ -111,7 +111,7 @@ def checkpoint_fault(checkpoint: Path) -> str | None:
     try:
         listed = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         expected = {name: entry["sha256"] for name, entry in listed.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
     present = {}
     for entry in checkpoint.rglob("*"):

@@ -189,7 +189,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); restore it, or choose another output") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: is not a JSON object; restore it, or choose another output")

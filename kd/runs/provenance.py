@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from kd.errors import UserError
 from kd.runs.settings import changed_facts
 
@@ -38,18 +40,51 @@ def read_provenance(folder: str | Path) -> dict[str, Any] | None:
     `inputs`: {role: fingerprint}.
 
     Raises:
-        UserError: provenance.json is not valid JSON.
+        UserError: provenance.json is not valid JSON, or a key has another type.
     """
     path = Path(folder) / PROVENANCE
     if not path.is_file():
         return None
     try:
         provenance = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not valid JSON ({error}); restore it, or remove it to go without") from error
     if not isinstance(provenance, dict) or provenance.get("toolkit") != TOOLKIT:
         return None
-    return provenance
+    try:
+        _Provenance.model_validate(provenance)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {key}: {first['msg']}; restore it, or remove it to go without") from error
+    return {"inputs": {}, "data": {}, **provenance}
+
+
+class _Recorded(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Base(_Recorded):
+    path: str
+    fingerprint: str
+    quantization: str | None = None
+
+
+class _Source(_Recorded):
+    path: str
+    sha256: str
+    share: float | None = None
+    encoded: str | None = None
+
+
+class _Provenance(_Recorded):
+    """The types of what is read of provenance.json."""
+
+    stage: str | None = None
+    processes: int = Field(default=1, ge=1)
+    base: _Base | None = None
+    inputs: dict[str, str] = {}
+    data: dict[str, list[_Source]] = {}
 
 
 def base_fingerprint_of(adapter_folder: str | Path) -> str | None:

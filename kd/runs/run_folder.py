@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from kd.config.loading import resolved_yaml
 from kd.config.schema import Frozen
@@ -228,8 +228,19 @@ class RunFolder:
     # -- metrics -------------------------------------------------------------------------------------------------------
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The whole lines of metrics.jsonl, each with its `step`; none where the file is not there."""
-        return [json.loads(line) for line in whole_lines(self.metrics_path)]
+        """Whole lines of metrics.jsonl, each with its `step`; none where the file is not there. Raises UserError."""
+        return [self._metrics_of(number, line) for number, line in enumerate(whole_lines(self.metrics_path), 1)]
+
+    def _metrics_of(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            metrics = json.loads(line)
+            if not isinstance(metrics["step"], int):
+                raise TypeError("step is no integer")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(
+                f"{self.metrics_path}:{number}: is no line of metrics ({error!r}); restore the file"
+            ) from error
+        return cast("dict[str, Any]", metrics)
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl. `step` (optimizer steps done) must be among the values.
@@ -244,7 +255,8 @@ class RunFolder:
         """Keep the lines of steps up to `step`; -1 keeps none."""
         if not self.metrics_path.exists():
             return
-        kept = [line for line in whole_lines(self.metrics_path) if json.loads(line)["step"] <= step]
+        lines = enumerate(whole_lines(self.metrics_path), 1)
+        kept = [line for number, line in lines if self._metrics_of(number, line)["step"] <= step]
         write_bytes_durably(self.metrics_path, b"".join(kept))
 
     # -- the end -------------------------------------------------------------------------------------------------------
@@ -294,7 +306,12 @@ class RunFolder:
         return summary
 
     def _finished(self) -> dict[str, Any]:
-        return read_json(self.path / FINISHED)
+        finished = read_json(self.path / FINISHED)
+        files = finished.get("files")
+        hashes = isinstance(files, dict) and all(isinstance(sha256, str) for sha256 in files.values())
+        if not hashes or not isinstance(finished.get("summary"), dict):
+            raise UserError(f"{self.path / FINISHED}: has no summary or hashes of files; restore it")
+        return finished
 
 
 def _check_publishable(names: Sequence[str]) -> None:

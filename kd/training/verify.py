@@ -168,7 +168,6 @@ def _open(request: Mapping[str, Any]) -> PreTrainedModel:
         "dtype": request["dtype"] if is_adapter else full,
         "attn_implementation": request["attn_implementation"],
         "trust_remote_code": request["trust_remote_code"],
-        "use_safetensors": True,
     }
     if request["quantization"]:
         from transformers import BitsAndBytesConfig
@@ -176,7 +175,7 @@ def _open(request: Mapping[str, Any]) -> PreTrainedModel:
         files = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
         how["quantization_config"] = BitsAndBytesConfig(**request["quantization"])
         how["device_map"] = {"": _device(files, request["device"])}
-    model: Any = AutoModelForCausalLM.from_pretrained(source, **how)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **how)
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         _use_exact_products(model)
     if is_adapter:

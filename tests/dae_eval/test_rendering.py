@@ -19,6 +19,7 @@ from markdown_it import MarkdownIt
 from reports import HOSTILE, bare_report, demo_report, failing_report, full_report, hostile_report, wide_report
 from rich.console import Console
 
+from kd.config.problems import visible
 from kd.errors import UserError
 from kd.runs.files import TEMPORARY_PREFIX
 
@@ -82,8 +83,8 @@ def test_tasks_count_only_in_a_line_that_there_is() -> None:
 
 
 def test_visible_writes_out_what_only_acts_and_leaves_every_script() -> None:
-    assert wording.visible("a\x1b[1m\u202eb\x00\ud83d\tc\nd") == "a<U+001B>[1m<U+202E>b<U+0000><U+D83D>\tc\nd"
-    assert wording.visible("żółć 价格 السعر 😀 e\u0301") == "żółć 价格 السعر 😀 e\u0301"
+    assert visible("a\x1b[1m\u202eb\x00\ud83d\tc\nd") == "a<U+001B>[1m<U+202E>b<U+0000><U+D83D>\tc\nd"
+    assert visible("żółć 价格 السعر 😀 e\u0301") == "żółć 价格 السعر 😀 e\u0301"
 
 
 # Terminal
@@ -261,7 +262,7 @@ def test_the_page_escapes_what_models_wrote() -> None:
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
     shown = "".join(page.texts)
     for hostile in HOSTILE[:7]:
-        assert shown.count(wording.visible(hostile)) >= 3
+        assert shown.count(visible(hostile)) >= 3
     assert "{{ 7 * 7 }}" in shown and "(nothing)" in shown
     assert "the first 1,000 of 100,000 characters" in shown
     assert len(text) < 600_000

@@ -83,7 +83,7 @@ def read_rows(path: Path, flag: str) -> list[dict[str, Any]]:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{flag} {path}: cannot be read ({error}); give a JSON file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{flag} {path}: not valid JSON ({error}); AlpacaEval's files are one list of objects"
         ) from error

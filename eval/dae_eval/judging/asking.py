@@ -76,12 +76,14 @@ class ReplyLog:
         self._replies: dict[tuple[str, str], Reply] = {}
         cut_torn_line(path)
         if path.exists():
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            for number, line in enumerate(path.read_bytes().splitlines(), 1):
                 try:
                     row = json.loads(line)
                     reply = Reply(row["reply"], row["stop"], row["how"], row["tstamp"])
+                    if not all(isinstance(text, str) for text in (reply.text, reply.stop, reply.how)):
+                        raise TypeError("reply, stop and how are texts")
                     self._replies[row["key"], row["request"]] = reply
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise UserError(
                         f"{path}:{number}: not a logged reply ({error!r}); remove the line to send its request again"
                     ) from error

@@ -157,7 +157,7 @@ class Endpoint:
 
     def _read(self, completion: Any, how: str) -> Reply:
         choices = getattr(completion, "choices", None)
-        if not choices:
+        if not choices or not isinstance(choices, list):
             if "choices" not in getattr(completion, "model_fields_set", ()) and not hasattr(completion, "error"):
                 raise UserError(
                     f"{self.url}: not a chat-completions endpoint; check {self._choice.flag} (it often ends in /v1)"

@@ -31,14 +31,14 @@ _UNFINISHED = {
     NO_ROOM: "too long for the judge's context",
 }
 
-_RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]")
-_RATING_IN_SINGLE_BRACKETS = re.compile(r"\[(\d+\.?\d*)\]")
+_RATING = re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]")
+_RATING_IN_SINGLE_BRACKETS = re.compile(r"\[(\d+(?:\.\d*)?)\]")
 
 # What begins and ends reasoning: the tags of most models, then the channels of gpt-oss (also without its special
 # tokens), Gemma and Kimi K3.
 _NAME = r"(?:\w+[:_])?(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad|monologue)(?:_\w+)?"
 _BEGIN = rf"<\|?(?:begin_of_|start_)?{_NAME}\|?>|◁{_NAME}▷|\[think\]"
-_BEGIN += r"|<\|channel\|>(?!final)\w+[^<]*<\|message\|>|\Aanalysis(?-i:(?=[A-Z]))"
+_BEGIN += r"|<\|channel\|>(?!final)\w[^<]*<\|message\|>|\Aanalysis(?-i:(?=[A-Z]))"
 _BEGIN += rf"|<\|channel>{_NAME}|<\|open\|>{_NAME}<\|sep\|>"
 _END = rf"</{_NAME}>|<\|(?:/|end_of_|end_){_NAME}\|>|◁/{_NAME}▷|\[/think\]"
 _END += r"|<\|channel\|>final[^<]*<\|message\|>|assistantfinal"

@@ -19,6 +19,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from dae_eval.rendering import markdown
 from dae_eval.report import Report, TaskLine
 from dae_eval.units import FULL_SCALE
+from kd.config.layering import parsed
 from kd.errors import UserError
 from kd.runs.files import write_bytes_durably
 
@@ -107,8 +108,8 @@ def upload_command(path: Path) -> str:
 
 def _stated(metadata: str, path: Path) -> dict[str, Any]:
     try:
-        stated = yaml.safe_load(metadata) or {}
-    except yaml.YAMLError as error:
+        stated = parsed(metadata, yaml.SafeLoader)[1] or {}
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--card {path}: the metadata between the `---` lines is not valid YAML: {error}") from error
     if not isinstance(stated, dict):
         raise UserError(f"--card {path}: the metadata between the `---` lines is not a mapping of keys and values")
@@ -117,8 +118,8 @@ def _stated(metadata: str, path: Path) -> dict[str, Any]:
 
 def _says(metadata: str, expected: Mapping[str, Any]) -> bool:
     try:
-        return (yaml.safe_load(metadata) or {}) == expected
-    except yaml.YAMLError:
+        return (parsed(metadata, yaml.SafeLoader)[1] or {}) == expected
+    except (yaml.YAMLError, RecursionError):
         return False
 
 

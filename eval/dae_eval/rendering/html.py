@@ -18,6 +18,7 @@ from dae_eval.rendering import wording
 from dae_eval.rendering.headlines import compared_sentence, headlines
 from dae_eval.report import Flip, Report, StudentSummary
 from dae_eval.units import FULL_SCALE
+from kd.config.problems import visible
 
 if TYPE_CHECKING:
     from dae_eval.rendering.plots import Plot
@@ -62,7 +63,7 @@ def render(report: Report, plots: Sequence[Plot]) -> str:
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        finalize=lambda value: wording.visible(value) if type(value) is str else value,
+        finalize=lambda value: visible(value) if type(value) is str else value,
     )  # fmt: skip
     environment.filters |= {"minus": minus, "breakable": breakable}
     return environment
@@ -70,7 +71,7 @@ def _environment() -> Environment:
 
 def breakable(name: str) -> Markup:
     """An escaped name with line breaks allowed after `_`."""
-    return escape(wording.visible(name)).replace("_", Markup("_<wbr>"))
+    return escape(visible(name)).replace("_", Markup("_<wbr>"))
 
 
 def minus(text: str) -> str:

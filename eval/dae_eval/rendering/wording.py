@@ -6,7 +6,6 @@ or ratings.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from dae_eval.comparing.statistics import Estimate
 from dae_eval.report import BenchmarkLine, LossLine, Report, TaskLine
 from dae_eval.results import Kind, Unit
 from dae_eval.units import FULL_SCALE, PERPLEXITIES, shown
+from kd.config.problems import visible
 
 SIGNIFICANT = 0.05  # p_holm below which a difference gets a mark
 MARK, LOSS_MARK = "*", "▼"
@@ -23,17 +23,6 @@ COUNTS_IN: Mapping[Kind, str] = {
     "general": "counts in retention",
     "shown": "counts in no line",
 }
-
-# Control characters (C0 and C1 except tab and newline), marks that reverse or hide text, line and paragraph separators,
-# halves of surrogate pairs: they change a terminal or the text around them, or have no UTF-8 form.
-_INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufffe\uffff\ud800-\udfff]"
-)
-
-
-def visible(text: str) -> str:
-    """`text` with control characters (escapes, text direction, nulls) as `<U+202E>`."""
-    return _INVISIBLE.sub(lambda match: f"<U+{ord(match[0]):04X}>", text.replace("\r\n", "\n"))
 
 
 def one_line(text: str) -> str:
