@@ -194,7 +194,8 @@ class Soak:
         return newest
 
     def kept(self) -> set[str]:
-        return {str(file) for pattern in self.target.kept for file in self.output.glob(pattern)}
+        found = (file for pattern in self.target.kept for file in self.output.glob(pattern))
+        return {str(file) for file in found if not file.name.startswith(LEFTOVERS)}
 
     def check_finished(self) -> None:
         """Raise Failure where a folder that says "finished" lacks a file that it lists."""

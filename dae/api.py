@@ -76,7 +76,7 @@ def align(
         output_dir: the run folder to write, by default `runs/align`.
         eval_dataset: held-out rows of routes; adds the forgetting curve to the metrics.
         args: keys of the recipe by dotted names, `{"train.learning_rate": 1e-3, "data.domain.0.share": 0.2}`.
-        callbacks: of transformers, called after the toolkit's own.
+        callbacks: of transformers, called beside the toolkit's own.
         **keys: keys of the recipe: `start="base"`, `max_steps=100`.
 
     Returns:
@@ -130,7 +130,7 @@ def sft(
         output_dir: the run folder to write.
         eval_dataset: held-out rows.
         args: keys of the recipe by dotted names.
-        callbacks: of transformers, called after the toolkit's own.
+        callbacks: of transformers, called beside the toolkit's own.
         **keys: keys of the recipe.
 
     Returns:
@@ -185,7 +185,7 @@ def distill(
         output_dir: the run folder to write, by default `runs/distill`.
         eval_dataset: held-out rows.
         args: keys of the recipe by dotted names.
-        callbacks: of transformers, called after the toolkit's own.
+        callbacks: of transformers, called beside the toolkit's own.
         **keys: keys of the recipe.
 
     Returns:

@@ -91,9 +91,10 @@ def in_plain_words(error: Mapping[str, Any], known: Iterable[str]) -> str:
 
 
 # Control characters (C0 and C1 except tab and newline), marks that reverse or hide text, line and paragraph separators,
-# halves of surrogate pairs: they change a terminal or the text around them, or have no UTF-8 form.
+# halves of surrogate pairs: they change a terminal or the text around them, or have no UTF-8 form. Joiners (U+200C and
+# U+200D), which Persian, Indic scripts and emoji need, are not among them.
 _INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufffe\uffff\ud800-\udfff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufffe\uffff\ud800-\udfff]"
 )
 
 

@@ -29,6 +29,7 @@ _READ_IN_FOLDERS = tuple(f".{kind}{gz}" for kind in ("jsonl", "ndjson", "json", 
 _READ_IN_FOLDERS += (".parquet",)
 _NOT_READ = (".zst", ".arrow", ".bz2", ".xz", ".zip", ".xlsx", ".npz", ".pkl")
 LONGEST_LINE, LONGEST_LIST = 1 << 28, 1 << 32  # bytes of a line, and of a list of rows in one .json file
+PIECE = 1 << 24
 PARQUET_ROWS = 1024  # read at a time
 TEXTS_KEPT = 1000  # per source, for a look at what the tokenizer does to them
 CHARACTERS_KEPT = 2000  # of each
@@ -202,9 +203,12 @@ def parse_line(line: bytes, location: str) -> Any:
 def read_json_file(path: str) -> Iterator[tuple[str, Any]]:
     """A `.json` file: one list of rows, else lines as in JSONL. Yields (`path[index]`, value). Raises UserError."""
     with opened(path) as file:
-        content = file.read(LONGEST_LIST + 1)
-    if len(content) > LONGEST_LIST:
-        raise UserError(f"{path}: holds more than {LONGEST_LIST >> 30} GiB in one list; write one row on each line")
+        content = bytearray()
+        while piece := file.read(PIECE):  # asked for at once, all of the limit would be allocated
+            content += piece
+            if len(content) > LONGEST_LIST:
+                limit = LONGEST_LIST >> 30
+                raise UserError(f"{path}: holds more than {limit} GiB in one list; write one row on each line")
     if not content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from read_jsonl(path)
         return

@@ -74,12 +74,18 @@ def sampled_rows(rows: TokenRows) -> range:
 
 
 def row_locations(recipe: DataRecipe, data: StageData, rows: Iterable[Row]) -> dict[Row, str]:
-    """Where training rows lie, as errors of rows name them: `rows.jsonl:7`. Their sources are read again."""
+    """Where training rows lie, as errors of rows name them: `rows.jsonl:7`. Their sources are read again.
+
+    None for rows of a source that has changed since. Raises UserError where one cannot be read.
+    """
     sources = [source for name in data.route_names for source in recipe.routes[name]]
     reports = [report for name in data.route_names for report in data.reports[name]]
+    inputs = [one for name in data.route_names for one in data.inputs[name]]
     wanted = set(rows)
     found: dict[Row, str] = {}
     for index in sorted({source for source, _ in wanted}):
+        if data_sha256(sources[index].path) != inputs[index].sha256:
+            continue
         dropped = frozenset(reports[index].dropped_at)
         raw = enumerate(read_raw(sources[index]))
         kept = (location for place, (location, _, _) in raw if place not in dropped)

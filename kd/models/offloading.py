@@ -24,6 +24,7 @@ from kd.models.checkpoint import Checkpoint
 from kd.models.completeness import opened_whole
 from kd.models.forward import unwrapped
 from kd.models.tensor_files import refuse_not_finite, stored_tensors
+from kd.runs.files import read_json
 
 logger = logging.getLogger("dae")
 
@@ -60,6 +61,11 @@ def check_offload(
             "or remove it"
         )
     for role, one in teachers.items():
+        if read_json(one.folder / "config.json").get("quantization_config") is not None:
+            raise UserError(
+                f"offload_teachers: {place}: {role} {one}: its files are quantised (quantization_config in "
+                "config.json), and quantised layers cannot be moved; remove offload_teachers"
+            )
         if not layers_of(one.meta_model(trust_remote_code)):
             raise UserError(
                 f"offload_teachers: {place}: {role} {one}: its architecture does not say which layers can be moved "

@@ -25,7 +25,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 def is_engine(model: nn.Module) -> bool:
     """Whether this is DeepSpeed's wrapper around a model."""
-    deepspeed = sys.modules.get("deepspeed")  # nobody else waits for its import
+    deepspeed = sys.modules.get("deepspeed")  # imported only where a run uses it
     return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
 
 

@@ -99,6 +99,9 @@ def _finalize(value: Any) -> Any:
     return value
 
 
+_JINJAS_OWN = ("_loop_vars", "_block_vars")  # keywords that its code adds to every call in a loop: all that was `set`
+
+
 class LimitedTemplate(Template):
     """A template each of whose renderings has a budget."""
 
@@ -148,7 +151,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             function_itself = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
             owner, name = (getattr(function_itself, part, "") for part in ("__self__", "__name__"))
             args = tuple(map(_listed, args)) if name == "join" else args
-            cost += cost_of_call(name, owner, args, kwargs)
+            given = {key: value for key, value in kwargs.items() if key not in _JINJAS_OWN}
+            cost += cost_of_call(name, owner, args, given)
         _charge(cost)
         return super().call(context, function, *args, **kwargs)
 

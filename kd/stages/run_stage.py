@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
@@ -79,6 +79,19 @@ def claimed(run: RunFolder, stage: str, recipe: StageRecipe, inputs: Inputs, dat
         yield answer[0]
 
 
+def refuse_other_rows(data: StageData) -> None:
+    """Raise UserError, on every process, where the processes hold different rows, as only rows in memory can."""
+    if processes().num_processes == 1:
+        return
+    own = {name: [one.sha256 for one in sources] for name, sources in data.inputs.items()}
+    first, *others = gather_object([own])
+    if odd := [name for name in first if any(other.get(name) != first[name] for other in others)]:
+        raise UserError(
+            f"data.{odd[0]}: its rows differ between processes; give every process all rows in the same order (a "
+            "shuffle needs a seed)"
+        )
+
+
 def run_stage(stage: Stage[RecipeT], recipe: RecipeT, callbacks: Sequence[TrainerCallback] = ()) -> RunResult:
     """Train, publish, load the result in a fresh process. The same call goes on after a stop.
 
@@ -91,6 +104,7 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT, callbacks: Sequence[Traine
     fingerprints(inputs)  # torn files are refused before anything else reads them
     recipe = stage.check(recipe, inputs)
     data = stage.load_data(recipe, inputs)
+    refuse_other_rows(data)
     run = RunFolder(recipe.output)
     with claimed(run, stage.name, recipe, inputs, data) as state:
         if state == "finished":

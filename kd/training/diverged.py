@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from kd.data.mixing import Row, StepBatchSampler
-from kd.errors import UserError
+from kd.errors import MachineError, UserError
 from kd.models.sharding import is_engine, own_part
 from kd.runs.run_folder import RunFolder
 from kd.training.loss_watch import Fault, LossWatch
@@ -27,7 +27,7 @@ Locate = Callable[[Iterable[Row]], Mapping[Row, str]]
 
 
 class Trains(Protocol):
-    """What is asked of kd.training.trainer.Trains, which imports this module."""
+    """What is asked of kd.training.trainer.RoutedTrainer, which imports this module."""
 
     args: Any
     state: Any
@@ -135,9 +135,18 @@ def diverged(trainer: Trains, fault: Fault) -> str:
 def shown_rows(trainer: Trains, words: Mapping[Row, str]) -> str:
     """The first rows, each on a line of its own with its words."""
     first = list(words)[:SHOWN_ROWS]
-    places = trainer.locate(first)
+    places = located(trainer, first)
     shown = "".join(f"\n  {places[row]}{words[row]}" for row in first)
     return shown if len(words) <= SHOWN_ROWS else f"{shown}\n  and {len(words) - SHOWN_ROWS} more"
+
+
+def located(trainer: Trains, rows: Sequence[Row]) -> dict[Row, str]:
+    """Where rows lie. A source that can no longer be read, or has changed, is no reason to say nothing of the step."""
+    try:
+        found = trainer.locate(rows)
+    except (UserError, MachineError):
+        found = {}
+    return {row: found.get(row, f"row {row[1]} of source {row[0]}, whose file has changed since") for row in rows}
 
 
 def harmed_by_engine(trainer: Trains, norm: float) -> str:

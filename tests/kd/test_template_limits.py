@@ -151,6 +151,20 @@ def test_a_long_conversation_stays_within_the_limit() -> None:
         assert len(render(with_template(KINDS["byte-level"], one), one, messages)) >= 4_000_000
 
 
+@pytest.mark.parametrize("turns", [1, 40])
+def test_long_thoughts_stay_within_the_limit(turns: int) -> None:
+    """Jinja hands each call in a loop all that was `set` before it, as keywords: they are no work."""
+    template = (
+        "{% for m in messages %}{% set text = m.content %}{% if m.role == 'assistant' and '</think>' in text %}"
+        "{% set thought = text.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+        "{% set text = text.split('</think>')[-1].lstrip('\n').replace('a', 'b').strip() %}"
+        "<think>{{ thought.strip('\n') }}</think>{% endif %}{{ text }}{% endfor %}"
+    )
+    answer = f"<think>\n{LONG}\n</think>\n\n{LONG}"
+    messages = [{"role": "user", "content": LONG}, {"role": "assistant", "content": answer}] * turns
+    assert len(render(with_template(KINDS["byte-level"], template), template, messages)) >= 3 * turns * len(LONG)
+
+
 # Blank lines part the templates; line ends in them are none of theirs.
 OWN_LINES = """
 {{ messages|length }}{{ messages|map(attribute='role')|join(', ') }}

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from kd.data.stage_data import SAMPLED_ROWS
 from kd.runs.checkpoints import checkpoint_fault
 from kd.training import objective
 from kd.training.loss_watch import fault_of
+from kd.training.trainer import RoutedTrainer
 
 TRAP = "~"  # a token of no other row
 ROWS = (41, 63, 97)  # lines that have it; even lines: what is measured before the first step are odd ones
@@ -101,6 +103,25 @@ def test_the_rows_are_named_before_any_weight_changes(
     assert "domain" not in message.split("Rows of this step")[1]  # the others of the step are finite
     assert assert_kept(world / "student", message) == step - 1
     assert "try train.learning_rate=0.00" in message
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["removed", "shortened"])
+def test_rows_whose_file_has_changed_are_told_by_their_number(
+    world: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    gpt2_world(world)
+    trap_rows(world / "general.jsonl")
+    trap_model(world / "base")
+    real = RoutedTrainer.train
+
+    def train(self: RoutedTrainer, *arguments: Any, **named: Any) -> Any:
+        (world / "general.jsonl").unlink() if gone else (world / "general.jsonl").write_text("")
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(RoutedTrainer, "train", train)
+    assert cli.run(align_command(*ONE_LORA, *cut(8, 1), "lora.rank=4")) == 2
+    message = " ".join(capfd.readouterr().err.split())
+    assert "the loss is nan" in message and "source 0, whose file has changed since" in message
 
 
 def test_a_gradient_that_is_not_finite_under_a_finite_loss(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -148,11 +149,19 @@ def test_what_cannot_be_offloaded_is_refused(
     assert not Path("student").exists()
 
 
-def test_sharded_teachers_are_not_offloaded_too() -> None:
+def test_a_teacher_whose_files_are_quantised_is_refused(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = merged("expert", "whole") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+    assert cli.run(align_command(SHORT, "expert.domain=whole", OFFLOADED)) == 2
+    assert "quantised layers cannot be moved" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("plan", ["FSDP2", "ZeRO-3"])
+def test_sharded_teachers_are_not_offloaded_too(plan: str) -> None:
     flags = {"base": "b", "expert": "e", "data.domain": ["shop.jsonl"], "data.general": ["general.jsonl"]}
     asked = load_recipe(AlignRecipe, None, flags, [OFFLOADED])
-    with pytest.raises(UserError, match="offload_teachers: disk: under FSDP2"):
-        refuse_unshardable(asked)
+    with pytest.raises(UserError, match=f"offload_teachers: disk: under {plan}"):
+        refuse_unshardable(asked, plan)
 
 
 def test_a_weight_that_is_not_finite_is_found_although_it_waits_on_disk(

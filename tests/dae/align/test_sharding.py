@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from align_runs import HELD_OUT, assert_same_student, cut, merged, run
+from other_rows import OtherRows
 from pico import make_checkpoint
 from processes import FSDP_ON_CPUS, Ended, Signal, dae, ranks
 from safetensors.torch import load_file
@@ -233,3 +234,12 @@ def test_mixed_precision_leaves_losses_and_gradients_in_float32(world: Path) -> 
     for first, second in zip(metrics_of(Path("one")), metrics_of(Path("two")), strict=True):
         for key in ("loss", "grad_norm", "train/ntp"):
             assert second.get(key, 0.0) == pytest.approx(first.get(key, 0.0), rel=2e-2), key
+
+
+@pytest.mark.slow
+def test_processes_with_other_rows_are_refused(world: Path) -> None:
+    """As rows in memory are after a shuffle without a seed."""
+    ended = ranks(align_command(*cut(2, 2), SIX), world, [[], [OtherRows()]])
+    assert [rank.status for rank in ended] == [2, 2], ended[0].err
+    assert "data.general: its rows differ between processes" in ended[0].err.replace("\n", " ")
+    assert not (world / "student").exists()
