@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
+from dae.exit_status import as_own_errors
 from dae.process import quiet_libraries
 from dae.python_values import recipe_values, routes, sources
 from dae.recipe import AlignRecipe
@@ -214,11 +215,25 @@ def run_recipe(
     """Train by a whole recipe. Raises UserError where other arguments are given beside it."""
     if any(one is not None for one in others):
         raise UserError(f"{stage}(recipe): a recipe has all settings; give `callbacks` beside it at most")
-    with quiet_libraries():
+    refuse_other_callbacks(stage, callbacks)
+    with quiet_libraries(), as_own_errors():
         from kd.stages.run_stage import run_stage
 
         run = run_stage(STAGES[stage].load(), recipe, callbacks)
     return TrainingResult(run.path, run.summary)
+
+
+def refuse_other_callbacks(stage: str, callbacks: Any) -> None:
+    """Raise UserError where `callbacks` is not what transformers takes."""
+    from transformers import TrainerCallback
+
+    given = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
+    for one in given:
+        if not issubclass(one if isinstance(one, type) else type(one), TrainerCallback):
+            kind = getattr(one, "__name__", type(one).__name__)
+            raise UserError(f"{stage}(): callbacks: expected a list of transformers.TrainerCallback, not {kind}")
+    if given is not callbacks:
+        raise UserError(f"{stage}(): callbacks: expected a list: write callbacks=[...]")
 
 
 def run_values(
@@ -242,6 +257,6 @@ def run_values(
         names[key] = "eval_dataset" if key.startswith("data.eval.") else "train_dataset"
     values = recipe_values(schema, stage, keys, args)
     flags = {key: plain(value) for key, value in given.items()}
-    with quiet_libraries():  # `train` is checked by transformers
+    with quiet_libraries(), as_own_errors():  # `train` is checked by transformers
         recipe = load_recipe(schema, None, flags, flag_names=names, values=values, where=f"{stage}()")
     return run_recipe(stage, recipe, callbacks, [])

@@ -7,6 +7,8 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from typer.exceptions import Abort, TyperException
@@ -38,6 +40,20 @@ def status_of(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError):
         return status_of_os_error(error)
     return OURS, ""
+
+
+@contextmanager
+def as_own_errors() -> Iterator[None]:
+    """Around a call from Python: what the command line gives a message for is UserError or MachineError here."""
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        status, message = status_of(error)
+        if status == USER:
+            raise UserError(message) from error
+        if status == MACHINE:
+            raise MachineError(message) from error
+        raise
 
 
 def usage_message(error: TyperException) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dae.commands.stopping import going_on
+from dae.exit_status import as_own_errors
 from dae.process import quiet_libraries
 from kd.errors import UserError
 
@@ -168,6 +169,13 @@ class ReportResult:
         return section(self.data)
 
 
+def as_path(name: str, value: Any) -> str:
+    """An argument that is a path, as text. Raises UserError."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise UserError(f"report(): {name}: expected a path, not {type(value).__name__}")
+    return str(os.fspath(value))
+
+
 def report(
     base: str | os.PathLike[str] | None = None,
     expert: str | os.PathLike[str] | None = None,
@@ -209,17 +217,22 @@ def report(
         MachineError: disk or memory is full.
     """
     roles = {"base": base, "expert": expert, "reference": reference, "student": student}
+    if compare is not None and not isinstance(compare, Mapping):
+        raise UserError(f"report(): compare: expected {{name: path}}, not {type(compare).__name__}")
+    for name, bound in (("margin", margin), ("min_gap", min_gap), ("max_task_loss", max_task_loss)):
+        if not isinstance(bound, (int, float)):
+            raise UserError(f"report(): {name}: expected a number, not {type(bound).__name__}")
     request = Request(
-        models={role: os.fspath(path) for role, path in roles.items() if path is not None},
-        compare={name: os.fspath(path) for name, path in (compare or {}).items()},
-        suite=Path(suite),
+        models={role: as_path(role, path) for role, path in roles.items() if path is not None},
+        compare={name: as_path(f"compare.{name}", path) for name, path in (compare or {}).items()},
+        suite=Path(as_path("suite", suite)),
         settings=args or {},
         bounds=Bounds(margin, min_gap, max_task_loss),
         allow_missing=allow_missing,
         retention_only=retention_only,
     )
-    folder = Path(output_dir)
-    with quiet_libraries():
+    folder = Path(as_path("output_dir", output_dir))
+    with quiet_libraries(), as_own_errors():
         from dae_eval.rendering import write_report
 
         found = compared(request, folder)

@@ -333,7 +333,7 @@ def test_packed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(lambda: read_documents(tmp_path / "rows.jsonl.gz"), "unpack to more than")
 
 
-@proves("Control characters in text of strangers do not reach the terminal.")
+@proves("The command line writes control characters in text of strangers as `<U+001B>`.")
 def test_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "r.yaml").write_text('base: "\\e]0;title\\a\\e[2J"\n"\\e[31m": 1\n')
     assert run(["sft", "--recipe", str(tmp_path / "r.yaml")]) == 2

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from kd.config.data_recipe import DataRecipe
 from kd.config.layering import Layers, RecipeDumper, dotted
 from kd.config.problems import MISSING, Key, Problem, as_written, report
 from kd.config.schema import Frozen, Recipe
+
+UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
 
 def address(key: Key) -> Key:
@@ -62,6 +65,8 @@ def load_recipe(
     for name, value in (values or {}).items():
         layers.put(dotted(name), value, where)
     problems = list(layers.problems)
+    if unusable := list(unusable_texts(layers.raw)):  # before a path is opened by one of them
+        raise report(unusable, layers.origins, str(path) if path else where)
     try:
         recipe = schema.model_validate(schema.complete(schema.expand(layers.raw)))
     except ValidationError as error:
@@ -72,6 +77,18 @@ def load_recipe(
         with_remedies = [with_remedy(problem, flags, names) for problem in problems]
         raise report(with_remedies, layers.origins, str(path) if path else where)
     return recipe
+
+
+def unusable_texts(value: Any, key: Key = ()) -> Iterator[Problem]:
+    """A problem for each text that holds a null or half of a surrogate pair: no path has them, and no file of ours."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from unusable_texts(inner, (*key, str(name)))
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            yield from unusable_texts(inner, (*key, index))
+    elif isinstance(value, str) and (found := UNUSABLE.search(value)):
+        yield Problem(key, value, f"holds the character U+{ord(found[0]):04X}: remove it")
 
 
 def with_remedy(problem: Problem, flags: Mapping[str, Any], names: Mapping[str, str]) -> Problem:

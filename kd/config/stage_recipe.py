@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -36,6 +37,13 @@ class LoraRecipe(Frozen):
         named = isinstance(value, tuple) and value and all(isinstance(name, str) for name in value)
         if not named and not (isinstance(value, str) and value):
             raise ValueError("expected all-linear, a regular expression, or a list of module names")
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(
+                    f"is not a regular expression ({error}); give one, all-linear, or a list of module names"
+                ) from error
         return value
 
 

@@ -39,7 +39,7 @@ from kd.models.forward import unwrapped
 from kd.models.tensor_files import refuse_not_finite, stored_tensors
 from kd.runs.files import read_json
 
-EXTRA = "pip install 'dae-align[quantization]'"
+EXTRA = "pip install -e '.[quantization]'"
 NF4_BLOCK = 64  # weights that share a maximum
 NF4_TABLE = 16  # float32 values that each layer keeps
 LARGEST_INT8 = torch.finfo(torch.float16).max  # bitsandbytes goes through float16

@@ -69,7 +69,7 @@ def refuse_zero_config() -> None:
             raise UserError(f"accelerate's config: {key}: {value}: {reason}")
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            "accelerate's config asks for DeepSpeed, which is not installed: pip install 'dae-align[deepspeed]', or "
+            "accelerate's config asks for DeepSpeed, which is not installed: pip install -e '.[deepspeed]', or "
             "use recipes/accelerate/fsdp2.yaml"
         )
 

@@ -206,7 +206,7 @@ def test_needed_flags_are_named(
 def test_help_names_the_extra_in_full(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.run(["eval", "alpaca-eval", "--help"]) == 0
-    assert "pip install 'dae-align[alpaca]'" in capsys.readouterr().out
+    assert "pip install -e '.[alpaca]'" in capsys.readouterr().out
 
 
 def test_pairwise_against_an_earlier_output_and_an_estimate(

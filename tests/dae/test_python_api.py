@@ -333,3 +333,28 @@ def test_the_public_names_are_typed() -> None:
 
     for package in (dae, kd, dae_eval):
         assert (Path(str(package.__file__)).parent / "py.typed").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"callbacks": 3}, "callbacks: expected a list of transformers.TrainerCallback, not int"),
+        ({"callbacks": [print]}, "callbacks: expected a list of transformers.TrainerCallback, not print"),
+        ({"callbacks": Acting(0, print)}, "callbacks: expected a list: write callbacks="),
+        ({"output_dir": "x" * 300}, "file name too long"),
+        ({"output_dir": "q\0"}, "U\\+0000"),
+    ],
+)
+def test_other_mistakes_are_one_message_each(world: Path, arguments: dict[str, Any], words: str) -> None:
+    before = {*world.iterdir()}
+    with pytest.raises(UserError, match=words):
+        sft("base", rows("shop"), **{"output_dir": "s", **SHORT, **arguments})
+    assert {*world.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"student": 3}, {"suite": None}, {"output_dir": 3}, {"margin": "1"}, {"compare": "q9"}], ids=str
+)
+def test_arguments_of_a_report_have_their_types(arguments: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"report\(\): {next(iter(arguments))}: expected"):
+        dae.report(**{"base": "base", "suite": "suite.yaml", "output_dir": "r", **arguments})

@@ -250,7 +250,7 @@ def test_bitsandbytes_that_is_not_installed(
         assert (
             capsys.readouterr()
             .err.rstrip()
-            .endswith("quantization: int8: needs the package bitsandbytes: pip install 'dae-align[quantization]'")
+            .endswith("quantization: int8: needs the package bitsandbytes: pip install -e '.[quantization]'")
         )
     assert not Path("missing").exists()
 

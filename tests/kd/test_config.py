@@ -384,3 +384,19 @@ def test_every_key_of_a_resolved_recipe_is_documented(load: Any) -> None:
 
     written = yaml.safe_load(resolved_yaml(load(MINIMAL)))
     assert {key.replace("data.train", "data.ROUTE") for key in walk(written, "")} <= documented
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('lora: {target_modules: "q[proj"}\n', "lora.target_modules = 'q[proj': is not a regular expression"),
+        ('attn_implementation: "a\\0b"\n', "holds the character U+0000: remove it"),
+        ('train: {report_to: "x\\ud800y"}\n', "holds the character U+D800: remove it"),
+    ],
+)
+def test_texts_that_no_run_could_use(load: Any, text: str, words: str) -> None:
+    assert words in message(load, MINIMAL + text)
+
+
+def test_paths_that_no_folder_could_have(load: Any) -> None:
+    assert "output = 'ru\\x00n': holds the character U+0000" in message(load, MINIMAL, output="ru\0n")

@@ -22,7 +22,7 @@ from kd.errors import UserError
 NOT_IN_FILE = "not in file"
 UNRATED = "unrated"  # key of an annotation of ours: why it has no preference
 GAMED_FILE = "df_gamed.csv of the data set tatsu-lab/alpaca_eval"
-EXTRA = "pip install 'dae-align[alpaca]'"
+EXTRA = "pip install -e '.[alpaca]'"
 _TIE = 1.5
 # SHA-256 of AlpacaEval's 805 instructions as a JSON list, in the order of its evaluation set and published annotations.
 PUBLISHED_ORDER = "c5770d532bf3f697768ed9a57a05d8b58b2617321ca65070620f059676e7c99a"

@@ -221,7 +221,7 @@ def test_other_configs_are_refused(world: Path, variables: Mapping[str, str], wo
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
 def test_a_missing_package_is_said(world: Path) -> None:
-    assert "not installed: pip install 'dae-align[deepspeed]'" in refused(align_command(), world, zero(3))
+    assert "not installed: pip install -e '.[deepspeed]'" in refused(align_command(), world, zero(3))
 
 
 @needs_deepspeed
