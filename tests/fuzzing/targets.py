@@ -22,6 +22,7 @@ from pathlib import Path
 
 from fuzzing.mutations import Choose
 
+from dae.exit_status import OURS, status_of
 from kd.errors import MachineError, UserError
 
 SECONDS = 10.0  # of one input
@@ -91,11 +92,11 @@ def try_input(target: Target, content: bytes, seconds: float = SECONDS) -> tuple
     try:
         with silence(), time_limit(seconds):
             target.read(content)
-    except (UserError, MachineError):
-        return "refused", None
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 # tokenizers' panics are no Exceptions
+        if isinstance(error, (UserError, MachineError, OSError)) and status_of(error)[0] != OURS:
+            return "refused", None  # of OSErrors, names that are too long have a message of the command line
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "fuzzing" not in frame.filename]
         ours = [f for f in frames if "site-packages" not in f.filename] or frames
         place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "?"
