@@ -50,7 +50,7 @@ CLOCK = ("second", "memory", "time", "date", "flos")  # in keys of JSON files
 # Their SHA-256 stands in run.json; a card tells memory, and an adapter's config has sets, in any order.
 LISTED = ("README.md", "adapter_config.json")
 SETS = ("target_modules",)
-LEFTOVERS = (".tmp-", ".staging", ".publishing", ".drop-")
+LEFTOVERS = (".tmp", ".staging", ".publishing", ".drop-")
 MOST_KILLS_OF_AN_OUTPUT = 4
 HELD = "held by a live process"
 POLL = 0.002

@@ -24,7 +24,8 @@ from kd.runs.lock import hold
 Found = TypeVar("Found")
 
 LOCK = ".lock"
-_LEFTOVER = re.compile(r"\.(tmp|drop)-.*|\.staging|\.publishing")
+_OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # what safetensors writes before it gives a file its name
+_LEFTOVER = re.compile(rf"\.(tmp|drop)-.*|\.staging|\.publishing|{_OF_SAFETENSORS.pattern}")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class ClaimedFolder:
         with disk_errors(self.path):
             names = sorted(os.listdir(self.path))
         own = {LOCK, *self.own, *(f"{TEMPORARY_PREFIX}{name}" for name in (self.mark, *self.own))}
-        foreign = [name for name in names if name not in own]
+        foreign = [name for name in names if name not in own and not _OF_SAFETENSORS.fullmatch(name)]
         if foreign:
             shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
             raise UserError(

@@ -116,6 +116,7 @@ def test_folders_that_were_made_for_nothing_go_again(tmp_path: Path) -> None:
         ([".tmp-thesis", "a", "b", "c"], r"\.tmp-thesis, a, b, \.\.\."),
         (["replies", "thesis.tex"], "thesis.tex"),
         ([".lock", ".tmp-mark.json", "replies"], None),
+        ([".tmpoX7XOp"], None),  # of a kill while safetensors wrote a file
         (["mark.json", "thesis.tex"], None),
     ],
 )
@@ -134,7 +135,7 @@ def test_files_of_something_else(tmp_path: Path, names: list[str], foreign: str 
 def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "parts"):
         (place / ".staging" / "half").mkdir(parents=True)
-        for name in ("mark.json", ".tmp-mark.json", "kept"):
+        for name in ("mark.json", ".tmp-mark.json", ".tmpoX7XOp", "kept"):
             (place / name).touch()
 
     def refuse() -> None:
