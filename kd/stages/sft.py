@@ -17,7 +17,6 @@ from kd.models.roles import (
     load_model,
     trainable_model,
 )
-from kd.stages.run_stage import RunResult, run_stage
 from kd.stages.sft_recipe import ROUTE, SftRecipe
 from kd.stages.stage import Inputs, Stage, StageRoles
 from kd.training.model_card import Description
@@ -53,11 +52,6 @@ class Sft(Stage[SftRecipe]):
         return Description(
             f"An expert: `{recipe.base}` trained further by next-token loss on the response tokens of the rows below."
         )
-
-
-def sft(recipe: SftRecipe) -> RunResult:
-    """Train an expert with plain next-token prediction on response tokens; LoRA, or all weights with `lora: null`."""
-    return run_stage(Sft(), recipe)
 
 
 def student_alone(recipe: StageRecipe, base: Checkpoint, settings: LoadSettings) -> StageRoles:
