@@ -29,6 +29,7 @@ from kd.losses.cross_tokenizer import CrossTokenizerLoss
 from kd.losses.hidden_states import hidden_state_loss
 from kd.losses.token_loss import TokenLoss
 from kd.models.roles import STUDENT_ADAPTER, Role, check_head, check_packing
+from kd.training.loss_watch import LossWatch
 from kd.training.metrics import MetricsWindow
 from kd.training.objective import Objective, Route
 from kd.training.trainer import RoutedTrainer, evaluate_routes
@@ -66,6 +67,8 @@ def trained(student: Any, batches: list[Any], objective: Objective, device: torc
         accelerator=SimpleNamespace(num_processes=1),
         current_gradient_accumulation_steps=len(batches),
         _window=MetricsWindow(objective),
+        watch=LossWatch(),
+        _has_engine=False,
     )
     tokens_R = RoutedTrainer._get_num_items_in_batch(trainer, placed, device)
     assert tokens_R.device == device

@@ -94,8 +94,11 @@ def base(origin: Path, tmp_path: Path) -> Path:
     folder = shutil.copytree(origin / "base", tmp_path / "base")
     (folder / "evil.py").write_text(
         f"open({str(tmp_path / 'was run')!r}, 'w').close()\n"
-        "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
-        "from transformers import PreTrainedTokenizerFast as Tokenizer\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+        # Classes of its own: transformers marks those that it has read as remote code.
+        "class Config(LlamaConfig): pass\n"
+        "class Model(LlamaForCausalLM): pass\n"
+        "class Tokenizer(PreTrainedTokenizerFast): pass\n"
     )
     return folder
 

@@ -273,7 +273,7 @@ def alpaca_eval(
         Path | None,
         typer.Option(
             metavar="FILE",  # Rich would read an unescaped [alpaca] as markup.
-            help=r"df_gamed.csv, for the length-controlled rate (needs: pip install 'dae-align\[alpaca]')",
+            help=r"df_gamed.csv, for the length-controlled rate (needs: pip install -e '.\[alpaca]')",
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest output in tokens")] = 2048,

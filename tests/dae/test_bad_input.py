@@ -232,7 +232,7 @@ MODELS = {
     ),
     "a config that is no JSON": Case(
         lambda w: (w / "base" / "config.json").write_text("{"),
-        ("config file at 'base/config.json' is not a valid JSON file",),
+        ("base/config.json: is no JSON",),
     ),
     "a base that is an adapter": Case(nothing, ("base: expert: is an adapter",), ("base=expert",)),
     "an expert's run that has not finished": Case(

@@ -214,7 +214,8 @@ def test_an_adapter_is_merged_into_its_base_first(world: Path) -> None:
 
 def test_an_adapter_of_the_reference_is_merged_into_the_reference(world: Path) -> None:
     make_adapter(world / "on_reference", world / "reference", seed=3)
-    told = {"toolkit": "dae-align", "stage": "sft", "base": {"fingerprint": checkpoint("reference").fingerprint}}
+    base = {"path": "reference", "fingerprint": checkpoint("reference").fingerprint}
+    told = {"toolkit": "dae-align", "stage": "sft", "base": base}
     (world / "on_reference" / "provenance.json").write_text(json.dumps({**told, "inputs": {}, "data": {}}))
     (world / "on_reference" / "run.json").write_text("{}")
     whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("reference"), "on_reference")

@@ -153,7 +153,7 @@ def test_a_file_that_does_not_fit_is_named(tmp_path: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("alpaca_eval") is not None, reason="the extra is installed")
 def test_without_the_extra_it_is_named(tmp_path: Path) -> None:
     texts = read_annotations(make_texts(tmp_path / "texts.json"))
-    with pytest.raises(UserError, match=r"pip install 'dae-align\[alpaca\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[alpaca\]'"):
         length_controlled(texts, make_gamed(tmp_path / "gamed.csv", 60), [one.instruction or "" for one in texts])
 
 
