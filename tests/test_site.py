@@ -17,7 +17,7 @@ from browser import CHROMEDRIVER, CHROMIUM, DESKTOP, PHONE, Browser, browser
 ROOT = Path(__file__).parents[1]
 MISSING = [str(path) for path in (CHROMIUM, CHROMEDRIVER) if not path.exists()]
 pytestmark = pytest.mark.slow
-PAGES = ("index", "method", "rows", "recipes", "figures", "troubleshooting", "comparison", "api")
+PAGES = ("index", "method", "rows", "recipes", "figures", "troubleshooting", "comparison", "python")
 # Attributes by which a page loads something; links that a reader follows are no such.
 LOADS = {
     "script": "src",
