@@ -9,9 +9,8 @@ times, then the same command runs to its end.
 
 After every kill: no torn checkpoint, no earlier step than before, no kept file gone, and a folder that says "finished"
 has all that it lists. At the end: exit status, names and SHA-256 of every file are those of the undisturbed run, and no
-temporary file or lock is left. Of JSON files and cards, what tells time or memory does not count; files that differ
-between two undisturbed runs are not compared, and are listed. The proof in a fresh process, which only reads, is left
-out.
+temporary file or lock is left. Times and memory in JSON files and cards are ignored. Files that differ between two
+undisturbed runs are listed, and not compared. The check in a fresh process, which only reads, is left out.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from kd.runs.checkpoints import checkpoint_fault  # noqa: E402
 from kd.runs.files import file_sha256  # noqa: E402
 
 CLOCK = ("second", "memory", "time", "date", "flos")  # in keys of JSON files
-# Their SHA-256 stands in run.json; a card tells memory, and an adapter's config has sets, in any order.
+# run.json lists their SHA-256, which differ: a card reports memory, and an adapter's config lists sets in any order.
 LISTED = ("README.md", "adapter_config.json")
 SETS = ("target_modules",)
 LEFTOVERS = (".tmp", ".staging", ".publishing", ".drop-")
@@ -80,7 +79,7 @@ class Moment:
 
 
 class Failure(Exception):  # noqa: N818 - found, not raised by mistake
-    """Something was lost."""
+    """A run lost something, or ended differently."""
 
 
 @dataclass

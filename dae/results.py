@@ -46,7 +46,7 @@ class TrainingResult(os.PathLike[str]):
 
     @property
     def recipe(self) -> StageRecipe:
-        """The recipe, with every default; rows in memory are told by their number and SHA-256."""
+        """The recipe, with every default; rows in memory are represented by their number and SHA-256."""
         provenance = read_provenance(self.path)
         assert provenance is not None
         return load_recipe(STAGES[provenance["stage"]].recipe, self.path / "recipe.yaml", {})

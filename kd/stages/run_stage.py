@@ -260,7 +260,7 @@ def measurement(
 ) -> Callable[[], dict[str, float]]:
     """A function that gives the loss and KL of the student as it is, by route, on a fixed sample of training rows.
 
-    The teachers are asked once: they say the same of each student. All processes get the values of the first one, as
+    The teachers are asked once: their answers do not depend on the student. All processes get the values of the first one, as
     what they decide by them must be the same.
     """
     sample = sample_batches(data, collator(recipe, data), args.per_device_train_batch_size)

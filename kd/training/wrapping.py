@@ -218,7 +218,7 @@ def keep_float32(plugin: FullyShardedDataParallelPlugin) -> None:
 
 
 def wrapping(accelerator: Accelerator) -> str:
-    """What a run really has: `1 process`, `2 processes, DDP`, `8 processes, FSDP2`."""
+    """The plan that a run uses: `1 process`, `2 processes, DDP`, `8 processes, FSDP2`."""
     return words(accelerator.distributed_type, accelerator.num_processes)
 
 
