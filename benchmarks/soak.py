@@ -46,7 +46,7 @@ from kd.runs.checkpoints import checkpoint_fault  # noqa: E402
 from kd.runs.files import file_sha256  # noqa: E402
 
 CLOCK = ("second", "memory", "time", "date", "flos")  # in keys of JSON files
-# run.json lists their SHA-256, which differ: a card reports memory, and an adapter's config lists sets in any order.
+# run.json has their SHA-256, which differ: cards report memory, and adapter configs list sets in any order.
 LISTED = ("README.md", "adapter_config.json")
 SETS = ("target_modules",)
 LEFTOVERS = (".tmp", ".staging", ".publishing", ".drop-")

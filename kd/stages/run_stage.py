@@ -260,8 +260,8 @@ def measurement(
 ) -> Callable[[], dict[str, float]]:
     """A function that gives the loss and KL of the student as it is, by route, on a fixed sample of training rows.
 
-    The teachers are asked once: their answers do not depend on the student. All processes get the values of the first one, as
-    what they decide by them must be the same.
+    The teachers are asked once: their answers do not depend on the student. All processes get the values of the first
+    one, as all must come to the same decision.
     """
     sample = sample_batches(data, collator(recipe, data), args.per_device_train_batch_size)
     answers: list[Mapping[int, TeacherLogits]] = []
