@@ -12,7 +12,7 @@ import yaml
 from kd.config.problems import NO_VALUE, Key, Origins, Problem
 from kd.errors import UserError
 
-LONGEST = 1_000_000  # characters of a file
+LONGEST_FILE = 1_000_000  # characters
 MOST_NODES = 100_000  # of a recipe
 _UNCOUNTED = 0
 
@@ -150,8 +150,8 @@ def parse_file(path: Path) -> tuple[yaml.Node, dict[str, Any]]:
         raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if len(text) > LONGEST:
-        raise UserError(f"{path}: has {len(text)} characters, more than {LONGEST}; a recipe is a few lines")
+    if len(text) > LONGEST_FILE:
+        raise UserError(f"{path}: has {len(text)} characters, more than {LONGEST_FILE}; a recipe is a few lines")
     try:
         node, value = parsed(text)
     except yaml.MarkedYAMLError as error:

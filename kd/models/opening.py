@@ -19,7 +19,7 @@ from kd.errors import MachineError, UserError
 LONGEST_REASON = 300
 # Keys from which transformers builds a list of that length before it looks at anything else.
 _COUNTS = ("num_labels", "extra_ids", "offset")
-MOST = 10_000
+LARGEST_COUNT = 10_000
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
@@ -81,8 +81,8 @@ def refuse_unsafe_settings(folder: Path, trust_remote_code: bool) -> None:
     refuse_broken_json(folder, *names)
     for file in (folder / name for name in names):
         for key, value in _settings(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else ():
-            if key in _COUNTS and isinstance(value, (int, float)) and abs(value) > MOST:
-                raise UserError(f"{file}: {key}: {value}: more than {MOST}; correct it")
+            if key in _COUNTS and isinstance(value, (int, float)) and abs(value) > LARGEST_COUNT:
+                raise UserError(f"{file}: {key}: {value}: more than {LARGEST_COUNT}; correct it")
             if "attn_implementation" in key and "/" in str(value) and not trust_remote_code:
                 raise UserError(
                     f"{file}: {key}: {str(value)[:80]}: is code on the hub; remove it, or trust its author with "

@@ -35,6 +35,7 @@ from kd.models.offloading import open_offloaded
 from kd.models.opening import opening
 from kd.models.quantization import loading_settings, refuse_unquantisable, with_exact_products
 from kd.models.sharding import whole_shape
+from kd.models.tensor_files import refuse_not_finite
 
 STUDENT_ADAPTER = "default"  # the name under which peft saves an adapter so that plain loading finds it
 
@@ -146,11 +147,8 @@ def refuse_bad_weights(model: nn.Module, source: Checkpoint, adapter: str | None
     for name, tensor in model.named_parameters():
         if tensor.is_meta or (adapter is not None and adapter not in name.split(".")):
             continue
-        if not torch.isfinite(tensor).all():
-            as_saved = name.replace(f".{adapter}.", ".").removesuffix(f".{adapter}")
-            raise UserError(
-                f"{source}: {as_saved} contains NaN or infinite values. Use an earlier checkpoint, or write it again."
-            )
+        as_saved = name.replace(f".{adapter}.", ".").removesuffix(f".{adapter}")
+        refuse_not_finite(source, as_saved, tensor)
 
 
 def refuse_unknown_forward(model: PreTrainedModel, source: Checkpoint) -> None:
