@@ -31,7 +31,10 @@ class Bounds:
     max_task_loss: float = 5.0
 
     def check(self, prefix: str = "") -> None:
-        """Raise UserError where a bound is none. prefix: of the names, `--` for flags."""
+        """Raise UserError where a bound is not a number, or out of range. prefix: of the names, `--` for flags."""
+        for name, bound in vars(self).items():
+            if not isinstance(bound, (int, float)):
+                raise UserError(f"{shown(name, prefix)}: expected a number, not {type(bound).__name__}")
         for name, points in (("margin", self.margin), ("max_task_loss", self.max_task_loss)):
             if not 0 < points <= 100:
                 raise UserError(f"{shown(name, prefix)} {points:g}: must be above 0 and at most 100, in points")
@@ -55,7 +58,7 @@ class Request:
     retention_only: bool
 
     def check(self) -> None:
-        """Raise UserError where arguments are missing, or a bound is none."""
+        """Raise UserError where arguments are missing, or a bound is out of range."""
         needed = ["student", *([] if self.retention_only else ["base", "expert"])]
         missing = [role for role in needed if role not in self.models]
         if self.retention_only and not {"base", "reference"} & self.models.keys():
@@ -219,9 +222,6 @@ def report(
     roles = {"base": base, "expert": expert, "reference": reference, "student": student}
     if compare is not None and not isinstance(compare, Mapping):
         raise UserError(f"report(): compare: expected {{name: path}}, not {type(compare).__name__}")
-    for name, bound in (("margin", margin), ("min_gap", min_gap), ("max_task_loss", max_task_loss)):
-        if not isinstance(bound, (int, float)):
-            raise UserError(f"report(): {name}: expected a number, not {type(bound).__name__}")
     request = Request(
         models={role: as_path(role, path) for role, path in roles.items() if path is not None},
         compare={name: as_path(f"compare.{name}", path) for name, path in (compare or {}).items()},

@@ -356,5 +356,7 @@ def test_other_mistakes_are_one_message_each(world: Path, arguments: dict[str, A
     "arguments", [{"student": 3}, {"suite": None}, {"output_dir": 3}, {"margin": "1"}, {"compare": "q9"}], ids=str
 )
 def test_arguments_of_a_report_have_their_types(arguments: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=rf"report\(\): {next(iter(arguments))}: expected"):
-        dae.report(**{"base": "base", "suite": "suite.yaml", "output_dir": "r", **arguments})
+    with pytest.raises(UserError, match=rf"{next(iter(arguments))}: expected"):
+        dae.report(
+            **{"base": "base", "expert": "expert", "student": "base", "suite": "s.yaml", "output_dir": "r"} | arguments
+        )
