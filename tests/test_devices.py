@@ -29,10 +29,11 @@ from kd.losses.cross_tokenizer import CrossTokenizerLoss
 from kd.losses.hidden_states import hidden_state_loss
 from kd.losses.token_loss import TokenLoss
 from kd.models.roles import STUDENT_ADAPTER, Role, check_head, check_packing
+from kd.training.evaluating import evaluate_routes
 from kd.training.loss_watch import LossWatch
 from kd.training.metrics import MetricsWindow
 from kd.training.objective import Objective, Route
-from kd.training.trainer import RoutedTrainer, evaluate_routes
+from kd.training.trainer import RoutedTrainer
 
 CPU = torch.device("cpu")
 WIDE = {"hidden_size": 24, "num_hidden_layers": 3}

@@ -80,7 +80,8 @@ class Mixture:
             raise UserError(
                 f"{shortest.title}: {shortest.n_rows} rows at a share of {shortest.share:g} make an epoch of "
                 f"{self.rows_per_epoch} rows, fewer than the {rows_per_step} of one optimizer step; give it more rows, "
-                "a smaller share or `repeat: true`, or lower train.gradient_accumulation_steps"
+                "a smaller share or `repeat: true`, or make the step smaller (train.per_device_train_batch_size x "
+                "train.gradient_accumulation_steps x processes)"
             )
 
     @functools.cached_property

@@ -37,12 +37,13 @@ from kd.runs.run_folder import RunFolder, Start, State
 from kd.stages.caching import filled, plans_of_run, with_cached, with_head_of_backbone, without_own_weights
 from kd.stages.stage import Inputs, RecipeT, Stage, StageRoles, fingerprints
 from kd.training.callbacks import EarlyStopping, StepBookkeeping, StopOnSignal
+from kd.training.evaluating import evaluate_routes
 from kd.training.model_card import CardFacts
 from kd.training.objective import Objective
 from kd.training.progress import doing, training_progress
 from kd.training.publishing import publish, summarise, trained
 from kd.training.settings import load_settings, planned_steps, processes, rows_per_step, training_arguments
-from kd.training.trainer import RoutedTrainer, evaluate_routes
+from kd.training.trainer import RoutedTrainer
 from kd.training.wrapping import has_plan, refuse_wrapping, shards, wrap, wrapping
 
 logger = logging.getLogger("dae")

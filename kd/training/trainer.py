@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ from kd.data.mixing import StepBatchSampler
 from kd.errors import UserError
 from kd.models.roles import STUDENT_ADAPTER
 from kd.models.sharding import is_sharded, put, reshard
-from kd.models.teacher_logits import TeacherLogits
 from kd.runs.files import disk_errors
 from kd.runs.run_folder import RunFolder
 from kd.training.budget import RouteBudget
 from kd.training.diverged import Locate, diverged, harmed_by_engine, refuse_harmed_weights
+from kd.training.evaluating import evaluate_routes
 from kd.training.gathering import (
     TRAINING_ONLY,
     gathered_optimizer,
@@ -42,7 +42,7 @@ from kd.training.gathering import (
 )
 from kd.training.loss_watch import LossWatch
 from kd.training.metrics import MetricsWindow, peak_memory_bytes
-from kd.training.objective import Objective, route_sums, teacher_views
+from kd.training.objective import Objective, route_sums
 from kd.training.zero import hand_over, load_whole_optimizer, own_schedule, whole_optimizer, whole_schedule
 
 logger = logging.getLogger(__name__)
@@ -386,39 +386,3 @@ def save_student(model: nn.Module, folder: Path, state_dict: Any = None, *, by_m
             state_dict = {name: w for name, w in weights.items() if not name.startswith(f"{TRAINING_ONLY}.")}
         save: Any = model.save_pretrained
         save(str(folder), state_dict=state_dict, save_original_format=not by_module)
-
-
-def evaluate_routes(
-    model: nn.Module,
-    batches: Mapping[str, Iterable[Batch]],
-    objective: Objective,
-    device: torch.device,
-    answers: list[Mapping[int, TeacherLogits]] | None = None,
-) -> dict[str, float]:
-    """{"loss", "NAME_loss", "NAME_kl", "NAME_ntp"} in nats per response token over held-out batches, in eval mode.
-
-    answers: the teachers' to each batch, filled by the first call with a list; the same batches again need no teacher.
-    Not where weights are sharded over ranks: an answer has the teacher's head, which is whole for a moment only.
-    """
-    if is_sharded(model):
-        answers = None
-    was_training = model.training
-    model.eval()
-    totals = MetricsWindow(objective)
-    with_teachers = all(route.teacher is not None for route in objective.routes)
-    with torch.no_grad():
-        for index, batch in enumerate(batch for several in batches.values() for batch in several):
-            placed = {key: value.to(device) for key, value in batch.items()}
-            if answers is not None and with_teachers and index == len(answers):
-                answers.append(teacher_views(placed, objective))
-            views = answers[index] if answers else None
-            totals.add(route_sums(model, placed, objective, with_teachers=with_teachers, views=views))
-    model.train(was_training)
-    means = totals.drain(lambda tensor, _how: tensor)  # every rank evaluates the same rows
-    result = {"loss": float((objective.weights(means.tokens_R) * means.loss_R).sum())}
-    for index, route in enumerate(objective.routes):
-        if means.tokens_R[index] > 0:
-            result |= {
-                f"{route.name}_{k.split('/')[1]}": v for k, v in means.route(index, route).items() if "tokens" not in k
-            }
-    return result
