@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from worlds import align_command, make_adapter, metrics_of
 
 import dae.start
-import kd.training.trainer
+import kd.training.evaluating
 from dae import cli
 from dae.start import STEPS
 from kd.models.line import Pull, described, start_adapter
@@ -202,8 +202,8 @@ def test_the_teachers_are_asked_once_and_the_curve_is_that_of_starts_given_by_ha
     world: Path, monkeypatch: pytest.MonkeyPatch, lora: str
 ) -> None:
     asked: list[int] = []
-    original = kd.training.trainer.teacher_views
-    monkeypatch.setattr("kd.training.trainer.teacher_views", lambda *given: asked.append(1) or original(*given))
+    original = kd.training.evaluating.teacher_views
+    monkeypatch.setattr("kd.training.evaluating.teacher_views", lambda *given: asked.append(1) or original(*given))
     facts = metrics_of(run(lora, *STILL, output="auto"))[0]["start"]
     assert len(facts["curve"]) > 3
     assert len(asked) == 2 * 64 / 8  # batches of 64 rows of both routes
