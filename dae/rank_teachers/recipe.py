@@ -12,7 +12,7 @@ from kd.config.data_recipe import ROUTE_NAME
 from kd.config.flags import NAME_RULE, CommandRecipe, Flag, split_name
 from kd.config.problems import NO_VALUE, Problem
 from kd.config.schema import LARGEST_SEED
-from kd.data.records import FILE_ENDINGS
+from kd.data.hub import FILE_ENDINGS
 from kd.errors import UserError
 
 # Keys that only the arithmetic at the end reads: changing them runs no model again.

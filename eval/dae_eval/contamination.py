@@ -17,8 +17,9 @@ from kd.config.data_recipe import SourceRecipe
 from kd.config.in_memory_rows import recorded_in_memory
 from kd.config.layering import parse_file
 from kd.data.fingerprint import data_sha256
+from kd.data.hub import HUB_ID
 from kd.data.record_forms import texts_of
-from kd.data.records import HUB_ID, read_records
+from kd.data.records import read_records
 from kd.runs.provenance import read_provenance
 
 ANCHOR = 8  # words by which a text is looked up before it is compared

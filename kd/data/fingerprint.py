@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 
 from kd.config.in_memory_rows import InMemoryRows
-from kd.data.records import FILE_ENDINGS, HUB_ID, refuse_recorded_in_memory
+from kd.data.hub import could_be_on_the_hub, hub_dataset_commit
+from kd.data.records import refuse_recorded_in_memory
 from kd.errors import UserError
 from kd.runs.files import file_sha256, files_sha256, joint_sha256
 
@@ -36,13 +37,6 @@ def data_sha256(path: str | Path | InMemoryRows) -> str:
 
 def _hub_data_sha256(name: str) -> str:
     refuse_recorded_in_memory(name)
-    missing = f"{name}: no such file or folder"
-    if not HUB_ID.fullmatch(name) or name.endswith(FILE_ENDINGS):
-        raise UserError(missing)
-    from datasets import load_dataset_builder
-
-    try:
-        commit = load_dataset_builder(name).hash  # offline this is the commit of what lies in the cache
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{missing}, and no hub data set: {error}") from error
-    return hashlib.sha256(f"{name}@{commit}".encode()).hexdigest()
+    if not could_be_on_the_hub(name):
+        raise UserError(f"{name}: no such file or folder")
+    return hashlib.sha256(f"{name}@{hub_dataset_commit(name)}".encode()).hexdigest()

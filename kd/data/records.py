@@ -17,12 +17,11 @@ from typing import IO, Any, AnyStr
 
 from kd.config.data_recipe import SourceRecipe
 from kd.config.in_memory_rows import InMemoryRows, recorded_in_memory
+from kd.data.hub import could_be_on_the_hub, hub_dataset
 from kd.data.messages import DuplicateKeyError, without_duplicates
 from kd.data.record_forms import Record, record_of, texts_of
 from kd.errors import UserError
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-FILE_ENDINGS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".arrow")
 # What a file is read as, by its name without `.gz`; other names are JSONL.
 _BY_ENDING = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _READ_IN_FOLDERS = tuple(f".{kind}{gz}" for kind in ("jsonl", "ndjson", "json", "csv", "tsv") for gz in ("", ".gz"))
@@ -362,22 +361,15 @@ def open_saved_dataset(path: str, split: str) -> Iterable[Any]:
     return found
 
 
-def open_hub_dataset(path: str, split: str) -> Iterable[Any]:
+def open_hub_dataset(path: str, split: str) -> Any:
     """A hub data set, `owner/name`, through `datasets` and its cache."""
     refuse_recorded_in_memory(path)
-    missing = f"{path}: no such file or folder"
-    if not HUB_ID.fullmatch(path) or path.endswith(FILE_ENDINGS):
+    if not could_be_on_the_hub(path):
         raise UserError(
-            f"{missing}; give a file or folder of rows (JSONL, JSON, CSV, parquet), a folder saved by `datasets`, or a "
-            "hub data set as owner/name"
+            f"{path}: no such file or folder; give a file or folder of rows (JSONL, JSON, CSV, parquet), a folder "
+            "saved by `datasets`, or a hub data set as owner/name"
         )
-    import datasets
-
-    try:
-        loaded: Iterable[Any] = datasets.load_dataset(path, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{missing}, nor can it be read as a hub data set (split {split!r}): {error}") from error
-    return loaded
+    return hub_dataset(path, split)
 
 
 def refuse_recorded_in_memory(path: str) -> None:

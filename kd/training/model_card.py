@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from kd.config.loading import resolved_yaml
-from kd.data.records import FILE_ENDINGS, HUB_ID
+from kd.data.hub import could_be_on_the_hub
 from kd.models.checkpoint import Checkpoint
 from kd.models.line import described
 from kd.models.quantization import loading_settings
@@ -98,7 +98,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
 
 def is_on_hub(path: str) -> bool:
     """Whether a path as typed is a hub id. A card on the hub may name nothing else."""
-    return not Path(path).exists() and bool(HUB_ID.fullmatch(path)) and not path.endswith(FILE_ENDINGS)
+    return not Path(path).exists() and could_be_on_the_hub(path)
 
 
 def licence_of(source: Checkpoint) -> dict[str, str]:
