@@ -33,7 +33,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import starts
-from benchmarks.starts import GROUPS, WAYS, Run, Way, cells, figures_of, table
+from benchmarks.starts import UNITS, WAYS, Run, Way, cells, figures_of, table
 
 RESULTS = Path("benchmarks/results")
 COSTS = Path("runs/starts/cached-costs.json")
@@ -54,10 +54,6 @@ TITLES = {
 RATES = {"world": 1e-3, "category": 1.5e-3}
 STEPS = {"world": 900, "category": 300}
 SEEDS = {"world": (0, 1, 2), "category": (0, 1, 2)}
-UNITS = {
-    "world": dict.fromkeys(GROUPS, 100.0),
-    "category": {"category": 100.0, "stories": 1.0},
-}
 NOTES = """\
 Students: mean over seeds, with the lowest and the highest; differences seed by seed. World: accuracy in per cent.
 Category: accuracy in per cent on test documents (standard error of one accuracy 2.3 points), bits per byte of stories

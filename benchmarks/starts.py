@@ -7,11 +7,11 @@
 
 Call the second line again until the first one prints nothing: other seeds wait for the learning rates, which are chosen
 on validation documents with the first seed. From the repository's root. Needs three demos (`dae demo --output
-runs/demo_seeds/seed-N --seed N`), ../shared, and runs/real_pair/{category-lora-expert, general.jsonl} of
-recipes/real_pair.yaml.
+runs/demo_seeds/seed-N --seed N`), ../shared, and runs/real_pair/{category-lora-expert, questions-lora-expert,
+general.jsonl} of recipes/real_pair.yaml. `--pair` prints or writes one pair alone; other pairs' results stay.
 
-World: accuracy on the demo's four groups. Category: accuracy on titles, bits per byte on stories. Every way has the
-rows, batch size and schedule of the pair's recipe; what differs is in the table.
+World: accuracy on the demo's four groups. Category: accuracy on titles, bits per byte on stories. Questions: bits per
+byte on both. Every way has the rows, batch size and schedule of the pair's recipe; what differs is in the table.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import numpy as np
 from dae_eval.folders import EVALUATION
 
 from benchmarks.real_pair_scores import SHARED, completion_bytes
+from benchmarks.real_pair_tables import BIT_TASKS
 from benchmarks.trade_off import DEMOS, LIMIT, VALIDATION_EVERY, mean_of, task_means
 from dae.demo.world import ALIGNED_KINDS, ALIGNED_SKILLS, UNALIGNED_KINDS, UNALIGNED_SKILLS
 from kd.runs.files import write_text_durably
@@ -40,6 +41,17 @@ GROUPS: Mapping[str, Sequence[str]] = {
     "shop, not aligned": UNALIGNED_KINDS,
     "general, aligned": ALIGNED_SKILLS,
     "general, not aligned": UNALIGNED_SKILLS,
+}
+REAL = {"category": "real_category", "questions": "real_hetpqa"}  # a real pair -> the task of its domain
+UNITS: Mapping[str, Mapping[str, float]] = {
+    "world": dict.fromkeys(GROUPS, 100.0),
+    "category": {"category": 100.0, "stories": 1.0},
+    "questions": {"questions": 1.0, "stories": 1.0},
+}
+TITLES = {
+    "world": "The embedded world",
+    "category": "stories260k, title to category",
+    "questions": "stories260k, product questions",
 }
 LOSSES = {"dae": "DAE", "ntp": "next-token loss"}
 LAMBDAS = {"dae": 1, "ntp": 0}
@@ -87,8 +99,8 @@ class Run:
 
 
 # The learning rates to try, the same for both losses.
-COLD = {"world": (1.5e-3, 3e-3, 6e-3), "category": (1.5e-3, 5e-3)}
-WARM = {"world": (3e-4, 1e-3, 3e-3), "category": (5e-4, 1.5e-3, 5e-3)}
+COLD = {"world": (1.5e-3, 3e-3, 6e-3), "category": (1.5e-3, 5e-3), "questions": (1.5e-3, 5e-3)}
+WARM = {"world": (3e-4, 1e-3, 3e-3), "category": (5e-4, 1.5e-3, 5e-3), "questions": (5e-4, 1.5e-3, 5e-3)}
 WAYS = (
     *(Way("world", "base", loss, 900, COLD["world"]) for loss in ("dae", "ntp")),
     *(Way("world", "auto", loss, 900, WARM["world"]) for loss in ("dae", "ntp")),
@@ -101,6 +113,8 @@ WAYS = (
     Way("category", "base", "dae", 300, COLD["category"], 0.02),
     *(Way("category", "auto", "dae", 300, WARM["category"], budget) for budget in (0.02, 0.05)),
     Way("category", "auto", "dae", 600, WARM["category"]),
+    *(Way("questions", "base", loss, 300, COLD["questions"]) for loss in LOSSES),
+    *(Way("questions", "auto", loss, 300, WARM["questions"]) for loss in LOSSES),
 )
 
 
@@ -122,17 +136,18 @@ def command(run: Run) -> str:
         words = ["dae", "run", "../../../benchmarks/recipes/trade_off/world_align.yaml", f"output=starts/{run.name}"]
         words += [f"stages.student.{key}" for key in keys]
         return f"(cd {DEMOS}/seed-{run.seed} && {shlex.join(words)})"
-    recipe = "benchmarks/recipes/starts_category.yaml"
+    recipe = f"benchmarks/recipes/starts_{way.pair}.yaml"
     words = ["dae", "align", "--recipe", recipe, "--output", str(run.folder), *keys]
     scoring = ["python", "benchmarks/real_pair_scores.py", str(run.folder), str(scores_file(run.folder.name))]
-    scoring += ["--limit", str(LIMIT), "--tasks", "real_category", "real_stories", "real_story_endings"]
+    scoring += ["--limit", str(LIMIT), "--tasks", REAL[way.pair], "real_stories", "real_story_endings"]
     return f"{shlex.join(words)} && {shlex.join(scoring)}"
 
 
-def missing_commands() -> list[str]:
+def missing_commands(pairs: Sequence[str]) -> list[str]:
     """What is to be run: the learning rates of the first seed, then the other seeds at the chosen rate."""
-    wanted = [Run(way, rate, SEEDS[0]) for way in WAYS for rate in way.rates]
-    for way in WAYS:
+    ways = [way for way in WAYS if way.pair in pairs]
+    wanted = [Run(way, rate, SEEDS[0]) for way in ways for rate in way.rates]
+    for way in ways:
         rate, complete = chosen(way)
         if rate is not None and complete:
             wanted += [Run(way, rate, seed) for seed in SEEDS[1:]]
@@ -143,25 +158,25 @@ def missing_commands() -> list[str]:
 
 
 def figures_of(run: Run) -> dict[str, float]:
-    """World: accuracy by group. Category: accuracy of titles, bits per byte of stories. Test documents."""
+    """On test documents. World: accuracy by group; else accuracy or bits per byte of the domain, bits of stories."""
     if run.way.pair == "world":
         means = task_means(run.folder / "scores")
         return {group: mean_of(means, names) for group, names in GROUPS.items()}
-    return category_figures(run, is_validation=False)
+    return real_figures(run, is_validation=False)
 
 
-def category_figures(run: Run, *, is_validation: bool) -> dict[str, float]:
+def real_figures(run: Run, *, is_validation: bool) -> dict[str, float]:
     """Of the documents scored, every third is for validation."""
     tasks = json.loads(scores_file(run.folder.name).read_text(encoding="utf-8"))["tasks"]
     found = {}
-    for task in ("real_category", "real_stories"):
+    for name, task in ((run.way.pair, REAL[run.way.pair]), ("stories", "real_stories")):
         scores_D = np.array([each["score"] for each in tasks[task]["documents"]])
         kept_D = (np.arange(len(scores_D)) % VALIDATION_EVERY == VALIDATION_EVERY - 1) == is_validation
-        if task == "real_category":
-            found["category"] = float(scores_D[kept_D].mean())
-        else:
+        if task in BIT_TASKS:
             bytes_D = completion_bytes(SHARED, task)[: len(scores_D)]
-            found["stories"] = float(scores_D[kept_D].sum() / bytes_D[kept_D].sum())
+            found[name] = float(scores_D[kept_D].sum() / bytes_D[kept_D].sum())
+        else:
+            found[name] = float(scores_D[kept_D].mean())
     return found
 
 
@@ -169,7 +184,7 @@ def validation_score(run: Run) -> float | None:
     """One number, higher is better; None where the run is not scored yet.
 
     World: the mean of domain and general on the skills that rows ask. Category: accuracy minus bits per byte, so that a
-    point is worth a hundredth of a bit.
+    point is worth a hundredth of a bit. Questions: minus the bits per byte of both.
     """
     if not run.is_scored:
         return None
@@ -177,8 +192,9 @@ def validation_score(run: Run) -> float | None:
         means = task_means(run.folder / "validation")
         skills = [skill for skill in ALIGNED_SKILLS if f"world_{skill}" in means]
         return (mean_of(means, ALIGNED_KINDS) + mean_of(means, skills)) / 2
-    found = category_figures(run, is_validation=True)
-    return found["category"] - found["stories"]
+    found = real_figures(run, is_validation=True)
+    domain = found[run.way.pair]
+    return (-domain if REAL[run.way.pair] in BIT_TASKS else domain) - found["stories"]
 
 
 def chosen(way: Way) -> tuple[float | None, bool]:
@@ -188,10 +204,10 @@ def chosen(way: Way) -> tuple[float | None, bool]:
     return (max(known, key=known.__getitem__) if known else None), len(known) == len(scores)
 
 
-def results() -> dict[str, Any]:
-    """All lines that have a student, with the figures of each seed."""
-    lines = []
-    for way in WAYS:
+def results(pairs: Sequence[str], earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """All lines that have a student, with the figures of each seed; of other pairs, what an earlier record has."""
+    lines = [line for line in earlier["lines"] if line["pair"] not in pairs] if earlier else []
+    for way in (way for way in WAYS if way.pair in pairs):
         rate, complete = chosen(way)
         if rate is None:
             continue
@@ -202,7 +218,8 @@ def results() -> dict[str, Any]:
         line["validation"] = {f"{r:g}": validation_score(Run(way, r, SEEDS[0])) for r in way.rates}
         line["budgets"] = {str(run.seed): facts_of(run)["budget"] for run in runs if way.budget is not None}
         lines.append(line | {"figures": {str(run.seed): figures_of(run) for run in runs}})
-    return {"date": f"{datetime.now(UTC):%Y-%m-%d}", "ends": ends(), "lines": lines}
+    its_ends = earlier["ends"] if earlier and "world" not in pairs else ends()
+    return {"date": f"{datetime.now(UTC):%Y-%m-%d}", "ends": its_ends, "lines": lines}
 
 
 def facts_of(run: Run) -> dict[str, Any]:
@@ -231,12 +248,10 @@ def ends() -> dict[str, dict[str, dict[str, float]]]:
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """Both pairs' tables."""
+    """A table for each pair."""
     parts = [f"# Where a student starts\n\n{record['date']}, CPU. Written by `benchmarks/starts.py`."]
-    for pair, title, units in (
-        ("world", "The embedded world", dict.fromkeys(GROUPS, 100.0)),
-        ("category", "stories260k, title to category", {"category": 100.0, "stories": 1.0}),
-    ):
+    for pair, title in TITLES.items():
+        units = UNITS[pair]
         head = ["start", "weight", "loss", "steps", "learning rate", "seeds", *units]
         rows = []
         if pair == "world":
@@ -254,9 +269,10 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 NOTES = """Mean over seeds, with the lowest and the highest. World: accuracy in per cent (chance 25); `not aligned`:
 kinds of question that no alignment row asks. Category: accuracy in per cent on 400 documents (standard error 2.3
-points), bits per byte of stories (lower is better). All lines of a pair have the same rows, batch size and schedule.
-Learning rate: the best of those tried with the first seed, on validation documents. `Search not complete`: of the rates
-that are planned (benchmarks/starts.py), not all were tried."""
+points), bits per byte of stories (lower is better). Questions: bits per byte of answers (hetPQA, 400 documents) and of
+stories. All lines of a pair have the same rows, batch size and schedule. Learning rate: the best of those tried with the
+first seed, on validation documents. `Search not complete`: of the rates that are planned (benchmarks/starts.py), not all
+were tried."""
 
 
 def cells(by_seed: Mapping[str, Mapping[str, float]], units: Mapping[str, float]) -> list[str]:
@@ -280,12 +296,15 @@ def main() -> None:
     """Print what is missing, or write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the results from what is there")
+    parser.add_argument("--pair", choices=TITLES, help="this one alone")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where the results go")
     given = parser.parse_args()
+    pairs = [given.pair] if given.pair else list(TITLES)
     if not given.write:
-        print("\n".join(missing_commands()))
+        print("\n".join(missing_commands(pairs)))
         return
-    record = results()
+    earlier = given.output / "starts.json"
+    record = results(pairs, json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else None)
     write_text_durably(given.output / "starts.json", json.dumps(record, indent=1) + "\n")
     write_text_durably(given.output / "starts.md", markdown(record))
 

@@ -31,10 +31,10 @@ def recipe_of(run: Run) -> Any:
     return load_recipe(AlignRecipe, ROOT / words[first], {"output": output}, settings)
 
 
-@pytest.mark.parametrize("pair", ["world", "category"])
+@pytest.mark.parametrize("pair", ["world", "category", "questions"])
 def test_ways_differ_in_what_is_compared_alone(pair: str) -> None:
     recipes = [recipe_of(Run(way, way.rates[0], SEEDS[1])) for way in WAYS if way.pair == pair]
-    assert len({recipe.output for recipe in recipes}) == len(recipes) > 4
+    assert len({recipe.output for recipe in recipes}) == len(recipes) >= 4
     varied = {"output": "", "start": "base", "lambda_": 1.0, "budget": {}}
     for recipe in recipes:
         train = {key: value for key, value in recipe.train.items() if key not in ("max_steps", "learning_rate")}
@@ -62,10 +62,27 @@ def test_tables_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     starts.scores_file(run.folder.name).write_text(json.dumps({"tasks": tasks}))
     run.folder.mkdir()
     (run.folder / "run.json").write_text(json.dumps({"summary": {"start": {"weights": {"domain": 0.3}}}}))
-    assert starts.category_figures(run, is_validation=False) == {"category": 0.5, "stories": 1.5}
+    assert starts.real_figures(run, is_validation=False) == {"category": 0.5, "stories": 1.5}
     assert starts.validation_score(run) == 0.0 - 4.5
-    text = starts.markdown(starts.results())
+    text = starts.markdown(starts.results(list(starts.TITLES)))
     assert "| auto | 0.30 | DAE | 300 | 0.0005 (search not complete) | 1 | 50.0 | 1.500 |" in text
     assert "| base |  |  |  |  | 1 | 25.0 | 25.0 | 25.0 | 25.0 |" in text
-    starts_picture.draw(starts.results(), tmp_path / "starts.svg")
+    starts_picture.draw(starts.results(list(starts.TITLES)), tmp_path / "starts.svg")
     assert "<!-- 300 -->" in (tmp_path / "starts.svg").read_text()
+
+
+def test_one_pair_alone_leaves_the_others_as_they_were(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(starts, "WORK", tmp_path)
+    monkeypatch.setattr(starts, "completion_bytes", lambda _shared, _task: starts.np.full(3, 2.0))
+    earlier = {"ends": {"base": {}}, "lines": [{"pair": "category", "start": "auto"}, {"pair": "questions"}]}
+    run = Run(next(way for way in WAYS if way.pair == "questions"), 5e-3, 0)
+    tasks = {task: {"documents": [{"score": 3.0}] * 3} for task in ("real_hetpqa", "real_stories")}
+    starts.scores_file(run.folder.name).parent.mkdir(parents=True)
+    starts.scores_file(run.folder.name).write_text(json.dumps({"tasks": tasks}))
+    run.folder.mkdir()
+    (run.folder / "run.json").write_text(json.dumps({"summary": {}}))
+    assert starts.validation_score(run) == -3.0
+    record = starts.results(["questions"], earlier)
+    assert record["ends"] == earlier["ends"] and record["lines"][0] == earlier["lines"][0]
+    assert [line["pair"] for line in record["lines"]] == ["category", "questions"]
+    assert record["lines"][1]["figures"] == {"0": {"questions": 1.5, "stories": 1.5}}
