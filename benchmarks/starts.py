@@ -269,10 +269,10 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 NOTES = """Mean over seeds, with the lowest and the highest. World: accuracy in per cent (chance 25); `not aligned`:
 kinds of question that no alignment row asks. Category: accuracy in per cent on 400 documents (standard error 2.3
-points), bits per byte of stories (lower is better). Questions: bits per byte of answers (hetPQA, 400 documents) and of
-stories. All lines of a pair have the same rows, batch size and schedule. Learning rate: the best of those tried with the
-first seed, on validation documents. `Search not complete`: of the rates that are planned (benchmarks/starts.py), not all
-were tried."""
+points), bits per byte of stories (lower is better). Questions: bits per byte of answers (hetPQA, 400 documents) and
+stories. All lines of a pair have the same rows, batch size and schedule. Learning rate: the best of those tried with
+the first seed, on validation documents. `Search not complete`: of the rates that are planned (benchmarks/starts.py),
+not all were tried."""
 
 
 def cells(by_seed: Mapping[str, Mapping[str, float]], units: Mapping[str, float]) -> list[str]:
