@@ -256,17 +256,27 @@ def refused_together(train: Mapping[str, Any], held_out: bool) -> str | None:
 
     if held_out and train.get("eval_strategy") == "no":
         return "eval_strategy: no: the eval set (`data.eval`) would never be scored; remove one of the two"
-    tried = {"save_steps": 0.1} | {name: value for name, value in train.items() if name not in _NOT_TRIED}
-    if held_out:
-        tried = {"eval_strategy": "steps", "eval_steps": tried["save_steps"], "load_best_model_at_end": True} | tried
+    given = {name: value for name, value in train.items() if name not in _NOT_TRIED}
+    tried = default_steps(train, held_out) | ({"load_best_model_at_end": True} if held_out else {}) | given
     with warnings.catch_warnings(), _without_deepspeed():
         warnings.simplefilter("ignore")
         try:
             try_optimizer(Unplaced(**{"report_to": "none", **tried, "output_dir": "unused", "use_cpu": True}))
         except (ValueError, TypeError, ImportError) as error:
             reason = str(error).replace("--", "")
-            return reason.replace("load_best_model_at_end", "keeping the best checkpoint (`data.eval`)")
+            if "load_best_model_at_end" not in reason:
+                return reason
+            kept = reason.replace("load_best_model_at_end", "keeping the best checkpoint (`data.eval`)").rstrip(".")
+            return f"{kept}; give eval_steps alone, or save_steps as a multiple of it, and leave save_strategy out"
     return None
+
+
+def default_steps(train: Mapping[str, Any], held_out: bool) -> dict[str, Any]:
+    """How often to save, and with an eval set to score it: as often as the other, where one of them is given."""
+    if not held_out:
+        return {"save_steps": 0.1}
+    save_steps = train.get("save_steps") or train.get("eval_steps") or 0.1
+    return {"save_steps": save_steps, "eval_strategy": "steps", "eval_steps": save_steps}
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from kd.config.stage_recipe import StageRecipe
+from kd.config.training_arguments import default_steps
 from kd.data.mixing import Mixture
 from kd.errors import UserError
 from kd.losses.divergence_recipe import DivergenceRecipe
@@ -68,7 +69,6 @@ def training_arguments(recipe: StageRecipe, settings: LoadSettings) -> TrainingA
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
         "per_device_train_batch_size": DEFAULT_BATCH_SIZE,
-        "save_steps": 0.1,
         "save_total_limit": 2,
         "logging_steps": 10,
         "report_to": "none",
@@ -81,9 +81,7 @@ def training_arguments(recipe: StageRecipe, settings: LoadSettings) -> TrainingA
         "ddp_find_unused_parameters": False,  # every trainable weight has its part in every row
         "optim": "adamw_torch",
     }
-    chosen = {**defaults, **recipe.train}
-    if recipe.data.eval:
-        chosen = {"eval_strategy": "steps", "eval_steps": chosen["save_steps"], **chosen}
+    chosen = {**defaults, **default_steps(recipe.train, bool(recipe.data.eval)), **recipe.train}
     if recipe.keeps_best:
         chosen = {
             "load_best_model_at_end": True,

@@ -321,13 +321,21 @@ def test_lists_of_training_arguments_have_names_of_the_installed_transformers() 
 
 @pytest.mark.parametrize(
     "train",
-    [{"save_strategy": "no"}, {"eval_steps": 50}, {"save_steps": 15, "eval_steps": 10}],
+    [{"save_strategy": "no"}, {"save_steps": 0.1, "eval_steps": 50}, {"save_steps": 15, "eval_steps": 10}],
 )
 def test_with_held_out_rows_saving_and_scoring_go_together(train: dict[str, object]) -> None:
     assert training_argument_problems(train) == []
     (problem,) = training_argument_problems(train, held_out=True)
     assert "keeping the best checkpoint (`data.eval`) requires" in problem.message
-    assert training_argument_problems({"save_steps": 20, "eval_steps": 10}, held_out=True) == []
+    assert "give eval_steps alone, or save_steps as a multiple of it" in problem.message
+
+
+@pytest.mark.parametrize("train", [{"eval_steps": 50}, {"save_steps": 50}, {"save_steps": 20, "eval_steps": 10}, {}])
+def test_held_out_rows_are_scored_where_a_checkpoint_is_saved(train: dict[str, object]) -> None:
+    assert training_argument_problems(train, held_out=True) == []
+    steps = training_arguments.default_steps(train, held_out=True) | train
+    assert steps["save_steps"] == steps["eval_steps"] or train == {"save_steps": 20, "eval_steps": 10}
+    assert training_arguments.default_steps(train, held_out=False) == {"save_steps": 0.1}
 
 
 def test_held_out_rows_that_are_not_to_be_scored() -> None:
