@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from dae.cli import run
 from dae.recorded_rows import recorded_sources
-from kd.cache.store import TeacherKey, TeacherStore
+from kd.cache.store import FORMAT, TeacherKey, TeacherStore, check_of
 from kd.config.loading import load_recipe
 from kd.data.fingerprint import data_sha256
 from kd.data.record_forms import record_of
@@ -141,14 +141,14 @@ def test_a_finished_run_without_its_facts(finished: dict[str, Any], tmp_path: Pa
     [
         {"offsets": torch.tensor([0, 1, 9])}, {"offsets": torch.tensor([0, 3])}, {"offsets": torch.tensor([0, 5, 3])},
         {"digests": torch.zeros(2, 31, dtype=torch.uint8)}, {"digests": torch.zeros(2, 32)},
-        {"hidden": torch.zeros(2, 4)},
+        {"hidden": torch.zeros(2, 4)}, {"checks": torch.zeros(3, dtype=torch.int64)}, {"checks": torch.zeros(2)},
     ],
 )  # fmt: skip
 def test_a_part_whose_tensors_do_not_belong_together(changed: dict[str, torch.Tensor], tmp_path: Path) -> None:
     folder = tmp_path / KEY.digest
     folder.mkdir()
     whole = {"hidden": torch.zeros(3, 4), "digests": torch.zeros(2, 32, dtype=torch.uint8)}
-    whole["offsets"] = torch.tensor([0, 1, 3])
+    whole["offsets"], whole["checks"] = torch.tensor([0, 1, 3]), torch.tensor([0, 0])
     for tensors, is_whole in ((whole, True), ({**whole, **changed}, False)):
         save_file(tensors, folder / "part-00000.safetensors", {"teacher": KEY.digest})
         if is_whole:
@@ -161,8 +161,11 @@ def test_a_part_whose_tensors_do_not_belong_together(changed: dict[str, torch.Te
     "changed", [{"scale": "1"}, {"scale": None}, {"scale": {}}, {"vocabulary_rows": []}, {"softcap": "x"}]
 )
 def test_facts_of_a_teacher_of_other_types(changed: dict[str, Any], tmp_path: Path) -> None:
-    facts = {"format": 1, **vars(KEY), "vocabulary_rows": 8, "scale": 1.0, "softcap": None}
-    save_file({"weight": torch.zeros(8, 4)}, tmp_path / "head.safetensors", {"teacher": tmp_path.name})
+    facts = {"format": FORMAT, **vars(KEY), "vocabulary_rows": 8, "scale": 1.0, "softcap": None}
+    head = {"weight": torch.zeros(8, 4)}
+    save_file(
+        {**head, "check": torch.tensor(check_of(head))}, tmp_path / "head.safetensors", {"teacher": tmp_path.name}
+    )
     (tmp_path / "teacher.json").write_text(json.dumps(facts))
     assert TeacherStore(tmp_path).teacher("t", KEY, "cpu").vocabulary_rows == 8
     (tmp_path / "teacher.json").write_text(json.dumps({**facts, **changed}))

@@ -236,7 +236,7 @@ def show_cache(console: Console, plan: Plan) -> None:
         return
     table = plain_table("teacher cache", "rows", "to answer", "response", "B/token", "to write")
     for role, one in plan.cache.items():
-        each, size = bytes_per_token(one.head_shape[1], one.key), in_words(one.missing_bytes)
+        each, size = bytes_per_token(one.head_shape, one.key), in_words(one.missing_bytes)
         missing = f"{len(one.missing):,}"
         table.add_row(role, f"{one.rows:,}", missing, f"{one.missing_tokens:,}", f"{each:,}", size)
     console.print()

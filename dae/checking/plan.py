@@ -26,6 +26,7 @@ from kd.errors import UserError
 from kd.losses.router import refuse_useless_router_loss
 from kd.models.forward import head_of, learned_positions
 from kd.models.roles import LoadSettings, activate, refuse_unmergeable
+from kd.runs.claimed_folder import refuse_file
 from kd.runs.provenance import read_provenance
 from kd.runs.run_folder import RunFolder, Start
 from kd.stages.caching import cache_of, plans_of_run, with_unasked
@@ -81,7 +82,7 @@ def make_plan(stage: AnyStage, recipe: StageRecipe) -> Plan:
     found = Findings()
     found.of(lambda: check_output(recipe.output))
     if (asked := cache_of(recipe)) is not None:
-        found.of(lambda: check_output(asked.path, "cache.path"))
+        found.of(lambda: refuse_file(Path(asked.path), "cache.path"))
     settings = load_settings(recipe)
     inputs = found.of(lambda: read_inputs(stage, recipe))
     roles = objective = None
@@ -113,6 +114,8 @@ def make_plan(stage: AnyStage, recipe: StageRecipe) -> Plan:
     assert inputs is not None and data is not None and args is not None and mixture is not None
     assert steps is not None and roles is not None and objective is not None
     cache = plans_of_run(stage, recipe, inputs, data, mixture, steps, settings)
+    if asked is not None and not all(one.is_complete for one in cache.values()):
+        check_output(asked.path, "cache.path")
     loaded = stage.in_memory(recipe, inputs, True)  # also where it is only for the start
     kept = {name: one for name, one in roles.teachers.items() if name not in cache or name in loaded}
     in_memory = replace(roles, teachers=kept)

@@ -24,6 +24,7 @@ from kd.cache.store import (
     HEAD,
     STORED,
     TEACHER,
+    UNFINISHED,
     Answers,
     CachedTeacher,
     TeacherKey,
@@ -56,8 +57,9 @@ from kd.runs.lock import HeldError
 logger = logging.getLogger("dae")
 
 PART_BYTES = 64 << 20  # of answers in one file
-# The same for a teacher on a server: what a stopped command asks again, at most; enough rows to be asked side by side.
+# The same for a teacher on a server; enough rows to be asked side by side.
 SERVED_PART_BYTES, SERVED_PART_ROWS = 4 << 20, 512
+KEPT_EVERY = 32  # rows of a server: after a kill, at most so many are asked again
 WAIT_SECONDS = 2.0
 LOGITS_ELEMENTS = 2**23  # at once, where probabilities are needed
 # Rotary embeddings that depend on the longest row of a batch, once it is longer than the model was first trained on.
@@ -104,7 +106,7 @@ def held_store(folder: Path) -> Iterator[None]:
     waits = False
     while True:
         # Without teacher.json, which someone has removed, the parts are ours even so.
-        own = frozenset({HEAD, *(file.name for file in folder.glob("part-*.safetensors"))})
+        own = frozenset({HEAD, UNFINISHED, *(file.name for file in folder.glob("part-*.safetensors"))})
         with ExitStack() as stack:
             try:
                 stack.enter_context(ClaimedFolder(folder, TEACHER, own).held(lambda: None))
@@ -159,10 +161,23 @@ def fill_from_server(teacher: ServedTeacher, plan: CachePlan, text_of: Callable[
     if not plan.store.has_teacher:
         plan.store.write_teacher(None, plan.key, str(teacher), plan.head_shape[0])
 
+    kept = plan.store.unfinished()
+
     def answers(part: Sequence[Missing]) -> list[Answers]:
-        return server.answers([rows.arrays(index) for _, (rows, index) in part])
+        asked = [item for item in part if item[0] not in kept]
+        try:
+            rows = [rows.arrays(index) for _, (rows, index) in asked]
+            for count, (index, answer) in enumerate(server.answers(rows), 1):
+                kept[asked[index][0]] = answer
+                if count % KEPT_EVERY == 0:
+                    plan.store.write_unfinished(kept)
+        except BaseException:
+            plan.store.write_unfinished(kept)
+            raise
+        return [kept.pop(digest) for digest, _ in part]
 
     add_parts(plan, parts_of(plan, SERVED_PART_BYTES, SERVED_PART_ROWS), answers)
+    plan.store.write_unfinished(kept)  # of rows that another recipe asked for, if any
 
 
 def add_parts(
@@ -207,7 +222,7 @@ def lone_teacher(role: str, inputs: Mapping[str, Checkpoint], settings: LoadSett
 def parts_of(plan: CachePlan, part_bytes: int, part_rows: int = 1) -> Iterator[list[Missing]]:
     """The missing rows, longest first, in parts of at least so many bytes of answers and so many rows."""
     ordered = sorted(plan.missing.items(), key=lambda item: (-length(item), item[0]))
-    tokens = max(1, part_bytes // bytes_per_token(plan.head_shape[1], plan.key))
+    tokens = max(1, part_bytes // bytes_per_token(plan.head_shape, plan.key))
     part: list[Missing] = []
     held = 0
     for item in ordered:

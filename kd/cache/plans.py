@@ -69,7 +69,7 @@ class CachePlan:
         rows, width = self.head_shape
         is_new = self.key.kind == "hidden" and bool(self.missing) and not self.store.has_teacher
         head = rows * width * STORED[self.key.dtype].itemsize if is_new else 0
-        return head + self.missing_tokens * bytes_per_token(width, self.key)
+        return head + self.missing_tokens * bytes_per_token(self.head_shape, self.key)
 
     @property
     def is_complete(self) -> bool:
@@ -102,10 +102,7 @@ def cache_plans(
     Raises:
         UserError: the path is a file, or a file of a store is damaged or another teacher's.
     """
-    try:
-        refuse_file(Path(cache.path))
-    except UserError as error:
-        raise UserError(f"cache.path: {error}") from error
+    refuse_file(Path(cache.path), "cache.path")
     plans = {}
     shapes = {role: head_shape(role, inputs, settings) for role in inputs}
     shared_rows = min(rows for rows, _ in shapes.values())
@@ -115,6 +112,7 @@ def cache_plans(
             key, shape = served_key(served[role], shared_rows), (shared_rows, 0)
         else:
             key, shape = teacher_key(inputs[role], inputs["base"], settings, cache), shapes[role]
+            refuse_wider(role, key, shape[0], shared_rows)
         store = TeacherStore(Path(cache.path) / key.digest)
         wanted = {row_digest(*part.arrays(index)): (part, index) for part, indices in several for index in indices}
         before = planned.setdefault(key.digest, set())
@@ -122,6 +120,15 @@ def cache_plans(
         before.update(missing)
         plans[role] = CachePlan(role, key, store, len(wanted), missing, shape, known_row(store, wanted))
     return plans
+
+
+def refuse_wider(role: str, key: TeacherKey, own_rows: int, shared_rows: int) -> None:
+    """Raise UserError where probabilities would be over tokens that the other models lack."""
+    if key.kind != "hidden" and own_rows > shared_rows:
+        raise UserError(
+            f"cache.kind: {key.kind}: the probabilities of {role} are over {own_rows} vocabulary rows, and the models "
+            f"share only {shared_rows}; use cache.kind=hidden"
+        )
 
 
 def known_row(store: TeacherStore, rows: Mapping[bytes, tuple[TokenRows, int]]) -> Missing | None:
@@ -148,7 +155,10 @@ def refuse_small_disk(plans: Iterable[CachePlan]) -> None:
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
+        smaller = {"hidden": "cache.dtype=int8 or cache.kind=topk", "topk": "a lower cache.top_k or cache.kind=sampled"}
+        kinds = [plan.key.kind for plan in several if plan.missing_bytes]
+        less = f", or store less ({smaller[kinds[0]]})" if kinds[0] in smaller else ""
         raise MachineError(
-            f"{folder}: the cache needs {needed / 1e6:,.0f} MB more, and the disk has {free / 1e6:,.0f} MB free; free "
-            "some space, set cache.path to another disk, or store less (cache.dtype=int8, cache.kind=topk)"
+            f"{folder}: the cache needs {needed / 1e6:,.2f} MB more, and the disk has {free / 1e6:,.2f} MB free; free "
+            f"some space, or set cache.path to another disk{less}"
         )

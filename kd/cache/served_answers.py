@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,25 +65,24 @@ class ServedAnswers:
         self._server = Connection(choice, WORDING, TRIES_AGAIN, TIMEOUT)
         self._server.refuse_unreachable()
 
-    def answers(self, rows: Sequence[Row]) -> list[Answers]:
-        """Of each row, in order: ids [N, K] int32, log_q [N, K], log_tail [N], as kind topk stores them.
+    def answers(self, rows: Sequence[Row]) -> Iterator[tuple[int, Answers]]:
+        """Of each row, as they come, with its place: ids [N, K] int32, log_q [N, K], log_tail [N], as kind topk.
 
         Raises:
             UserError: the server refuses, or answers something else than what it was asked.
-            MachineError: it cannot be reached, or fails after all retries. Earlier parts are in the store.
+            MachineError: it cannot be reached, or fails after all retries.
         """
-        found: dict[int, Answers] = {}
         told = time.monotonic()
 
         def ask(index: int) -> Answers:
             return self.answer(rows[index])
 
-        for index, answer in concurrent_answers(ask, range(len(rows)), self._teacher.concurrency):
-            found[index] = answer
+        answered = concurrent_answers(ask, range(len(rows)), self._teacher.concurrency)
+        for count, (index, answer) in enumerate(answered, 1):
+            yield index, answer
             if time.monotonic() - told > TELL_SECONDS:
                 told = time.monotonic()
-                logger.info("cache: %s: %d of the next %d rows", self._role, len(found), len(rows))
-        return [found[index] for index in range(len(rows))]
+                logger.info("cache: %s: %d of the next %d rows", self._role, count, len(rows))
 
     def answer(self, row: Row) -> Answers:
         """Of one row. Raises as `answers` does."""
@@ -215,6 +214,8 @@ def log_probabilities(entry: Any, own: int, position: int) -> dict[int, Any]:
         found = {int(token): value["logprob"] for token, value in entry.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise WrongAnswerError(f"position {position} has no log probabilities") from error
+    if len(found) < len(entry):
+        raise WrongAnswerError(f"position {position} has a token twice")
     if own not in found:
         raise WrongAnswerError(f"position {position} is about other tokens than the one that was sent ({own})")
     return found

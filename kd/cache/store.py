@@ -1,8 +1,10 @@
 """What a teacher says of rows, on disk.
 
     DIR/3f9c.../teacher.json             which teacher: fingerprints, dtypes, its head's scale
-                head.safetensors         of kind hidden: its output layer, weight [V, E], and bias [V] where it has one
-                part-00000.safetensors   answers, and digests [R, 32], offsets [R + 1] of their rows
+                head.safetensors         of kind hidden: its output layer, weight [V, E], and bias [V] where it has
+                                         one, and their check
+                part-00000.safetensors   answers, and digests [R, 32], offsets [R + 1], checks [R] of their rows
+                unfinished.safetensors   of a teacher on a server: what it answered of the next part, in any order
 
     answers: kind hidden: hidden [N, E], for int8 also scale [N]; kind topk: ids [N, K], log_q [N, K], log_tail [N];
         kind sampled: ids [N, S], entropy [N]
@@ -11,6 +13,7 @@ The folder's name is a digest of what decides the answers: the teacher's weights
 adapter, its dtype and quantisation, and what is stored. A row is found by the SHA-256 of its tokens and response mask.
 So recipes share what they have in common, whatever their shuffling, shares or batch size, and a teacher or row that
 changed is another one. A change in the code that runs a model is not noticed. Parts are written whole, never changed.
+A check is the CRC-32 of a row's answers, or of the output layer, compared whenever they are read.
 
 Shape legend: R rows, N response tokens, E width of the teacher, V vocabulary rows, K tokens kept,
 S tokens drawn.
@@ -21,7 +24,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,12 +46,22 @@ from kd.models.checkpoint import Checkpoint
 from kd.models.head import Head
 from kd.models.roles import LoadSettings
 from kd.models.teacher_logits import HiddenTeacher, SampledTeacher, TeacherLogits, TopKTeacher
-from kd.runs.files import TEMPORARY_PREFIX, disk_errors, fsync_path, json_text, read_json, write_text_durably
+from kd.runs.files import (
+    TEMPORARY_PREFIX,
+    disk_errors,
+    fsync_path,
+    give_usual_permissions,
+    json_text,
+    read_json,
+    write_text_durably,
+)
 
-FORMAT = 1
+FORMAT = 2
 Answers = dict[str, Tensor]  # by name, as in the files; dimension 0 is response tokens
 SERVED = "served"  # in place of a dtype
-TEACHER, HEAD = "teacher.json", "head.safetensors"
+TEACHER, HEAD, UNFINISHED = "teacher.json", "head.safetensors", "unfinished.safetensors"
+OF_ROWS = ("digests", "offsets", "checks")  # a part's tensors beside the answers
+ANSWERS = {"hidden": {"hidden"}, "topk": {"ids", "log_q", "log_tail"}, "sampled": {"ids", "entropy"}}
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 REMEDY = "remove this folder and fill the cache again"
 
@@ -130,11 +144,12 @@ def batch_digests(batch: Batch) -> list[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a row is: response tokens first to last - 1 of a part."""
+    """Where a row is: response tokens first to last - 1 of a part, and the CRC-32 of its answers."""
 
     part: int
     first: int
     last: int
+    check: int
 
 
 class TeacherStore:
@@ -145,27 +160,35 @@ class TeacherStore:
         self.folder = folder
         self._parts: list[Any] = []
         self._places: dict[bytes, Place] = {}
-        for index, file in enumerate(sorted(folder.glob("part-*.safetensors"))):
-            digests, offsets = self._open(file)
-            for row, digest in enumerate(digests):
-                self._places[digest] = Place(index, int(offsets[row]), int(offsets[row + 1]))
+        self._files = sorted(folder.glob("part-*.safetensors"))
+        for index, file in enumerate(self._files):
+            part, rows = self._open(file)
+            self._parts.append(part)
+            self._places |= {digest: Place(index, *place) for digest, place in rows.items()}
 
-    def _open(self, file: Path) -> tuple[list[bytes], Tensor]:
+    def _open(self, file: Path) -> tuple[Any, dict[bytes, tuple[int, int, int]]]:
+        """The open file, and first, last + 1 and check of each row in it, by digest."""
         try:
             part: Any = safe_open(file, framework="pt")
             owner = (part.metadata() or {}).get("teacher")
-            digests_RB, offsets = part.get_tensor("digests"), part.get_tensor("offsets")
+            digests_RB, offsets, checks_R = (part.get_tensor(name) for name in OF_ROWS)
             lengths = {part.get_slice(name).get_shape()[:1] == [int(offsets[-1])] for name in answer_names(part)}
+        except PermissionError as error:
+            raise UserError(f"{file}: may not be read; change its permissions") from error
         except (SafetensorError, OSError, IndexError, ValueError, TypeError, RuntimeError) as error:
+            if file.is_file() and not os.access(file, os.R_OK):  # safetensors says that there is no such file
+                raise UserError(f"{file}: may not be read; change its permissions") from error
             raise UserError(f"{file}: cannot be read ({error}); {REMEDY}") from error
         if owner != self.folder.name:
             raise UserError(f"{file}: belongs to another teacher ({owner}); {REMEDY}")
-        shapes = digests_RB.shape == (len(offsets) - 1, 32) and digests_RB.dtype == torch.uint8
-        rising = offsets.dtype == torch.int64 and int(offsets[0]) == 0 and bool((offsets.diff() >= 0).all())
-        if not shapes or not rising or lengths != {True}:
+        shapes = digests_RB.shape == (len(offsets) - 1, 32) and checks_R.shape == (len(offsets) - 1,)
+        types = (digests_RB.dtype, offsets.dtype, checks_R.dtype) == (torch.uint8, torch.int64, torch.int64)
+        if not shapes or not types or lengths != {True}:
             raise UserError(f"{file}: its digests, offsets and answers do not belong together; {REMEDY}")
-        self._parts.append(part)
-        return [row.tobytes() for row in digests_RB.numpy()], offsets
+        if int(offsets[0]) != 0 or not bool((offsets.diff() >= 0).all()):
+            raise UserError(f"{file}: its digests, offsets and answers do not belong together; {REMEDY}")
+        places = zip(offsets[:-1].tolist(), offsets[1:].tolist(), checks_R.tolist(), strict=True)
+        return part, dict(zip((row.tobytes() for row in digests_RB.numpy()), places, strict=True))
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._places
@@ -181,18 +204,59 @@ class TeacherStore:
                 raise UserError(f"{self.folder}: a row of this run is not in the cache; {REMEDY}")
             place = self._places[digest]
             part = self._parts[place.part]
-            parts.append({name: part.get_slice(name)[place.first : place.last] for name in answer_names(part)})
+            parts.append(self._row(self._files[place.part], part, place.first, place.last, place.check))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _row(self, file: Path, part: Any, first: int, last: int, check: int) -> Answers:
+        try:
+            row = {name: part.get_slice(name)[first:last] for name in answer_names(part)}
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise UserError(f"{file}: cannot be read ({error}); {REMEDY}") from error
+        if check_of(row) != check:
+            raise UserError(f"{file}: is damaged, its values are not those that were written; {REMEDY}")
+        return row
+
+    def refuse_others(self, key: TeacherKey) -> None:
+        """Raise UserError where a part does not hold what this kind of answers is made of."""
+        wanted = ANSWERS[key.kind] | ({"scale"} if key.stored == "int8" else set())
+        for file, part in zip(self._files, self._parts, strict=True):
+            if set(answer_names(part)) != wanted:
+                raise UserError(f"{file}: has {', '.join(answer_names(part))}, not {key.kind} answers; {REMEDY}")
+            if key.kind == "hidden" and self._width(part) != self._width(self._parts[0]):
+                raise UserError(f"{file}: has hidden states of another width; {REMEDY}")
+
+    def _width(self, part: Any) -> int:
+        shape = part.get_slice("hidden").get_shape()
+        return int(shape[1]) if len(shape) == 2 else 0
 
     def add(self, digests: Sequence[bytes], answers: Sequence[Answers]) -> None:
         """Write a new part. answers: of each row. This store sees it only when it is opened anew."""
+        taken = [int(file.stem.removeprefix("part-")) for file in self.folder.glob("part-*.safetensors")]
+        number = max(taken, default=-1) + 1  # one in between may have been removed
+        self._write(self.folder / f"part-{number:05d}.safetensors", digests, answers)
+
+    def _write(self, file: Path, digests: Sequence[bytes], answers: Sequence[Answers]) -> None:
         tensors = {name: torch.cat([one[name] for one in answers]).contiguous() for name in answers[0]}
         counts = [0, *(len(next(iter(one.values()))) for one in answers)]
         tensors["offsets"] = torch.tensor(counts, dtype=torch.int64).cumsum(0)
         tensors["digests"] = torch.from_numpy(np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32).copy())
-        taken = [int(file.stem.removeprefix("part-")) for file in self.folder.glob("part-*.safetensors")]
-        number = max(taken, default=-1) + 1  # one in between may have been removed
-        _save_durably(tensors, self.folder / f"part-{number:05d}.safetensors", {"teacher": self.folder.name})
+        tensors["checks"] = torch.tensor([check_of(one) for one in answers], dtype=torch.int64)
+        _save_durably(tensors, file, {"teacher": self.folder.name})
+
+    def unfinished(self) -> dict[bytes, Answers]:
+        """What a stopped command was answered of a part that it did not write, by digest."""
+        file = self.folder / UNFINISHED
+        if not file.exists():
+            return {}
+        part, rows = self._open(file)
+        return {digest: self._row(file, part, *place) for digest, place in rows.items() if digest not in self}
+
+    def write_unfinished(self, answers: Mapping[bytes, Answers]) -> None:
+        """Keep answers of a part that is not whole yet; without any, remove the file."""
+        if answers:
+            self._write(self.folder / UNFINISHED, list(answers), list(answers.values()))
+        else:
+            (self.folder / UNFINISHED).unlink(missing_ok=True)
 
     @property
     def has_teacher(self) -> bool:
@@ -206,6 +270,7 @@ class TeacherStore:
             tensors = {"weight": head.weight_VD.detach().cpu().contiguous()}
             if head.bias_V is not None:
                 tensors["bias"] = head.bias_V.detach().cpu().contiguous()
+            tensors["check"] = torch.tensor(check_of(tensors))
             _save_durably(tensors, self.folder / HEAD, {"teacher": self.folder.name})
         facts = {"format": FORMAT, "teacher": path, **asdict(key), "vocabulary_rows": vocabulary_rows}
         facts |= {} if head is None else {"scale": head.scale, "softcap": head.softcap}
@@ -213,25 +278,37 @@ class TeacherStore:
 
     def teacher(self, name: str, key: TeacherKey, device: str) -> CachedTeacher:
         """The teacher of this store. Raises UserError where its files are damaged or another teacher's."""
-        facts, file = read_json(self.folder / TEACHER), self.folder / HEAD
+        try:
+            facts, file = read_json(self.folder / TEACHER), self.folder / HEAD
+        except UserError as error:
+            raise UserError(f"{self.folder / TEACHER}: cannot be read, or is damaged; {REMEDY}") from error
         expected = {"format": FORMAT, **asdict(key)}
         needed = {"vocabulary_rows", *(["scale"] if key.kind == "hidden" else [])}
         known = {name: facts.get(name) for name in expected} == expected
         needed |= {"softcap"} if facts.get("softcap") is not None else set()
         if not known or not all(type(facts.get(name)) in (int, float) for name in needed):
             raise UserError(f"{self.folder / TEACHER}: is not that of this teacher; {REMEDY}")
+        self.refuse_others(key)
         if key.kind != "hidden":
             return CachedTeacher(name, self, key.kind, None, facts["vocabulary_rows"])
         try:
             with safe_open(file, framework="pt") as opened:
                 owner = (opened.metadata() or {}).get("teacher")
-            tensors = load_file(file, device=device)
+            tensors = load_file(file)
         except (SafetensorError, OSError) as error:
+            if file.is_file() and not os.access(file, os.R_OK):
+                raise UserError(f"{file}: may not be read; change its permissions") from error
             raise UserError(f"{file}: cannot be read ({error}); {REMEDY}") from error
         if owner != self.folder.name:
             raise UserError(f"{file}: belongs to another teacher ({owner}); {REMEDY}")
-        if "weight" not in tensors or tensors["weight"].dim() != 2:
-            raise UserError(f"{file}: has no output layer; {REMEDY}")
+        check = tensors.pop("check", None)
+        width = self._width(self._parts[0]) if self._parts else None
+        shape = tensors["weight"].shape if "weight" in tensors else ()
+        if len(shape) != 2 or shape[0] != facts["vocabulary_rows"] or (width is not None and shape[1] != width):
+            raise UserError(f"{file}: has no output layer, or not that of these answers; {REMEDY}")
+        if check is None or check.numel() != 1 or int(check) != check_of(tensors):
+            raise UserError(f"{file}: is damaged, its values are not those that were written; {REMEDY}")
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         head = Head(tensors["weight"], tensors.get("bias"), float(facts["scale"]), facts.get("softcap"))
         return CachedTeacher(name, self, key.kind, head, facts["vocabulary_rows"])
 
@@ -258,6 +335,8 @@ class CachedTeacher:
         found = {name: values.to(device) for name, values in self.store.answers(batch_digests(rows)).items()}
         if self.head is not None:
             return HiddenTeacher(from_stored(found), self.head)
+        if found["ids"].numel() and not 0 <= int(found["ids"].min()) <= int(found["ids"].max()) < self.vocabulary_rows:
+            raise UserError(f"{self.store.folder}: names tokens beyond {self.vocabulary_rows}; {REMEDY}")
         if self.kind == "sampled":
             return SampledTeacher(found["ids"].long(), found["entropy"], self.vocabulary_rows)
         return TopKTeacher(found["ids"].long(), found["log_q"], found["log_tail"], self.vocabulary_rows)
@@ -265,7 +344,15 @@ class CachedTeacher:
 
 def answer_names(part: Any) -> list[str]:
     """The tensors of a part beside its rows."""
-    return [name for name in part.keys() if name not in ("digests", "offsets")]  # noqa: SIM118 - no mapping
+    return sorted(name for name in part.keys() if name not in OF_ROWS)  # noqa: SIM118 - no mapping
+
+
+def check_of(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of the bytes of all tensors, in the order of their names."""
+    check = 0
+    for _, tensor in sorted(tensors.items()):
+        check = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, check)
+    return check
 
 
 def as_stored(hidden_NE: Tensor, stored: str) -> Answers:
@@ -287,6 +374,7 @@ def _save_durably(tensors: dict[str, Tensor], file: Path, metadata: dict[str, st
     with disk_errors(file):
         try:
             save_file(tensors, temporary, metadata)
+            give_usual_permissions(temporary)
             fsync_path(temporary)
             os.replace(temporary, file)
         except BaseException:
@@ -295,11 +383,11 @@ def _save_durably(tensors: dict[str, Tensor], file: Path, metadata: dict[str, st
         fsync_path(file.parent)
 
 
-def bytes_per_token(width: int, key: TeacherKey) -> int:
-    """On disk, without the rows' digests. width: of the teacher's hidden states."""
-    each = STORED[key.stored].itemsize
+def bytes_per_token(head_shape: tuple[int, int], key: TeacherKey) -> int:
+    """On disk, without what each row takes. head_shape: (V, E) of the teacher's output layer."""
+    each, (rows, width) = STORED[key.stored].itemsize, head_shape
     if key.samples is not None:
         return key.samples * torch.int32.itemsize + torch.float32.itemsize
     if key.top_k is not None:
-        return key.top_k * (each + torch.int32.itemsize) + torch.float32.itemsize
+        return min(key.top_k, rows - 1) * (each + torch.int32.itemsize) + torch.float32.itemsize
     return width * each + (torch.float32.itemsize if key.stored == "int8" else 0)

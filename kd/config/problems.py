@@ -44,13 +44,14 @@ BOUNDS = {
 class Problem:
     """One mistake: the key it stands under, the value found there (or NO_VALUE) and what to do about it.
 
-    `origin` is given only where it is not that of the key.
+    `origin` is given only where it is not that of the key. is_secret: a `key=value` that it comes from is not repeated.
     """
 
     key: Key
     value: Any
     message: str
     origin: str | None = None
+    is_secret: bool = False
 
 
 def as_written(key: Key) -> Key:
@@ -138,6 +139,7 @@ def report(problems: Sequence[Problem], origins: Origins, fallback: str) -> User
         origin = problem.origin or origins.of(key) or fallback
         if origin.startswith(f"{'.'.join(str(part) for part in key)}="):
             name = ""  # `key=value` already shows key and value
+            origin = origin.partition("=")[0] if problem.is_secret else origin
         lines.append(f"{origin}: {name}{problem.message}")
     unique = list(dict.fromkeys(lines))
     if len(unique) == 1:

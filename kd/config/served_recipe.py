@@ -33,8 +33,11 @@ class ServedTeacher(Frozen):
 
     @field_validator("url")
     @classmethod
-    def _without_slash(cls, value: str) -> str:
-        return value.rstrip("/")
+    def _plain(cls, value: str) -> str:
+        try:
+            return plain_address(value, KEY_NAME)
+        except ValueError:  # served_problems refuses it
+            return value
 
     def __str__(self) -> str:
         return f"{self.model} at {self.url}"
@@ -67,7 +70,7 @@ def served_problems(raw: Mapping[str, Any], teachers: Mapping[Key, Any]) -> list
         try:
             plain_address(url, KEY_NAME)
         except ValueError as error:
-            problems.append(Problem((*key, "url"), NO_VALUE, str(error)))
+            problems.append(Problem((*key, "url"), NO_VALUE, str(error), is_secret=True))
     key = next(iter(served))
     if raw.get("cache") is None:
         words = "is required with a teacher on a server, whose answers are kept on disk: add cache.path=DIR"

@@ -97,10 +97,12 @@ class ClaimedFolder:
                     remove(entry)
 
 
-def refuse_file(folder: Path) -> None:
-    """Raise UserError where a file stands in the place of a folder or of one above it."""
+def refuse_file(folder: Path, key: str | None = None) -> None:
+    """Raise UserError where a file stands in the place of a folder or of one above it. key: if not the output."""
     nearest = next(place for place in (folder, *folder.parents) if place.exists())
     if not nearest.is_dir():
+        if key is not None:
+            raise UserError(f"{key}: {nearest}: is a file; expected a folder")
         raise UserError(f"{nearest}: this is a file, and the output needs a folder there; choose another output")
 
 

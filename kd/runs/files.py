@@ -19,6 +19,10 @@ from kd.errors import MachineError, UserError
 
 TEMPORARY_PREFIX = ".tmp-"  # what may be found under this name after a kill is removed or overwritten, never read
 
+_UMASK = os.umask(0)  # there is no way to read it without setting it
+os.umask(_UMASK)
+_OWNER_ONLY = 0o600
+
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 # For a full disk safetensors and torch raise no OSError: the first quotes the system's words, the second only names the
@@ -75,10 +79,17 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def give_usual_permissions(file: Path) -> None:
+    """Those that the umask leaves to a new file: safetensors makes files that only their owner can read."""
+    if file.stat().st_mode & 0o777 == _OWNER_ONLY:
+        file.chmod(0o666 & ~_UMASK)
+
+
 def fsync_tree(folder: Path) -> None:
-    """Bring everything below `folder`, and `folder` itself, onto the disk."""
+    """Bring everything below `folder`, and `folder` itself, onto the disk, with usual permissions."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
+            give_usual_permissions(Path(parent, name))
             fsync_path(Path(parent, name))
         fsync_path(Path(parent))
 

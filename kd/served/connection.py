@@ -101,6 +101,10 @@ class Connection:
         self.choice = choice
         self._wording = wording
         self._key = os.environ.get(choice.key_name, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise UserError(
+                f"{choice.key_name}: has a line break or a character beyond ASCII, which no key has; set it again"
+            )
         self.client = _client(self.url, self._key, choice.requests_per_minute, retries, timeout)
         self.headers = _headers(self._key)
         self._tries = retries + 1

@@ -128,14 +128,7 @@ def with_cached(
     roles = stage.build_roles(recipe, live, settings)
     teachers = {**cached, **roles.teachers}
     ordered = [*inputs, *stage.served(recipe)]
-    roles = replace(roles, teachers={role: teachers[role] for role in ordered if role in teachers})
-    for name, one in cached.items():
-        if one.kind != "hidden" and one.vocabulary_rows > roles.vocabulary_rows:
-            raise UserError(
-                f"cache.kind: {one.kind}: the probabilities of {name} are over {one.vocabulary_rows} vocabulary rows, "
-                f"and the models share only {roles.vocabulary_rows}; use cache.kind=hidden"
-            )
-    return roles
+    return replace(roles, teachers={role: teachers[role] for role in ordered if role in teachers})
 
 
 def with_unasked(stage: AnyStage, recipe: StageRecipe, roles: StageRoles) -> StageRoles:

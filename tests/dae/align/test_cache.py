@@ -6,25 +6,28 @@ import json
 import shutil
 import signal
 from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from align_runs import HELD_OUT, assert_same_student, logits_of, merged, run
-from pico import make_model
+from pico import make_checkpoint, make_model
 from processes import Signal
 from processes import dae as run_dae
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from worlds import align_command, make_rows, metrics_of
 
+import dae.checking.plan
 import kd.cache.filling
 import kd.cache.plans
 import kd.models.roles
 from dae import cli
-from kd.cache.store import TeacherStore, batch_digests, row_digest
+from kd.cache.store import TeacherKey, TeacherStore, batch_digests, row_digest
 from kd.data.mixing import MixedRows, collate
 from kd.data.token_rows import TokenRows
 from kd.errors import UserError
@@ -232,6 +235,100 @@ def test_foreign_and_damaged_parts_are_refused_by_name(world: Path, capsys: pyte
     (ours / "teacher.json").write_text("{}")
     assert fill() == 2
     assert f"{ours}/teacher.json: is not that of this teacher" in capsys.readouterr().err
+
+
+def edited(file: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """The same file with other values, and the metadata it had."""
+    with safe_open(file, framework="pt") as part:
+        metadata = part.metadata()
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "change", "words"),
+    [
+        ("hidden", "part-00000", lambda part: part["hidden"][3].mul_(1.01), "is damaged"),
+        ("hidden", "part-00000", lambda part: part.update(hidden=part["hidden"][:, :8].clone()), "not that of these"),
+        ("hidden", "part-00000", lambda part: part.update(other=part.pop("hidden")), "not hidden answers"),
+        ("hidden", "head", lambda head: head["weight"][0].add_(1), "is damaged"),
+        ("hidden", "head", lambda head: head.update(weight=head["weight"][:100].clone()), "not that of these"),
+        ("topk", "part-00000", lambda part: part["ids"].fill_(100_000), "is damaged"),
+        ("topk", "part-00000", lambda part: part["log_q"].fill_(2.0), "is damaged"),
+        ("topk", "part-00000", lambda part: part.pop("log_tail"), "not topk answers"),
+        ("sampled", "part-00000", lambda part: part["entropy"].zero_(), "is damaged"),
+    ],
+)
+def test_values_that_are_not_those_that_were_written_are_refused_by_name(
+    kind: str, file: str, change: Any, words: str, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [CACHE, f"cache.kind={kind}", *(["cache.top_k=4"] if kind == "topk" else [])]
+    assert cli.run(["cache", *align_command(*settings)]) == 0
+    shape = {"topk": (4, None), "sampled": (None, 12)}.get(kind, (None, None))
+    damaged = stores_of("/expert", *shape) / f"{file}.safetensors"
+    edited(damaged, change)
+    assert cli.run(align_command(*settings)) == 2
+    error = capsys.readouterr().err
+    assert (f"{damaged}: " in error or f"{damaged.parent}/head.safetensors: " in error) and words in error
+    assert "remove this folder" in error
+
+
+def test_tokens_beyond_the_vocabulary_are_refused_even_with_a_right_check(tmp_path: Path) -> None:
+    key = TeacherKey("0" * 64, None, "float32", "float32", top_k=2)
+    folder = tmp_path / key.digest
+    folder.mkdir()
+    store = TeacherStore(folder)
+    answers = {
+        "ids": torch.tensor([[1, 99]], dtype=torch.int32),
+        "log_q": torch.zeros(1, 2),
+        "log_tail": torch.zeros(1),
+    }
+    row = np.array([5, 6], np.int32), np.array([False, True])
+    store.add([row_digest(*row)], [answers])
+    store.write_teacher(None, key, "teacher", 8)
+    teacher = TeacherStore(folder).teacher("t", key, "cpu")
+    batch = {"input_ids": torch.tensor([row[0].tolist()]), "response_mask": torch.tensor([row[1].tolist()])}
+    batch["attention_mask"] = torch.ones(1, 2, dtype=torch.int64)
+    with pytest.raises(UserError, match="names tokens beyond 8"):
+        teacher.logits(batch)
+
+
+def test_probabilities_over_tokens_that_the_models_lack_are_refused_before_anything_is_answered(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_checkpoint(world / "wide", seed=6, vocab_size=320)
+    for command in (["check"], ["cache"], []):
+        assert cli.run([*command, *align_command(CACHE, "cache.kind=topk", "expert.domain=wide", "start=base")]) == 2
+        assert "the probabilities of expert.domain are over 320 vocabulary rows" in capsys.readouterr().err
+    assert not Path("cache").exists()
+
+
+def test_more_probabilities_than_tokens_take_no_more_room(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = align_command(CACHE, "cache.kind=topk", "cache.top_k=1000000000")
+    assert cli.run(["check", *settings]) == 0
+    vocabulary = json.loads(Path("base/config.json").read_text())["vocab_size"]
+    assert f" {8 * (vocabulary - 1) + 4:,} " in capsys.readouterr().out
+    assert cli.run(["cache", *settings]) == 0
+
+
+def test_a_complete_cache_need_not_be_writable(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fill() == 0
+    monkeypatch.setattr(dae.checking.plan.os, "access", lambda place, _mode: Path(place).name != "cache")
+    assert cli.run(["check", *align_command(CACHE)]) == 0
+    make_rows(world / "more.jsonl", seed=9, rows=30)
+    assert cli.run(["check", *align_command(CACHE, "data.domain.0.path=more.jsonl")]) == 2
+    assert "cache.path: cache: no permission to write" in capsys.readouterr().err
+
+
+def test_others_may_read_a_cache_and_a_student_as_the_umask_says(world: Path) -> None:
+    assert fill() == 0
+    student = run(CACHE)
+    plain = (student / "run.json").stat().st_mode
+    files = [*stores_of("/expert").glob("*.safetensors"), *student.rglob("*.safetensors")]
+    assert len(files) >= 3 and {file.stat().st_mode for file in files} == {plain}
 
 
 def test_what_was_removed_is_answered_again_and_nothing_else(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

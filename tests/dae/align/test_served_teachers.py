@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from teacher_server import TeacherServer
 from worlds import align_command, metrics_of
 
 import kd.cache.filling
+import kd.cache.store
 from dae import cli
+from kd.cache.store import TeacherStore
 
 BASE = ("start=base", "cache.path=cache")
 
@@ -145,6 +148,76 @@ def test_a_stopped_fill_goes_on_to_the_same_bytes(
     server.behave()
     assert fill(server) == 0 and server.requests == []
     assert "expert.domain: all 65 rows were there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("every", [1000, 8], ids=["failed", "killed"])
+def test_answers_of_an_unfinished_part_are_kept(
+    every: int, server: TeacherServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One part has all rows. The end is that of a fill that was never stopped, and no row is paid for twice."""
+    monkeypatch.setattr(kd.cache.filling, "KEPT_EVERY", every)
+    assert fill(server) == 0
+    whole, rows = parts(), len(server.requests)
+    assert len(whole) == 1
+    shutil.rmtree("cache")
+    server.behave(*["good"] * 40, *["400"] * 20)
+    if every == 1000:
+        assert fill(server, "expert.domain.concurrency=1") == 2
+    else:
+        with monkeypatch.context() as killed:  # nothing is written where it stops
+
+            def die(*_: object) -> None:
+                raise SystemExit(9)
+
+            write = kd.cache.store.TeacherStore.write_unfinished
+            calls: list[int] = []
+
+            def until_the_fifth(store: TeacherStore, answers: dict[bytes, Any]) -> None:
+                calls.append(len(answers))
+                die() if len(calls) > 4 else write(store, answers)
+
+            killed.setattr(kd.cache.store.TeacherStore, "write_unfinished", until_the_fifth)
+            assert fill(server, "expert.domain.concurrency=1") != 0
+    assert not parts()
+    (unfinished,) = Path("cache").glob("*/unfinished.safetensors")
+    kept = len(load_file(unfinished)["checks"])
+    assert kept == (40 if every == 1000 else 32)
+    server.behave()
+    assert fill(server) == 0
+    assert rows - kept <= len(server.requests) <= rows - kept + (every < 1000)  # a killed thread's last one, too
+    assert parts() == whole and not unfinished.exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "words"), [("sk-one\nsk-two", "has a line break"), ("\u043a\u043b\u044e\u0447", "beyond ASCII")]
+)
+def test_a_key_that_no_header_can_hold_is_refused_without_repeating_it(
+    key: str, words: str, server: TeacherServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TEACHER_API_KEY", key)
+    assert fill(server) == 2
+    error = capsys.readouterr().err
+    assert "TEACHER_API_KEY: " in error and words in error and "sk-" not in error and key not in error
+    assert not server.requests
+
+
+@pytest.mark.parametrize("address", ["http://user:s3cret@h/v1", "http://h/v1?key=s3cret", "http://h/v1#s3cret"])
+def test_a_login_in_an_address_is_not_repeated(
+    address: str, world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked = align_command(*BASE, f"expert.domain.url={address}", "expert.domain.model=m")
+    for command in (["cache"], ["check"], []):
+        assert cli.run([*command, *asked]) == 2
+        error = capsys.readouterr().err
+        assert "expert.domain.url: contains a login or parameters" in error and "s3cret" not in error
+
+
+def test_two_spellings_of_one_address_have_one_store(world: Path, server: TeacherServer) -> None:
+    assert fill(server) == 0
+    server.behave()
+    shouted = server.url.replace("http://", "HTTP://")
+    assert fill(server, f"expert.domain.url={shouted}/") == 0
+    assert not server.requests
 
 
 def test_another_model_under_the_same_name_is_noticed(
