@@ -14,6 +14,8 @@ Key = tuple[str | int, ...]
 
 # Marks a problem whose key has no value at all, unlike one whose value is None.
 NO_VALUE = object()
+# In place of a value that may hold a secret: neither it nor the `key=value` that it came in is shown.
+SECRET = object()
 
 MISSING = "is missing"
 
@@ -44,14 +46,13 @@ BOUNDS = {
 class Problem:
     """One mistake: the key it stands under, the value found there (or NO_VALUE) and what to do about it.
 
-    `origin` is given only where it is not that of the key. is_secret: a `key=value` that it comes from is not repeated.
+    `origin` is given only where it is not that of the key.
     """
 
     key: Key
     value: Any
     message: str
     origin: str | None = None
-    is_secret: bool = False
 
 
 def as_written(key: Key) -> Key:
@@ -134,12 +135,12 @@ def report(problems: Sequence[Problem], origins: Origins, fallback: str) -> User
     lines = []
     for problem in problems:
         key = as_written(problem.key)
-        value = "" if problem.value is NO_VALUE else f" = {shown(problem.value)}"
+        value = "" if problem.value is NO_VALUE or problem.value is SECRET else f" = {shown(problem.value)}"
         name = f"{'.'.join(str(part) for part in key)}{value}: " if key else ""
         origin = problem.origin or origins.of(key) or fallback
         if origin.startswith(f"{'.'.join(str(part) for part in key)}="):
             name = ""  # `key=value` already shows key and value
-            origin = origin.partition("=")[0] if problem.is_secret else origin
+            origin = origin.partition("=")[0] if problem.value is SECRET else origin
         lines.append(f"{origin}: {name}{problem.message}")
     unique = list(dict.fromkeys(lines))
     if len(unique) == 1:

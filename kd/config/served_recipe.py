@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag, field_validator
 
 from kd.config.address import plain_address
-from kd.config.problems import NO_VALUE, Key, Problem
+from kd.config.problems import NO_VALUE, SECRET, Key, Problem
 from kd.config.schema import PATH_TAG, SERVER_TAG, Frozen
 
 KEY_NAME = "TEACHER_API_KEY"  # environment variable
@@ -70,7 +70,7 @@ def served_problems(raw: Mapping[str, Any], teachers: Mapping[Key, Any]) -> list
         try:
             plain_address(url, KEY_NAME)
         except ValueError as error:
-            problems.append(Problem((*key, "url"), NO_VALUE, str(error), is_secret=True))
+            problems.append(Problem((*key, "url"), SECRET, str(error)))
     key = next(iter(served))
     if raw.get("cache") is None:
         words = "is required with a teacher on a server, whose answers are kept on disk: add cache.path=DIR"

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from worlds import make_adapter
 
 from dae.recorded_rows import recorded_sources
-from kd.cache.store import TeacherKey, TeacherStore
+from kd.cache.store import FORMAT, TeacherKey, TeacherStore, check_of
 from kd.config.loading import resolved_yaml
 from kd.models.adapter_features import refuse_changed_base, refuse_unknown_features, refuse_unshareable
 from kd.models.checkpoint import Checkpoint
@@ -210,9 +210,13 @@ def _parts() -> list[tuple[TeacherKey, bytes, bytes, bytes]]:
         }[kind]
         rows = {"digests": torch.zeros(2, 32, dtype=torch.uint8), "offsets": torch.tensor([0, 1, 3])}
         rows["digests"][1] = 1
+        cut = [{name: tensor[span] for name, tensor in answers.items()} for span in (slice(0, 1), slice(1, 3))]
+        rows["checks"] = torch.tensor([check_of(row) for row in cut])
+        head = {"weight": torch.zeros(8, 4)}
+        head["check"] = torch.tensor(check_of(head))
         owner = {"teacher": key.digest}
-        facts = {"format": 1, "teacher": "t", **vars(key), "vocabulary_rows": 8, "scale": 1.0, "softcap": None}
-        made.append((key, save({**answers, **rows}, owner), save({"weight": torch.zeros(8, 4)}, owner), as_json(facts)))
+        facts = {"format": FORMAT, "teacher": "t", **vars(key), "vocabulary_rows": 8, "scale": 1.0, "softcap": None}
+        made.append((key, save({**answers, **rows}, owner), save(head, owner), as_json(facts)))
     return made
 
 
