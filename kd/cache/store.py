@@ -13,7 +13,7 @@ The folder's name is a digest of what decides the answers: the teacher's weights
 adapter, its dtype and quantisation, and what is stored. A row is found by the SHA-256 of its tokens and response mask.
 So recipes share what they have in common, whatever their shuffling, shares or batch size, and a teacher or row that
 changed is another one. A change in the code that runs a model is not noticed. Parts are written whole, never changed.
-A check is the CRC-32 of a row's answers, or of the output layer, compared whenever they are read.
+A check is the CRC-32 of a row's digest and answers, or of the output layer, compared whenever they are read.
 
 Shape legend: R rows, N response tokens, E width of the teacher, V vocabulary rows, K tokens kept,
 S tokens drawn.
@@ -173,19 +173,14 @@ class TeacherStore:
             owner = (part.metadata() or {}).get("teacher")
             digests_RB, offsets, checks_R = (part.get_tensor(name) for name in OF_ROWS)
             lengths = {part.get_slice(name).get_shape()[:1] == [int(offsets[-1])] for name in answer_names(part)}
-        except PermissionError as error:
-            raise UserError(f"{file}: may not be read; change its permissions") from error
         except (SafetensorError, OSError, IndexError, ValueError, TypeError, RuntimeError) as error:
-            if file.is_file() and not os.access(file, os.R_OK):  # safetensors says that there is no such file
-                raise UserError(f"{file}: may not be read; change its permissions") from error
-            raise UserError(f"{file}: cannot be read ({error}); {REMEDY}") from error
+            raise unreadable(file, error) from error
         if owner != self.folder.name:
             raise UserError(f"{file}: belongs to another teacher ({owner}); {REMEDY}")
         shapes = digests_RB.shape == (len(offsets) - 1, 32) and checks_R.shape == (len(offsets) - 1,)
         types = (digests_RB.dtype, offsets.dtype, checks_R.dtype) == (torch.uint8, torch.int64, torch.int64)
-        if not shapes or not types or lengths != {True}:
-            raise UserError(f"{file}: its digests, offsets and answers do not belong together; {REMEDY}")
-        if int(offsets[0]) != 0 or not bool((offsets.diff() >= 0).all()):
+        whole = shapes and types and lengths == {True}
+        if not whole or int(offsets[0]) != 0 or not bool((offsets.diff() >= 0).all()):
             raise UserError(f"{file}: its digests, offsets and answers do not belong together; {REMEDY}")
         places = zip(offsets[:-1].tolist(), offsets[1:].tolist(), checks_R.tolist(), strict=True)
         return part, dict(zip((row.tobytes() for row in digests_RB.numpy()), places, strict=True))
@@ -204,17 +199,8 @@ class TeacherStore:
                 raise UserError(f"{self.folder}: a row of this run is not in the cache; {REMEDY}")
             place = self._places[digest]
             part = self._parts[place.part]
-            parts.append(self._row(self._files[place.part], part, place.first, place.last, place.check))
+            parts.append(read_row(self._files[place.part], part, digest, place.first, place.last, place.check))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    def _row(self, file: Path, part: Any, first: int, last: int, check: int) -> Answers:
-        try:
-            row = {name: part.get_slice(name)[first:last] for name in answer_names(part)}
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise UserError(f"{file}: cannot be read ({error}); {REMEDY}") from error
-        if check_of(row) != check:
-            raise UserError(f"{file}: is damaged, its values are not those that were written; {REMEDY}")
-        return row
 
     def refuse_others(self, key: TeacherKey) -> None:
         """Raise UserError where a part does not hold what this kind of answers is made of."""
@@ -222,12 +208,8 @@ class TeacherStore:
         for file, part in zip(self._files, self._parts, strict=True):
             if set(answer_names(part)) != wanted:
                 raise UserError(f"{file}: has {', '.join(answer_names(part))}, not {key.kind} answers; {REMEDY}")
-            if key.kind == "hidden" and self._width(part) != self._width(self._parts[0]):
+            if key.kind == "hidden" and width_of(part) != width_of(self._parts[0]):
                 raise UserError(f"{file}: has hidden states of another width; {REMEDY}")
-
-    def _width(self, part: Any) -> int:
-        shape = part.get_slice("hidden").get_shape()
-        return int(shape[1]) if len(shape) == 2 else 0
 
     def add(self, digests: Sequence[bytes], answers: Sequence[Answers]) -> None:
         """Write a new part. answers: of each row. This store sees it only when it is opened anew."""
@@ -240,7 +222,9 @@ class TeacherStore:
         counts = [0, *(len(next(iter(one.values()))) for one in answers)]
         tensors["offsets"] = torch.tensor(counts, dtype=torch.int64).cumsum(0)
         tensors["digests"] = torch.from_numpy(np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32).copy())
-        tensors["checks"] = torch.tensor([check_of(one) for one in answers], dtype=torch.int64)
+        tensors["checks"] = torch.tensor(
+            [check_of(one, digest) for digest, one in zip(digests, answers, strict=True)], dtype=torch.int64
+        )
         _save_durably(tensors, file, {"teacher": self.folder.name})
 
     def unfinished(self) -> dict[bytes, Answers]:
@@ -249,7 +233,7 @@ class TeacherStore:
         if not file.exists():
             return {}
         part, rows = self._open(file)
-        return {digest: self._row(file, part, *place) for digest, place in rows.items() if digest not in self}
+        return {digest: read_row(file, part, digest, *place) for digest, place in rows.items() if digest not in self}
 
     def write_unfinished(self, answers: Mapping[bytes, Answers]) -> None:
         """Keep answers of a part that is not whole yet; without any, remove the file."""
@@ -296,13 +280,11 @@ class TeacherStore:
                 owner = (opened.metadata() or {}).get("teacher")
             tensors = load_file(file)
         except (SafetensorError, OSError) as error:
-            if file.is_file() and not os.access(file, os.R_OK):
-                raise UserError(f"{file}: may not be read; change its permissions") from error
-            raise UserError(f"{file}: cannot be read ({error}); {REMEDY}") from error
+            raise unreadable(file, error) from error
         if owner != self.folder.name:
             raise UserError(f"{file}: belongs to another teacher ({owner}); {REMEDY}")
         check = tensors.pop("check", None)
-        width = self._width(self._parts[0]) if self._parts else None
+        width = width_of(self._parts[0]) if self._parts else None
         shape = tensors["weight"].shape if "weight" in tensors else ()
         if len(shape) != 2 or shape[0] != facts["vocabulary_rows"] or (width is not None and shape[1] != width):
             raise UserError(f"{file}: has no output layer, or not that of these answers; {REMEDY}")
@@ -342,14 +324,38 @@ class CachedTeacher:
         return TopKTeacher(found["ids"].long(), found["log_q"], found["log_tail"], self.vocabulary_rows)
 
 
+def unreadable(file: Path, error: Exception) -> UserError:
+    """Safetensors says of a file without permission that there is none."""
+    if file.is_file() and not os.access(file, os.R_OK):
+        return UserError(f"{file}: may not be read; change its permissions")
+    return UserError(f"{file}: cannot be read ({error}); {REMEDY}")
+
+
 def answer_names(part: Any) -> list[str]:
     """The tensors of a part beside its rows."""
     return sorted(name for name in part.keys() if name not in OF_ROWS)  # noqa: SIM118 - no mapping
 
 
-def check_of(tensors: Mapping[str, Tensor]) -> int:
-    """CRC-32 of the bytes of all tensors, in the order of their names."""
-    check = 0
+def read_row(file: Path, part: Any, digest: bytes, first: int, last: int, check: int) -> Answers:
+    """The answers of a row. Raises UserError where they are not those that were written."""
+    try:
+        row = {name: part.get_slice(name)[first:last] for name in answer_names(part)}
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise unreadable(file, error) from error
+    if check_of(row, digest) != check:
+        raise UserError(f"{file}: is damaged, its values are not those that were written; {REMEDY}")
+    return row
+
+
+def width_of(part: Any) -> int:
+    """E of a part of hidden states."""
+    shape = part.get_slice("hidden").get_shape()
+    return int(shape[1]) if len(shape) == 2 else 0
+
+
+def check_of(tensors: Mapping[str, Tensor], digest: bytes = b"") -> int:
+    """CRC-32 of a row's digest and the bytes of all tensors, in the order of their names."""
+    check = zlib.crc32(digest)
     for _, tensor in sorted(tensors.items()):
         check = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, check)
     return check

@@ -252,6 +252,7 @@ def edited(file: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None
         ("hidden", "part-00000", lambda part: part["hidden"][3].mul_(1.01), "is damaged"),
         ("hidden", "part-00000", lambda part: part.update(hidden=part["hidden"][:, :8].clone()), "not that of these"),
         ("hidden", "part-00000", lambda part: part.update(other=part.pop("hidden")), "not hidden answers"),
+        ("hidden", "part-00000", lambda part: part.update(digests=part["digests"].flip(0)), "is damaged"),
         ("hidden", "head", lambda head: head["weight"][0].add_(1), "is damaged"),
         ("hidden", "head", lambda head: head.update(weight=head["weight"][:100].clone()), "not that of these"),
         ("topk", "part-00000", lambda part: part["ids"].fill_(100_000), "is damaged"),
