@@ -90,18 +90,18 @@ def compared(here: Mapping[str, Any], server: Mapping[str, Any]) -> dict[str, An
         raise ValueError("the two caches do not hold the same rows")
     if len(rows) != len(server["stored"]) or len(here["losses"]) != len(server["losses"]):
         raise ValueError("the two runs do not have the same rows or steps")
-    same_D = [(kept["ids"] == of["ids"]).all(-1) for kept, of in rows]
-    largest = {
-        name: max(
-            float((kept[name] - of[name])[same].abs().amax()) for (kept, of), same in zip(rows, same_D, strict=True)
-        )
-        for name in ("log_q", "log_tail")
-    }
+    import torch
+
+    same_N = torch.cat([(kept["ids"] == of["ids"]).all(-1) for kept, of in rows])
+    largest = {}
+    for name in ("log_q", "log_tail"):
+        alike = torch.cat([(kept[name] - of[name]).abs() for kept, of in rows])[same_N]
+        largest[name] = float(alike.max()) if alike.numel() else 0.0
     pairs = list(zip(here["losses"], server["losses"], strict=True))
     return {
         "rows": len(rows),
-        "positions": sum(len(same) for same in same_D),
-        "positions_with_other_tokens": sum(int((~same).sum()) for same in same_D),
+        "positions": len(same_N),
+        "positions_with_other_tokens": int((~same_N).sum()),
         **largest,
         "steps": len(pairs),
         "loss": max(abs(one - other) for one, other in pairs),

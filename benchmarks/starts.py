@@ -206,20 +206,22 @@ def chosen(way: Way) -> tuple[float | None, bool]:
 
 def results(pairs: Sequence[str], earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """All lines that have a student, with the figures of each seed; of other pairs, what an earlier record has."""
+    today = f"{datetime.now(UTC):%Y-%m-%d}"
     lines = [line for line in earlier["lines"] if line["pair"] not in pairs] if earlier else []
     for way in (way for way in WAYS if way.pair in pairs):
         rate, complete = chosen(way)
         if rate is None:
             continue
         runs = [run for run in (Run(way, rate, seed) for seed in SEEDS) if run.is_scored]
-        line: dict[str, Any] = {"pair": way.pair, "start": way.start, "loss": way.loss, "steps": way.steps}
-        line |= {"budget": way.budget, "learning_rate": rate, "rates": list(way.rates), "all_rates_tried": complete}
+        line: dict[str, Any] = {"date": today, "pair": way.pair, "start": way.start, "loss": way.loss}
+        line |= {"steps": way.steps, "budget": way.budget, "learning_rate": rate}
+        line |= {"rates": list(way.rates), "all_rates_tried": complete}
         line["weights"] = {str(run.seed): weight_of(run) for run in runs}
         line["validation"] = {f"{r:g}": validation_score(Run(way, r, SEEDS[0])) for r in way.rates}
         line["budgets"] = {str(run.seed): facts_of(run)["budget"] for run in runs if way.budget is not None}
         lines.append(line | {"figures": {str(run.seed): figures_of(run) for run in runs}})
     its_ends = earlier["ends"] if earlier and "world" not in pairs else ends()
-    return {"date": f"{datetime.now(UTC):%Y-%m-%d}", "ends": its_ends, "lines": lines}
+    return {"date": today, "ends": its_ends, "lines": lines}
 
 
 def facts_of(run: Run) -> dict[str, Any]:
@@ -249,21 +251,24 @@ def ends() -> dict[str, dict[str, dict[str, float]]]:
 
 def markdown(record: Mapping[str, Any]) -> str:
     """A table for each pair."""
-    parts = [f"# Where a student starts\n\n{record['date']}, CPU. Written by `benchmarks/starts.py`."]
+    parts = ["# Where a student starts\n\nCPU. Written by `benchmarks/starts.py`."]
     for pair, title in TITLES.items():
-        units = UNITS[pair]
+        units, lines = UNITS[pair], [line for line in record["lines"] if line["pair"] == pair]
+        if not lines:
+            continue
         head = ["start", "weight", "loss", "steps", "learning rate", "seeds", *units]
         rows = []
         if pair == "world":
             for name, by_seed in record["ends"].items():
                 rows.append([name, "", "", "", "", str(len(by_seed)), *cells(by_seed, units)])
-        for line in (line for line in record["lines"] if line["pair"] == pair):
+        for line in lines:
             budget = "" if line["budget"] is None else f", budget {line['budget']:g}"
             rate = f"{line['learning_rate']:g}" + ("" if line["all_rates_tried"] else " (search not complete)")
             weight = spread(list(line["weights"].values()), 2)
             names = [line["start"], weight, LOSSES[line["loss"]] + budget, str(line["steps"]), rate]
             rows.append([*names, str(len(line["figures"])), *cells(line["figures"], units)])
-        parts.append(f"## {title}\n\n{table(head, rows)}")
+        dates = ", ".join(sorted({line["date"] for line in lines}))
+        parts.append(f"## {title}\n\n{dates}\n\n{table(head, rows)}")
     return "\n\n".join([*parts, NOTES]) + "\n"
 
 

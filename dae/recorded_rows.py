@@ -84,6 +84,8 @@ def recorded_sources(folder: str, route: str) -> list[dict[str, Any]] | str:
     Returns:
         The sources, without shares (those belong to that run); or, as text, why there are none.
     """
+    if folder.startswith(("http://", "https://")):  # it may hold a login
+        return "no data is recorded at the address of a server"
     provenance = read_provenance(folder)
     if provenance is None:
         return f"{folder} is not a run folder of dae, so no data is recorded in it"

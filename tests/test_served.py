@@ -34,6 +34,13 @@ def test_positions_with_other_tokens_are_counted_apart() -> None:
     assert found["positions_with_other_tokens"] == 2 and found["log_q"] == 0.25
 
 
+def test_no_position_with_the_same_tokens_is_no_difference() -> None:
+    other = run()
+    other["stored"] = {row: {**kept, "ids": kept["ids"] + 9} for row, kept in other["stored"].items()}
+    found = compared(run(), other)
+    assert (found["positions_with_other_tokens"], found["log_q"], found["log_tail"]) == (4, 0.0, 0.0)
+
+
 @pytest.mark.parametrize("other", [run(rows=1), run(rows=3), run(losses=(1.0,))])
 def test_unlike_runs_are_refused(other: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="same rows"):

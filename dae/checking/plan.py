@@ -164,8 +164,7 @@ def check_output(output: str, key: str = "output") -> None:
     """Raise UserError if a folder cannot be written. key: of the recipe."""
     place = Path(output)
     existing = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
-    if not existing.is_dir():
-        raise UserError(f"{key}: {existing}: is a file; expected a folder")
+    refuse_file(place, key)
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{key}: {output}: no permission to write to {existing}; use another folder")
 

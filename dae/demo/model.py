@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dae.demo import vocabulary as words
+from kd.runs.files import give_usual_permissions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -91,4 +92,5 @@ def save_untrained(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
+    give_usual_permissions(folder / "model.safetensors")
     tokenizer.save_pretrained(folder)

@@ -59,7 +59,7 @@ logger = logging.getLogger("dae")
 PART_BYTES = 64 << 20  # of answers in one file
 # The same for a teacher on a server; enough rows to be asked side by side.
 SERVED_PART_BYTES, SERVED_PART_ROWS = 4 << 20, 512
-KEPT_EVERY = 32  # rows of a server: after a kill, at most so many are asked again
+KEPT_EVERY = 32  # rows of a server: after a kill, about so many are asked again
 WAIT_SECONDS = 2.0
 LOGITS_ELEMENTS = 2**23  # at once, where probabilities are needed
 # Rotary embeddings that depend on the longest row of a batch, once it is longer than the model was first trained on.
@@ -155,20 +155,22 @@ def fill_one(
 def fill_from_server(teacher: ServedTeacher, plan: CachePlan, text_of: Callable[[int], str]) -> None:
     """Ask a server for a teacher's missing rows, and add them to its store, which this process holds."""
     server = ServedAnswers(plan.role, teacher, plan.head_shape[0], text_of)
+    kept = plan.store.unfinished()
     if plan.known is not None:
         digest, (rows, index) = plan.known
         server.refuse_change(rows.arrays(index), plan.store.answers([digest]), plan.store.folder)
+    elif (known := next((item for item in plan.missing.items() if item[0] in kept), None)) is not None:
+        digest, (rows, index) = known
+        server.refuse_change(rows.arrays(index), kept[digest], plan.store.folder)
     if not plan.store.has_teacher:
         plan.store.write_teacher(None, plan.key, str(teacher), plan.head_shape[0])
-
-    kept = plan.store.unfinished()
 
     def answers(part: Sequence[Missing]) -> list[Answers]:
         asked = [item for item in part if item[0] not in kept]
         try:
-            rows = [rows.arrays(index) for _, (rows, index) in asked]
-            for count, (index, answer) in enumerate(server.answers(rows), 1):
-                kept[asked[index][0]] = answer
+            answered = server.answers([rows.arrays(index) for _, (rows, index) in asked])
+            for count, (place, answer) in enumerate(answered, 1):
+                kept[asked[place][0]] = answer
                 if count % KEPT_EVERY == 0:
                     plan.store.write_unfinished(kept)
         except BaseException:

@@ -155,10 +155,17 @@ def refuse_small_disk(plans: Iterable[CachePlan]) -> None:
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        smaller = {"hidden": "cache.dtype=int8 or cache.kind=topk", "topk": "a lower cache.top_k or cache.kind=sampled"}
-        kinds = [plan.key.kind for plan in several if plan.missing_bytes]
-        less = f", or store less ({smaller[kinds[0]]})" if kinds[0] in smaller else ""
+        less = smaller(next(plan for plan in several if plan.missing_bytes))
         raise MachineError(
             f"{folder}: the cache needs {needed / 1e6:,.2f} MB more, and the disk has {free / 1e6:,.2f} MB free; free "
-            f"some space, or set cache.path to another disk{less}"
+            f"some space, set cache.path to another disk, or store less ({less})"
         )
+
+
+def smaller(plan: CachePlan) -> str:
+    """What would make a plan's answers smaller."""
+    if plan.key.is_served:
+        return f"{plan.role}.top_k"
+    if plan.key.kind == "hidden":
+        return "cache.kind=topk" if plan.key.stored == "int8" else "cache.dtype=int8, cache.kind=topk"
+    return "cache.top_k, cache.kind=sampled" if plan.key.kind == "topk" else "cache.samples"

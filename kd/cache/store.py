@@ -97,9 +97,7 @@ class TeacherKey:
     @property
     def digest(self) -> str:
         """Its folder's name: 16 hexadecimal digits."""
-        *decided, quantization = astuple(self)
-        decided += [quantization] if quantization else []  # without it, folders keep the names they have always had
-        values = json.dumps([FORMAT, *decided])
+        values = json.dumps([FORMAT, *astuple(self)])
         return hashlib.sha256(values.encode()).hexdigest()[:16]
 
 
@@ -232,8 +230,13 @@ class TeacherStore:
         file = self.folder / UNFINISHED
         if not file.exists():
             return {}
-        part, rows = self._open(file)
-        return {digest: read_row(file, part, digest, *place) for digest, place in rows.items() if digest not in self}
+        try:
+            part, rows = self._open(file)
+            if set(answer_names(part)) != ANSWERS["topk"]:
+                raise UserError(f"{file}: has {', '.join(answer_names(part))}, not topk answers; {REMEDY}")
+            return {digest: read_row(file, part, digest, *row) for digest, row in rows.items() if digest not in self}
+        except UserError as error:  # the parts beside it are whole
+            raise UserError(f"{error}".replace(REMEDY, "remove this file and run the same command again")) from error
 
     def write_unfinished(self, answers: Mapping[bytes, Answers]) -> None:
         """Keep answers of a part that is not whole yet; without any, remove the file."""
@@ -288,7 +291,7 @@ class TeacherStore:
         shape = tensors["weight"].shape if "weight" in tensors else ()
         if len(shape) != 2 or shape[0] != facts["vocabulary_rows"] or (width is not None and shape[1] != width):
             raise UserError(f"{file}: has no output layer, or not that of these answers; {REMEDY}")
-        if check is None or check.numel() != 1 or int(check) != check_of(tensors):
+        if check is None or check.dtype != torch.int64 or check.numel() != 1 or int(check) != check_of(tensors):
             raise UserError(f"{file}: is damaged, its values are not those that were written; {REMEDY}")
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         head = Head(tensors["weight"], tensors.get("bias"), float(facts["scale"]), facts.get("softcap"))
@@ -314,11 +317,12 @@ class CachedTeacher:
         Raises UserError where a row is not in the store.
         """
         device = rows["input_ids"].device
-        found = {name: values.to(device) for name, values in self.store.answers(batch_digests(rows)).items()}
+        answers = self.store.answers(batch_digests(rows))
+        if self.head is None and bool(((answers["ids"] < 0) | (answers["ids"] >= self.vocabulary_rows)).any()):
+            raise UserError(f"{self.store.folder}: names tokens beyond {self.vocabulary_rows}; {REMEDY}")
+        found = {name: values.to(device) for name, values in answers.items()}
         if self.head is not None:
             return HiddenTeacher(from_stored(found), self.head)
-        if found["ids"].numel() and not 0 <= int(found["ids"].min()) <= int(found["ids"].max()) < self.vocabulary_rows:
-            raise UserError(f"{self.store.folder}: names tokens beyond {self.vocabulary_rows}; {REMEDY}")
         if self.kind == "sampled":
             return SampledTeacher(found["ids"].long(), found["entropy"], self.vocabulary_rows)
         return TopKTeacher(found["ids"].long(), found["log_q"], found["log_tail"], self.vocabulary_rows)

@@ -16,8 +16,8 @@ def plain_address(text: str, key_name: str) -> str:
     try:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise ValueError(f"invalid address ({error}); expected http://localhost:8000/v1 or the like") from error
+    except ValueError as error:  # it may repeat a part of the address
+        raise ValueError("invalid address; expected http://localhost:8000/v1 or the like") from error
     if parts.scheme not in ("http", "https") or not host:
         raise ValueError("expected an address such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:

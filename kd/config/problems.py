@@ -138,9 +138,11 @@ def report(problems: Sequence[Problem], origins: Origins, fallback: str) -> User
         value = "" if problem.value is NO_VALUE or problem.value is SECRET else f" = {shown(problem.value)}"
         name = f"{'.'.join(str(part) for part in key)}{value}: " if key else ""
         origin = problem.origin or origins.of(key) or fallback
-        if origin.startswith(f"{'.'.join(str(part) for part in key)}="):
+        if problem.value is SECRET:
+            origin = origin.partition("=")[0]
+            name = "" if origin == ".".join(str(part) for part in key) else name
+        elif origin.startswith(f"{'.'.join(str(part) for part in key)}="):
             name = ""  # `key=value` already shows key and value
-            origin = origin.partition("=")[0] if problem.value is SECRET else origin
         lines.append(f"{origin}: {name}{problem.message}")
     unique = list(dict.fromkeys(lines))
     if len(unique) == 1:

@@ -60,7 +60,7 @@ def served_problems(raw: Mapping[str, Any], teachers: Mapping[Key, Any]) -> list
         if isinstance(teacher, str) and teacher.startswith(("http://", "https://")):
             name = ".".join(map(str, key))
             words = f"is the address of a server: write {name}.url=ADDRESS and {name}.model=NAME"
-            problems.append(Problem(key, NO_VALUE, words))
+            problems.append(Problem(key, SECRET, words))
     served = {key: one for key, one in teachers.items() if isinstance(one, Mapping)}
     if not served:
         return problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,16 @@ SECONDS = 10  # for one answer of the hub
 
 def could_be_on_the_hub(name: str) -> bool:
     """Whether a path that is not there has the form owner/name and does not end as a file of rows does."""
-    return HUB_ID.fullmatch(name) is not None and not name.endswith(FILE_ENDINGS)
+    if not HUB_ID.fullmatch(name) or name.endswith(FILE_ENDINGS):
+        return False
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def hub_dataset(name: str, split: str) -> Any:
@@ -62,13 +72,17 @@ def asking_the_hub_once(name: str, which: str = "") -> Iterator[None]:
         config.HF_HUB_OFFLINE = before
 
 
+@functools.cache
 def why_no_answer(name: str) -> str | None:
-    """What keeps the hub from answering; None where it answers, be it that it has no such data set."""
+    """What keeps the hub from answering; None where it answers, be it that it has no such data set.
+
+    Asked once in a process, so that rows and their fingerprint come from the same place.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        HfApi().dataset_info(name, timeout=SECONDS)
+        HfApi().dataset_info(name, timeout=SECONDS, expand=["sha"])
     except HfHubHTTPError:
         return None
     except Exception as error:  # noqa: BLE001 - the hub client lets errors of its HTTP library through

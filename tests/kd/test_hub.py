@@ -23,6 +23,7 @@ from kd.errors import UserError
 def online(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    hub.why_no_answer.cache_clear()
 
 
 def at(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
@@ -79,6 +80,13 @@ def test_a_hub_that_has_no_such_data_set_is_believed(empty_hub: tuple[str, list[
     assert "UserError: data/train: no such file or folder" in message and "(split 'test')" in message
     assert "doesn't exist on the Hub" in message
     assert any("data/train" in path for path in empty_hub[1])
+
+
+@pytest.mark.parametrize("path", ["data/my--rows", "data/a..b", "data/x-", f"data/{'x' * 100}"])
+def test_a_name_that_no_hub_has_is_a_path(path: str) -> None:
+    assert not hub.could_be_on_the_hub(path)
+    with pytest.raises(UserError, match=r"no such file or folder$"):
+        data_sha256(path)
 
 
 def test_without_an_answer_the_cache_is_read(online: None, monkeypatch: pytest.MonkeyPatch) -> None:
