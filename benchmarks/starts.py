@@ -254,7 +254,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     parts = ["# Where a student starts\n\nCPU. Written by `benchmarks/starts.py`."]
     for pair, title in TITLES.items():
         units, lines = UNITS[pair], [line for line in record["lines"] if line["pair"] == pair]
-        if not lines:
+        if not lines and pair != "world":
             continue
         head = ["start", "weight", "loss", "steps", "learning rate", "seeds", *units]
         rows = []
@@ -267,8 +267,8 @@ def markdown(record: Mapping[str, Any]) -> str:
             weight = spread(list(line["weights"].values()), 2)
             names = [line["start"], weight, LOSSES[line["loss"]] + budget, str(line["steps"]), rate]
             rows.append([*names, str(len(line["figures"])), *cells(line["figures"], units)])
-        dates = ", ".join(sorted({line["date"] for line in lines}))
-        parts.append(f"## {title}\n\n{dates}\n\n{table(head, rows)}")
+        dates = sorted({line["date"] for line in lines})
+        parts.append("\n\n".join([f"## {title}", *dates, table(head, rows)]))
     return "\n\n".join([*parts, NOTES]) + "\n"
 
 
