@@ -155,15 +155,15 @@ def refuse_small_disk(plans: Iterable[CachePlan]) -> None:
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        less = smaller(next(plan for plan in several if plan.missing_bytes))
+        less = keys_to_store_less(next(plan for plan in several if plan.missing_bytes))
         raise MachineError(
             f"{folder}: the cache needs {needed / 1e6:,.2f} MB more, and the disk has {free / 1e6:,.2f} MB free; free "
             f"some space, set cache.path to another disk, or store less ({less})"
         )
 
 
-def smaller(plan: CachePlan) -> str:
-    """What would make a plan's answers smaller."""
+def keys_to_store_less(plan: CachePlan) -> str:
+    """The keys of the recipe that would make a plan's answers smaller."""
     if plan.key.is_served:
         return f"{plan.role}.top_k"
     if plan.key.kind == "hidden":

@@ -66,7 +66,7 @@ class ServedAnswers:
         self._server.refuse_unreachable()
 
     def answers(self, rows: Sequence[Row]) -> Iterator[tuple[int, Answers]]:
-        """Of each row, as they come, with its place: ids [N, K] int32, log_q [N, K], log_tail [N], as kind topk.
+        """Yields (index of the row, its answers) as they arrive: ids [N, K] int32, log_q [N, K], log_tail [N].
 
         Raises:
             UserError: the server refuses, or answers something else than what it was asked.

@@ -290,7 +290,7 @@ class TeacherStore:
         width = width_of(self._parts[0]) if self._parts else None
         shape = tensors["weight"].shape if "weight" in tensors else ()
         if len(shape) != 2 or shape[0] != facts["vocabulary_rows"] or (width is not None and shape[1] != width):
-            raise UserError(f"{file}: has no output layer, or not that of these answers; {REMEDY}")
+            raise UserError(f"{file}: has no output layer, or that of other answers; {REMEDY}")
         if check is None or check.dtype != torch.int64 or check.numel() != 1 or int(check) != check_of(tensors):
             raise UserError(f"{file}: is damaged, its values are not those that were written; {REMEDY}")
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -319,7 +319,9 @@ class CachedTeacher:
         device = rows["input_ids"].device
         answers = self.store.answers(batch_digests(rows))
         if self.head is None and bool(((answers["ids"] < 0) | (answers["ids"] >= self.vocabulary_rows)).any()):
-            raise UserError(f"{self.store.folder}: names tokens beyond {self.vocabulary_rows}; {REMEDY}")
+            raise UserError(
+                f"{self.store.folder}: has token ids above the vocabulary of {self.vocabulary_rows} rows; {REMEDY}"
+            )
         found = {name: values.to(device) for name, values in answers.items()}
         if self.head is not None:
             return HiddenTeacher(from_stored(found), self.head)

@@ -33,7 +33,7 @@ class ServedTeacher(Frozen):
 
     @field_validator("url")
     @classmethod
-    def _plain(cls, value: str) -> str:
+    def _plain_form(cls, value: str) -> str:
         try:
             return plain_address(value, KEY_NAME)
         except ValueError:  # served_problems refuses it

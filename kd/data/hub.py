@@ -52,7 +52,7 @@ def hub_dataset_commit(name: str) -> str | None:
 
 @contextmanager
 def asking_the_hub_once(name: str, which: str = "") -> Iterator[None]:
-    """Errors of the block as UserError; where the hub does not answer one request, the block has the cache only.
+    """Turn errors of the block into UserError. Where the hub does not answer one request, only the cache is read.
 
     `datasets` alone tries for half a minute and prints each try, which is long for a path with a typo.
     """
@@ -74,7 +74,7 @@ def asking_the_hub_once(name: str, which: str = "") -> Iterator[None]:
 
 @functools.cache
 def why_no_answer(name: str) -> str | None:
-    """What keeps the hub from answering; None where it answers, be it that it has no such data set.
+    """What keeps the hub from answering; None where it answers, also that it has no such data set.
 
     Asked once in a process, so that rows and their fingerprint come from the same place.
     """

@@ -250,11 +250,16 @@ def edited(file: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None
     ("kind", "file", "change", "words"),
     [
         ("hidden", "part-00000", lambda part: part["hidden"][3].mul_(1.01), "is damaged"),
-        ("hidden", "part-00000", lambda part: part.update(hidden=part["hidden"][:, :8].clone()), "not that of these"),
+        (
+            "hidden",
+            "part-00000",
+            lambda part: part.update(hidden=part["hidden"][:, :8].clone()),
+            "that of other answers",
+        ),
         ("hidden", "part-00000", lambda part: part.update(other=part.pop("hidden")), "not hidden answers"),
         ("hidden", "part-00000", lambda part: part.update(digests=part["digests"].flip(0)), "is damaged"),
         ("hidden", "head", lambda head: head["weight"][0].add_(1), "is damaged"),
-        ("hidden", "head", lambda head: head.update(weight=head["weight"][:100].clone()), "not that of these"),
+        ("hidden", "head", lambda head: head.update(weight=head["weight"][:100].clone()), "that of other answers"),
         ("topk", "part-00000", lambda part: part["ids"].fill_(100_000), "is damaged"),
         ("topk", "part-00000", lambda part: part["log_q"].fill_(2.0), "is damaged"),
         ("topk", "part-00000", lambda part: part.pop("log_tail"), "not topk answers"),
@@ -291,7 +296,7 @@ def test_tokens_beyond_the_vocabulary_are_refused_even_with_a_right_check(tmp_pa
     teacher = TeacherStore(folder).teacher("t", key, "cpu")
     batch = {"input_ids": torch.tensor([row[0].tolist()]), "response_mask": torch.tensor([row[1].tolist()])}
     batch["attention_mask"] = torch.ones(1, 2, dtype=torch.int64)
-    with pytest.raises(UserError, match="names tokens beyond 8"):
+    with pytest.raises(UserError, match="token ids above the vocabulary of 8 rows"):
         teacher.logits(batch)
 
 
