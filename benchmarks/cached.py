@@ -33,7 +33,8 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import starts
-from benchmarks.starts import UNITS, WAYS, Run, Way, cells, figures_of, table
+from benchmarks.starts_tables import UNITS, cells, table
+from benchmarks.starts_ways import WAYS, Run, Way, figures_of
 
 RESULTS = Path("benchmarks/results")
 COSTS = Path("runs/starts/cached-costs.json")

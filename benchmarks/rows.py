@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.real_pair_scores import LEVEL, RESAMPLES, SHARED, completion_bytes
-from benchmarks.starts import LAMBDAS, LOSSES, table
+from benchmarks.starts import LAMBDAS
+from benchmarks.starts_tables import LOSSES, table
 from benchmarks.trade_off import LIMIT
 from kd.runs.files import write_text_durably
 

@@ -27,7 +27,7 @@ from typing import Any
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.starts import table
+from benchmarks.starts_tables import table
 
 RESULTS = Path("benchmarks/results")
 DEMO = Path("runs/demo_seeds/seed-0")

@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-COLOURS = {"DAE": "#1f6aa5", "next-token loss": "#c8553d", "DAE with a budget": "#8a8a8a"}
-MARKERS = {"base": "o", "auto": "^", "0.5": "s"}
+COLOURS = {"DAE": "#1f6aa5", "next-token loss": "#c8553d", "DAE with a budget": "#8a8a8a", "merge": "#b8a13a"}
+MARKERS = {"base": "o", "auto": "^", "0.5": "s", "": "x"}
 PANELS = {
     "world": ("shop, not aligned", "general, not aligned", 100.0, "The demo's world: accuracy in %"),
     "category": ("category", "stories", 1.0, "Titles to categories: accuracy in %, bits per byte"),
@@ -31,13 +31,14 @@ def draw(record: Mapping[str, Any], file: Path) -> None:
     """Both pairs side by side: the domain to the right, what should not be lost upwards."""
     figure = Figure(figsize=(10.5, 4.2))
     for panel, pair in zip(figure.subplots(1, 2), PANELS, strict=True):
-        draw_pair(panel, pair, [line for line in record["lines"] if line["pair"] == pair and line["figures"]])
+        lines = [line for line in record["lines"] if line["pair"] == pair and not line["all_weights"]]
+        draw_pair(panel, pair, lines)
     handles = [Line2D([], [], color=colour, marker="o", linestyle="", label=name) for name, colour in COLOURS.items()]
-    used = {line["start"] for line in record["lines"] if line["figures"]}
+    used = {line["start"] for line in record["lines"]}
     handles += [
         Line2D([], [], color="black", marker=marker, linestyle="", fillstyle="none", label=f"start {name}")
         for name, marker in MARKERS.items()
-        if name in used
+        if name and name in used
     ]
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
@@ -51,12 +52,18 @@ def draw_pair(panel: Axes, pair: str, lines: Sequence[Mapping[str, Any]]) -> Non
         points = list(line["figures"].values())
         x, y = [100 * point[across] for point in points], [unit_up * point[up] for point in points]
         middle = sum(x) / len(x), sum(y) / len(y)
-        loss = {"dae": "DAE", "ntp": "next-token loss"}.get(line["loss"], line["loss"])
-        name = "DAE with a budget" if line["budget"] is not None else loss
+        name = name_of(line)
         spread = {"xerr": ranges(x), "yerr": ranges(y)} if len(points) > 1 else {}
-        colour = COLOURS.get(name, "black")
-        panel.errorbar(*middle, **spread, color=colour, marker=MARKERS[line["start"]], markersize=7, elinewidth=0.8)
-        panel.annotate(str(line["steps"]), middle, (6, 4), textcoords="offset points", fontsize=8, color=colour)
+        colour, marker = COLOURS[name], MARKERS[line["start"]]
+        panel.errorbar(*middle, **spread, color=colour, marker=marker, markersize=7, elinewidth=0.8)
+        panel.annotate(
+            f"{line['merge']} {line['learning_rate']:g}" if line["merge"] else str(line["steps"]),
+            middle,
+            (6, 4),
+            textcoords="offset points",
+            fontsize=8,
+            color=colour,
+        )
     panel.margins(0.12)
     panel.set_title(title, fontsize=10)
     panel.set_xlabel(across)
@@ -65,6 +72,15 @@ def draw_pair(panel: Axes, pair: str, lines: Sequence[Mapping[str, Any]]) -> Non
         panel.invert_yaxis()
     panel.grid(color="#e5e5e5")
     panel.set_axisbelow(True)
+
+
+def name_of(line: Mapping[str, Any]) -> str:
+    """What the legend has."""
+    if line["merge"]:
+        return "merge"
+    if line["budget"] is not None:
+        return "DAE with a budget"
+    return {"dae": "DAE", "ntp": "next-token loss"}[line["loss"]]
 
 
 def ranges(values: Sequence[float]) -> list[list[float]]:

@@ -7,15 +7,22 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from pico import make_model, make_tokenizer
 
-from benchmarks import starts, starts_picture
-from benchmarks.starts import SEEDS, WAYS, Run
+from benchmarks import starts, starts_kl, starts_picture, starts_tables, starts_ways
+from benchmarks.starts_ways import COEFFICIENTS, SEEDS, WAYS, Run, Way
+from dae.merging.recipe import WeightsRecipe
 from dae.pipeline.recipe import read_pipeline
 from dae.recipe import AlignRecipe
 from kd.config.loading import load_recipe
+from kd.losses.divergences import forward_kl
 
 ROOT = Path(__file__).resolve().parents[1]
+TRAINED = tuple(way for way in WAYS if not way.merge)
+MERGED = tuple(way for way in WAYS if way.merge)
 
 
 def recipe_of(run: Run) -> Any:
@@ -25,64 +32,126 @@ def recipe_of(run: Run) -> Any:
         place = words.index("run") + 1
         path = ROOT / words[place].removeprefix("../../../")
         return next(stage for stage in read_pipeline(path, words[place + 1 :]).pipeline().stages).recipe
+    if run.way.merge:
+        settings = words[3 : words.index("&&")]
+        given = {settings[i].removeprefix("--"): settings[i + 1] for i in range(0, 6, 2)}
+        return load_recipe(WeightsRecipe, None, given, settings[6:])
     first = words.index("--recipe") + 1
     end = words.index("&&")
     output, settings = words[first + 2], words[first + 3 : end]
     return load_recipe(AlignRecipe, ROOT / words[first], {"output": output}, settings)
 
 
+def first_run(way: Way, seed: int = SEEDS[0]) -> Run:
+    return Run(way, (way.rates or (way.rate_of or way).rates)[0], seed)
+
+
 @pytest.mark.parametrize("pair", ["world", "category", "questions"])
 def test_ways_differ_in_what_is_compared_alone(pair: str) -> None:
-    recipes = [recipe_of(Run(way, way.rates[0], SEEDS[1])) for way in WAYS if way.pair == pair]
+    ways = [way for way in TRAINED if way.pair == pair]
+    recipes = [recipe_of(first_run(way, SEEDS[1])) for way in ways]
     assert len({recipe.output for recipe in recipes}) == len(recipes) >= 4
-    varied = {"output": "", "start": "base", "lambda_": 1.0, "budget": {}}
-    for recipe in recipes:
+    varied = {"output": "", "start": "base", "lambda_": 1.0, "budget": {}, "lora": None}
+    for way, recipe in zip(ways, recipes, strict=True):
         train = {key: value for key, value in recipe.train.items() if key not in ("max_steps", "learning_rate")}
         first = {key: value for key, value in recipes[0].train.items() if key in train}
         assert train == first and recipe.seed == SEEDS[1]
+        assert (recipe.lora is None) == way.all_weights
+        assert recipe.lora in (None, recipes[0].lora)
         alike = {**varied, "train": {}}
         assert recipe.model_copy(update=alike) == recipes[0].model_copy(update=alike)
 
 
 def test_the_starts_are_those_of_the_ways() -> None:
-    found = {(way.start, str(recipe_of(Run(way, way.rates[0], 0)).start)) for way in WAYS if way.pair == "world"}
+    found = {(way.start, str(recipe_of(first_run(way)).start)) for way in TRAINED if way.pair == "world"}
     assert found == {("base", "base"), ("auto", "auto"), ("0.5", "{'shop': 0.5}")}
+
+
+def test_every_pair_is_merged_by_every_method() -> None:
+    recipes = [recipe_of(Run(way, rate, 0)) for way in MERGED for rate in way.rates]
+    found = [(recipe.method, recipe.weight) for recipe in recipes]
+    assert found == 3 * [(method, rate) for method, rates in COEFFICIENTS.items() for rate in rates]
+    assert len({recipe.output for recipe in recipes}) == len(recipes)
+
+
+def test_other_seeds_wait_for_a_whole_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores: dict[float, float | None] = {rate: rate for rate in starts_ways.WARM["category"]}
+    monkeypatch.setattr(starts_ways, "validation_score", lambda run: scores.get(run.rate))
+    monkeypatch.setattr(Run, "is_scored", property(lambda _: False))
+    way, longer = starts_ways.CATEGORY["auto"][0], starts_ways.longer(starts_ways.CATEGORY["auto"][0])
+    monkeypatch.setattr(starts, "WAYS", (way, longer))
+
+    def missing() -> list[tuple[int, float, int]]:
+        return [(run.way.steps, run.rate, run.seed) for run in starts.missing_runs(["category"])]
+
+    searched = [(300, rate, 0) for rate in way.rates]
+    others = [(300, max(way.rates), seed) for seed in (1, 2)]
+    assert missing() == searched + others + [(600, max(way.rates), seed) for seed in (0, 1, 2)]
+    scores[way.rates[1]] = None
+    assert missing() == searched
+
+
+def write_scores(run: Run, **scores: list[float]) -> None:
+    tasks = {task: {"documents": [{"score": score} for score in of]} for task, of in scores.items()}
+    file = starts_ways.scores_file(run.folder.name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"tasks": tasks}))
 
 
 def test_tables_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A category run with scores: its line shows test documents only, and that the search is not complete."""
-    monkeypatch.setattr(starts, "WORK", tmp_path)
-    monkeypatch.setattr(starts, "ends", lambda: {"base": {"0": dict.fromkeys(starts.GROUPS, 0.25)}})
-    monkeypatch.setattr(starts, "completion_bytes", lambda _shared, _task: starts.np.full(6, 2.0))
-    way = next(way for way in WAYS if way.pair == "category" and way.start == "auto" and way.loss == "dae")
+    monkeypatch.setattr(starts_ways, "WORK", tmp_path)
+    monkeypatch.setattr(starts_ways, "DEMOS", tmp_path)
+    monkeypatch.setattr(starts_tables, "ends", lambda: {"base": {"0": dict.fromkeys(starts_ways.GROUPS, 0.25)}})
+    monkeypatch.setattr(starts_ways, "completion_bytes", lambda _shared, _task: np.full(6, 2.0))
+    way = starts_ways.CATEGORY["auto"][0]
     run = Run(way, way.rates[0], 0)
-    scores = {"real_category": [1, 0, 0, 1, 0, 0], "real_stories": [2, 2, 9, 4, 4, 9]}
-    tasks = {task: {"documents": [{"score": score} for score in of]} for task, of in scores.items()}
-    starts.scores_file(run.folder.name).parent.mkdir(parents=True)
-    starts.scores_file(run.folder.name).write_text(json.dumps({"tasks": tasks}))
+    write_scores(run, real_category=[1, 0, 0, 1, 0, 0], real_stories=[2, 2, 9, 4, 4, 9])
     run.folder.mkdir()
     (run.folder / "run.json").write_text(json.dumps({"summary": {"start": {"weights": {"domain": 0.3}}}}))
-    assert starts.real_figures(run, is_validation=False) == {"category": 0.5, "stories": 1.5}
-    assert starts.validation_score(run) == 0.0 - 4.5
-    text = starts.markdown(starts.results(list(starts.TITLES)))
-    assert "| auto | 0.30 | DAE | 300 | 0.0005 (search not complete) | 1 | 50.0 | 1.500 |" in text
-    assert "| base |  |  |  |  | 1 | 25.0 | 25.0 | 25.0 | 25.0 |" in text
-    starts_picture.draw(starts.results(list(starts.TITLES)), tmp_path / "starts.svg")
+    run.kl_file.parent.mkdir()
+    run.kl_file.write_text(json.dumps({"general KL": 0.02, "domain KL": 3.0}))
+    merged = Run(next(way for way in MERGED if (way.pair, way.merge) == ("category", "task_arithmetic")), 0.5, 0)
+    write_scores(merged, real_category=[1, 1, 0, 1, 0, 0], real_stories=[2, 2, 9, 4, 4, 9])
+    assert starts_ways.real_figures(run, is_validation=False) == {"category": 0.5, "stories": 1.5}
+    assert starts_ways.validation_score(run) == 0.0 - 4.5
+    record = starts_tables.results(list(starts_tables.TITLES))
+    text = starts_tables.markdown(record)
+    assert "| auto (0.30) | DAE | 300 | 0.0005 (search not complete) | 1 | 50.0 | 1.500 | 0.020 | 3.000 |" in text
+    assert "| merge | task arithmetic, coefficient 0.5 |  |  | 1 | 75.0 | 1.500 |  |  |" in text
+    assert "| base |  |  |  | 1 | 25.0 | 25.0 | 25.0 | 25.0 |  |  |" in text
+    starts_picture.draw(record, tmp_path / "starts.svg")
     assert "<!-- 300 -->" in (tmp_path / "starts.svg").read_text()
 
 
 def test_one_pair_alone_leaves_the_others_as_they_were(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(starts, "WORK", tmp_path)
-    monkeypatch.setattr(starts, "completion_bytes", lambda _shared, _task: starts.np.full(3, 2.0))
+    monkeypatch.setattr(starts_ways, "WORK", tmp_path)
+    monkeypatch.setattr(starts_ways, "completion_bytes", lambda _shared, _task: np.full(3, 2.0))
     earlier = {"ends": {"base": {}}, "lines": [{"pair": "category", "start": "auto"}, {"pair": "questions"}]}
-    run = Run(next(way for way in WAYS if way.pair == "questions"), 5e-3, 0)
-    tasks = {task: {"documents": [{"score": 3.0}] * 3} for task in ("real_hetpqa", "real_stories")}
-    starts.scores_file(run.folder.name).parent.mkdir(parents=True)
-    starts.scores_file(run.folder.name).write_text(json.dumps({"tasks": tasks}))
+    run = Run(next(way for way in TRAINED if way.pair == "questions"), 5e-3, 0)
+    write_scores(run, real_hetpqa=[3.0] * 3, real_stories=[3.0] * 3)
     run.folder.mkdir()
     (run.folder / "run.json").write_text(json.dumps({"summary": {}}))
-    assert starts.validation_score(run) == -3.0
-    record = starts.results(["questions"], earlier)
+    assert starts_ways.validation_score(run) == -3.0
+    record = starts_tables.results(["questions"], earlier)
     assert record["ends"] == earlier["ends"] and record["lines"][0] == earlier["lines"][0]
     assert [line["pair"] for line in record["lines"]] == ["category", "questions"]
     assert record["lines"][1]["figures"] == {"0": {"questions": 1.5, "stories": 1.5}}
+
+
+def test_kl_is_over_response_tokens_alone() -> None:
+    """The mean over the answers' tokens, whatever the batch is padded to, is the mean of the library's forward KL."""
+    base, student, tokenizer = make_model(seed=0), make_model(seed=1), make_tokenizer()
+    documents = [("the price is", " low"), ("in", " the red shop of all"), ("which size", " a b c")]
+    expected = []
+    for prompt, completion in documents:
+        ids = tokenizer(prompt + completion)["input_ids"]
+        first = len(tokenizer(prompt)["input_ids"])
+        with torch.no_grad():
+            log_base, log_student = (
+                torch.log_softmax(model(torch.tensor([ids])).logits[0, first - 1 : -1].double(), -1)
+                for model in (base, student)
+            )
+        expected += forward_kl(log_student, log_base).tolist()
+    assert starts_kl.mean_kl(base, student, tokenizer, documents) == pytest.approx(np.mean(expected), rel=1e-6)
+    assert starts_kl.mean_kl(base, base, tokenizer, documents) == 0.0
