@@ -154,7 +154,9 @@ def ours(shape: Shape, device: str, dtype: Any, folder: Path | None) -> tuple[An
 
 def with_cache(objective: Any, batch: Mapping[str, Any], folder: Path) -> Any:
     """The objective with its teachers' hidden states in stores on disk."""
-    from kd.cache.store import CachedTeacher, TeacherStore, as_stored, batch_digests
+    from kd.cache.keys import batch_digests
+    from kd.cache.parts import as_stored
+    from kd.cache.store import CachedTeacher, TeacherStore
     from kd.data.batches import predicting_positions, rows_of_routes
     from kd.training.objective import teacher_views
 

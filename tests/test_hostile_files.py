@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 
 from dae.cli import run
 from dae.recorded_rows import recorded_sources
-from kd.cache.store import FORMAT, TeacherKey, TeacherStore, check_of
+from kd.cache.keys import FORMAT, TeacherKey
+from kd.cache.parts import check_of
+from kd.cache.store import TeacherStore
 from kd.config.loading import load_recipe
 from kd.data.fingerprint import data_sha256
 from kd.data.record_forms import record_of

@@ -19,8 +19,8 @@ from dae.checking.plan import Plan, make_plan
 from dae.checking.processes import Scaling
 from dae.checking.scaling import communication, scaled_memory
 from dae.checking.starting import measured_start
+from kd.cache.keys import bytes_per_token
 from kd.cache.plans import refuse_small_disk
-from kd.cache.store import bytes_per_token
 from kd.config.data_recipe import DataRecipe
 from kd.config.problems import visible
 from kd.config.stage_recipe import StageRecipe

@@ -18,20 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from kd.cache.keys import STORED, TeacherKey, bytes_per_token
+from kd.cache.parts import Answers, as_stored
 from kd.cache.plans import CachePlan, Missing, refuse_small_disk
 from kd.cache.served_answers import ServedAnswers
-from kd.cache.store import (
-    HEAD,
-    STORED,
-    TEACHER,
-    UNFINISHED,
-    Answers,
-    CachedTeacher,
-    TeacherKey,
-    TeacherStore,
-    as_stored,
-    bytes_per_token,
-)
+from kd.cache.store import HEAD, TEACHER, UNFINISHED, CachedTeacher, TeacherStore
 from kd.config.served_recipe import ServedTeacher
 from kd.data.batches import model_inputs, predicting_positions
 from kd.data.mixing import MixedRows, pad_rows

@@ -12,15 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kd.cache.store import (
-    STORED,
-    TeacherKey,
-    TeacherStore,
-    bytes_per_token,
-    row_digest,
-    served_key,
-    teacher_key,
-)
+from kd.cache.keys import STORED, TeacherKey, bytes_per_token, row_digest, served_key, teacher_key
+from kd.cache.store import TeacherStore
 from kd.config.cache_recipe import CacheRecipe
 from kd.config.served_recipe import ServedTeacher
 from kd.data.token_rows import TokenRows

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kd.cache.store import REMEDY, Answers
+from kd.cache.parts import REMEDY, Answers
 from kd.config.served_recipe import KEY_NAME, ServedTeacher
 from kd.data.token_rows import Ids, Mask
 from kd.errors import UserError

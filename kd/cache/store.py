@@ -21,123 +21,38 @@ S tokens drawn.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
-from kd.config.cache_recipe import CacheRecipe
-from kd.config.served_recipe import ServedTeacher
-from kd.config.stage_recipe import Quantization
-from kd.data.batches import Batch
-from kd.data.token_rows import Ids, Mask
-from kd.errors import UserError
-from kd.models.checkpoint import Checkpoint
-from kd.models.head import Head
-from kd.models.roles import LoadSettings
-from kd.models.teacher_logits import HiddenTeacher, SampledTeacher, TeacherLogits, TopKTeacher
-from kd.runs.files import (
-    TEMPORARY_PREFIX,
-    disk_errors,
-    fsync_path,
-    give_usual_permissions,
-    json_text,
-    read_json,
-    write_text_durably,
+from kd.cache.keys import FORMAT, TeacherKey, batch_digests
+from kd.cache.parts import (
+    REMEDY,
+    Answers,
+    answer_names,
+    check_of,
+    from_stored,
+    open_part,
+    read_row,
+    refuse_owner,
+    save_durably,
+    unreadable,
+    width_of,
+    write_part,
 )
+from kd.data.batches import Batch
+from kd.errors import UserError
+from kd.models.head import Head
+from kd.models.teacher_logits import HiddenTeacher, SampledTeacher, TeacherLogits, TopKTeacher
+from kd.runs.files import json_text, read_json, write_text_durably
 
-FORMAT = 2
-Answers = dict[str, Tensor]  # by name, as in the files; dimension 0 is response tokens
-SERVED = "served"  # in place of a dtype
 TEACHER, HEAD, UNFINISHED = "teacher.json", "head.safetensors", "unfinished.safetensors"
-OF_ROWS = ("digests", "offsets", "checks")  # a part's tensors beside the answers
 ANSWERS = {"hidden": {"hidden"}, "topk": {"ids", "log_q", "log_tail"}, "sampled": {"ids", "entropy"}}
-STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-REMEDY = "remove this folder and fill the cache again"
-
-
-@dataclass(frozen=True)
-class TeacherKey:
-    """What decides a teacher's answers. base: fingerprint of an adapter's base; dtype: of its weights.
-
-    stored: the dtype on disk; top_k: of kind topk, samples: of kind sampled; both None for hidden states.
-    quantization: of its weights in memory.
-    """
-
-    fingerprint: str
-    base: str | None
-    dtype: str
-    stored: str
-    top_k: int | None = None
-    samples: int | None = None
-    quantization: Quantization | None = None
-
-    @property
-    def is_served(self) -> bool:
-        """Whether the teacher is on a server."""
-        return self.dtype == SERVED
-
-    @property
-    def kind(self) -> str:
-        """As in the recipe."""
-        if self.samples is not None:
-            return "sampled"
-        return "hidden" if self.top_k is None else "topk"
-
-    @property
-    def digest(self) -> str:
-        """Its folder's name: 16 hexadecimal digits."""
-        values = json.dumps([FORMAT, *astuple(self)])
-        return hashlib.sha256(values.encode()).hexdigest()[:16]
-
-
-def teacher_key(teacher: Checkpoint, base: Checkpoint, settings: LoadSettings, cache: CacheRecipe) -> TeacherKey:
-    """base: what the teacher stands on, if it is an adapter; settings: how the models are opened."""
-    name = str(settings.dtype).removeprefix("torch.")
-    on = base.fingerprint if teacher.is_adapter else None
-    automatic = name if cache.kind == "hidden" else "float32"
-    stored = automatic if cache.dtype == "auto" else cache.dtype
-    key = TeacherKey(teacher.fingerprint, on, name, stored, quantization=settings.quantization)
-    if cache.kind == "topk":
-        return replace(key, top_k=cache.top_k)
-    return replace(key, samples=cache.samples) if cache.kind == "sampled" else key
-
-
-def served_key(teacher: ServedTeacher, vocabulary_rows: int) -> TeacherKey:
-    """Of a teacher on a server, whose weights are known by its name and address only.
-
-    vocabulary_rows: that the run's models share; what is beyond them is part of the tail.
-    """
-    named = hashlib.sha256(json.dumps([teacher.url, teacher.model, vocabulary_rows]).encode()).hexdigest()
-    return TeacherKey(named, None, SERVED, "float32", top_k=teacher.top_k)
-
-
-def row_digest(input_ids: Ids, response_mask: Mask) -> bytes:
-    """SHA-256 of a row: its tokens (int32 [T]) and which of them are response tokens (bool [T])."""
-    digest = hashlib.sha256(np.ascontiguousarray(input_ids, np.int32).tobytes())
-    digest.update(np.ascontiguousarray(response_mask, np.bool_).tobytes())
-    return digest.digest()
-
-
-def batch_digests(batch: Batch) -> list[bytes]:
-    """The digest of each row of a padded or packed batch, in order."""
-    ids_BT, mask_BT = batch["input_ids"].cpu().numpy(), batch["response_mask"].cpu().numpy()
-    if "position_ids" in batch:
-        starts = np.flatnonzero(batch["position_ids"][0].cpu().numpy() == 0)
-        rows = zip(np.split(ids_BT[0], starts[1:]), np.split(mask_BT[0], starts[1:]), strict=True)
-        return [row_digest(*row) for row in rows]
-    lengths_B = batch["attention_mask"].sum(1).tolist()
-    return [row_digest(ids_BT[b, :length], mask_BT[b, :length]) for b, length in enumerate(lengths_B)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,28 +75,9 @@ class TeacherStore:
         self._places: dict[bytes, Place] = {}
         self._files = sorted(folder.glob("part-*.safetensors"))
         for index, file in enumerate(self._files):
-            part, rows = self._open(file)
+            part, rows = open_part(file)
             self._parts.append(part)
             self._places |= {digest: Place(index, *place) for digest, place in rows.items()}
-
-    def _open(self, file: Path) -> tuple[Any, dict[bytes, tuple[int, int, int]]]:
-        """The open file, and first, last + 1 and check of each row in it, by digest."""
-        try:
-            part: Any = safe_open(file, framework="pt")
-            owner = (part.metadata() or {}).get("teacher")
-            digests_RB, offsets, checks_R = (part.get_tensor(name) for name in OF_ROWS)
-            lengths = {part.get_slice(name).get_shape()[:1] == [int(offsets[-1])] for name in answer_names(part)}
-        except (SafetensorError, OSError, IndexError, ValueError, TypeError, RuntimeError) as error:
-            raise unreadable(file, error) from error
-        if owner != self.folder.name:
-            raise UserError(f"{file}: belongs to another teacher ({owner}); {REMEDY}")
-        shapes = digests_RB.shape == (len(offsets) - 1, 32) and checks_R.shape == (len(offsets) - 1,)
-        types = (digests_RB.dtype, offsets.dtype, checks_R.dtype) == (torch.uint8, torch.int64, torch.int64)
-        whole = shapes and types and lengths == {True}
-        if not whole or int(offsets[0]) != 0 or not bool((offsets.diff() >= 0).all()):
-            raise UserError(f"{file}: its digests, offsets and answers do not belong together; {REMEDY}")
-        places = zip(offsets[:-1].tolist(), offsets[1:].tolist(), checks_R.tolist(), strict=True)
-        return part, dict(zip((row.tobytes() for row in digests_RB.numpy()), places, strict=True))
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._places
@@ -213,17 +109,7 @@ class TeacherStore:
         """Write a new part. answers: of each row. This store sees it only when it is opened anew."""
         taken = [int(file.stem.removeprefix("part-")) for file in self.folder.glob("part-*.safetensors")]
         number = max(taken, default=-1) + 1  # one in between may have been removed
-        self._write(self.folder / f"part-{number:05d}.safetensors", digests, answers)
-
-    def _write(self, file: Path, digests: Sequence[bytes], answers: Sequence[Answers]) -> None:
-        tensors = {name: torch.cat([one[name] for one in answers]).contiguous() for name in answers[0]}
-        counts = [0, *(len(next(iter(one.values()))) for one in answers)]
-        tensors["offsets"] = torch.tensor(counts, dtype=torch.int64).cumsum(0)
-        tensors["digests"] = torch.from_numpy(np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32).copy())
-        tensors["checks"] = torch.tensor(
-            [check_of(one, digest) for digest, one in zip(digests, answers, strict=True)], dtype=torch.int64
-        )
-        _save_durably(tensors, file, {"teacher": self.folder.name})
+        write_part(self.folder / f"part-{number:05d}.safetensors", digests, answers)
 
     def unfinished(self) -> dict[bytes, Answers]:
         """What a stopped command was answered of a part that it did not write, by digest."""
@@ -231,7 +117,7 @@ class TeacherStore:
         if not file.exists():
             return {}
         try:
-            part, rows = self._open(file)
+            part, rows = open_part(file)
             if set(answer_names(part)) != ANSWERS["topk"]:
                 raise UserError(f"{file}: has {', '.join(answer_names(part))}, not topk answers; {REMEDY}")
             return {digest: read_row(file, part, digest, *row) for digest, row in rows.items() if digest not in self}
@@ -241,7 +127,7 @@ class TeacherStore:
     def write_unfinished(self, answers: Mapping[bytes, Answers]) -> None:
         """Keep answers of a part that is not whole yet; without any, remove the file."""
         if answers:
-            self._write(self.folder / UNFINISHED, list(answers), list(answers.values()))
+            write_part(self.folder / UNFINISHED, list(answers), list(answers.values()))
         else:
             (self.folder / UNFINISHED).unlink(missing_ok=True)
 
@@ -258,7 +144,7 @@ class TeacherStore:
             if head.bias_V is not None:
                 tensors["bias"] = head.bias_V.detach().cpu().contiguous()
             tensors["check"] = torch.tensor(check_of(tensors))
-            _save_durably(tensors, self.folder / HEAD, {"teacher": self.folder.name})
+            save_durably(tensors, self.folder / HEAD)
         facts = {"format": FORMAT, "teacher": path, **asdict(key), "vocabulary_rows": vocabulary_rows}
         facts |= {} if head is None else {"scale": head.scale, "softcap": head.softcap}
         write_text_durably(self.folder / TEACHER, json_text(facts))
@@ -284,8 +170,7 @@ class TeacherStore:
             tensors = load_file(file)
         except (SafetensorError, OSError) as error:
             raise unreadable(file, error) from error
-        if owner != self.folder.name:
-            raise UserError(f"{file}: belongs to another teacher ({owner}); {REMEDY}")
+        refuse_owner(file, owner)
         check = tensors.pop("check", None)
         width = width_of(self._parts[0]) if self._parts else None
         shape = tensors["weight"].shape if "weight" in tensors else ()
@@ -328,78 +213,3 @@ class CachedTeacher:
         if self.kind == "sampled":
             return SampledTeacher(found["ids"].long(), found["entropy"], self.vocabulary_rows)
         return TopKTeacher(found["ids"].long(), found["log_q"], found["log_tail"], self.vocabulary_rows)
-
-
-def unreadable(file: Path, error: Exception) -> UserError:
-    """Safetensors says of a file without permission that there is none."""
-    if file.is_file() and not os.access(file, os.R_OK):
-        return UserError(f"{file}: may not be read; change its permissions")
-    return UserError(f"{file}: cannot be read ({error}); {REMEDY}")
-
-
-def answer_names(part: Any) -> list[str]:
-    """The tensors of a part beside its rows."""
-    return sorted(name for name in part.keys() if name not in OF_ROWS)  # noqa: SIM118 - no mapping
-
-
-def read_row(file: Path, part: Any, digest: bytes, first: int, last: int, check: int) -> Answers:
-    """The answers of a row. Raises UserError where they are not those that were written."""
-    try:
-        row = {name: part.get_slice(name)[first:last] for name in answer_names(part)}
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise unreadable(file, error) from error
-    if check_of(row, digest) != check:
-        raise UserError(f"{file}: is damaged, its values are not those that were written; {REMEDY}")
-    return row
-
-
-def width_of(part: Any) -> int:
-    """E of a part of hidden states."""
-    shape = part.get_slice("hidden").get_shape()
-    return int(shape[1]) if len(shape) == 2 else 0
-
-
-def check_of(tensors: Mapping[str, Tensor], digest: bytes = b"") -> int:
-    """CRC-32 of a row's digest and the bytes of all tensors, in the order of their names."""
-    check = zlib.crc32(digest)
-    for _, tensor in sorted(tensors.items()):
-        check = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, check)
-    return check
-
-
-def as_stored(hidden_NE: Tensor, stored: str) -> Answers:
-    """Hidden states in the stored dtype. int8: hidden = scale * integer, scale = max |hidden| / 127 of each token."""
-    if stored != "int8":
-        return {"hidden": hidden_NE.to(STORED[stored])}
-    scale_N = hidden_NE.float().abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    return {"hidden": (hidden_NE.float() / scale_N[:, None]).round().to(torch.int8), "scale": scale_N}
-
-
-def from_stored(answers: Answers) -> Tensor:
-    """[N, E] hidden states; those of int8 in float32."""
-    hidden_NE = answers["hidden"]
-    return hidden_NE.float() * answers["scale"][:, None] if "scale" in answers else hidden_NE
-
-
-def _save_durably(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    temporary = file.with_name(TEMPORARY_PREFIX + file.name)
-    with disk_errors(file):
-        try:
-            save_file(tensors, temporary, metadata)
-            give_usual_permissions(temporary)
-            fsync_path(temporary)
-            os.replace(temporary, file)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        fsync_path(file.parent)
-
-
-def bytes_per_token(head_shape: tuple[int, int], key: TeacherKey) -> int:
-    """On disk, without what each row takes. head_shape: (V, E) of the teacher's output layer."""
-    each, (rows, width) = STORED[key.stored].itemsize, head_shape
-    if key.samples is not None:
-        return key.samples * torch.int32.itemsize + torch.float32.itemsize
-    if key.top_k is not None:
-        return min(key.top_k, rows - 1) * (each + torch.int32.itemsize) + torch.float32.itemsize
-    return width * each + (torch.float32.itemsize if key.stored == "int8" else 0)

@@ -18,7 +18,9 @@ from safetensors.torch import save
 from worlds import make_adapter
 
 from dae.recorded_rows import recorded_sources
-from kd.cache.store import FORMAT, TeacherKey, TeacherStore, check_of
+from kd.cache.keys import FORMAT, TeacherKey
+from kd.cache.parts import check_of
+from kd.cache.store import TeacherStore
 from kd.config.loading import resolved_yaml
 from kd.models.adapter_features import refuse_changed_base, refuse_unknown_features, refuse_unshareable
 from kd.models.checkpoint import Checkpoint

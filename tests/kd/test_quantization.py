@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from worlds import make_adapter
 
-from kd.cache.store import TeacherKey
+from kd.cache.keys import TeacherKey
 from kd.config.stage_recipe import LoraRecipe, Quantization
 from kd.errors import UserError
 from kd.models.checkpoint import checkpoint

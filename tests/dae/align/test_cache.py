@@ -27,7 +27,8 @@ import kd.cache.filling
 import kd.cache.plans
 import kd.models.roles
 from dae import cli
-from kd.cache.store import TeacherKey, TeacherStore, batch_digests, row_digest
+from kd.cache.keys import TeacherKey, batch_digests, row_digest
+from kd.cache.store import TeacherStore
 from kd.data.mixing import MixedRows, collate
 from kd.data.token_rows import TokenRows
 from kd.errors import UserError
