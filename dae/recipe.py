@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from numbers import Real
+from typing import Annotated, Any, ClassVar, Literal, TypeGuard
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from dae.recorded_rows import complete_from_run_folders, domain_remedy, general_remedy
 from dae.routing import GENERAL, UNNAMED
 from kd.config.data_recipe import DATA_SETTINGS, ROUTE_NAME, route_problems
 from kd.config.flags import BASE, NAME_RULE, Flag, split_name
 from kd.config.problems import NO_VALUE, Key, Problem, one_of
-from kd.config.schema import Reads
+from kd.config.schema import NUMBERS_TAG, WORD_TAG, Reads
 from kd.config.served_recipe import TeacherChoice, served_problems
 from kd.config.stage_recipe import StageRecipe
 from kd.errors import UserError
 from kd.losses.divergence_recipe import DivergenceRecipe
 
+Start = Annotated[
+    Annotated[Literal["base", "auto"], Tag(WORD_TAG)] | Annotated[dict[str, float], Tag(NUMBERS_TAG)],
+    Discriminator(lambda value: NUMBERS_TAG if isinstance(value, Mapping) else WORD_TAG),
+]
 DEFAULT_ROWS = "{} rows; repeats (default: the data recorded in the {}'s run folder)"
 
 
@@ -52,7 +57,7 @@ class AlignRecipe(DivergenceRecipe):
     student_from: str | None = Field(
         default=None, min_length=1, description="train an earlier student further: its run folder"
     )
-    start: Literal["base", "auto"] | dict[str, float] = Field(
+    start: Start = Field(
         default="auto",
         description="how far to start from the base towards each expert: base, auto, or {name: 0 to 1}",
     )
@@ -88,7 +93,16 @@ class AlignRecipe(DivergenceRecipe):
     def _base_or_weights(cls, value: Any) -> Any:
         if value in ("base", "auto") or isinstance(value, Mapping):
             return value
+        if is_number(value):  # of one expert it is its weight: `expand`
+            raise ValueError("several experts need a weight each: write start.NAME=0.4 for each")
         raise ValueError("expected base, auto, or a weight for each expert, such as {ecom: 0.4}")
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _nats_of_a_route(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return value
+        raise ValueError(f"expected nats of a route: write budget.{GENERAL}=0.02, say")
 
     @classmethod
     def from_flags(cls, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -118,8 +132,8 @@ class AlignRecipe(DivergenceRecipe):
         raw = {**raw, "expert": {UNNAMED: raw["expert"]}} if isinstance(raw.get("expert"), str) else raw
         raw = {**raw, "start": "base"} if "start" not in raw and raw.get("student_from") is not None else raw
         experts, start = raw.get("expert"), raw.get("start")
-        if isinstance(start, (int, float)) and not isinstance(start, bool) and isinstance(experts, Mapping):
-            return {**raw, "start": dict.fromkeys(experts, start)} if len(experts) == 1 else raw
+        if is_number(start) and isinstance(experts, Mapping) and len(experts) == 1:
+            return {**raw, "start": dict.fromkeys(experts, float(start))}
         return raw
 
     @classmethod
@@ -143,6 +157,11 @@ class AlignRecipe(DivergenceRecipe):
         problems += weight_problems(raw.get("weights"), [GENERAL, *experts])
         problems += budget_problems(raw)
         return problems + start_problems(raw, {str(name): one for name, one in experts.items()})
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Also of numpy; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def expert_problems(experts: Mapping[str, Any]) -> list[Problem]:
@@ -174,7 +193,7 @@ def start_problems(raw: Mapping[str, Any], experts: Mapping[str, Any]) -> list[P
         elif isinstance(experts[name], Mapping) and weight:
             words = "needs the expert's weights, and this one is on a server: remove it"
             problems.append(Problem(("start", name), weight, words))
-        elif isinstance(weight, (int, float)) and not isinstance(weight, bool) and not 0 <= weight <= 1:
+        elif is_number(weight) and math.isfinite(weight) and not 0 <= weight <= 1:
             problems.append(Problem(("start", name), weight, "must be from 0 (the base) to 1 (the expert)"))
     return problems
 
@@ -190,7 +209,7 @@ def budget_problems(raw: Mapping[str, Any]) -> list[Problem]:
     for name, nats in budget.items():
         if name != GENERAL:
             problems.append(Problem(("budget", str(name)), nats, f"unknown route; expected {GENERAL}"))
-        elif isinstance(nats, (int, float)) and not isinstance(nats, bool) and not 0 < nats < math.inf:
+        elif is_number(nats) and math.isfinite(nats) and not nats > 0:
             problems.append(Problem(("budget", name), nats, "must be above 0: nats per token"))
     if raw.get("weights") == "tokens":
         words = "cannot be combined with budget, which sets the general route's factor: use routes or factors"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,9 +21,10 @@ from torch import nn
 from dae.recipe import AlignRecipe
 from dae.routing import GENERAL
 from kd.errors import UserError
-from kd.models.line import Energy, Pull, described, no_line_to_quantised, start_adapter, start_all_weights
+from kd.models.line import Decomposed, Energy, Pull, described, start_adapter, start_all_weights
 from kd.models.roles import Role
 from kd.models.sharding import is_sharded, own_part, reshard
+from kd.models.summable import no_line_to_quantised, refuse_unsummable_config
 from kd.stages.stage import Inputs, StageRoles
 
 logger = logging.getLogger("dae")
@@ -49,12 +50,10 @@ def start_student(recipe: AlignRecipe, roles: StageRoles, measure: Measure) -> d
         return {}
     line = Line(roles.student, experts)
     if recipe.start == "auto":
-        try:
-            weights, curve = chosen_weights(line, measure)
-        except UserError as error:
-            line.place(dict.fromkeys(experts, 0.0))
-            logger.warning("start=auto: the student starts at the base, because of this: %s", error)
+        found = weights_or_base(line, measure)
+        if found is None:
             return {}
+        weights, curve = found
         facts: dict[str, Any] = {"weights": weights, "curve": curve}
     else:
         weights = {name: recipe.start.get(name, 0.0) for name in experts}
@@ -65,18 +64,39 @@ def start_student(recipe: AlignRecipe, roles: StageRoles, measure: Measure) -> d
     if energy is not None and energy.whole:
         facts["energy_kept"] = energy.share
         cut = "" if energy.share > 0.9995 else f"; the adapter keeps {energy.share:.1%} of that difference"
+    if any(weights.values()) and not facts["distance"]:
+        logger.warning("start: the weights of these experts are those of the base: the student starts there")
     logger.info("start: %s%s", described(weights), cut)
     return facts
 
 
+def weights_or_base(line: Line, measure: Measure) -> tuple[Weights, list[dict[str, Any]]] | None:
+    """The weights of `auto`, 0 for experts that cannot be summed; None, and the student at the base, without others."""
+    names = list(line.experts)
+    for name in names if len(names) > 1 else ():
+        try:
+            line.place({**dict.fromkeys(line.experts, 0.0), name: 1 / STEPS})
+        except UserError as error:
+            names = [other for other in names if other != name]
+            logger.warning("start=auto: the weight of %s is 0, because of this: %s", name, error)
+    try:
+        return chosen_weights(line, names, measure) if names else None
+    except UserError as error:
+        logger.warning("start=auto: the student starts at the base, because of this: %s", error)
+        return None
+    finally:
+        line.place(dict.fromkeys(line.experts, 0.0))
+
+
 def refuse_unreachable_start(recipe: AlignRecipe, inputs: Inputs) -> None:
-    """Raise UserError where the recipe names a start that its quantised models do not allow."""
-    if recipe.quantization is None or not isinstance(recipe.start, Mapping):
-        return
-    for name, weight in recipe.start.items():
+    """Raise UserError where the recipe names a start that an expert's files show to be none."""
+    for name, weight in recipe.start.items() if isinstance(recipe.start, Mapping) else ():
         expert = inputs.get(f"expert.{name}")
-        whole = expert is not None and not expert.is_adapter and expert.fingerprint != inputs["base"].fingerprint
-        if weight and whole:
+        if not weight or expert is None or expert.fingerprint == inputs["base"].fingerprint:
+            continue
+        if expert.is_adapter:
+            refuse_unsummable_config(f"expert.{name}", expert.adapter_config)
+        elif recipe.quantization is not None:
             raise UserError(no_line_to_quantised(f"expert.{name}"))
 
 
@@ -87,6 +107,7 @@ class Line:
         """student: as it is at the base. A copy of what trains is kept in the CPU's memory, of split weights a part."""
         self._student = student
         self.experts = experts
+        self._decomposed: Decomposed = {}
         self._at_base = {name: own_part(weight).to("cpu", copy=True) for name, weight in self._trained()}
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
@@ -102,7 +123,7 @@ class Line:
             own_part(weight).copy_(self._at_base[name])
         pulls = [Pull(role, weights[name]) for name, role in self.experts.items()]
         if self._student.adapter is not None:
-            return start_adapter(self._student, pulls)
+            return start_adapter(self._student, pulls, self._decomposed)
         start_all_weights(self._student.model, pulls)
         return None
 
@@ -122,10 +143,13 @@ class Line:
         return math.sqrt(squares / max(1.0, count))
 
 
-def chosen_weights(line: Line, measure: Measure) -> tuple[Weights, list[dict[str, Any]]]:
-    """The weights by the rule of this module, and every point that was measured: weights, and KL in nats by route."""
-    names = list(line.experts)
+def chosen_weights(line: Line, names: Sequence[str], measure: Measure) -> tuple[Weights, list[dict[str, Any]]]:
+    """The weights by the rule of this module, and every point that was measured: weights, and KL in nats by route.
+
+    names: of the experts that may get another weight than 0.
+    """
     curve: list[dict[str, Any]] = []
+    zeros = dict.fromkeys(line.experts, 0.0)
 
     def kl_at(weights: Weights) -> dict[str, float]:
         line.place(weights)
@@ -133,11 +157,11 @@ def chosen_weights(line: Line, measure: Measure) -> tuple[Weights, list[dict[str
         curve.append({"weights": dict(weights), "kl": kl})
         return kl
 
-    at_base = kl_at(dict.fromkeys(names, 0.0))
+    at_base = kl_at(zeros)
 
     def fits(weights: Weights) -> bool:
         kl = kl_at(weights)
-        gained = sum(at_base[name] - kl[name] for name in names)
+        gained = sum(at_base[name] - kl[name] for name in line.experts)
         return gained > EXCHANGE * (kl[GENERAL] - at_base[GENERAL])
 
     def largest(at: Callable[[int], Weights], low: int) -> int:
@@ -148,11 +172,11 @@ def chosen_weights(line: Line, measure: Measure) -> tuple[Weights, list[dict[str
             low, high = (middle, high) if fits(at(middle)) else (low, middle)
         return low
 
-    steps = dict.fromkeys(names, largest(lambda all_of: dict.fromkeys(names, all_of / STEPS), 0))
+    steps = dict.fromkeys(names, largest(lambda all_of: zeros | dict.fromkeys(names, all_of / STEPS), 0))
     for name in names if len(names) > 1 else ():
-        others = {other: found / STEPS for other, found in steps.items()}
+        others = zeros | {other: found / STEPS for other, found in steps.items()}
         steps[name] = largest(partial(_with, others, name), steps[name])
-    return {name: found / STEPS for name, found in steps.items()}, curve
+    return zeros | {name: found / STEPS for name, found in steps.items()}, curve
 
 
 def _with(others: Weights, name: str, steps: int) -> Weights:

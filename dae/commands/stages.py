@@ -84,6 +84,8 @@ def report_run(result: RunResult) -> None:
 
 def budget_line(budget: Mapping[str, Any]) -> str:
     """Whether a route's budget was met, by how much, and where that was measured."""
+    if budget["kl"] is None:
+        return f"{budget['route']}: not measured ({budget['measured_on']})"
     share = budget["kl"] / budget["nats"] - 1
     verdict = f"met, {-share:.0%} below" if budget["met"] else f"not met, {share:.0%} above"
     return f"{budget['route']} KL {nats(budget['kl'])} of {budget['nats']:g} nats: {verdict} ({budget['measured_on']})"

@@ -12,9 +12,9 @@ from kd.config.schema import LARGEST_SEED, Reads
 
 
 class SampleRecipe(CommandRecipe):
-    """`dae sample`: a model writes general rows."""
+    """`dae sample`: a model writes rows."""
 
-    summary: ClassVar[str] = "Sample general training rows from a model."
+    summary: ClassVar[str] = "Sample training rows from a model: general rows, or its answers to prompts."
     flags: ClassVar[tuple[Flag, ...]] = (
         Flag("model", "model", "CKPT", "model to sample from"),
         Flag("output", "output", "FILE", "JSONL file to write"),

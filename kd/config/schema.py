@@ -37,7 +37,7 @@ def plain(value: Any) -> Any:
 
 
 # What pydantic puts into the place of an error for the kinds of a value that has several; users do not see it.
-PATH_TAG, SERVER_TAG, ROWS_TAG = "<path>", "<server>", "<rows>"
+PATH_TAG, SERVER_TAG, ROWS_TAG, WORD_TAG, NUMBERS_TAG = TAGS = ("<path>", "<server>", "<rows>", "<word>", "<numbers>")
 # What is to be found at an input of a command.
 Reads = Literal["checkpoint", "full checkpoint", "rows", "evaluation", "suite", "template"]
 
@@ -87,7 +87,7 @@ class Frozen(BaseModel):
                 value = NO_VALUE if line["type"] == "missing" else line["input"]
                 elsewhere = cls.key_elsewhere(str(line["loc"][-1])) if line["type"] == "extra_forbidden" else None
                 words = f"belongs elsewhere: write `{elsewhere}`" if elsewhere else in_plain_words(line, known)
-                key = tuple(part for part in line["loc"] if part not in (PATH_TAG, SERVER_TAG, ROWS_TAG))
+                key = tuple(part for part in line["loc"] if part not in TAGS)
                 problems.append(Problem(key, value, words))
         problems += cls.cross_checks(raw)
         if problems:

@@ -149,7 +149,9 @@ def format_of(given: Mapping[str, Any], location: str) -> Format:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise UserError(f"{location}: its keys are {_listed(given)}; a row is {EXAMPLE}")
+        words = f"{location}: its keys are {_listed(given)}; a row is {EXAMPLE}"
+        answer = "; let a model answer prompts: dae sample --model MODEL --prompts FILE --output ROWS"
+        raise UserError(words + (answer if "prompt" in given else ""))
     keys = ", ".join(f"`{key}`" for key in sorted({key for kind in found for key in _NEEDED[kind]}))
     raise UserError(
         f"{location}: {keys} together are ambiguous; set the source's format to {' or '.join(found)}, such as "

@@ -13,25 +13,28 @@ Shape legend: O outputs, I inputs of a layer, R rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from kd.errors import UserError
 from kd.models.adapters import base_weights
-from kd.models.low_rank import low_rank
+from kd.models.low_rank import Factors, low_rank
 from kd.models.offloading import weight_of
-from kd.models.quantization import is_quantised
 from kd.models.roles import STUDENT_ADAPTER, Role
-from kd.models.sharding import gather, put, whole, whole_shape
+from kd.models.sharding import gather, put, whole
+from kd.models.summable import refuse_adapted_parameters, refuse_unsummable
 
 LEAST_ENERGY = 0.5  # part of the squared difference that an adapter must be able to take
+
+Direction = tuple[tuple[str, float], ...]  # the weight of each expert, the largest of them 1
+Decomposed = dict[Direction, dict[str, Factors]]  # of the last direction: the update of each layer
 
 
 @dataclass(frozen=True)
@@ -68,69 +71,10 @@ def moving(pulls: Sequence[Pull]) -> list[Pull]:
     return [pull for pull in pulls if pull.weight and not is_base(pull.expert)]
 
 
-def refuse_unsummable(pull: Pull, student: nn.Module) -> None:
-    """Raise UserError if a difference to the base cannot be summed.
-
-    Of an adapter: more than plain low-rank updates of linear layers. Of another expert: other weights than the base,
-    or quantised ones.
-    """
-    role = pull.expert
-    if role.adapter is None:
-        if is_quantised(student) or is_quantised(role.model):
-            raise UserError(no_line_to_quantised(role.name))
-        theirs, base = (_shapes(model) for model in (role.model, student))
-        if odd := sorted(theirs.items() ^ base.items()):
-            raise UserError(
-                f"start: {role.name}: {odd[0][0]} is missing or has another shape on one side, so there is no line "
-                "from the base to this expert; use start=base"
-            )
-        return
-    for name, module in role.model.named_modules():
-        if found := _beyond_a_sum(module, role.adapter):
-            raise UserError(
-                f"start: {role.name}: {name} {found}, which is no sum of low-rank updates; use start=base, or merge "
-                "the expert (`dae merge weights ... weight=1`) and give the checkpoint"
-            )
-
-
-def no_line_to_quantised(expert: str) -> str:
-    """Why there is no line to an expert with weights of its own that are quantised, and what helps.
-
-    Of two quantised matrices the difference is for the most part that of their rounding.
-    """
-    return (
-        f"start: {expert}: has weights of its own, and with `quantization` their difference to the base is lost in "
-        "rounding; make an adapter of it (dae merge to-lora --reference BASE --expert EXPERT --output ADAPTER) and "
-        "give that, or use start=base"
-    )
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Every parameter of a model without its adapters."""
-    weights = (
-        base_weights(model) if isinstance(model, PeftModel) else dict(model.named_parameters(remove_duplicate=False))
-    )
-    return {name: whole_shape(weight) for name, weight in weights.items()}
-
-
-def _beyond_a_sum(module: Any, adapter: str) -> str:
-    """What an adapter has on a module besides a low-rank update of a linear layer, or empty."""
-    if isinstance(module, AuxiliaryTrainingWrapper) and adapter in module._get_available_adapters():
-        return "is kept whole or by rows (modules_to_save, trainable_token_indices)"
-    if not isinstance(module, LoraLayer) or adapter not in module.r:
-        return ""
-    if module.use_dora.get(adapter):
-        return "has a magnitude (use_dora)"
-    if isinstance(module, ParamWrapper):
-        return "has adapted parameters (target_parameters)"
-    factors: Any = module.lora_A
-    if adapter not in factors or len(whole_shape(factors[adapter].weight)) != 2:
-        return "is no linear layer"
-    return "has a bias of its own (lora_bias)" if module.lora_bias.get(adapter) else ""
-
-
-def start_adapter(student: Role, pulls: Sequence[Pull]) -> Energy:
+def start_adapter(student: Role, pulls: Sequence[Pull], decomposed: Decomposed | None = None) -> Energy:
     """Set the student's adapter to the point of the line; weights that are not of its layers stay the base's.
+
+    decomposed: what earlier calls for this student found, for other points in the same direction; changed in place.
 
     Raises UserError where it cannot take at least LEAST_ENERGY of the squared difference, or an expert is no sum of
     low-rank updates. Pulls of weight 0 change nothing, to the bit.
@@ -138,31 +82,73 @@ def start_adapter(student: Role, pulls: Sequence[Pull]) -> Energy:
     pulls = moving(pulls)
     if not pulls:
         return Energy(0.0, 0.0)
-    for pull in pulls:
-        refuse_unsummable(pull, student.model)
     layers = dict(_lora_layers(student.model))
-    taken = [_start_layer(name, layer, pulls) for name, layer in layers.items()]
-    rest = _left_out(student, set(layers), [pull for pull in pulls if pull.expert.adapter is None])
-    energy = Energy(sum(one.whole for one in taken) + rest, sum(one.kept for one in taken))
+    with_own_weights = [pull for pull in pulls if pull.expert.adapter is None]
+    for pull in pulls:
+        refuse_unsummable(pull.expert, student.model)
+    for pull in with_own_weights:
+        refuse_adapted_parameters(pull.expert, layers)
+    known = {} if decomposed is None else _in_direction(decomposed, pulls)
+    taken = {name: _start_layer(name, layer, pulls, known) for name, layer in layers.items()}
+    lost = {name: one.whole - one.kept for name, one in taken.items()}
+    lost |= _left_out(student, set(layers), with_own_weights)
+    kept = sum(one.kept for one in taken.values())
+    energy = Energy(kept + sum(lost.values()), kept)
     if energy.share < LEAST_ENERGY:
-        raise UserError(
-            f"start: the student's adapter can take only {energy.share:.0%} of the experts' squared difference to the "
-            f"base, less than {LEAST_ENERGY:.0%}; raise lora.rank, adapt more layers (lora.target_modules), or use "
-            "start=base"
-        )
+        raise UserError(_too_little(energy, max(lost, key=lost.__getitem__), layers, pulls))
     return energy
 
 
+def _too_little(energy: Energy, where: str, layers: Mapping[str, LoraLayer], pulls: Sequence[Pull]) -> str:
+    """What to do where an adapter cannot take most of the difference. where: the layer or weight that loses most."""
+    adapted = where in layers and STUDENT_ADAPTER in layers[where].lora_A
+    remedy = "raise lora.rank" if adapted else "adapt that, too (lora.target_modules), train all weights (lora=null)"
+    experts = ", ".join(pull.expert.name for pull in pulls)
+    return (
+        f"start: {experts}: the student's adapter can take only {energy.share:.0%} of the squared difference to the "
+        f"base, less than {LEAST_ENERGY:.0%}; most is lost at {where}: {remedy}, or use start=base"
+    )
+
+
+def _in_direction(decomposed: Decomposed, pulls: Sequence[Pull]) -> dict[str, Factors]:
+    """What is known of this direction; of others nothing is kept, as they are as large as the adapter."""
+    longest = max(pull.weight for pull in pulls)
+    direction = tuple((pull.expert.name, pull.weight / longest) for pull in pulls)
+    if direction not in decomposed:
+        decomposed.clear()
+        decomposed[direction] = {}
+    return decomposed[direction]
+
+
 def start_all_weights(student: nn.Module, pulls: Sequence[Pull]) -> None:
-    """Add the pulls to a model that has the base's weights."""
+    """Add the pulls to a model that has the base's weights.
+
+    Raises UserError where an expert cannot be summed, or changes weights differently that the base ties.
+    """
     pulls = moving(pulls)
     for pull in pulls:
-        refuse_unsummable(pull, student)
+        refuse_unsummable(pull.expert, student)
+    tied: dict[int, list[str]] = {}
+    for name, weight in student.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(weight), []).append(name)
     with torch.no_grad():
         for name, weight in student.named_parameters() if pulls else ():
             base = whole(weight)
-            update = sum((pull.weight * _difference(pull.expert, name, base) for pull in pulls), torch.zeros(()))
-            put(weight, base + update.to(base))
+            others = tied[id(weight)][1:]
+            updates = [pull.weight * _update(pull.expert, name, others, base) for pull in pulls]
+            put(weight, base + sum(updates, torch.zeros(())).to(base))
+
+
+def _update(expert: Role, name: str, others: Sequence[str], base: Tensor) -> Tensor:
+    """The difference of a parameter that has other names, too. Raises UserError where it is not the same by each."""
+    update = _difference(expert, name, base)
+    for other in others:
+        if not torch.equal(*torch.broadcast_tensors(update, _difference(expert, other, base))):
+            raise UserError(
+                f"start: {expert.name}: changes {name} and {other} differently, and the base ties them; use "
+                "start=base, or a student with an adapter on both (lora.target_modules)"
+            )
+    return update
 
 
 def _difference(expert: Role, name: str, base: Tensor) -> Tensor:
@@ -188,22 +174,31 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
             yield name, module
 
 
-def _start_layer(name: str, layer: Any, pulls: Sequence[Pull]) -> Energy:
+def _start_layer(name: str, layer: Any, pulls: Sequence[Pull], known: dict[str, Factors]) -> Energy:
     """Set the student's factors of one layer, if it has any there."""
-    thin, dense = _thin(layer, pulls), _dense(name, layer, pulls)
-    if thin is None and dense is None:
+    thin = _thin(layer, pulls)
+    is_thin = all(pull.expert.adapter is not None for pull in pulls)
+    if thin is None and is_thin:
         return Energy(0.0, 0.0)
     if STUDENT_ADAPTER not in layer.lora_A:
-        return Energy(_squared_norm(thin, dense), 0.0)
-    a_RI, b_OR, energy = _nearest(thin, dense, int(layer.r[STUDENT_ADAPTER]))
+        return Energy(_squared_norm(thin, _dense(name, layer, pulls)), 0.0)
+    rank = int(layer.r[STUDENT_ADAPTER])
+    if is_thin and thin is not None and len(thin[0]) <= rank:
+        found = _exact(thin)
+    else:
+        longest = max(pull.weight for pull in pulls)
+        if name not in known:
+            unit = [Pull(pull.expert, pull.weight / longest) for pull in pulls]
+            known[name] = _nearest(_thin(layer, unit), _dense(name, layer, unit), rank)
+        found = _scaled(known[name], longest)
     ours_a, ours_b = layer.lora_A[STUDENT_ADAPTER].weight, layer.lora_B[STUDENT_ADAPTER].weight
-    rank = len(a_RI)
+    taken = len(found.a_RI)  # the rest of the rank stays as a new adapter has it
     whole_a_RI, whole_b_OR = whole(ours_a).detach().clone(), whole(ours_b).detach().clone()
-    whole_a_RI[:rank] = a_RI.to(whole_a_RI)
-    whole_b_OR[:, :rank] = (b_OR / layer.scaling[STUDENT_ADAPTER]).to(whole_b_OR)
+    whole_a_RI[:taken] = found.a_RI.to(whole_a_RI)
+    whole_b_OR[:, :taken] = (found.b_OR / layer.scaling[STUDENT_ADAPTER]).to(whole_b_OR)
     put(ours_a, whole_a_RI)
     put(ours_b, whole_b_OR)
-    return energy
+    return Energy(found.whole, found.kept)
 
 
 def _thin(layer: Any, pulls: Sequence[Pull]) -> tuple[Tensor, Tensor] | None:
@@ -230,22 +225,40 @@ def _dense(name: str, layer: Any, pulls: Sequence[Pull]) -> Tensor | None:
     return sum(differences[1:], differences[0]) if differences else None
 
 
-def _nearest(thin: tuple[Tensor, Tensor] | None, dense: Tensor | None, rank: int) -> tuple[Tensor, Tensor, Energy]:
-    """Factors a_RI, b_OR of at most this rank, nearest to the update, and what they keep of it."""
+def _exact(thin: tuple[Tensor, Tensor]) -> Factors:
+    """The factors as they are, without what is 0 in both: neither would ever have a gradient."""
+    a_RI, b_OR = thin
+    size = _squared_norm(thin, None)
+    alive_R = (a_RI != 0).any(dim=1) | (b_OR != 0).any(dim=0)
+    return Factors(a_RI[alive_R], b_OR[:, alive_R], size, size)
+
+
+def _nearest(thin: tuple[Tensor, Tensor] | None, dense: Tensor | None, rank: int) -> Factors:
+    """Factors of at most this rank, nearest to the update, and what they keep of it."""
     if dense is None:
         assert thin is not None
         a_RI, b_OR = thin
-        if len(a_RI) <= rank:
-            whole = _squared_norm(thin, None)
-            return a_RI, b_OR, Energy(whole, whole)
         # The factors' own small matrix has the update's singular values: no [O, I] matrix is decomposed.
         q_b, r_b = torch.linalg.qr(b_OR.double())
         q_a, r_a = torch.linalg.qr(a_RI.double().T)
-        small = low_rank((r_b @ r_a.T).float(), rank, None)
-        return small.a_RI @ q_a.T.float().cpu(), q_b.float().cpu() @ small.b_OR, Energy(small.whole, small.kept)
+        small = _without_rounding(low_rank((r_b @ r_a.T).float(), rank, None))
+        return Factors(small.a_RI @ q_a.T.float().cpu(), q_b.float().cpu() @ small.b_OR, small.whole, small.kept)
     update = dense if thin is None else dense + thin[1] @ thin[0]
-    found = low_rank(update, rank, None)
-    return found.a_RI, found.b_OR, Energy(found.whole, found.kept)
+    return _without_rounding(low_rank(update, rank, None))
+
+
+def _without_rounding(found: Factors) -> Factors:
+    """Without components that are 0 up to rounding: with A and B near 0, hardly anything of them would ever train."""
+    singular_R = found.a_RI.square().sum(dim=1)  # A and B have the root each
+    least = singular_R[0] * max(found.a_RI.shape[1], len(found.b_OR)) * torch.finfo(torch.float32).eps
+    alive_R = singular_R > least
+    return Factors(found.a_RI[alive_R], found.b_OR[:, alive_R], found.whole, found.kept)
+
+
+def _scaled(found: Factors, by: float) -> Factors:
+    """The factors of `by` times the update."""
+    root = math.sqrt(by)
+    return Factors(root * found.a_RI, root * found.b_OR, by**2 * found.whole, by**2 * found.kept)
 
 
 def _squared_norm(thin: tuple[Tensor, Tensor] | None, dense: Tensor | None) -> float:
@@ -257,15 +270,13 @@ def _squared_norm(thin: tuple[Tensor, Tensor] | None, dense: Tensor | None) -> f
     return float(((b_OR.T @ b_OR) * (a_RI @ a_RI.T)).sum())
 
 
-def _left_out(student: Role, layers: set[str], pulls: Sequence[Pull]) -> float:
-    """Squared norm of the differences outside of adapted layers, of experts with weights of their own."""
-    if not pulls:
-        return 0.0
-    total, carried = 0.0, {f"{name}.weight" for name in layers}
+def _left_out(student: Role, layers: set[str], pulls: Sequence[Pull]) -> dict[str, float]:
+    """Squared norms of the differences outside of adapted layers, of experts with weights of their own."""
+    found, carried = {}, {f"{name}.weight" for name in layers}
     assert isinstance(student.model, PeftModel)
-    for name, weight in base_weights(student.model).items():
+    for name, weight in base_weights(student.model).items() if pulls else ():
         if name not in carried:
             base = whole(weight).detach()
             update = sum((pull.weight * _difference(pull.expert, name, base) for pull in pulls), torch.zeros(()))
-            total += float(update.double().square().sum())
-    return total
+            found[name] = float(update.double().square().sum())
+    return found

@@ -116,7 +116,7 @@ def run_stage(stage: Stage[RecipeT], recipe: RecipeT, callbacks: Sequence[Traine
         torch.set_flush_denormal(True)  # denormals slow a CPU run several times over
         args = training_arguments(recipe, settings)
         resume_from = run.checkpoints.latest() if state == "resume" else None
-        with doing("loading the models"):
+        with doing("preparing the models"):
             trainer, stop, start = prepare(stage, recipe, inputs, args, settings, data, run, resume_from)
         for callback in callbacks:
             trainer.add_callback(callback)
@@ -265,10 +265,11 @@ def measurement(
     one, as all must come to the same decision.
     """
     sample = sample_batches(data, collator(recipe, data), args.per_device_train_batch_size)
+    factors = sample_factors(data)
     answers: list[Mapping[int, TeacherLogits]] = []
 
     def measure() -> dict[str, float]:
-        values = [evaluate_routes(roles.student.model, sample, objective, args.device, answers)]
+        values = [evaluate_routes(roles.student.model, sample, objective, args.device, answers, factors)]
         if processes().num_processes > 1:
             broadcast_object_list(values)
         return values[0]
@@ -286,6 +287,19 @@ def sample_batches(
         picked = [mixed[(0, row)] for row in sampled_rows(rows)]
         batches[str(index)] = [collate_rows(picked[i : i + size]) for i in range(0, len(picked), size)]
     return batches
+
+
+def sample_factors(data: StageData) -> dict[str, float]:
+    """How much the sampled rows of each source stand for: its share of all rows for each, 1 for the least of a route.
+
+    With these factors, means over the tokens of a route are those of the rows that training sees.
+    """
+    each = [source.share / len(sampled_rows(rows)) for rows, source in zip(data.rows, data.sources, strict=True)]
+    least = {
+        route: min(one for one, source in zip(each, data.sources, strict=True) if source.route == route)
+        for route in data.route_names
+    }
+    return {str(i): each[i] / least[source.route] for i, source in enumerate(data.sources)}
 
 
 def start_metrics(
@@ -308,7 +322,11 @@ def start_metrics(
         return {key.removeprefix("initial_"): value for key, value in first.items() if key.startswith("initial_")}
     batches = sample_batches(data, trainer.collate, trainer.args.per_device_train_batch_size)
     measured = evaluate_routes(
-        trainer.accelerator.unwrap_model(trainer.model), batches, trainer.objective, trainer.args.device
+        trainer.accelerator.unwrap_model(trainer.model),
+        batches,
+        trainer.objective,
+        trainer.args.device,
+        factors=sample_factors(data),
     )
     first_kl = {key: value for key, value in measured.items() if key.endswith("_kl")}
     for key, value in first_kl.items():

@@ -102,12 +102,22 @@ class RouteBudget(TrainerCallback, ExportableState):
             self.gap = min(LARGEST_GAP, max(1 / LARGEST_GAP, gap))
 
     def outcome(self, evaluation: Mapping[str, Any]) -> dict[str, Any]:
-        """The result against the budget: KL in nats at the last evaluation of an eval set, else over the last steps."""
-        held_out = evaluation.get(f"eval_{self.route}_kl")
-        kl = self.last_kl / max(self.last_tokens, 1.0) if held_out is None else held_out
-        measured_on = "training rows of the last tenth of the steps" if held_out is None else "eval set"
+        """The result against the budget: KL in nats at the last evaluation of an eval set, else over the last steps.
+
+        `kl` and `met` are None where no step had a row of the route.
+        """
+        kl, measured_on = self._measured(evaluation.get(f"eval_{self.route}_kl"))
         known = {"route": self.route, "nats": self.nats, "kl": kl, "measured_on": measured_on}
-        return {**known, "met": kl <= self.nats, "factor": self.factor}
+        return {**known, "met": None if kl is None else kl <= self.nats, "factor": self.factor}
+
+    def _measured(self, held_out: float | None) -> tuple[float | None, str]:
+        if held_out is not None:
+            return held_out, "eval set"
+        if self.last_tokens > 0:
+            return self.last_kl / self.last_tokens, "training rows of the last tenth of the steps"
+        if self.recent_tokens > 0:  # few rows a step, and none of this route among the last
+            return self.recent_kl / self.recent_tokens, "the last training rows of this route"
+        return None, "no training row of this route"
 
     def state(self) -> dict[str, Any]:
         """For checkpoints."""

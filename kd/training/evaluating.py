@@ -23,11 +23,13 @@ def evaluate_routes(
     objective: Objective,
     device: torch.device,
     answers: list[Mapping[int, TeacherLogits]] | None = None,
+    factors: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """{"loss", "NAME_loss", "NAME_kl", "NAME_ntp"} in nats per response token over held-out batches, in eval mode.
 
     answers: the teachers' to each batch, filled by the first call with a list; the same batches again need no teacher.
     Not where weights are sharded over ranks: an answer has the teacher's head, which is whole for a moment only.
+    factors: what a token counts in the means, by the batches' names; 1 without them.
     """
     if is_sharded(model):
         answers = None
@@ -36,12 +38,13 @@ def evaluate_routes(
     totals = MetricsWindow(objective)
     with_teachers = all(route.teacher is not None for route in objective.routes)
     with torch.no_grad():
-        for index, batch in enumerate(batch for several in batches.values() for batch in several):
+        for index, (name, batch) in enumerate((name, batch) for name, several in batches.items() for batch in several):
             placed = {key: value.to(device) for key, value in batch.items()}
             if answers is not None and with_teachers and index == len(answers):
                 answers.append(teacher_views(placed, objective))
             views = answers[index] if answers else None
-            totals.add(route_sums(model, placed, objective, with_teachers=with_teachers, views=views))
+            sums = route_sums(model, placed, objective, with_teachers=with_teachers, views=views)
+            totals.add(sums if factors is None else sums.times(factors[name]))
     model.train(was_training)
     means = totals.drain(lambda tensor, _how: tensor)  # every rank evaluates the same rows
     result = {"loss": float((objective.weights(means.tokens_R) * means.loss_R).sum())}

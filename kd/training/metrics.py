@@ -26,7 +26,7 @@ class WindowMeans:
     seconds: float
 
     def route(self, index: int, route: Route) -> dict[str, float]:
-        tokens = max(int(self.tokens_R[index]), 1)
+        tokens = max(float(self.tokens_R[index]), 1.0)
         values = {f"{route.name}/loss": float(self.loss_R[index]) / tokens}
         if route.teacher is not None and math.isfinite(float(self.kl_R[index])):
             values[f"{route.name}/kl"] = float(self.kl_R[index]) / tokens

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,12 @@ class RouteSums:
     tokens: Tensor
     terms: tuple[Tensor, ...] = ()
     router_aux: Tensor | None = None
+
+    def times(self, factor: float) -> RouteSums:
+        """As if each row came `factor` times."""
+        terms = tuple(factor * one for one in self.terms)
+        loss, kl, ntp, tokens = (factor * one for one in (self.loss, self.kl, self.ntp, self.tokens))
+        return replace(self, loss=loss, kl=kl, ntp=ntp, tokens=tokens, terms=terms)
 
 
 def teacher_views(batch: Batch, objective: Objective) -> dict[int, TeacherLogits]:

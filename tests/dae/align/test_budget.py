@@ -101,3 +101,24 @@ def test_wrong_budgets(world: Path, capsys: pytest.CaptureFixture[str], settings
     assert cli.run(align_command(*settings, eval_set, output="refused")) == 2
     assert words in capsys.readouterr().err
     assert not Path("refused").exists()
+
+
+def test_a_budget_is_measured_where_the_last_steps_have_no_row_of_its_route(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One row a step, three of ten of them general: the last tenth of the steps has none."""
+    rare = ("data.general.0.share=0.3", "data.domain.0.share=0.7", "train.per_device_train_batch_size=1")
+    folder = run("budget.general=1e-6", "start=1", *rare, "train.learning_rate=1e-2", "train.max_steps=8")
+    told = outcome(folder)
+    assert told["measured_on"] == "the last training rows of this route"
+    assert not told["met"] and told["kl"] > 0.01
+    assert "not met" in capsys.readouterr().out
+
+
+def test_a_budget_without_a_row_of_its_route_is_neither_met_nor_exceeded(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rare = ("data.general.0.share=0.01", "data.domain.0.share=0.99", "train.per_device_train_batch_size=1")
+    folder = run("budget.general=1e-6", *rare, "train.max_steps=2")
+    assert outcome(folder)["met"] is None and outcome(folder)["kl"] is None
+    assert "budget       general: not measured (no training row of this route)" in capsys.readouterr().out

@@ -1,0 +1,141 @@
+"""Whether the difference of an expert to the base can be summed: what the line of kd/models/line.py needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from kd.errors import UserError
+from kd.models.adapters import base_weights
+from kd.models.quantization import is_quantised
+from kd.models.roles import Role
+from kd.models.sharding import whole_shape
+
+WHOLE, BY_ROWS, DORA, PARAMETERS, BIAS = (
+    "is kept whole (modules_to_save)",
+    "is trained by rows (trainable_token_indices)",
+    "has a magnitude (use_dora)",
+    "has adapted parameters (target_parameters)",
+    "has a bias of its own (lora_bias)",
+)
+# Keys of an adapter's config that are no low-rank updates of linear layers where they are set.
+UNSUMMABLE_KEYS = {
+    "modules_to_save": WHOLE,
+    "trainable_token_indices": BY_ROWS,
+    "use_dora": DORA,
+    "target_parameters": PARAMETERS,
+    "lora_bias": BIAS,
+}
+# Parts of the names of a config's keys that change a model's output with the same weights.
+OF_THE_FORWARD_PASS = (
+    "model_type", "rope", "rotary", "eps", "_heads", "head_dim", "_act", "activation", "softcap", "scal", "multiplier",
+    "sliding_window", "layer_types", "experts_per_tok", "norm_topk",
+)  # fmt: skip
+
+
+def refuse_unsummable(expert: Role, student: nn.Module) -> None:
+    """Raise UserError if a difference to the base cannot be summed.
+
+    Of an adapter: more than plain low-rank updates of linear layers. Of another expert: other weights or another
+    forward pass than the base's, or quantised ones.
+    """
+    if expert.adapter is None:
+        if is_quantised(student) or is_quantised(expert.model):
+            raise UserError(no_line_to_quantised(expert.name))
+        refuse_another_model(expert, student)
+        return
+    base: Any = expert.model.get_base_model() if isinstance(expert.model, PeftModel) else expert.model
+    for name, module in base.named_modules():
+        if found := beyond_a_sum(module, expert.adapter):
+            raise UserError(no_sum(expert.name, f"{name} {found}"))
+
+
+def refuse_unsummable_config(expert: str, config: Mapping[str, Any]) -> None:
+    """The same by an adapter's config alone, before any weights are loaded."""
+    for key, what in UNSUMMABLE_KEYS.items():
+        if config.get(key):
+            raise UserError(no_sum(expert, what))
+
+
+def no_sum(expert: str, what: str) -> str:
+    """Why an adapter is no sum, and what helps."""
+    remedy = "merge the expert (`dae merge weights ... weight=1`) and give the checkpoint"
+    if what.endswith(PARAMETERS):
+        remedy += " to a student whose weights all train (lora=null)"
+    if what.endswith(BIAS):  # `dae merge weights` cannot merge it
+        return f"start: {expert}: {what}, which is no low-rank update; use start=base"
+    return f"start: {expert}: {what}, which is no low-rank update; use start=base, or {remedy}"
+
+
+def no_line_to_quantised(expert: str) -> str:
+    """Why there is no line to an expert with weights of its own that are quantised, and what helps.
+
+    Of two quantised matrices the difference is for the most part that of their rounding.
+    """
+    return (
+        f"start: {expert}: has weights of its own, and with `quantization` their difference to the base is lost in "
+        "rounding; make an adapter of it (dae merge to-lora --reference BASE --expert EXPERT --output ADAPTER) and "
+        "give that, or use start=base"
+    )
+
+
+def refuse_another_model(expert: Role, student: nn.Module) -> None:
+    """Raise UserError where weights have other names or shapes, or the same ones give another output."""
+    theirs, base = (_shapes(model) for model in (expert.model, student))
+    if odd := sorted(theirs.items() ^ base.items()):
+        raise UserError(
+            f"start: {expert.name}: {odd[0][0]} is missing or has another shape on one side, so there is no line "
+            "from the base to this expert; use start=base"
+        )
+    configs: Any = (expert.model.config, student.config)
+    theirs, base = (_forward_keys(config.get_text_config().to_dict()) for config in configs)
+    for key in sorted(theirs.keys() | base.keys()):
+        if theirs.get(key) != base.get(key):
+            raise UserError(
+                f"start: {expert.name}: its config has {key} = {theirs.get(key)!r}, and the base's {base.get(key)!r}: "
+                "the expert's weights would not work the same in the base; use start=base"
+            )
+
+
+def _forward_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if any(part in key for part in OF_THE_FORWARD_PASS)}
+
+
+def refuse_adapted_parameters(expert: Role, layers: Mapping[str, LoraLayer]) -> None:
+    """Raise UserError where a student's adapter on parameters of a mixture would have to take a difference."""
+    for name, layer in layers.items():
+        if isinstance(layer, ParamWrapper):
+            raise UserError(
+                f"start: {expert.name}: has weights of its own, and the student adapts parameters of {name}, which "
+                "cannot take their difference; let it adapt linear layers (lora.target_modules=[q_proj, v_proj], say), "
+                "train all weights (lora=null), or use start=base"
+            )
+
+
+def beyond_a_sum(module: Any, adapter: str) -> str:
+    """What an adapter has on a module besides a low-rank update of a linear layer, or empty."""
+    if isinstance(module, AuxiliaryTrainingWrapper) and adapter in module._get_available_adapters():
+        return "is kept whole or by rows (modules_to_save, trainable_token_indices)"
+    if not isinstance(module, LoraLayer) or adapter not in module.r:
+        return ""
+    if module.use_dora.get(adapter):
+        return DORA
+    if isinstance(module, ParamWrapper):
+        return PARAMETERS
+    factors: Any = module.lora_A
+    if adapter not in factors or len(whole_shape(factors[adapter].weight)) != 2:
+        return "is no linear layer"
+    return BIAS if module.lora_bias.get(adapter) else ""
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Every parameter of a model without its adapters."""
+    weights = (
+        base_weights(model) if isinstance(model, PeftModel) else dict(model.named_parameters(remove_duplicate=False))
+    )
+    return {name: whole_shape(weight) for name, weight in weights.items()}
