@@ -94,7 +94,7 @@ class AlignRecipe(DivergenceRecipe):
         if value in ("base", "auto") or isinstance(value, Mapping):
             return value
         if is_number(value):  # of one expert it is its weight: `expand`
-            raise ValueError("several experts need a weight each: write start.NAME=0.4 for each")
+            raise ValueError("one number is for one expert; write start.NAME=0.4 for each")
         raise ValueError("expected base, auto, or a weight for each expert, such as {ecom: 0.4}")
 
     @field_validator("budget", mode="before")

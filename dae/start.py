@@ -21,7 +21,7 @@ from torch import nn
 from dae.recipe import AlignRecipe
 from dae.routing import GENERAL
 from kd.errors import UserError
-from kd.models.line import Decomposed, Energy, Pull, described, start_adapter, start_all_weights
+from kd.models.line import Decomposed, Energy, Pull, described, refuse_expert, start_adapter, start_all_weights
 from kd.models.roles import Role
 from kd.models.sharding import is_sharded, own_part, reshard
 from kd.models.summable import no_line_to_quantised, refuse_unsummable_config
@@ -75,12 +75,15 @@ def weights_or_base(line: Line, measure: Measure) -> tuple[Weights, list[dict[st
     names = list(line.experts)
     for name in names if len(names) > 1 else ():
         try:
-            line.place({**dict.fromkeys(line.experts, 0.0), name: 1 / STEPS})
+            refuse_expert(line.student, line.experts[name])
         except UserError as error:
             names = [other for other in names if other != name]
             logger.warning("start=auto: the weight of %s is 0, because of this: %s", name, error)
+    if not names:
+        logger.warning("start=auto: the student starts at the base: no expert can be summed")
+        return None
     try:
-        return chosen_weights(line, names, measure) if names else None
+        return chosen_weights(line, names, measure)
     except UserError as error:
         logger.warning("start=auto: the student starts at the base, because of this: %s", error)
         return None
@@ -105,16 +108,16 @@ class Line:
 
     def __init__(self, student: Role, experts: Mapping[str, Role]) -> None:
         """student: as it is at the base. A copy of what trains is kept in the CPU's memory, of split weights a part."""
-        self._student = student
+        self.student = student
         self.experts = experts
-        self._decomposed: Decomposed = {}
+        self._decomposed = Decomposed()
         self._at_base = {name: own_part(weight).to("cpu", copy=True) for name, weight in self._trained()}
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters of the student's adapter; all parameters if all weights train."""
-        for role in (self._student, *self.experts.values()):
+        for role in (self.student, *self.experts.values()):
             reshard(role.model)
-        adapter, parameters = self._student.adapter, self._student.model.named_parameters()
+        adapter, parameters = self.student.adapter, self.student.model.named_parameters()
         return [(name, weight) for name, weight in parameters if adapter is None or adapter in name.split(".")]
 
     def place(self, weights: Mapping[str, float]) -> Energy | None:
@@ -122,9 +125,9 @@ class Line:
         for name, weight in self._trained():
             own_part(weight).copy_(self._at_base[name])
         pulls = [Pull(role, weights[name]) for name, role in self.experts.items()]
-        if self._student.adapter is not None:
-            return start_adapter(self._student, pulls, self._decomposed)
-        start_all_weights(self._student.model, pulls)
+        if self.student.adapter is not None:
+            return start_adapter(self.student, pulls, self._decomposed)
+        start_all_weights(self.student.model, pulls)
         return None
 
     def distance(self) -> float:
@@ -132,13 +135,13 @@ class Line:
         moved = [
             (own_part(weight).cpu().double() - self._at_base[name].double()).square()
             for name, weight in self._trained()
-            if self._student.adapter is None or "lora_B" in name
+            if self.student.adapter is None or "lora_B" in name
         ]
         sums = torch.tensor(
             [sum(float(one.sum()) for one in moved), sum(one.numel() for one in moved)], dtype=torch.float64
         )
-        if is_sharded(self._student.model):
-            sums = reduce(sums.to(self._student.model.device), "sum")
+        if is_sharded(self.student.model):
+            sums = reduce(sums.to(self.student.model.device), "sum")
         squares, count = sums.tolist()
         return math.sqrt(squares / max(1.0, count))
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from kd.errors import UserError
 from kd.models.adapters import base_weights
@@ -32,9 +33,6 @@ from kd.models.sharding import gather, put, whole
 from kd.models.summable import refuse_adapted_parameters, refuse_unsummable
 
 LEAST_ENERGY = 0.5  # part of the squared difference that an adapter must be able to take
-
-Direction = tuple[tuple[str, float], ...]  # the weight of each expert, the largest of them 1
-Decomposed = dict[Direction, dict[str, Factors]]  # of the last direction: the update of each layer
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,25 @@ class Energy:
         return self.kept / self.whole if self.whole else 1.0
 
 
+@dataclass
+class Decomposed:
+    """The update of each layer in one direction; of others nothing is kept, as they are as large as the adapter.
+
+    direction: the weight of each expert, the largest of them 1.
+    """
+
+    direction: tuple[tuple[str, float], ...] = ()
+    layers: dict[str, Factors] = field(default_factory=dict)
+
+    def along(self, pulls: Sequence[Pull]) -> dict[str, Factors]:
+        """What is known of the direction of these pulls, to be added to."""
+        longest = max(pull.weight for pull in pulls)
+        direction = tuple((pull.expert.name, pull.weight / longest) for pull in pulls)
+        if direction != self.direction:
+            self.direction, self.layers = direction, {}
+        return self.layers
+
+
 def described(weights: Mapping[str, float]) -> str:
     """A point on the line in words: `the base`, `0.35 of the way to shop`."""
     return ", ".join(f"{weight:g} of the way to {name}" for name, weight in weights.items() if weight) or "the base"
@@ -71,10 +88,17 @@ def moving(pulls: Sequence[Pull]) -> list[Pull]:
     return [pull for pull in pulls if pull.weight and not is_base(pull.expert)]
 
 
+def refuse_expert(student: Role, expert: Role) -> None:
+    """Raise UserError where a student cannot go towards an expert, as far as that is known without its weights."""
+    refuse_unsummable(expert, student.model)
+    if student.adapter is not None and expert.adapter is None:
+        refuse_adapted_parameters(expert, dict(_lora_layers(student.model)))
+
+
 def start_adapter(student: Role, pulls: Sequence[Pull], decomposed: Decomposed | None = None) -> Energy:
     """Set the student's adapter to the point of the line; weights that are not of its layers stay the base's.
 
-    decomposed: what earlier calls for this student found, for other points in the same direction; changed in place.
+    decomposed: what earlier calls for this student found, and this one adds to.
 
     Raises UserError where it cannot take at least LEAST_ENERGY of the squared difference, or an expert is no sum of
     low-rank updates. Pulls of weight 0 change nothing, to the bit.
@@ -82,42 +106,35 @@ def start_adapter(student: Role, pulls: Sequence[Pull], decomposed: Decomposed |
     pulls = moving(pulls)
     if not pulls:
         return Energy(0.0, 0.0)
-    layers = dict(_lora_layers(student.model))
-    with_own_weights = [pull for pull in pulls if pull.expert.adapter is None]
     for pull in pulls:
-        refuse_unsummable(pull.expert, student.model)
-    for pull in with_own_weights:
-        refuse_adapted_parameters(pull.expert, layers)
-    known = {} if decomposed is None else _in_direction(decomposed, pulls)
+        refuse_expert(student, pull.expert)
+    known = (decomposed or Decomposed()).along(pulls)
+    layers = dict(_lora_layers(student.model))
     taken = {name: _start_layer(name, layer, pulls, known) for name, layer in layers.items()}
     lost = {name: one.whole - one.kept for name, one in taken.items()}
-    lost |= _left_out(student, set(layers), with_own_weights)
+    lost |= _left_out(student, set(layers), [pull for pull in pulls if pull.expert.adapter is None])
     kept = sum(one.kept for one in taken.values())
     energy = Energy(kept + sum(lost.values()), kept)
     if energy.share < LEAST_ENERGY:
-        raise UserError(_too_little(energy, max(lost, key=lost.__getitem__), layers, pulls))
+        raise UserError(_too_little(energy, max(lost, key=lost.__getitem__), student, pulls))
     return energy
 
 
-def _too_little(energy: Energy, where: str, layers: Mapping[str, LoraLayer], pulls: Sequence[Pull]) -> str:
+def _too_little(energy: Energy, where: str, student: Role, pulls: Sequence[Pull]) -> str:
     """What to do where an adapter cannot take most of the difference. where: the layer or weight that loses most."""
-    adapted = where in layers and STUDENT_ADAPTER in layers[where].lora_A
-    remedy = "raise lora.rank" if adapted else "adapt that, too (lora.target_modules), train all weights (lora=null)"
+    base: Any = student.model.get_base_model()  # type: ignore[operator]
+    module, linear = dict(base.named_modules()).get(where.removesuffix(".weight")), (nn.Linear, Conv1D)
+    if isinstance(module, LoraLayer) and STUDENT_ADAPTER in module.lora_A:
+        remedy = "raise lora.rank"
+    elif isinstance(module.get_base_layer() if isinstance(module, LoraLayer) else module, linear):
+        remedy = "adapt that, too (lora.target_modules)"
+    else:
+        remedy = "train all weights (lora=null)"
     experts = ", ".join(pull.expert.name for pull in pulls)
     return (
         f"start: {experts}: the student's adapter can take only {energy.share:.0%} of the squared difference to the "
         f"base, less than {LEAST_ENERGY:.0%}; most is lost at {where}: {remedy}, or use start=base"
     )
-
-
-def _in_direction(decomposed: Decomposed, pulls: Sequence[Pull]) -> dict[str, Factors]:
-    """What is known of this direction; of others nothing is kept, as they are as large as the adapter."""
-    longest = max(pull.weight for pull in pulls)
-    direction = tuple((pull.expert.name, pull.weight / longest) for pull in pulls)
-    if direction not in decomposed:
-        decomposed.clear()
-        decomposed[direction] = {}
-    return decomposed[direction]
 
 
 def start_all_weights(student: nn.Module, pulls: Sequence[Pull]) -> None:
@@ -135,8 +152,8 @@ def start_all_weights(student: nn.Module, pulls: Sequence[Pull]) -> None:
         for name, weight in student.named_parameters() if pulls else ():
             base = whole(weight)
             others = tied[id(weight)][1:]
-            updates = [pull.weight * _update(pull.expert, name, others, base) for pull in pulls]
-            put(weight, base + sum(updates, torch.zeros(())).to(base))
+            update = sum((pull.weight * _update(pull.expert, name, others, base) for pull in pulls), torch.zeros(()))
+            put(weight, base + update.to(base))
 
 
 def _update(expert: Role, name: str, others: Sequence[str], base: Tensor) -> Tensor:
@@ -146,7 +163,7 @@ def _update(expert: Role, name: str, others: Sequence[str], base: Tensor) -> Ten
         if not torch.equal(*torch.broadcast_tensors(update, _difference(expert, other, base))):
             raise UserError(
                 f"start: {expert.name}: changes {name} and {other} differently, and the base ties them; use "
-                "start=base, or a student with an adapter on both (lora.target_modules)"
+                "start=base, or a LoRA student with lm_head in lora.target_modules, which takes the output layer's part"
             )
     return update
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PretrainedConfig
 
 from kd.errors import UserError
 from kd.models.adapters import base_weights
@@ -31,10 +33,11 @@ UNSUMMABLE_KEYS = {
     "target_parameters": PARAMETERS,
     "lora_bias": BIAS,
 }
-# Parts of the names of a config's keys that change a model's output with the same weights.
-OF_THE_FORWARD_PASS = (
-    "model_type", "rope", "rotary", "eps", "_heads", "head_dim", "_act", "activation", "softcap", "scal", "multiplier",
-    "sliding_window", "layer_types", "experts_per_tok", "norm_topk",
+# Parts of the names of a config's keys that change no output of a model with the same weights.
+NO_PART_OF_THE_OUTPUT = (
+    "dropout", "layerdrop", "initializer", "jitter", "aux_loss", "token_id", "use_cache", "tie_word", "max_position",
+    "n_positions", "n_ctx", "vocab_size", "pretraining_tp", "gradient_checkpointing",
+    "head_dim",  # with the same shapes and numbers of heads it is the same, given or not
 )  # fmt: skip
 
 
@@ -92,18 +95,35 @@ def refuse_another_model(expert: Role, student: nn.Module) -> None:
             f"start: {expert.name}: {odd[0][0]} is missing or has another shape on one side, so there is no line "
             "from the base to this expert; use start=base"
         )
-    configs: Any = (expert.model.config, student.config)
-    theirs, base = (_forward_keys(config.get_text_config().to_dict()) for config in configs)
-    for key in sorted(theirs.keys() | base.keys()):
-        if theirs.get(key) != base.get(key):
+    configs: list[Any] = [expert.model.config, student.config]
+    for key, (their, our) in forward_keys(*(config.get_text_config() for config in configs)).items():
+        if their != our:
             raise UserError(
-                f"start: {expert.name}: its config has {key} = {theirs.get(key)!r}, and the base's {base.get(key)!r}: "
-                "the expert's weights would not work the same in the base; use start=base"
+                f"start: {expert.name}: its config has {key} = {their!r}, and the base's {our!r}: the expert's weights "
+                "would not work the same in the base; use start=base"
             )
 
 
-def _forward_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if any(part in key for part in OF_THE_FORWARD_PASS)}
+def forward_keys(*configs: PretrainedConfig) -> dict[str, tuple[Any, ...]]:
+    """What decides the output beside the weights: the value in each config, by key.
+
+    Only fields that a config's class declares: files hold others that nothing reads. Of a class without own fields
+    (remote code), the keys that all have.
+    """
+    values = [config.to_dict() for config in configs]
+    declared = {one.name for config in configs for one in fields(config)}
+    declared -= {one.name for one in fields(PretrainedConfig)}
+    keys = declared or set.intersection(*(set(one) for one in values))
+    kept = [key for key in sorted(keys) if not any(part in key for part in NO_PART_OF_THE_OUTPUT)]
+    return {key: tuple(_plain(one.get(key)) for one in values) for key in ["model_type", *kept]}
+
+
+def _plain(value: Any) -> Any:
+    """A value without what has no effect: RoPE's older names, and its defaults."""
+    if not isinstance(value, Mapping):
+        return list(value) if isinstance(value, tuple) else value
+    defaults = {"partial_rotary_factor": 1.0}
+    return {key: _plain(one) for key, one in value.items() if key != "type" and defaults.get(key) != one}
 
 
 def refuse_adapted_parameters(expert: Role, layers: Mapping[str, LoraLayer]) -> None:

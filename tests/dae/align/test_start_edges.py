@@ -12,7 +12,7 @@ from align_runs import logits_of, merged, run, start_of
 from peft import LoraConfig, get_peft_model
 from pico import make_checkpoint
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from worlds import align_command, make_adapter
 
 import dae.start
@@ -20,6 +20,7 @@ import kd.models.line
 from dae import cli
 from kd.models.line import Pull, start_adapter
 from kd.models.roles import STUDENT_ADAPTER, Role
+from kd.models.summable import forward_keys
 
 STILL = ("train.learning_rate=0", "train.max_steps=1")
 
@@ -172,6 +173,36 @@ def test_an_expert_with_another_forward_pass_is_on_no_line(
     assert "start: expert.domain: its config has r" in told and "and the base's" in told and "use start=base" in told
 
 
+@pytest.mark.parametrize(
+    ("family", "file"),
+    [
+        ("qwen2", {"use_mrope": False, "attention_dropout": 0.1, "max_position_embeddings": 64}),
+        ("llama", {"layer_types": ["full_attention"] * 2, "head_dim": 4, "rope_theta": 10000.0, "note": "mine"}),
+        ("llama", {"rope_parameters": {"rope_type": "default", "type": "default", "rope_theta": 10000.0,
+                                       "partial_rotary_factor": 1.0}}),
+        ("gemma2", {"hidden_act": "gelu", "initializer_range": 0.5}),
+    ],
+)  # fmt: skip
+def test_what_a_config_says_beside_the_forward_pass_is_no_difference(
+    tmp_path: Path, family: str, file: dict[str, Any]
+) -> None:
+    """Keys that files have and no model reads, that only training reads, or that are given as they are implied."""
+    make_checkpoint(tmp_path / "base", family)
+    make_checkpoint(tmp_path / "expert", family)
+    written = tmp_path / "expert" / "config.json"
+    written.write_text(json.dumps(json.loads(written.read_text()) | file))
+    ours, theirs = (AutoConfig.from_pretrained(tmp_path / name) for name in ("base", "expert"))
+    assert [key for key, (one, other) in forward_keys(ours, theirs).items() if one != other] == []
+
+
+def test_heads_are_part_of_the_forward_pass(tmp_path: Path) -> None:
+    """By whatever name: GPT-2 calls their number n_head, and its weights' shapes do not have it."""
+    for name, heads in (("base", 4), ("expert", 2)):
+        make_checkpoint(tmp_path / name, "gpt2", n_head=heads)
+    ours, theirs = (AutoConfig.from_pretrained(tmp_path / name) for name in ("base", "expert"))
+    assert {key: both for key, both in forward_keys(ours, theirs).items() if both[0] != both[1]} == {"n_head": (4, 2)}
+
+
 def two_experts(*settings: str, output: str) -> list[str]:
     command = ["align", "--base", "base", "--expert", "shop=expert", "--expert", "law=odd", "--output", output]
     rows = ["--general-data", "general.jsonl", "--domain-data", "law=shop.jsonl", "--domain-data", "shop=shop.jsonl"]
@@ -248,10 +279,32 @@ def test_one_mistake_is_one_line_with_the_key_as_it_was_typed(
 def test_one_weight_for_several_experts(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_adapter(world / "odd", world / "base", seed=3)
     assert cli.run(two_experts("start=0.5", output="both")) == 2
-    assert "several experts need a weight each: write start.NAME=0.4 for each" in capsys.readouterr().err
+    assert "one number is for one expert; write start.NAME=0.4 for each" in capsys.readouterr().err
 
 
 def test_prompts_without_answers_are_pointed_to_sampling(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("prompts.jsonl").write_text('{"prompt": "KETTLE COSTS"}\n')
     told = refused(capsys, "data.domain.0.path=prompts.jsonl")
     assert "let a model answer prompts: dae sample --model MODEL --prompts FILE --output ROWS" in told
+
+
+@pytest.mark.parametrize(
+    ("changed", "student", "remedy"),
+    [
+        ("lm_head", "[q_proj]", "most is lost at lm_head.weight: adapt that, too (lora.target_modules)"),
+        ("embed_tokens", "[q_proj, embed_tokens]", "most is lost at model.embed_tokens: train all weights (lora=null)"),
+        ("q_proj", "[q_proj]", "q_proj: raise lora.rank"),
+    ],
+)
+def test_what_an_adapter_loses_most_is_named_with_a_remedy_that_helps(
+    world: Path, capsys: pytest.CaptureFixture[str], changed: str, student: str, remedy: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained("base")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if changed in name:
+                weight.add_(torch.randn_like(weight))
+    expert = f"expert={save_full(model, 'whole')}"
+    told = refused(capsys, expert, "start=0.5", "lora.rank=1", f"lora.target_modules={student}")
+    assert remedy in told and "start: expert.domain: the student's adapter can take only" in told
