@@ -106,10 +106,11 @@ NOTES = """Mean over seeds, with the lowest and the highest. World: accuracy in 
 kinds of question that no alignment row asks. Category: accuracy in per cent on 400 documents (standard error 2.3
 points), bits per byte of stories (lower is better). Questions: bits per byte of answers (hetPQA, 400 documents) and
 stories. KL: of KL(base || student) in nats a response token, on held-out documents of the general model and of the
-domain. All lines of a pair have the same rows, batch size and schedule. `auto`: with the weights it chose. Learning
-rates and coefficients: the best of those tried with the first seed, on validation documents; with a budget, and on
-titles with 600 steps, the rate of the same way without a budget, with 300 steps. `Search not complete`: of the rates
-that are planned (benchmarks/starts_ways.py), not all were tried."""
+domain. All lines of a pair have the same rows, batch size and schedule. `auto`: with the weights it chose.
+
+Learning rates and coefficients: the best of those tried with the first seed, on validation documents. With a budget,
+and on titles with 600 steps: the rate of the same way without a budget, with 300 steps. With all weights: one rate.
+`Search not complete`: of the rates that are planned (benchmarks/starts_ways.py), not all were tried."""
 
 
 def cells(by_seed: Mapping[str, Mapping[str, float]], units: Mapping[str, float]) -> list[str]:

@@ -92,7 +92,7 @@ class Run:
 COLD = {"world": (1.5e-3, 3e-3, 6e-3), "category": (1.5e-3, 5e-3), "questions": (1.5e-3, 5e-3)}
 WARM = {"world": (3e-4, 1e-3, 3e-3), "category": (5e-4, 1.5e-3, 5e-3), "questions": (5e-4, 1.5e-3, 5e-3)}
 RATES = {"base": COLD, "auto": WARM, "0.5": WARM}
-ALL_WEIGHTS = (3e-4, 1e-3, 3e-3)
+ALL_WEIGHTS = (1e-3,)  # not searched
 COEFFICIENTS = {
     "linear": (0.3, 0.5, 0.7),
     "slerp": (0.3, 0.5, 0.7),
