@@ -88,7 +88,7 @@ def test_the_command_says_whether_it_was_met(world: Path, capfd: pytest.CaptureF
     ("settings", "words"),
     [
         (["budget.general=0"], "must be above 0"),
-        (["budget.general=.nan"], "must be above 0"),
+        (["budget.general=.nan"], "expected a finite number"),
         (["budget.general=lots"], "expected a number"),
         (["budget.domain=0.1"], "unknown route; expected general"),
         (["budget.general=0.1", "weights=tokens"], "which sets the general route's factor: use routes or factors"),
