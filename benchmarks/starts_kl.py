@@ -26,6 +26,7 @@ from kd.runs.files import write_text_durably
 
 Document = tuple[str, str]  # prompt and completion
 MAX_TOKENS = 512
+WORLD_LIMIT, REAL_LIMIT = 200, 100  # first documents of each task
 STORIES = SHARED / "models" / "stories260k"
 FILES = {
     "category": ("ecom/heldout_category_mc.jsonl", None),
@@ -47,14 +48,15 @@ def documents_of(run: Run) -> dict[str, list[Document]]:
 def world_documents(seed: int, group: str) -> list[Document]:
     folder = DEMOS / f"seed-{seed}" / "world" / "heldout"
     files = [folder / f"{name}.jsonl" for name in GROUPS[group]]
-    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()[:WORLD_LIMIT]]
+    rows = [json.loads(line) for line in lines]
     return [(row["context"], " " + row["choices"][row["gold"]]) for row in rows]
 
 
 def real_documents(name: str) -> list[Document]:
     file, first_characters = FILES[name]
     rows = list(load(str(SHARED), file, first_characters)["test"])[:LIMIT]
-    kept = [row for i, row in enumerate(rows) if i % VALIDATION_EVERY != VALIDATION_EVERY - 1]
+    kept = [row for i, row in enumerate(rows) if i % VALIDATION_EVERY != VALIDATION_EVERY - 1][:REAL_LIMIT]
     if name == "category":
         return [(row["context"], row["choices"][row["gold"]]) for row in kept]
     return [(row["prompt"], row["completion"]) for row in kept]
