@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 from benchmarks.real_pair_scores import LEVEL, RESAMPLES, SHARED, completion_bytes
 from benchmarks.starts import LAMBDAS
-from benchmarks.starts_tables import LOSSES, table
+from benchmarks.starts_tables import table
+from benchmarks.starts_ways import LOSSES
 from benchmarks.trade_off import LIMIT
 from kd.runs.files import write_text_durably
 

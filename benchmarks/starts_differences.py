@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from benchmarks.real_pair_scores import LEVEL, RESAMPLES, SHARED, completion_bytes
 from benchmarks.real_pair_tables import BIT_TASKS
-from benchmarks.starts_ways import GROUPS, REAL, WAYS, Run, Way, chosen, scores_file
+from benchmarks.starts_ways import GROUPS, LOSSES, REAL, WAYS, Run, Way, chosen, scores_file
 from benchmarks.trade_off import VALIDATION_EVERY
 
 # Pair, then start, loss and steps of the first way and of the one that is taken from it.
@@ -118,8 +118,7 @@ def difference_rows(found: Sequence[Mapping[str, Any]], units: Mapping[str, floa
     rows = []
     for one in found:
         (start, loss, steps), (other, other_loss, other_steps) = one["first"], one["second"]
-        names = {"dae": "DAE", "ntp": "next-token loss"}
-        title = f"{start}, {names[loss]}, {steps}; minus {other}, {names[other_loss]}, {other_steps}"
+        title = f"{start}, {LOSSES[loss]}, {steps}; minus {other}, {LOSSES[other_loss]}, {other_steps}"
         cells = []
         for name, unit in units.items():
             digits = 1 if unit > 1 else 3

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 from peft import AutoPeftModelForCausalLM
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.real_pair_scores import SHARED
 from benchmarks.starts_ways import GROUPS, WAYS, Run, chosen
 from benchmarks.tasks.documents import load
 from benchmarks.trade_off import DEMOS, LIMIT, VALIDATION_EVERY
+from kd.losses.divergences import forward_kl
 from kd.runs.files import write_text_durably
 
 Document = tuple[str, str]  # prompt and completion
@@ -79,9 +80,9 @@ def mean_kl(
     total, tokens = 0.0, 0
     for input_ids, response_BT in batches(tokenizer, documents):
         log_p, log_q = (log_softmax(model(input_ids).logits[:, :-1].double(), dim=-1) for model in (base, student))
-        kl_BT = kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
-        total += float(kl_BT[response_BT[:, 1:]].sum())
-        tokens += int(response_BT[:, 1:].sum())
+        asked_BT = response_BT[:, 1:]
+        total += float(forward_kl(log_q[asked_BT], log_p[asked_BT]).sum())
+        tokens += int(asked_BT.sum())
     return total / tokens
 
 

@@ -19,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from benchmarks.starts_ways import LOSSES
+
 COLOURS = {"DAE": "#1f6aa5", "next-token loss": "#c8553d", "DAE with a budget": "#8a8a8a", "merge": "#b8a13a"}
 LABEL_AT = {"DAE": (2, 7), "next-token loss": (2, -13), "DAE with a budget": (6, 4), "merge": (8, 4)}  # in points
 MARKERS = {"base": "o", "auto": "^", "0.5": "s", "": "x"}
@@ -87,7 +89,7 @@ def name_of(line: Mapping[str, Any]) -> str:
         return "merge"
     if line["budget"] is not None:
         return "DAE with a budget"
-    return {"dae": "DAE", "ntp": "next-token loss"}[line["loss"]]
+    return LOSSES[line["loss"]]
 
 
 def ranges(values: Sequence[float]) -> list[list[float]]:

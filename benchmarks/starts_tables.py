@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.starts_differences import difference_rows, differences
 from benchmarks.starts_ways import (
     GROUPS,
+    LOSSES,
     SEEDS,
     WAYS,
     Run,
@@ -32,7 +33,6 @@ UNITS: Mapping[str, Mapping[str, float]] = {
     "category": {"category": 100.0, "stories": 1.0},
     "questions": {"questions": 1.0, "stories": 1.0},
 }
-LOSSES = {"dae": "DAE", "ntp": "next-token loss"}
 KL = {"general KL": 1.0, "domain KL": 1.0}
 
 

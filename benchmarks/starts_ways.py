@@ -25,7 +25,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
     "general, not aligned": UNALIGNED_SKILLS,
 }
 REAL = {"category": "real_category", "questions": "real_hetpqa"}  # a real pair -> the task of its domain
-LOSSES = ("dae", "ntp")
+LOSSES = {"dae": "DAE", "ntp": "next-token loss"}
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class AlignRecipe(DivergenceRecipe):
         if value in ("base", "auto") or isinstance(value, Mapping):
             return value
         if is_number(value):  # of one expert it is its weight: `expand`
-            raise ValueError("one number is for one expert; write start.NAME=0.4 for each")
+            raise ValueError("a single number works with one expert only; write start.NAME=0.4 for each expert")
         raise ValueError("expected base, auto, or a weight for each expert, such as {ecom: 0.4}")
 
     @field_validator("budget", mode="before")
@@ -102,7 +102,7 @@ class AlignRecipe(DivergenceRecipe):
     def _nats_of_a_route(cls, value: Any) -> Any:
         if isinstance(value, Mapping):
             return value
-        raise ValueError(f"expected nats of a route: write budget.{GENERAL}=0.02, say")
+        raise ValueError(f"expected nats per token for a route, such as budget.{GENERAL}=0.02")
 
     @classmethod
     def from_flags(cls, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -235,6 +235,6 @@ def weight_problems(weights: Any, routes: list[str]) -> list[Problem]:
     for name, factor in weights.items():
         if name not in routes:
             problems.append(Problem(("weights", str(name)), factor, f"unknown route; expected {one_of(routes)}"))
-        elif isinstance(factor, (int, float)) and not isinstance(factor, bool) and not factor > 0:
+        elif is_number(factor) and not factor > 0:
             problems.append(Problem(("weights", name), factor, "must be above 0"))
     return problems

@@ -65,30 +65,32 @@ def start_student(recipe: AlignRecipe, roles: StageRoles, measure: Measure) -> d
         facts["energy_kept"] = energy.share
         cut = "" if energy.share > 0.9995 else f"; the adapter keeps {energy.share:.1%} of that difference"
     if any(weights.values()) and not facts["distance"]:
-        logger.warning("start: the weights of these experts are those of the base: the student starts there")
+        logger.warning("start: these experts have the base's weights, so the student starts at the base")
     logger.info("start: %s%s", described(weights), cut)
     return facts
 
 
 def weights_or_base(line: Line, measure: Measure) -> tuple[Weights, list[dict[str, Any]]] | None:
-    """The weights of `auto`, 0 for experts that cannot be summed; None, and the student at the base, without others."""
+    """The weights of `auto` and what it measured; None if no expert can be summed, and the student is at the base.
+
+    One of several experts that cannot be summed has weight 0, with a warning.
+    """
     names = list(line.experts)
     for name in names if len(names) > 1 else ():
         try:
             refuse_expert(line.student, line.experts[name])
         except UserError as error:
             names = [other for other in names if other != name]
-            logger.warning("start=auto: the weight of %s is 0, because of this: %s", name, error)
+            logger.warning("start=auto: expert %s gets weight 0, because of this: %s", name, error)
     if not names:
         logger.warning("start=auto: the student starts at the base: no expert can be summed")
         return None
     try:
         return chosen_weights(line, names, measure)
     except UserError as error:
+        line.place(dict.fromkeys(line.experts, 0.0))
         logger.warning("start=auto: the student starts at the base, because of this: %s", error)
         return None
-    finally:
-        line.place(dict.fromkeys(line.experts, 0.0))
 
 
 def refuse_unreachable_start(recipe: AlignRecipe, inputs: Inputs) -> None:

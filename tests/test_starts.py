@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pico import make_model, make_tokenizer
+from torch.nn.functional import kl_div
 
 from benchmarks import starts, starts_kl, starts_picture, starts_tables, starts_ways
 from benchmarks.starts_ways import COEFFICIENTS, SEEDS, WAYS, Run, Way
@@ -18,7 +19,6 @@ from dae.merging.recipe import WeightsRecipe
 from dae.pipeline.recipe import read_pipeline
 from dae.recipe import AlignRecipe
 from kd.config.loading import load_recipe
-from kd.losses.divergences import forward_kl
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = tuple(way for way in WAYS if not way.merge)
@@ -140,7 +140,7 @@ def test_one_pair_alone_leaves_the_others_as_they_were(monkeypatch: pytest.Monke
 
 
 def test_kl_is_over_response_tokens_alone() -> None:
-    """The mean over the answers' tokens, whatever the batch is padded to, is the mean of the library's forward KL."""
+    """The mean over the answers' tokens, whatever the batch is padded to, is the mean of torch's KL."""
     base, student, tokenizer = make_model(seed=0), make_model(seed=1), make_tokenizer()
     documents = [("the price is", " low"), ("in", " the red shop of all"), ("which size", " a b c")]
     expected = []
@@ -152,6 +152,6 @@ def test_kl_is_over_response_tokens_alone() -> None:
                 torch.log_softmax(model(torch.tensor([ids])).logits[0, first - 1 : -1].double(), -1)
                 for model in (base, student)
             )
-        expected += forward_kl(log_student, log_base).tolist()
+        expected += kl_div(log_student, log_base, reduction="none", log_target=True).sum(-1).tolist()
     assert starts_kl.mean_kl(base, student, tokenizer, documents) == pytest.approx(np.mean(expected), rel=1e-6)
     assert starts_kl.mean_kl(base, base, tokenizer, documents) == 0.0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -18,16 +18,27 @@ from kd.models.quantization import is_quantised
 from kd.models.roles import Role
 from kd.models.sharding import whole_shape
 
-WHOLE, BY_ROWS, DORA, PARAMETERS, BIAS = (
-    "is kept whole (modules_to_save)",
-    "is trained by rows (trainable_token_indices)",
-    "has a magnitude (use_dora)",
-    "has adapted parameters (target_parameters)",
-    "has a bias of its own (lora_bias)",
-)
-# Keys of an adapter's config that are no low-rank updates of linear layers where they are set.
-UNSUMMABLE_KEYS = {
-    "modules_to_save": WHOLE,
+BASE = "use start=base"
+MERGED = f"{BASE}, or merge the expert (`dae merge weights ... weight=1`) and give the checkpoint"
+
+
+@dataclass(frozen=True)
+class NoSum:
+    """What of an adapter is no low-rank update of a linear layer, and what helps."""
+
+    words: str
+    remedy: str = MERGED
+
+
+KEPT_WHOLE = NoSum("is kept whole (modules_to_save)")
+BY_ROWS = NoSum("is trained by rows (trainable_token_indices)")
+DORA = NoSum("has a magnitude (use_dora)")
+# An adapter of the student's on a mixture's experts cannot take their difference (refuse_adapted_parameters).
+PARAMETERS = NoSum("has adapted parameters (target_parameters)", f"{MERGED}, with lora=null")
+BIAS = NoSum("has a bias of its own (lora_bias)", BASE)  # `dae merge weights` cannot merge it
+NOT_LINEAR = NoSum("is no linear layer")
+OF_A_CONFIG = {
+    "modules_to_save": KEPT_WHOLE,
     "trainable_token_indices": BY_ROWS,
     "use_dora": DORA,
     "target_parameters": PARAMETERS,
@@ -55,24 +66,14 @@ def refuse_unsummable(expert: Role, student: nn.Module) -> None:
     base: Any = expert.model.get_base_model() if isinstance(expert.model, PeftModel) else expert.model
     for name, module in base.named_modules():
         if found := beyond_a_sum(module, expert.adapter):
-            raise UserError(no_sum(expert.name, f"{name} {found}"))
+            raise UserError(f"start: {expert.name}: {name} {found.words}, which is no low-rank update; {found.remedy}")
 
 
 def refuse_unsummable_config(expert: str, config: Mapping[str, Any]) -> None:
-    """The same by an adapter's config alone, before any weights are loaded."""
-    for key, what in UNSUMMABLE_KEYS.items():
+    """Raise UserError if an adapter's config (adapter_config.json) has what cannot be summed. Needs no weights."""
+    for key, found in OF_A_CONFIG.items():
         if config.get(key):
-            raise UserError(no_sum(expert, what))
-
-
-def no_sum(expert: str, what: str) -> str:
-    """Why an adapter is no sum, and what helps."""
-    remedy = "merge the expert (`dae merge weights ... weight=1`) and give the checkpoint"
-    if what.endswith(PARAMETERS):
-        remedy += " to a student whose weights all train (lora=null)"
-    if what.endswith(BIAS):  # `dae merge weights` cannot merge it
-        return f"start: {expert}: {what}, which is no low-rank update; use start=base"
-    return f"start: {expert}: {what}, which is no low-rank update; use start=base, or {remedy}"
+            raise UserError(f"start: {expert}: {found.words}, which is no low-rank update; {found.remedy}")
 
 
 def no_line_to_quantised(expert: str) -> str:
@@ -131,26 +132,26 @@ def refuse_adapted_parameters(expert: Role, layers: Mapping[str, LoraLayer]) -> 
     for name, layer in layers.items():
         if isinstance(layer, ParamWrapper):
             raise UserError(
-                f"start: {expert.name}: has weights of its own, and the student adapts parameters of {name}, which "
-                "cannot take their difference; let it adapt linear layers (lora.target_modules=[q_proj, v_proj], say), "
-                "train all weights (lora=null), or use start=base"
+                f"start: {expert.name}: is a full checkpoint, and the student's adapter is on parameters of {name}, "
+                "which cannot take the difference to it; adapt linear layers alone (such as "
+                "lora.target_modules=[q_proj, v_proj]), train all weights (lora=null), or use start=base"
             )
 
 
-def beyond_a_sum(module: Any, adapter: str) -> str:
-    """What an adapter has on a module besides a low-rank update of a linear layer, or empty."""
+def beyond_a_sum(module: Any, adapter: str) -> NoSum | None:
+    """What an adapter has on a module besides a low-rank update of a linear layer."""
     if isinstance(module, AuxiliaryTrainingWrapper) and adapter in module._get_available_adapters():
-        return "is kept whole or by rows (modules_to_save, trainable_token_indices)"
+        return BY_ROWS if isinstance(module, TrainableTokensWrapper) else KEPT_WHOLE
     if not isinstance(module, LoraLayer) or adapter not in module.r:
-        return ""
+        return None
     if module.use_dora.get(adapter):
         return DORA
     if isinstance(module, ParamWrapper):
         return PARAMETERS
     factors: Any = module.lora_A
     if adapter not in factors or len(whole_shape(factors[adapter].weight)) != 2:
-        return "is no linear layer"
-    return BIAS if module.lora_bias.get(adapter) else ""
+        return NOT_LINEAR
+    return BIAS if module.lora_bias.get(adapter) else None
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

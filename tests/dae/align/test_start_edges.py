@@ -108,7 +108,7 @@ def test_an_expert_with_the_bases_weights_is_told_and_the_student_trains(
     model.config.my_note = "another fingerprint"
     save_full(model, "twin")
     student = run("expert=twin", "reference=expert", "start=0.5", "train.max_steps=2", "train.learning_rate=0.01")
-    assert "are those of the base: the student starts there" in caplog.text
+    assert "have the base's weights, so the student starts at the base" in caplog.text
     assert all(factor.any() for name, factor in factors(student).items() if "lora_B" in name)
 
 
@@ -133,7 +133,7 @@ def test_a_mixture_whose_experts_are_adapted_takes_no_full_expert(
     make_checkpoint(world / "whole", "mixtral", seed=1)
     models = ("base=mixture", "expert=whole")
     told = refused(capsys, *models, "start=0.3", *STILL)
-    assert "start: expert.domain: has weights of its own, and the student adapts parameters of" in told
+    assert "start: expert.domain: is a full checkpoint, and the student's adapter is on parameters of" in told
     assert "lora.target_modules" in told and "lora=null" in told
     run(*models, *STILL, output="auto")
     assert "start=auto: the student starts at the base, because of this: start: expert.domain" in caplog.text
@@ -218,7 +218,7 @@ def test_auto_leaves_out_the_one_expert_that_cannot_be_summed(
     facts = summary_of(Path("both"))["start"]
     assert facts["weights"]["law"] == 0 and facts["weights"]["shop"] > 0
     assert all(point["weights"]["law"] == 0 for point in facts["curve"])
-    assert "start=auto: the weight of law is 0, because of this: start: expert.law: " in caplog.text
+    assert "start=auto: expert law gets weight 0, because of this: start: expert.law: " in caplog.text
     assert cli.run(two_experts("lora.rank=4", f"start.shop={facts['weights']['shop']}", output="by-hand")) == 0
     assert start_of(Path("both")) == pytest.approx(start_of(Path("by-hand")), rel=1e-6)
 
@@ -266,7 +266,7 @@ def test_a_check_knows_from_the_config_what_the_run_would_refuse(
         ("start.domain=true", "start.domain=true: expected a number"),
         ("start.domain='0.3'", "start.domain='0.3': expected a number"),
         ("start.domain=.nan", "start.domain=.nan: expected a finite number"),
-        ("budget=0.02", "budget=0.02: expected nats of a route: write budget.general=0.02, say"),
+        ("budget=0.02", "budget=0.02: expected nats per token for a route, such as budget.general=0.02"),
         ("budget.general=.inf", "budget.general=.inf: expected a finite number"),
     ],
 )
@@ -279,7 +279,7 @@ def test_one_mistake_is_one_line_with_the_key_as_it_was_typed(
 def test_one_weight_for_several_experts(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_adapter(world / "odd", world / "base", seed=3)
     assert cli.run(two_experts("start=0.5", output="both")) == 2
-    assert "one number is for one expert; write start.NAME=0.4 for each" in capsys.readouterr().err
+    assert "a single number works with one expert only; write start.NAME=0.4 for each expert" in capsys.readouterr().err
 
 
 def test_prompts_without_answers_are_pointed_to_sampling(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
