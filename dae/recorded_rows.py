@@ -88,7 +88,8 @@ def recorded_sources(folder: str, route: str) -> list[dict[str, Any]] | str:
         return "no data is recorded at the address of a server"
     provenance = read_provenance(folder)
     if provenance is None:
-        return f"{folder} is not a run folder of dae, so no data is recorded in it"
+        what = "is not a run folder of dae" if Path(folder).is_dir() else "is no folder on this machine"
+        return f"{folder} {what}, so no data is recorded in it"
     data = provenance.get("data", {})
     name = route if route in data else "train"
     if name not in data:

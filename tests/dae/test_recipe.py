@@ -135,10 +135,12 @@ def test_weights_as_factors() -> None:
     assert load(FULL, "weights={domain: 2, general: 1.0}").weights == {"domain": 2.0, "general": 1.0}
 
 
-def test_missing_rows_name_the_flag_to_add() -> None:
+def test_missing_rows_name_the_flag_to_add(tmp_path: Path) -> None:
     told = message({"base": "b", "expert": "e"})
     assert "data.general: " in told and "add --general-data PATH" in told
-    assert "data.domain: " in told and "add --domain-data PATH; e is not a run folder" in told
+    assert "data.domain: " in told and "add --domain-data PATH; e is no folder on this machine" in told
+    told = message({"base": "b", "expert": str(tmp_path)})
+    assert f"add --domain-data PATH; {tmp_path} is not a run folder of dae" in told
 
 
 def test_rows_are_taken_from_the_run_folders_of_expert_and_reference(tmp_path: Path) -> None:
