@@ -10,7 +10,8 @@ Call the second line again until the first one prints nothing: other seeds wait 
 which are chosen on validation documents with the first seed. From the repository's root. Needs three demos (`dae demo
 --output runs/demo_seeds/seed-N --seed N`), each with what benchmarks/trade_off_inputs.py adds, ../shared, and
 runs/real_pair/{category-lora-expert, questions-lora-expert, general.jsonl} of recipes/real_pair.yaml. `--pair` prints
-or writes one pair alone; other pairs' results stay.
+or writes one pair alone; other pairs' results stay. `--rates` takes learning rates and coefficients that an earlier
+record's search chose, instead of a search; what that record lacks is searched.
 
 World: accuracy on the demo's four groups. Category: accuracy on titles, bits per byte on stories. Questions: bits per
 byte on both. Every way has the rows, batch size and schedule of the pair's recipe; what differs is in the table.
@@ -25,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.starts_tables import TITLES, markdown, results
-from benchmarks.starts_ways import REAL, SEEDS, WAYS, Run, chosen, scores_file
+from benchmarks.starts_ways import REAL, SEEDS, WAYS, Run, Way, chosen, scores_file, with_rates_of
 from benchmarks.trade_off import DEMOS, LIMIT
 from kd.runs.files import write_text_durably
 
@@ -71,10 +72,10 @@ def trained_keys(run: Run, expert: str) -> list[str]:
     return keys + (["lora=null"] if way.all_weights else [])
 
 
-def missing_runs(pairs: Sequence[str]) -> list[Run]:
+def missing_runs(ways: Sequence[Way]) -> list[Run]:
     """What is to be run: the rates of the first seed, then the other seeds at the chosen rate."""
     wanted: list[Run] = []
-    for way in (way for way in WAYS if way.pair in pairs):
+    for way in ways:
         wanted += [Run(way, rate, SEEDS[0]) for rate in way.rates]
         rate, complete = chosen(way)
         if rate is not None and complete:
@@ -88,13 +89,17 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the results from what is there")
     parser.add_argument("--pair", choices=TITLES, help="this one alone")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where the results go")
+    parser.add_argument("--rates", type=Path, metavar="JSON", help="an earlier starts.json: its rates are taken")
     given = parser.parse_args()
-    pairs = [given.pair] if given.pair else list(TITLES)
+    ways = [way for way in WAYS if given.pair in (None, way.pair)]
+    if given.rates:
+        ways = with_rates_of(json.loads(given.rates.read_text(encoding="utf-8")), ways)
     if not given.write:
-        print("\n".join(map(command, missing_runs(pairs))))
+        print("\n".join(map(command, missing_runs(ways))))
         return
     earlier = given.output / "starts.json"
-    record = results(pairs, json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else None)
+    known = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else None
+    record = results(ways, known, given.rates.name if given.rates else "")
     write_text_durably(given.output / "starts.json", json.dumps(record, indent=1) + "\n")
     write_text_durably(given.output / "starts.md", markdown(record))
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from benchmarks.real_pair_scores import LEVEL, RESAMPLES, SHARED, completion_bytes
 from benchmarks.real_pair_tables import BIT_TASKS
-from benchmarks.starts_ways import GROUPS, LOSSES, REAL, WAYS, Run, Way, chosen, scores_file
+from benchmarks.starts_ways import GROUPS, LOSSES, REAL, Run, Way, chosen, scores_file
 from benchmarks.trade_off import VALIDATION_EVERY
 
 # Pair, then start, loss and steps of the first way and of the one that is taken from it.
@@ -34,23 +34,23 @@ COMPARED: Sequence[tuple[str, tuple[str, str, int], tuple[str, str, int]]] = (
 Floats = NDArray[np.float64]
 
 
-def way_of(pair: str, start: str, loss: str, steps: int) -> Way:
-    """The way with an adapter and without a budget."""
-    asked = (pair, start, loss, steps)
-    plain = [way for way in WAYS if way.budget is None and not way.all_weights and not way.merge]
-    return next(way for way in plain if (way.pair, way.start, way.loss, way.steps) == asked)
+def differences(ways: Sequence[Way]) -> list[dict[str, Any]]:
+    """For each comparison and seed that both have a student of: value, low and high of each figure.
 
-
-def differences(pairs: Sequence[str]) -> list[dict[str, Any]]:
-    """For each comparison and seed that both have a student of: value, low and high of each figure."""
+    Ways with an adapter, a searched rate and no budget.
+    """
+    plain = [way for way in ways if way.budget is None and way.searched and not way.merge]
+    by_name = {(way.pair, way.start, way.loss, way.steps): way for way in plain}
     found = []
-    for pair, *ways in (one for one in COMPARED if one[0] in pairs):
-        first, second = (way_of(pair, *way) for way in ways)
+    for pair, *names in COMPARED:
+        if any((pair, *name) not in by_name for name in names):
+            continue
+        first, second = (by_name[(pair, *name)] for name in names)
         for seed in first.seeds:
             runs = [Run(way, rate, seed) for way in (first, second) if (rate := chosen(way)[0]) is not None]
             if len(runs) == 2 and all(run.is_scored for run in runs):
                 figures = {name: [float(x) for x in of] for name, of in difference(*runs).items()}
-                found.append({"pair": pair, "first": ways[0], "second": ways[1], "seed": seed, "figures": figures})
+                found.append({"pair": pair, "first": names[0], "second": names[1], "seed": seed, "figures": figures})
     return found
 
 

@@ -52,7 +52,7 @@ def draw(record: Mapping[str, Any], file: Path) -> None:
 def is_drawn(line: Mapping[str, Any]) -> bool:
     """Merges of titles keep so little of the stories that the rest would be one point."""
     is_double = line["merge"] in ("task_arithmetic", "slerp")  # with one expert the same as linear, or nearly so
-    return not line["all_weights"] and not is_double and not (line["merge"] and line["pair"] != "world")
+    return line["searched"] and not is_double and not (line["merge"] and line["pair"] != "world")
 
 
 def draw_pair(panel: Axes, pair: str, lines: Sequence[Mapping[str, Any]]) -> None:

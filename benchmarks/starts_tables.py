@@ -12,7 +12,6 @@ from benchmarks.starts_ways import (
     GROUPS,
     LOSSES,
     SEEDS,
-    WAYS,
     Run,
     Way,
     chosen,
@@ -36,14 +35,20 @@ UNITS: Mapping[str, Mapping[str, float]] = {
 KL = {"general KL": 1.0, "domain KL": 1.0}
 
 
-def results(pairs: Sequence[str], earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """All lines that have a student, with the figures of each seed; of other pairs, what an earlier record has."""
+def results(ways: Sequence[Way], earlier: Mapping[str, Any] | None = None, rates_from: str = "") -> dict[str, Any]:
+    """All lines that have a student, with the figures of each seed; of other pairs, what an earlier record has.
+
+    rates_from: the name of the record that the rates of `ways` were taken from.
+    """
+    pairs = {way.pair for way in ways}
+    sources = {pair: name for pair, name in (earlier or {}).get("rates", {}).items() if pair not in pairs}
+    sources |= dict.fromkeys(sorted(pairs), rates_from) if rates_from else {}
     lines = [line for line in earlier["lines"] if line["pair"] not in pairs] if earlier else []
-    found = [line_of(way) for way in WAYS if way.pair in pairs]
+    found = [line_of(way) for way in ways]
     its_ends = earlier["ends"] if earlier and "world" not in pairs else ends()
     compared = [one for one in earlier.get("differences", ()) if one["pair"] not in pairs] if earlier else []
     lines += [line for line in found if line is not None]
-    return {"ends": its_ends, "lines": lines, "differences": compared + differences(pairs)}
+    return {"rates": sources, "ends": its_ends, "lines": lines, "differences": compared + differences(ways)}
 
 
 def line_of(way: Way) -> dict[str, Any] | None:
@@ -54,6 +59,7 @@ def line_of(way: Way) -> dict[str, Any] | None:
         return None
     line: dict[str, Any] = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "pair": way.pair, "start": way.start}
     line |= {"loss": way.loss, "merge": way.merge, "all_weights": way.all_weights, "steps": way.steps}
+    line["searched"] = way.searched
     line |= {"budget": way.budget, "learning_rate": rate, "all_rates_tried": complete}
     line["validation"] = {f"{each:g}": validation_score(Run(way, each, SEEDS[0])) for each in way.rates}
     line["weights"] = {} if way.merge else {str(run.seed): weight_of(run) for run in runs}
@@ -90,6 +96,9 @@ def markdown(record: Mapping[str, Any]) -> str:
                 rows.append([name, "", "", "", str(len(by_seed)), *cells(by_seed, units)])
         rows += [[*names(line), str(len(line["figures"])), *cells(line["figures"], units)] for line in lines]
         dates = sorted({line["date"] for line in lines})
+        source = record.get("rates", {}).get(pair)
+        if source:
+            dates.append(f"Learning rates and coefficients of {source}; what it does not have was searched.")
         parts.append("\n\n".join([f"## {title}", *dates, table(head, rows)]))
         compared = [one for one in record.get("differences", ()) if one["pair"] == pair]
         if compared:
@@ -99,7 +108,8 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 def names(line: Mapping[str, Any]) -> list[str]:
     """Start, loss, steps and learning rate, as the table has them."""
-    rate = f"{line['learning_rate']:g}" + ("" if line["all_rates_tried"] else " (search not complete)")
+    remark = "" if line["all_rates_tried"] else " (search not complete)"
+    rate = f"{line['learning_rate']:g}" + (remark if line["searched"] else " (not searched)")
     if line["merge"]:
         return ["merge", f"{line['merge'].replace('_', ' ')}, coefficient {rate}", "", ""]
     weights = sorted({f"{weight:.2f}" for weight in line["weights"].values()})

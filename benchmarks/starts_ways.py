@@ -24,6 +24,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
     "general, aligned": ALIGNED_SKILLS,
     "general, not aligned": UNALIGNED_SKILLS,
 }
+IN_RECORD = ("pair", "start", "loss", "steps", "budget", "all_weights", "merge")  # fields that tell ways apart
 REAL = {"category": "real_category", "questions": "real_hetpqa"}  # a real pair -> the task of its domain
 LOSSES = {"dae": "DAE", "ntp": "next-token loss"}
 
@@ -33,7 +34,7 @@ class Way:
     """One line of the tables: a start (`base`, `auto` or a weight), a loss, the steps, the rates that are tried.
 
     rate_of: the way whose rate it takes instead of a search of its own. merge: the method of a merge; then `rates` are
-    its coefficients, and nothing is trained.
+    its coefficients, and nothing is trained. searched: its rate is the best of several on validation documents.
     """
 
     pair: str
@@ -45,6 +46,7 @@ class Way:
     rate_of: Way | None = None
     all_weights: bool = False
     merge: str = ""
+    searched: bool = True
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -92,7 +94,8 @@ class Run:
 COLD = {"world": (1.5e-3, 3e-3, 6e-3), "category": (1.5e-3, 5e-3), "questions": (1.5e-3, 5e-3)}
 WARM = {"world": (3e-4, 1e-3, 3e-3), "category": (5e-4, 1.5e-3, 5e-3), "questions": (5e-4, 1.5e-3, 5e-3)}
 RATES = {"base": COLD, "auto": WARM, "0.5": WARM}
-ALL_WEIGHTS = (1e-3,)  # not searched
+LOW = {"base": (1e-3,), "auto": (3e-4,)}  # of the world: a third of what the search chose (arXiv 2509.20758)
+ALL_WEIGHTS = (1e-3,)
 COEFFICIENTS = {
     "linear": (0.3, 0.5, 0.7),
     "slerp": (0.3, 0.5, 0.7),
@@ -130,7 +133,8 @@ WAYS = (
     within(WORLD_450, 0.02),
     *both_losses("world", "base", 300),
     *both_losses("world", "auto", 300),
-    *(Way("world", s, loss, 900, ALL_WEIGHTS, all_weights=True) for s in ("base", "auto") for loss in LOSSES),
+    *(Way("world", s, loss, 900, rates, searched=False) for s, rates in LOW.items() for loss in LOSSES),
+    *(Way("world", s, loss, 900, ALL_WEIGHTS, all_weights=True, searched=False) for s in LOW for loss in LOSSES),
     *merges("world"),
     *CATEGORY["base"],
     *CATEGORY["auto"],
@@ -142,6 +146,18 @@ WAYS = (
     *both_losses("questions", "auto", 300),
     *merges("questions"),
 )
+
+
+def with_rates_of(record: Mapping[str, Any], ways: Sequence[Way]) -> list[Way]:
+    """The ways, each at the one rate that a record's search chose; what was not searched there stays as it is."""
+    lines = [line for line in record["lines"] if line["all_rates_tried"]]
+    known = {tuple(line[name] for name in IN_RECORD): line["learning_rate"] for line in lines}
+
+    def at_known_rate(way: Way) -> Way:
+        rate = known.get(tuple(getattr(way.rate_of or way, name) for name in IN_RECORD))
+        return way if rate is None or not way.searched else replace(way, rates=(rate,), rate_of=None)
+
+    return [at_known_rate(way) for way in ways]
 
 
 def scores_file(name: str) -> Path:

@@ -42,14 +42,14 @@ def recipe_of(run: Run) -> Any:
     return load_recipe(AlignRecipe, ROOT / words[first], {"output": output}, settings)
 
 
-def first_run(way: Way, seed: int = SEEDS[0]) -> Run:
-    return Run(way, (way.rates or (way.rate_of or way).rates)[0], seed)
+def a_run(way: Way, seed: int = SEEDS[0]) -> Run:
+    return Run(way, (way.rates or (way.rate_of or way).rates)[-1], seed)
 
 
 @pytest.mark.parametrize("pair", ["world", "category", "questions"])
 def test_ways_differ_in_what_is_compared_alone(pair: str) -> None:
     ways = [way for way in TRAINED if way.pair == pair]
-    recipes = [recipe_of(first_run(way, SEEDS[1])) for way in ways]
+    recipes = [recipe_of(a_run(way, SEEDS[1])) for way in ways]
     assert len({recipe.output for recipe in recipes}) == len(recipes) >= 4
     varied = {"output": "", "start": "base", "lambda_": 1.0, "budget": {}, "lora": None}
     for way, recipe in zip(ways, recipes, strict=True):
@@ -63,7 +63,7 @@ def test_ways_differ_in_what_is_compared_alone(pair: str) -> None:
 
 
 def test_the_starts_are_those_of_the_ways() -> None:
-    found = {(way.start, str(recipe_of(first_run(way)).start)) for way in TRAINED if way.pair == "world"}
+    found = {(way.start, str(recipe_of(a_run(way)).start)) for way in TRAINED if way.pair == "world"}
     assert found == {("base", "base"), ("auto", "auto"), ("0.5", "{'shop': 0.5}")}
 
 
@@ -79,16 +79,30 @@ def test_other_seeds_wait_for_a_whole_search(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(starts_ways, "validation_score", lambda run: scores.get(run.rate))
     monkeypatch.setattr(Run, "is_scored", property(lambda _: False))
     way, longer = starts_ways.CATEGORY["auto"][0], starts_ways.longer(starts_ways.CATEGORY["auto"][0])
-    monkeypatch.setattr(starts, "WAYS", (way, longer))
 
     def missing() -> list[tuple[int, float, int]]:
-        return [(run.way.steps, run.rate, run.seed) for run in starts.missing_runs(["category"])]
+        return [(run.way.steps, run.rate, run.seed) for run in starts.missing_runs((way, longer))]
 
     searched = [(300, rate, 0) for rate in way.rates]
     others = [(300, max(way.rates), seed) for seed in (1, 2)]
     assert missing() == searched + others + [(600, max(way.rates), seed) for seed in (0, 1, 2)]
     scores[way.rates[1]] = None
     assert missing() == searched
+
+
+def test_rates_of_an_earlier_record_take_the_place_of_a_search() -> None:
+    """A longer way takes the known rate of the one that it follows; a search that is not complete is none."""
+    way, other = starts_ways.CATEGORY["auto"]
+    lines = [
+        {name: getattr(each, name) for name in starts_ways.IN_RECORD}
+        | {"learning_rate": 0.002, "all_rates_tried": done}
+        for each, done in ((way, True), (other, False))
+    ]
+    asked = (way, starts_ways.longer(way), other, starts_ways.longer(other))
+    found = starts_ways.with_rates_of({"lines": lines}, asked)
+    assert [each.rates for each in found[:2]] == [(0.002,), (0.002,)] and not any(each.rate_of for each in found[:2])
+    assert [(each.pair, each.start, each.steps) for each in found] == [(e.pair, e.start, e.steps) for e in asked]
+    assert found[2:] == list(asked[2:])
 
 
 def write_scores(run: Run, **scores: list[float]) -> None:
@@ -115,10 +129,13 @@ def test_tables_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     write_scores(merged, real_category=[1, 1, 0, 1, 0, 0], real_stories=[2, 2, 9, 4, 4, 9])
     assert starts_ways.real_figures(run, is_validation=False) == {"category": 0.5, "stories": 1.5}
     assert starts_ways.validation_score(run) == 0.0 - 4.5
-    record = starts_tables.results(list(starts_tables.TITLES))
+    record = starts_tables.results(WAYS, rates_from="starts_earlier.json")
     text = starts_tables.markdown(record)
+    fixed = {"learning_rate": 0.001, "all_rates_tried": True, "searched": False, "merge": "", "weights": {}}
+    assert starts_tables.names({**record["lines"][0], **fixed})[-1] == "0.001 (not searched)"
     assert "| auto (0.30) | DAE | 300 | 0.0005 (search not complete) | 1 | 50.0 | 1.500 | 0.020 | 3.000 |" in text
     assert "| merge | task arithmetic, coefficient 0.5 |  |  | 1 | 75.0 | 1.500 |  |  |" in text
+    assert "Learning rates and coefficients of starts_earlier.json" in text
     assert "| base |  |  |  | 1 | 25.0 | 25.0 | 25.0 | 25.0 |  |  |" in text
     starts_picture.draw(record, tmp_path / "starts.svg")
     assert "<!-- 300 -->" in (tmp_path / "starts.svg").read_text()
@@ -127,14 +144,19 @@ def test_tables_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_one_pair_alone_leaves_the_others_as_they_were(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(starts_ways, "WORK", tmp_path)
     monkeypatch.setattr(starts_ways, "completion_bytes", lambda _shared, _task: np.full(3, 2.0))
-    earlier = {"ends": {"base": {}}, "lines": [{"pair": "category", "start": "auto"}, {"pair": "questions"}]}
+    earlier = {
+        "rates": {"world": "a.json"},
+        "ends": {"base": {}},
+        "lines": [{"pair": "category", "start": "auto"}, {"pair": "questions"}],
+    }
     run = Run(next(way for way in TRAINED if way.pair == "questions"), 5e-3, 0)
     write_scores(run, real_hetpqa=[3.0] * 3, real_stories=[3.0] * 3)
     run.folder.mkdir()
     (run.folder / "run.json").write_text(json.dumps({"summary": {}}))
     assert starts_ways.validation_score(run) == -3.0
-    record = starts_tables.results(["questions"], earlier)
-    assert record["ends"] == earlier["ends"] and record["lines"][0] == earlier["lines"][0]
+    record = starts_tables.results([way for way in WAYS if way.pair == "questions"], earlier)
+    assert (record["rates"], record["ends"]) == (earlier["rates"], earlier["ends"])
+    assert record["lines"][0] == earlier["lines"][0]
     assert [line["pair"] for line in record["lines"]] == ["category", "questions"]
     assert record["lines"][1]["figures"] == {"0": {"questions": 1.5, "stories": 1.5}}
 
