@@ -25,6 +25,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.starts_pooled import read_pooled
 from benchmarks.starts_tables import TITLES, markdown, results
 from benchmarks.starts_ways import REAL, SEEDS, WAYS, Run, Way, chosen, scores_file, with_rates_of
 from benchmarks.trade_off import DEMOS, LIMIT
@@ -101,7 +102,7 @@ def main() -> None:
     known = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else None
     record = results(ways, known, given.rates.name if given.rates else "")
     write_text_durably(given.output / "starts.json", json.dumps(record, indent=1) + "\n")
-    write_text_durably(given.output / "starts.md", markdown(record))
+    write_text_durably(given.output / "starts.md", markdown(read_pooled(given.output)))
 
 
 if __name__ == "__main__":

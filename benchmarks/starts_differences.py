@@ -113,16 +113,40 @@ def ratio_samples(sums_C: Floats, sizes_C: Floats, rng: np.random.Generator) -> 
     return np.concatenate([[sums_C.sum() / sizes_C.sum()], resampled_R])
 
 
+def summary_rows(found: Sequence[Mapping[str, Any]], units: Mapping[str, float]) -> list[list[str]]:
+    """A row for each comparison: the mean over its runs, the lowest and the highest, and where intervals exclude 0."""
+    rows = []
+    for title in dict.fromkeys(map(title_of, found)):
+        same = [one["figures"] for one in found if title_of(one) == title]
+        rows.append([f"{title} ({len(same)} runs)", *(summary(same, name, unit) for name, unit in units.items())])
+    return rows
+
+
+def summary(figures: Sequence[Mapping[str, Any]], name: str, unit: float) -> str:
+    """`+2.1 (-0.3 to +4.6); 2 above 0`"""
+    digits = 1 if unit > 1 else 3
+    values = [unit * one[name][0] for one in figures]
+    above, below = sum(one[name][1] > 0 for one in figures), sum(one[name][2] < 0 for one in figures)
+    counts = [f"{count} {side} 0" for count, side in ((above, "above"), (below, "below")) if count]
+    mean = sum(values) / len(values)
+    spread = f"{mean:+.{digits}f} ({min(values):+.{digits}f} to {max(values):+.{digits}f})"
+    return "; ".join([spread, *counts])
+
+
 def difference_rows(found: Sequence[Mapping[str, Any]], units: Mapping[str, float]) -> list[list[str]]:
     """A row for each comparison and seed."""
+    titles = list(dict.fromkeys(map(title_of, found)))
     rows = []
-    for one in found:
-        (start, loss, steps), (other, other_loss, other_steps) = one["first"], one["second"]
-        title = f"{start}, {LOSSES[loss]}, {steps}; minus {other}, {LOSSES[other_loss]}, {other_steps}"
+    for one in sorted(found, key=lambda one: titles.index(title_of(one))):
         cells = []
         for name, unit in units.items():
             digits = 1 if unit > 1 else 3
             value, low, high = (unit * x for x in one["figures"][name])
             cells.append(f"{value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})")
-        rows.append([title, str(one["seed"]), *cells])
+        rows.append([title_of(one), str(one["seed"]), *cells])
     return rows
+
+
+def title_of(one: Mapping[str, Any]) -> str:
+    (start, loss, steps), (other, other_loss, other_steps) = one["first"], one["second"]
+    return f"{start}, {LOSSES[loss]}, {steps}; minus {other}, {LOSSES[other_loss]}, {other_steps}"

@@ -2,14 +2,13 @@
 
     python benchmarks/starts_picture.py [--results benchmarks/results]
 
-reads starts.json and writes starts.svg. Points are means over seeds, lines reach from the lowest to the highest,
-numbers are steps.
+reads starts.json, and the record that its rates come from, and writes starts.svg. Points are means over runs, lines
+reach from the lowest to the highest, numbers are steps.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from benchmarks.starts_pooled import read_pooled
 from benchmarks.starts_ways import LOSSES
 
 COLOURS = {"DAE": "#1f6aa5", "next-token loss": "#c8553d", "DAE with a budget": "#8a8a8a", "merge": "#b8a13a"}
@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     folder = parser.parse_args().results
-    draw(json.loads((folder / "starts.json").read_text(encoding="utf-8")), folder / "starts.svg")
+    draw(read_pooled(folder), folder / "starts.svg")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from benchmarks.starts_differences import difference_rows, differences
+from benchmarks.starts_differences import difference_rows, differences, summary_rows
 from benchmarks.starts_ways import (
     GROUPS,
     LOSSES,
@@ -89,7 +89,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         units, lines = UNITS[pair] | KL, [line for line in record["lines"] if line["pair"] == pair]
         if not lines and pair != "world":
             continue
-        head = ["start", "loss", "steps", "learning rate", "seeds", *units]
+        head = ["start", "loss", "steps", "learning rate", "runs", *units]
         rows = []
         if pair == "world":
             for name, by_seed in record["ends"].items():
@@ -98,10 +98,12 @@ def markdown(record: Mapping[str, Any]) -> str:
         dates = sorted({line["date"] for line in lines})
         source = record.get("rates", {}).get(pair)
         if source:
-            dates.append(f"Learning rates and coefficients of {source}; what it does not have was searched.")
+            dates.append(f"Students of {source} and, at the rates that were chosen there, of another machine.")
         parts.append("\n\n".join([f"## {title}", *dates, table(head, rows)]))
         compared = [one for one in record.get("differences", ()) if one["pair"] == pair]
         if compared:
+            head = ["the same documents", *UNITS[pair]]
+            parts.append(table(head, summary_rows(compared, UNITS[pair])))
             parts.append(table(["the same documents", "seed", *UNITS[pair]], difference_rows(compared, UNITS[pair])))
     return "\n\n".join([*parts, NOTES]) + "\n"
 
@@ -118,16 +120,18 @@ def names(line: Mapping[str, Any]) -> list[str]:
     return [start, loss + ("" if line["budget"] is None else f", budget {line['budget']:g}"), str(line["steps"]), rate]
 
 
-NOTES = """Mean over seeds, with the lowest and the highest. World: accuracy in per cent (chance 25); `not aligned`:
+NOTES = """Mean over runs, with the lowest and the highest. World: accuracy in per cent (chance 25); `not aligned`:
 kinds of question that no alignment row asks. Category: accuracy in per cent on 400 documents (standard error 2.3
 points), bits per byte of stories (lower is better). Questions: bits per byte of answers (hetPQA, 400 documents) and
 stories. KL: of KL(base || student) in nats a response token, on held-out documents of the general model and of the
 domain. All lines of a pair have the same rows, batch size and schedule. `auto`: with the weights it chose.
-Differences: points or bits, with 95 % intervals over documents.
+
+Differences: points or bits, with 95 % intervals over documents. `3 above 0`: in 3 runs the whole interval is.
 
 Learning rates and coefficients: the best of those tried with the first seed, on validation documents. With a budget,
-and on titles with 600 steps: the rate of the same way without a budget, with 300 steps. With all weights: one rate.
-`Search not complete`: of the rates that are planned (benchmarks/starts_ways.py), not all were tried."""
+and on titles with 600 steps: the rate of the same way without a budget, with 300 steps. `Not searched`: one rate, with
+all weights that of the adapters from auto, else a third of what the search chose. `Search not complete`: of the rates
+that are planned (benchmarks/starts_ways.py), not all were tried."""
 
 
 def cells(by_seed: Mapping[str, Mapping[str, float]], units: Mapping[str, float]) -> list[str]:

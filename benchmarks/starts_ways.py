@@ -24,7 +24,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
     "general, aligned": ALIGNED_SKILLS,
     "general, not aligned": UNALIGNED_SKILLS,
 }
-IN_RECORD = ("pair", "start", "loss", "steps", "budget", "all_weights", "merge")  # fields that tell ways apart
+IN_RECORD = ("pair", "start", "loss", "steps", "budget", "all_weights", "merge", "searched")  # what tells ways apart
 REAL = {"category": "real_category", "questions": "real_hetpqa"}  # a real pair -> the task of its domain
 LOSSES = {"dae": "DAE", "ntp": "next-token loss"}
 
@@ -155,7 +155,7 @@ def with_rates_of(record: Mapping[str, Any], ways: Sequence[Way]) -> list[Way]:
 
     def at_known_rate(way: Way) -> Way:
         rate = known.get(tuple(getattr(way.rate_of or way, name) for name in IN_RECORD))
-        return way if rate is None or not way.searched else replace(way, rates=(rate,), rate_of=None)
+        return way if rate is None else replace(way, rates=(rate,), rate_of=None)
 
     return [at_known_rate(way) for way in ways]
 

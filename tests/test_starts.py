@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from pico import make_model, make_tokenizer
 from torch.nn.functional import kl_div
 
 from benchmarks import starts, starts_kl, starts_picture, starts_tables, starts_ways
-from benchmarks.starts_ways import COEFFICIENTS, SEEDS, WAYS, Run, Way
+from benchmarks.starts_pooled import read_pooled
+from benchmarks.starts_ways import COEFFICIENTS, IN_RECORD, SEEDS, WAYS, Run, Way
 from dae.merging.recipe import WeightsRecipe
 from dae.pipeline.recipe import read_pipeline
 from dae.recipe import AlignRecipe
@@ -94,8 +97,7 @@ def test_rates_of_an_earlier_record_take_the_place_of_a_search() -> None:
     """A longer way takes the known rate of the one that it follows; a search that is not complete is none."""
     way, other = starts_ways.CATEGORY["auto"]
     lines = [
-        {name: getattr(each, name) for name in starts_ways.IN_RECORD}
-        | {"learning_rate": 0.002, "all_rates_tried": done}
+        {name: getattr(each, name) for name in IN_RECORD} | {"learning_rate": 0.002, "all_rates_tried": done}
         for each, done in ((way, True), (other, False))
     ]
     asked = (way, starts_ways.longer(way), other, starts_ways.longer(other))
@@ -129,13 +131,13 @@ def test_tables_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     write_scores(merged, real_category=[1, 1, 0, 1, 0, 0], real_stories=[2, 2, 9, 4, 4, 9])
     assert starts_ways.real_figures(run, is_validation=False) == {"category": 0.5, "stories": 1.5}
     assert starts_ways.validation_score(run) == 0.0 - 4.5
-    record = starts_tables.results(WAYS, rates_from="starts_earlier.json")
+    record = starts_tables.results(WAYS, rates_from="search.json")
     text = starts_tables.markdown(record)
     fixed = {"learning_rate": 0.001, "all_rates_tried": True, "searched": False, "merge": "", "weights": {}}
     assert starts_tables.names({**record["lines"][0], **fixed})[-1] == "0.001 (not searched)"
     assert "| auto (0.30) | DAE | 300 | 0.0005 (search not complete) | 1 | 50.0 | 1.500 | 0.020 | 3.000 |" in text
     assert "| merge | task arithmetic, coefficient 0.5 |  |  | 1 | 75.0 | 1.500 |  |  |" in text
-    assert "Learning rates and coefficients of starts_earlier.json" in text
+    assert "Students of search.json and, at the rates that were chosen there" in text
     assert "| base |  |  |  | 1 | 25.0 | 25.0 | 25.0 | 25.0 |  |  |" in text
     starts_picture.draw(record, tmp_path / "starts.svg")
     assert "<!-- 300 -->" in (tmp_path / "starts.svg").read_text()
@@ -159,6 +161,40 @@ def test_one_pair_alone_leaves_the_others_as_they_were(monkeypatch: pytest.Monke
     assert record["lines"][0] == earlier["lines"][0]
     assert [line["pair"] for line in record["lines"]] == ["category", "questions"]
     assert record["lines"][1]["figures"] == {"0": {"questions": 1.5, "stories": 1.5}}
+
+
+def line_of(way: Way, seeds: Mapping[str, float], **fields: Any) -> dict[str, Any]:
+    figures = {seed: dict.fromkeys(starts_ways.GROUPS, value) for seed, value in seeds.items()}
+    whole = {"date": "2026-11-30", "learning_rate": 0.001, "all_rates_tried": True, "figures": figures}
+    whole |= {"weights": dict.fromkeys(seeds, 0.3), "budgets": {}}
+    return {name: getattr(way, name) for name in IN_RECORD} | whole | fields
+
+
+def test_students_of_two_machines_are_further_runs_of_the_same_ways(tmp_path: Path) -> None:
+    """At another rate they are another line. The order is that of the ways."""
+    base, loss_alone, auto = (way for way in WAYS[:3])
+    different = {"pair": "world", "first": ["auto", "dae", 900], "second": ["base", "dae", 900]}
+
+    def record(value: float, lines: list[dict[str, Any]], low: float, **fields: Any) -> dict[str, Any]:
+        ends = {"base": {"0": dict.fromkeys(starts_ways.GROUPS, value)}}
+        figures = {group: [value, low, 0.9] for group in starts_ways.GROUPS}
+        return {"ends": ends, "lines": lines, "differences": [{**different, "seed": 0, "figures": figures}], **fields}
+
+    mine = [line_of(auto, {"0": 0.5, "1": 0.6}), line_of(loss_alone, {"0": 0.1})]
+    theirs = [line_of(base, {"0": 0.2}), line_of(auto, {"0": 0.8}), line_of(loss_alone, {"0": 0.3}, learning_rate=0.01)]
+    (tmp_path / "starts.json").write_text(json.dumps(record(0.2, mine, -0.1, rates={"world": "search.json"})))
+    (tmp_path / "search.json").write_text(json.dumps(record(0.4, theirs, 0.1)))
+    text = starts_tables.markdown(read_pooled(tmp_path))
+    shown = re.compile(r"^\| (base|auto[^|]*) \| ([^|]*) \| 900 \| ([^|]*) \| (\d) \| ([^|]*) \|", re.MULTILINE)
+    assert shown.findall(text) == [
+        ("base", "DAE", "0.001", "1", "20.0"),
+        ("base", "next-token loss", "0.001", "1", "10.0"),
+        ("base", "next-token loss", "0.01", "1", "30.0"),
+        ("auto (0.30)", "DAE", "0.001", "3", "63.3 (50.0 to 80.0)"),
+    ]
+    assert "| base |  |  |  | 2 | 30.0 (20.0 to 40.0)" in text
+    assert "| auto, DAE, 900; minus base, DAE, 900 (2 runs) | +30.0 (+20.0 to +40.0); 1 above 0 |" in text
+    assert "| auto, DAE, 900; minus base, DAE, 900 | 0, search | +40.0 (+10.0 to +90.0) |" in text
 
 
 def test_kl_is_over_response_tokens_alone() -> None:
