@@ -1,6 +1,7 @@
 """How far the students of benchmarks/starts.py are from the base: KL(base || student) on held-out documents.
 
     python benchmarks/starts_kl.py      # measures every student at its chosen rate that is scored and has no figure yet
+    python benchmarks/starts_kl.py --rates JSON     # at the rates of an earlier record, as in benchmarks/starts.py
 
 In nats per response token: on documents of the general model (what a budget limits), and on those of the domain, which
 is what arXiv 2509.04259 predicts forgetting by. Response tokens are those of the right answer, of the answer's text, or
@@ -9,6 +10,7 @@ of a story. Real pairs: the documents that no choice was made on.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.real_pair_scores import SHARED
-from benchmarks.starts_ways import GROUPS, WAYS, Run, chosen
+from benchmarks.starts_ways import GROUPS, WAYS, Run, chosen, with_rates_of
 from benchmarks.tasks.documents import load
 from benchmarks.trade_off import DEMOS, LIMIT, VALIDATION_EVERY
 from kd.losses.divergences import forward_kl
@@ -107,8 +109,12 @@ def batches(
 
 def main() -> None:
     """Measure what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rates", type=Path, metavar="JSON", help="an earlier starts.json: its rates are taken")
+    record = parser.parse_args().rates
+    ways = with_rates_of(json.loads(record.read_text(encoding="utf-8")), WAYS) if record else WAYS
     torch.set_num_threads(1)
-    rates = ((way, chosen(way)[0]) for way in WAYS)
+    rates = ((way, chosen(way)[0]) for way in ways)
     runs = [Run(way, rate, seed) for way, rate in rates if rate is not None for seed in way.seeds]
     for run in (run for run in runs if run.is_scored and not run.kl_file.is_file()):
         in_world = run.way.pair == "world"
