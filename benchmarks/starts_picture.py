@@ -22,7 +22,14 @@ from benchmarks.starts_pooled import read_pooled
 from benchmarks.starts_ways import LOSSES
 
 COLOURS = {"DAE": "#1f6aa5", "next-token loss": "#c8553d", "DAE with a budget": "#8a8a8a", "merge": "#b8a13a"}
-LABEL_AT = {"DAE": (2, 7), "next-token loss": (2, -13), "DAE with a budget": (6, 4), "merge": (8, 4)}  # in points
+LABEL_AT = {"DAE": (2, 8), "next-token loss": (2, -13), "DAE with a budget": (6, 4), "merge": (8, 4)}  # in points
+CROWDED = {  # of the world, without a budget
+    ("auto", "dae", 300): (8, 1),
+    ("auto", "dae", 450): (-21, 6),
+    ("auto", "ntp", 300): (-19, -14),
+    ("0.5", "dae", 900): (8, -9),
+}
+MERGES = (("world", "linear"), ("world", "ties"))  # that are drawn
 MARKERS = {"base": "o", "auto": "^", "0.5": "s", "": "x"}
 PANELS = {
     "world": ("shop, not aligned", "general, not aligned", 100.0, "The demo's world: accuracy in %"),
@@ -51,8 +58,7 @@ def draw(record: Mapping[str, Any], file: Path) -> None:
 
 def is_drawn(line: Mapping[str, Any]) -> bool:
     """Merges of titles keep so little of the stories that the rest would be one point."""
-    is_double = line["merge"] in ("task_arithmetic", "slerp")  # with one expert the same as linear, or nearly so
-    return line["searched"] and not is_double and not (line["merge"] and line["pair"] != "world")
+    return line["searched"] and (not line["merge"] or (line["pair"], line["merge"]) in MERGES)
 
 
 def draw_pair(panel: Axes, pair: str, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -68,7 +74,7 @@ def draw_pair(panel: Axes, pair: str, lines: Sequence[Mapping[str, Any]]) -> Non
         panel.annotate(
             f"{line['merge']} {line['learning_rate']:g}" if line["merge"] else str(line["steps"]),
             middle,
-            LABEL_AT[name],
+            label_at(line, name),
             textcoords="offset points",
             fontsize=8,
             color=colour,
@@ -81,6 +87,13 @@ def draw_pair(panel: Axes, pair: str, lines: Sequence[Mapping[str, Any]]) -> Non
         panel.invert_yaxis()
     panel.grid(color="#e5e5e5")
     panel.set_axisbelow(True)
+
+
+def label_at(line: Mapping[str, Any], name: str) -> tuple[int, int]:
+    """Where the number stands beside its point, so that none covers another."""
+    is_crowded = line["pair"] == "world" and line["budget"] is None
+    place = CROWDED.get((line["start"], line["loss"], line["steps"])) if is_crowded else None
+    return place or LABEL_AT[name]
 
 
 def name_of(line: Mapping[str, Any]) -> str:

@@ -208,9 +208,11 @@ def validation_score(run: Run) -> float | None:
 
 
 def chosen(way: Way) -> tuple[float | None, bool]:
-    """The best rate of those that were tried with the first seed, and whether all were."""
+    """The best rate of those that were tried with the first seed, and whether all were; one alone needs no trial."""
     if way.rate_of is not None:
         return chosen(way.rate_of)
+    if len(way.rates) == 1:
+        return way.rates[0], True
     scores = {rate: validation_score(Run(way, rate, SEEDS[0])) for rate in way.rates}
     known = {rate: score for rate, score in scores.items() if score is not None}
     return (max(known, key=known.__getitem__) if known else None), len(known) == len(scores)
