@@ -9,9 +9,9 @@
 Call the second line again until the first one prints nothing: other seeds wait for the learning rates and coefficients,
 which are chosen on validation documents with the first seed. From the repository's root. Needs three demos (`dae demo
 --output runs/demo_seeds/seed-N --seed N`), each with what benchmarks/trade_off_inputs.py adds, ../shared, and
-runs/real_pair/{category-lora-expert, questions-lora-expert, general.jsonl} of recipes/real_pair.yaml. `--pair` prints
-or writes one pair alone; other pairs' results stay. `--rates` takes learning rates and coefficients that an earlier
-record's search chose, instead of a search; what that record lacks is searched.
+runs/real_pair/{category-lora-expert, questions-lora-expert, general.jsonl} of benchmarks/recipes/real_pair.yaml.
+`--pair` prints or writes one pair alone; other pairs' results stay. `--rates` takes learning rates and coefficients
+that an earlier record's search chose, instead of a search; what that record lacks is searched.
 
 World: accuracy on the demo's four groups. Category: accuracy on titles, bits per byte on stories. Questions: bits per
 byte on both. Every way has the rows, batch size and schedule of the pair's recipe; what differs is in the table.
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from benchmarks.starts_pooled import read_pooled
 from benchmarks.starts_tables import TITLES, markdown, results
-from benchmarks.starts_ways import REAL, SEEDS, WAYS, Run, Way, chosen, scores_file, with_rates_of
+from benchmarks.starts_ways import REAL, SEEDS, Run, Way, chosen, scores_file, ways_at_rates_of
 from benchmarks.trade_off import DEMOS, LIMIT
 from kd.runs.files import write_text_durably
 
@@ -90,11 +90,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the results from what is there")
     parser.add_argument("--pair", choices=TITLES, help="this one alone")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where the results go")
-    parser.add_argument("--rates", type=Path, metavar="JSON", help="an earlier starts.json: its rates are taken")
+    parser.add_argument("--rates", type=Path, metavar="JSON", help="take the rates of this earlier starts.json")
     given = parser.parse_args()
-    ways = [way for way in WAYS if given.pair in (None, way.pair)]
-    if given.rates:
-        ways = with_rates_of(json.loads(given.rates.read_text(encoding="utf-8")), ways)
+    ways = [way for way in ways_at_rates_of(given.rates) if given.pair in (None, way.pair)]
     if not given.write:
         print("\n".join(map(command, missing_runs(ways))))
         return

@@ -124,13 +124,16 @@ def summary_rows(found: Sequence[Mapping[str, Any]], units: Mapping[str, float])
 
 def summary(figures: Sequence[Mapping[str, Any]], name: str, unit: float) -> str:
     """`+2.1 (-0.3 to +4.6); 2 above 0`"""
-    digits = 1 if unit > 1 else 3
     values = [unit * one[name][0] for one in figures]
     above, below = sum(one[name][1] > 0 for one in figures), sum(one[name][2] < 0 for one in figures)
     counts = [f"{count} {side} 0" for count, side in ((above, "above"), (below, "below")) if count]
-    mean = sum(values) / len(values)
-    spread = f"{mean:+.{digits}f} ({min(values):+.{digits}f} to {max(values):+.{digits}f})"
-    return "; ".join([spread, *counts])
+    return "; ".join([signed(sum(values) / len(values), min(values), max(values), unit), *counts])
+
+
+def signed(value: float, low: float, high: float, unit: float) -> str:
+    """`+2.1 (-0.3 to +4.6)`"""
+    digits = 1 if unit > 1 else 3
+    return f"{value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
 def difference_rows(found: Sequence[Mapping[str, Any]], units: Mapping[str, float]) -> list[list[str]]:
@@ -138,11 +141,7 @@ def difference_rows(found: Sequence[Mapping[str, Any]], units: Mapping[str, floa
     titles = list(dict.fromkeys(map(title_of, found)))
     rows = []
     for one in sorted(found, key=lambda one: titles.index(title_of(one))):
-        cells = []
-        for name, unit in units.items():
-            digits = 1 if unit > 1 else 3
-            value, low, high = (unit * x for x in one["figures"][name])
-            cells.append(f"{value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})")
+        cells = [signed(*(unit * x for x in one["figures"][name]), unit) for name, unit in units.items()]
         rows.append([title_of(one), str(one["seed"]), *cells])
     return rows
 

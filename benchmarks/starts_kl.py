@@ -21,7 +21,7 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.real_pair_scores import SHARED
-from benchmarks.starts_ways import GROUPS, WAYS, Run, chosen, with_rates_of
+from benchmarks.starts_ways import GROUPS, Run, chosen, ways_at_rates_of
 from benchmarks.tasks.documents import load
 from benchmarks.trade_off import DEMOS, LIMIT, VALIDATION_EVERY
 from kd.losses.divergences import forward_kl
@@ -110,9 +110,8 @@ def batches(
 def main() -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rates", type=Path, metavar="JSON", help="an earlier starts.json: its rates are taken")
-    record = parser.parse_args().rates
-    ways = with_rates_of(json.loads(record.read_text(encoding="utf-8")), WAYS) if record else WAYS
+    parser.add_argument("--rates", type=Path, metavar="JSON", help="take the rates of this earlier starts.json")
+    ways = ways_at_rates_of(parser.parse_args().rates)
     torch.set_num_threads(1)
     rates = ((way, chosen(way)[0]) for way in ways)
     runs = [Run(way, rate, seed) for way, rate in rates if rate is not None for seed in way.seeds]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.starts_ways import IN_RECORD, WAYS
+from benchmarks.starts_ways import WAY_FIELDS, WAYS
 
 PER_SEED = ("figures", "weights", "budgets")
 
@@ -28,7 +28,7 @@ def pooled(record: Mapping[str, Any], other: Mapping[str, Any], pair: str, name:
     """One pair's lines with the figures of both records; the seeds of `other` have its name."""
     mine = {key_of(line): line for line in record["lines"] if line["pair"] == pair}
     theirs = {key_of(line): named_seeds(line, name) for line in other["lines"] if line["pair"] == pair}
-    order = [tuple(getattr(way, field) for field in IN_RECORD) for way in WAYS]
+    order = [tuple(getattr(way, field) for field in WAY_FIELDS) for way in WAYS]
     keys = sorted({*mine, *theirs}, key=lambda key: (order.index(key[:-1]), key[-1]))
     lines = [with_figures(mine[key], theirs.get(key)) if key in mine else theirs[key] for key in keys]
     ends = record["ends"]
@@ -47,7 +47,7 @@ def pooled(record: Mapping[str, Any], other: Mapping[str, Any], pair: str, name:
 
 def key_of(line: Mapping[str, Any]) -> tuple[Any, ...]:
     """What two lines have in common that are pooled: the way, and its rate at the end."""
-    return (*(line[field] for field in IN_RECORD), line["learning_rate"])
+    return (*(line[field] for field in WAY_FIELDS), line["learning_rate"])
 
 
 def named_seeds(line: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -126,7 +126,7 @@ points), bits per byte of stories (lower is better). Questions: bits per byte of
 stories. KL: of KL(base || student) in nats a response token, on held-out documents of the general model and of the
 domain. All lines of a pair have the same rows, batch size and schedule. `auto`: with the weights it chose.
 
-Differences: points or bits, with 95 % intervals over documents. `3 above 0`: in 3 runs the whole interval is.
+Differences: points or bits, with 95 % intervals over documents. `3 above 0`: the intervals of 3 runs lie above 0.
 
 Learning rates and coefficients: the best of those tried with the first seed, on validation documents. With a budget,
 and on titles with 600 steps: the rate of the same way without a budget, with 300 steps. `Not searched`: one rate, with

@@ -24,7 +24,8 @@ GROUPS: Mapping[str, Sequence[str]] = {
     "general, aligned": ALIGNED_SKILLS,
     "general, not aligned": UNALIGNED_SKILLS,
 }
-IN_RECORD = ("pair", "start", "loss", "steps", "budget", "all_weights", "merge", "searched")  # what tells ways apart
+# Fields by which a line of starts.json is matched to its way.
+WAY_FIELDS = ("pair", "start", "loss", "steps", "budget", "all_weights", "merge", "searched")
 REAL = {"category": "real_category", "questions": "real_hetpqa"}  # a real pair -> the task of its domain
 LOSSES = {"dae": "DAE", "ntp": "next-token loss"}
 
@@ -151,13 +152,18 @@ WAYS = (
 def with_rates_of(record: Mapping[str, Any], ways: Sequence[Way]) -> list[Way]:
     """The ways, each at the one rate that a record's search chose; what was not searched there stays as it is."""
     lines = [line for line in record["lines"] if line["all_rates_tried"]]
-    known = {tuple(line[name] for name in IN_RECORD): line["learning_rate"] for line in lines}
+    known = {tuple(line[name] for name in WAY_FIELDS): line["learning_rate"] for line in lines}
 
     def at_known_rate(way: Way) -> Way:
-        rate = known.get(tuple(getattr(way.rate_of or way, name) for name in IN_RECORD))
+        rate = known.get(tuple(getattr(way.rate_of or way, name) for name in WAY_FIELDS))
         return way if rate is None else replace(way, rates=(rate,), rate_of=None)
 
     return [at_known_rate(way) for way in ways]
+
+
+def ways_at_rates_of(file: Path | None) -> list[Way]:
+    """All ways: at the rates of an earlier starts.json, or with a search of their own."""
+    return with_rates_of(json.loads(file.read_text(encoding="utf-8")), WAYS) if file else list(WAYS)
 
 
 def scores_file(name: str) -> Path:

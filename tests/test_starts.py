@@ -17,7 +17,7 @@ from torch.nn.functional import kl_div
 
 from benchmarks import starts, starts_kl, starts_picture, starts_tables, starts_ways
 from benchmarks.starts_pooled import read_pooled
-from benchmarks.starts_ways import COEFFICIENTS, IN_RECORD, SEEDS, WAYS, Run, Way
+from benchmarks.starts_ways import COEFFICIENTS, SEEDS, WAY_FIELDS, WAYS, Run, Way
 from dae.merging.recipe import WeightsRecipe
 from dae.pipeline.recipe import read_pipeline
 from dae.recipe import AlignRecipe
@@ -97,7 +97,7 @@ def test_rates_of_an_earlier_record_take_the_place_of_a_search() -> None:
     """A longer way takes the known rate of the one that it follows; a search that is not complete is none."""
     way, other = starts_ways.CATEGORY["auto"]
     lines = [
-        {name: getattr(each, name) for name in IN_RECORD} | {"learning_rate": 0.002, "all_rates_tried": done}
+        {name: getattr(each, name) for name in WAY_FIELDS} | {"learning_rate": 0.002, "all_rates_tried": done}
         for each, done in ((way, True), (other, False))
     ]
     asked = (way, starts_ways.longer(way), other, starts_ways.longer(other))
@@ -167,7 +167,7 @@ def line_of(way: Way, seeds: Mapping[str, float], **fields: Any) -> dict[str, An
     figures = {seed: dict.fromkeys(starts_ways.GROUPS, value) for seed, value in seeds.items()}
     whole = {"date": "2026-11-30", "learning_rate": 0.001, "all_rates_tried": True, "figures": figures}
     whole |= {"weights": dict.fromkeys(seeds, 0.3), "budgets": {}}
-    return {name: getattr(way, name) for name in IN_RECORD} | whole | fields
+    return {name: getattr(way, name) for name in WAY_FIELDS} | whole | fields
 
 
 def test_students_of_two_machines_are_further_runs_of_the_same_ways(tmp_path: Path) -> None:
