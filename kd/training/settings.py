@@ -25,7 +25,16 @@ PATIENCE = dt.timedelta(hours=3)
 
 def processes() -> PartialState:
     """This process among those that a launcher (torchrun, accelerate) started; alone without one."""
-    return PartialState(cpu=not torch.cuda.is_available(), **({"timeout": PATIENCE} if "RANK" in os.environ else {}))
+    cpu = not torch.cuda.is_available()
+    if "RANK" not in os.environ:
+        return PartialState(cpu=cpu)
+    have_met = torch.distributed.is_initialized()
+    state = PartialState(cpu=cpu, timeout=PATIENCE)
+    if not have_met:
+        # They connect through a store that the first process may hold: if it ended before the others have connected,
+        # as with a refused key, they would end with an internal error.
+        state.wait_for_everyone()
+    return state
 
 
 def load_settings(recipe: StageRecipe) -> LoadSettings:
