@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from align_runs import HELD_OUT, assert_same_student, cut, merged, run
+from meeting import EARLY, MET, Meets, RefusesEarly
 from other_rows import OtherRows
 from pico import make_checkpoint
 from processes import FSDP_ON_CPUS, Ended, Signal, dae, ranks
@@ -201,9 +202,11 @@ def test_less_than_asked_for_can_be_allowed(world: Path) -> None:
     ],
 )
 def test_what_split_weights_cannot_do_is_refused(world: Path, key: str, words: str) -> None:
-    ended = ranks(align_command(key), world, environment=SHARDED)
-    assert [rank.status for rank in ended] == [2, 2]
+    """By the first process once the others have connected, which without it could not."""
+    ended = ranks(align_command(key), world, [[RefusesEarly()], [Meets()]], SHARDED)
+    assert [rank.status for rank in ended] == [2, 2], ended[1].err
     assert words in ended[0].err
+    assert (world / MET).exists() and not (world / EARLY).exists()
     assert not (world / "student").exists()
 
 
