@@ -60,7 +60,7 @@ def real_command(run: Run) -> str:
         words = ["dae", "align", "--recipe", f"{RECIPES}/starts_{way.pair}.yaml", "--output", str(run.folder)]
         words += trained_keys(run, "domain")
     scoring = ["python", "benchmarks/real_pair_scores.py", str(run.folder), str(scores_file(run.folder.name))]
-    scoring += ["--limit", str(LIMIT), "--tasks", REAL[way.pair], "real_stories", "real_story_endings"]
+    scoring += ["--limit", str(LIMIT), "--tasks", REAL[way.pair], "real_stories"]
     return f"{shlex.join(words)} && {shlex.join(scoring)}"
 
 

@@ -19,8 +19,10 @@ from benchmarks.real_pair_tables import BIT_TASKS
 from benchmarks.starts_ways import GROUPS, LOSSES, REAL, Run, Way, chosen, scores_file
 from benchmarks.trade_off import VALIDATION_EVERY
 
-# Pair, then start, loss and steps of the first way and of the one that is taken from it.
-COMPARED: Sequence[tuple[str, tuple[str, str, int], tuple[str, str, int]]] = (
+# Pair, then the first way and the one that is taken from it: start, loss, steps, and ALL_WEIGHTS where these train.
+ALL_WEIGHTS = "all weights"
+Name = tuple[str, str, int] | tuple[str, str, int, str]
+COMPARED: Sequence[tuple[str, Name, Name]] = (
     ("world", ("auto", "dae", 900), ("base", "dae", 900)),
     ("world", ("auto", "dae", 450), ("base", "dae", 900)),
     ("world", ("auto", "dae", 900), ("auto", "ntp", 900)),
@@ -29,7 +31,13 @@ COMPARED: Sequence[tuple[str, tuple[str, str, int], tuple[str, str, int]]] = (
     ("category", ("auto", "dae", 300), ("base", "dae", 600)),
     ("category", ("auto", "dae", 300), ("auto", "ntp", 300)),
     ("questions", ("auto", "dae", 300), ("base", "dae", 300)),
+    ("questions", ("auto", "dae", 300), ("base", "dae", 600)),
     ("questions", ("auto", "dae", 300), ("auto", "ntp", 300)),
+    *(
+        (pair, ("auto", "dae", 300, ALL_WEIGHTS), (start, loss, 300, ALL_WEIGHTS))
+        for pair in REAL
+        for start, loss in (("base", "dae"), ("auto", "ntp"))
+    ),
 )
 Floats = NDArray[np.float64]
 
@@ -37,10 +45,10 @@ Floats = NDArray[np.float64]
 def differences(ways: Sequence[Way]) -> list[dict[str, Any]]:
     """For each comparison and seed that both have a student of: value, low and high of each figure.
 
-    Ways with an adapter, a searched rate and no budget.
+    Ways with a searched rate and no budget.
     """
     plain = [way for way in ways if way.budget is None and way.searched and not way.merge]
-    by_name = {(way.pair, way.start, way.loss, way.steps): way for way in plain}
+    by_name = {(way.pair, *name_of(way)): way for way in plain}
     found = []
     for pair, *names in COMPARED:
         if any((pair, *name) not in by_name for name in names):
@@ -52,6 +60,11 @@ def differences(ways: Sequence[Way]) -> list[dict[str, Any]]:
                 figures = {name: [float(x) for x in of] for name, of in difference(*runs).items()}
                 found.append({"pair": pair, "first": names[0], "second": names[1], "seed": seed, "figures": figures})
     return found
+
+
+def name_of(way: Way) -> Name:
+    name = (way.start, way.loss, way.steps)
+    return (*name, ALL_WEIGHTS) if way.all_weights else name
 
 
 def difference(first: Run, second: Run) -> dict[str, tuple[float, float, float]]:
@@ -147,5 +160,8 @@ def difference_rows(found: Sequence[Mapping[str, Any]], units: Mapping[str, floa
 
 
 def title_of(one: Mapping[str, Any]) -> str:
-    (start, loss, steps), (other, other_loss, other_steps) = one["first"], one["second"]
-    return f"{start}, {LOSSES[loss]}, {steps}; minus {other}, {LOSSES[other_loss]}, {other_steps}"
+    """`auto, DAE, 300; minus base, DAE, 600`"""
+    return "; minus ".join(
+        ", ".join([start, LOSSES[loss], str(steps), *rest])
+        for start, loss, steps, *rest in (one["first"], one["second"])
+    )

@@ -128,10 +128,10 @@ domain. All lines of a pair have the same rows, batch size and schedule. `auto`:
 
 Differences: points or bits, with 95 % intervals over documents. `3 above 0`: the intervals of 3 runs lie above 0.
 
-Learning rates and coefficients: the best of those tried with the first seed, on validation documents. With a budget,
-and on titles with 600 steps: the rate of the same way without a budget, with 300 steps. `Not searched`: one rate, with
-all weights that of the adapters from auto, else a third of what the search chose. `Search not complete`: of the rates
-that are planned (benchmarks/starts_ways.py), not all were tried."""
+Learning rates and coefficients: the best of those tried with the first seed, on validation documents. With a budget:
+the rate of the same way without one; in 600 steps: that of 300; titles and questions from 0.5: that of auto. `Not
+searched`: one rate, with all weights that of the adapters from auto, else a third of what the search chose. `Search
+not complete`: of the rates that are planned (benchmarks/starts_ways.py), not all were tried."""
 
 
 def cells(by_seed: Mapping[str, Mapping[str, float]], units: Mapping[str, float]) -> list[str]:

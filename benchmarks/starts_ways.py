@@ -96,7 +96,8 @@ COLD = {"world": (1.5e-3, 3e-3, 6e-3), "category": (1.5e-3, 5e-3), "questions": 
 WARM = {"world": (3e-4, 1e-3, 3e-3), "category": (5e-4, 1.5e-3, 5e-3), "questions": (5e-4, 1.5e-3, 5e-3)}
 RATES = {"base": COLD, "auto": WARM, "0.5": WARM}
 LOW = {"base": (1e-3,), "auto": (3e-4,)}  # of the world: a third of what the search chose (arXiv 2509.20758)
-ALL_WEIGHTS = (1e-3,)
+ALL_WEIGHTS = {"world": (1e-3,), "category": (1e-3, 3e-3), "questions": (1e-3, 3e-3)}
+STEPS = {"world": 900, "category": 300, "questions": 300}
 COEFFICIENTS = {
     "linear": (0.3, 0.5, 0.7),
     "slerp": (0.3, 0.5, 0.7),
@@ -110,9 +111,24 @@ def both_losses(pair: str, start: str, steps: int) -> list[Way]:
     return [Way(pair, start, loss, steps, RATES[start][pair]) for loss in LOSSES]
 
 
+def all_weights(pair: str) -> list[Way]:
+    """Of both starts and losses; the world's one rate was not searched."""
+    searched = len(ALL_WEIGHTS[pair]) > 1
+    return [
+        Way(pair, start, loss, STEPS[pair], ALL_WEIGHTS[pair], all_weights=True, searched=searched)
+        for start in ("base", "auto")
+        for loss in LOSSES
+    ]
+
+
 def longer(way: Way) -> Way:
     """In twice the steps, at the same rate."""
     return replace(way, steps=2 * way.steps, rates=(), rate_of=way)
+
+
+def halfway(way: Way) -> Way:
+    """From the middle of the line, at the same rate."""
+    return replace(way, start="0.5", rates=(), rate_of=way)
 
 
 def within(way: Way, budget: float) -> Way:
@@ -126,6 +142,7 @@ def merges(pair: str) -> list[Way]:
 
 WORLD_450 = Way("world", "auto", "dae", 450, WARM["world"])
 CATEGORY = {start: both_losses("category", start, 300) for start in ("base", "auto")}
+QUESTIONS = {start: both_losses("questions", start, 300) for start in ("base", "auto")}
 WAYS = (
     *both_losses("world", "base", 900),
     *both_losses("world", "auto", 900),
@@ -135,16 +152,21 @@ WAYS = (
     *both_losses("world", "base", 300),
     *both_losses("world", "auto", 300),
     *(Way("world", s, loss, 900, rates, searched=False) for s, rates in LOW.items() for loss in LOSSES),
-    *(Way("world", s, loss, 900, ALL_WEIGHTS, all_weights=True, searched=False) for s in LOW for loss in LOSSES),
+    *all_weights("world"),
     *merges("world"),
     *CATEGORY["base"],
     *CATEGORY["auto"],
+    *(halfway(way) for way in CATEGORY["auto"]),
     *map(longer, CATEGORY["base"] + CATEGORY["auto"]),
     within(CATEGORY["base"][0], 0.02),
     *(within(CATEGORY["auto"][0], budget) for budget in (0.02, 0.05)),
+    *all_weights("category"),
     *merges("category"),
-    *both_losses("questions", "base", 300),
-    *both_losses("questions", "auto", 300),
+    *QUESTIONS["base"],
+    *QUESTIONS["auto"],
+    *(halfway(way) for way in QUESTIONS["auto"]),
+    longer(QUESTIONS["base"][0]),
+    *all_weights("questions"),
     *merges("questions"),
 )
 
