@@ -96,7 +96,7 @@ COLD = {"world": (1.5e-3, 3e-3, 6e-3), "category": (1.5e-3, 5e-3), "questions": 
 WARM = {"world": (3e-4, 1e-3, 3e-3), "category": (5e-4, 1.5e-3, 5e-3), "questions": (5e-4, 1.5e-3, 5e-3)}
 RATES = {"base": COLD, "auto": WARM, "0.5": WARM}
 LOW = {"base": (1e-3,), "auto": (3e-4,)}  # of the world: a third of what the search chose (arXiv 2509.20758)
-ALL_WEIGHTS = {"world": (1e-3,), "category": (1e-3, 3e-3), "questions": (1e-3, 3e-3)}
+RATES_OF_ALL_WEIGHTS = {"world": (1e-3,), "category": (1e-3, 3e-3), "questions": (1e-3, 3e-3)}
 STEPS = {"world": 900, "category": 300, "questions": 300}
 COEFFICIENTS = {
     "linear": (0.3, 0.5, 0.7),
@@ -113,9 +113,9 @@ def both_losses(pair: str, start: str, steps: int) -> list[Way]:
 
 def all_weights(pair: str) -> list[Way]:
     """Of both starts and losses; the world's one rate was not searched."""
-    searched = len(ALL_WEIGHTS[pair]) > 1
+    searched = len(RATES_OF_ALL_WEIGHTS[pair]) > 1
     return [
-        Way(pair, start, loss, STEPS[pair], ALL_WEIGHTS[pair], all_weights=True, searched=searched)
+        Way(pair, start, loss, STEPS[pair], RATES_OF_ALL_WEIGHTS[pair], all_weights=True, searched=searched)
         for start in ("base", "auto")
         for loss in LOSSES
     ]

@@ -202,7 +202,7 @@ def test_less_than_asked_for_can_be_allowed(world: Path) -> None:
     ],
 )
 def test_what_split_weights_cannot_do_is_refused(world: Path, key: str, words: str) -> None:
-    """By the first process once the others have connected, which without it could not."""
+    """By the first process only after the others have connected through its store."""
     ended = ranks(align_command(key), world, [[RefusesEarly()], [Meets()]], SHARDED)
     assert [rank.status for rank in ended] == [2, 2], ended[1].err
     assert words in ended[0].err
